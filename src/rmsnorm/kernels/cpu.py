@@ -1,0 +1,388 @@
+"""The arithmetic of reference.py on the CPU, in Numba: one pass over memory, a row at a time.
+
+A kernel is compiled for what its pointers point to: float32 is itself, uint16 is bf16, int16 is fp16 (Numba has
+no type for either on a CPU). Kernels and their helpers share this file because Numba's cache of compiled code
+does not notice an edit in another one. No function carries `fastmath`: the one instruction that may be reordered
+or fused, the addition into an fp64 sum, says so itself (`_add_square`, `_add`).
+"""
+
+import ctypes
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import filelock
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core.caching import FunctionCache
+from numba.extending import intrinsic
+from torch import Tensor
+
+from rmsnorm.kernels import threads
+
+NAME = "cpu kernel (Numba)"
+
+# --- what the kernels are written in -------------------------------------------------------------------------
+
+_I16, _I32 = ir.IntType(16), ir.IntType(32)
+
+
+@intrinsic
+def _widen(typing_context: Any, value: Any) -> Any:
+    """The element as fp32, exactly."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if value == types.uint16:
+            return builder.bitcast(builder.shl(builder.zext(args[0], _I32), _I32(16)), ir.FloatType())
+        if value == types.int16:
+            return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+        return args[0]
+
+    return types.float32(value), code
+
+
+@intrinsic
+def _narrow(typing_context: Any, value: Any, pointer: Any) -> Any:
+    """The fp32 value rounded to nearest even to what the pointer points to.
+
+    bf16 is rounded by bits, and a NaN comes through: it stems from a 16-bit input or from the processor, so its
+    low 16 bits are zero and the addition cannot carry it away (`_readable` sees to fp32 weights).
+    """
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if pointer.dtype == types.uint16:
+            bits = builder.bitcast(args[0], _I32)
+            odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
+            rounded = builder.add(builder.add(bits, _I32(0x7FFF)), odd)
+            return builder.trunc(builder.lshr(rounded, _I32(16)), _I16)
+        if pointer.dtype == types.int16:
+            return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), _I16)
+        return args[0]
+
+    return pointer.dtype(types.float32, pointer), code
+
+
+@intrinsic
+def _add_square(typing_context: Any, total: Any, value: Any) -> Any:
+    """total + value², in any order; the square of an fp32 number is exact in fp64, so fusing changes nothing."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        square = builder.fmul(args[1], args[1], flags=("contract",))
+        return builder.fadd(args[0], square, flags=("reassoc", "contract"))
+
+    return types.float64(types.float64, types.float64), code
+
+
+@intrinsic
+def _add(typing_context: Any, total: Any, value: Any) -> Any:
+    """total + value, in any order."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fadd(args[0], args[1], flags=("reassoc",))
+
+    return types.float64(types.float64, types.float64), code
+
+
+@intrinsic
+def _given(typing_context: Any, pointer: Any) -> Any:
+    """Whether the pointer is not null: what is absent is passed as null."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.icmp_unsigned("!=", args[0], ir.Constant(args[0].type, None))
+
+    return types.boolean(pointer), code
+
+
+# --- the kernels ---------------------------------------------------------------------------------------------
+# Pointers: what is absent is null. Outputs are contiguous; of the inputs only the last dimension is, and `layout`
+# holds N, the two inner sizes of the rows' three dimensions, and then three row strides for each such input.
+# offset: -0.0 where there is none, the one number whose addition changes no weight.
+
+_FIRST, _SECOND, _THIRD = 3, 6, 9
+
+
+@numba.njit(error_model="numpy")
+def _start(layout: Any, strides: int, m: int) -> int:
+    """Where row m of an input begins, in elements."""
+    middle, inner = layout[1], layout[2]
+    if m < inner:
+        return m * layout[strides + 2]
+    outer, rest = m // (middle * inner), m // inner
+    return outer * layout[strides] + rest % middle * layout[strides + 1] + m % inner * layout[strides + 2]
+
+
+def _forward(
+    x: Any, residual: Any, w: Any, y: Any, s: Any, rstd: Any, layout: Any, first: int, last: int,
+    eps: float, offset: float, early: bool,
+) -> None:  # fmt: skip
+    N = layout[0]
+    for m in range(first, last):
+        rows, at, out = x, _start(layout, _FIRST, m), m * N
+        if _given(residual):
+            other = _start(layout, _SECOND, m)
+            for i in range(N):
+                s[out + i] = _narrow(_widen(x[at + i]) + _widen(residual[other + i]), s)
+            rows, at = s, out
+        total = 0.0
+        for i in range(N):
+            total = _add_square(total, np.float64(_widen(rows[at + i])))
+        v = np.float32(total / N) + eps
+        r = np.float32(1) / np.float32(math.sqrt(v))
+        if _given(rstd):
+            rstd[m] = r
+        if early:
+            for i in range(N):
+                y[out + i] = _narrow(_widen(w[i]) * _widen(_narrow(_widen(rows[at + i]) * r, x)), y)
+        else:
+            for i in range(N):
+                y[out + i] = _narrow((_widen(w[i]) + offset) * (_widen(rows[at + i]) * r), y)
+
+
+def _backward(
+    dy: Any, ds: Any, x: Any, w: Any, rstd: Any, dx: Any, dw: Any, layout: Any, first: int, last: int,
+    offset: float, early: bool,
+) -> None:  # fmt: skip
+    N = layout[0]
+    if _given(dw):
+        for i in range(N):
+            dw[i] = 0.0
+    for m in range(first, last):
+        a, b, out = _start(layout, _FIRST, m), _start(layout, _SECOND, m), m * N
+        r = rstd[m]
+        if _given(dx):
+            total = 0.0
+            for i in range(N):
+                g = _widen(dy[a + i]) * (_widen(w[i]) + offset)
+                total = _add(total, np.float64(g * (_widen(x[b + i]) * r)))
+            c = np.float32(total / N)
+            if _given(ds):
+                d = _start(layout, _THIRD, m)
+                for i in range(N):
+                    g = _widen(dy[a + i]) * (_widen(w[i]) + offset)
+                    dx[out + i] = _narrow(r * (g - (_widen(x[b + i]) * r) * c) + _widen(ds[d + i]), dx)
+            else:
+                for i in range(N):
+                    g = _widen(dy[a + i]) * (_widen(w[i]) + offset)
+                    dx[out + i] = _narrow(r * (g - (_widen(x[b + i]) * r) * c), dx)
+        if _given(dw):
+            if early:
+                for i in range(N):
+                    dw[i] += np.float64(_widen(dy[a + i]) * _widen(_narrow(_widen(x[b + i]) * r, x)))
+            else:
+                for i in range(N):
+                    dw[i] += np.float64(_widen(dy[a + i]) * (_widen(x[b + i]) * r))
+
+
+def _sum_chunks(partials: Any, dw: Any, chunks: int, N: int) -> None:
+    for chunk in range(1, chunks):
+        for i in range(N):
+            partials[i] += partials[chunk * N + i]
+    for i in range(N):
+        dw[i] = _narrow(np.float32(partials[i]), dw)
+
+
+# --- compiling them ------------------------------------------------------------------------------------------
+
+_ELEMENT = {torch.float32: types.float32, torch.bfloat16: types.uint16, torch.float16: types.int16}
+_P, _L, _F, _B = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_bool
+
+
+@functools.cache
+def _compiled(kernel: Callable[..., None], *pointees: Any) -> Callable[..., None]:
+    """The kernel as machine code: pointers to these types first, then the arguments its kind takes.
+
+    Called through ctypes, which releases the GIL, with addresses as plain integers. Compiled code is kept in
+    Numba's cache; a lock keeps processes that compile at once from pairing an index with another one's code.
+    """
+    pointers = [types.CPointer(pointee) for pointee in pointees]
+    integers = [types.int64] * 2
+    floats = {_forward: [types.float32] * 2, _backward: [types.float32], _sum_chunks: []}[kernel]
+    flag = [] if kernel is _sum_chunks else [types.boolean]
+    signature = types.void(*pointers, *integers, *floats, *flag)
+    code = _cached(kernel, signature) or numba.cfunc(signature, error_model="numpy")(kernel)
+    prototype = ctypes.CFUNCTYPE(None, *[_P] * len(pointers), _L, _L, *[_F] * len(floats), *[_B] * len(flag))
+    function = prototype(code.address)
+    function.keeps = code  # type: ignore[attr-defined]  # the machine code lives as long as this object
+    return function
+
+
+def _cached(kernel: Callable[..., None], signature: Any) -> Any:
+    """The kernel from Numba's cache or compiled into it; None where no folder can be written or a file is damaged."""
+    try:
+        folder = FunctionCache(kernel).cache_path
+        with filelock.FileLock(f"{folder}/rmsnorm.lock", timeout=60):
+            return numba.cfunc(signature, cache=True, error_model="numpy")(kernel)
+    except Exception:  # noqa: BLE001  # whatever ails the cache, a compilation without it says what is wrong
+        return None
+
+
+@functools.cache
+def _dtypes(x: torch.dtype, w: torch.dtype | None, cast: str) -> tuple[torch.dtype, torch.dtype]:
+    """The dtype the kernel reads the weight in, the input's or fp32, and the dtype of y."""
+    read = x if w is None or w == x else torch.float32
+    return read, torch.promote_types(x, read) if cast == "early" else x
+
+
+@functools.cache
+def _forward_kernel(x: torch.dtype, w: torch.dtype, y: torch.dtype) -> Callable[..., None]:
+    X, W, Y = _ELEMENT[x], _ELEMENT[w], _ELEMENT[y]
+    return _compiled(_forward, X, X, W, Y, X, types.float32, types.int64)
+
+
+@functools.cache
+def _backward_kernel(x: torch.dtype, w: torch.dtype, y: torch.dtype) -> Callable[..., None]:
+    X, W, Y = _ELEMENT[x], _ELEMENT[w], _ELEMENT[y]
+    return _compiled(_backward, Y, X, X, W, types.float32, X, types.float64, types.int64)
+
+
+@functools.cache
+def _sum_kernel(w: torch.dtype) -> Callable[..., None]:
+    return _compiled(_sum_chunks, types.float64, _ELEMENT[w])
+
+
+# --- launching them ------------------------------------------------------------------------------------------
+
+# A call below this many elements takes less time than waking a thread (60 us at 0.25 ns an element).
+_CHUNK = 1 << 17
+# What bounds the partial sums of dw: 8 bytes a column for every chunk of rows.
+_MOST_CHUNKS, _FEWEST_ROWS = 256, 32
+
+
+class _Plan(NamedTuple):
+    """How the rows of some shape and strides are walked. A pure function of both, never of the thread count."""
+
+    M: int
+    N: int
+    rows: int  # a chunk
+    chunks: int
+    layout: int  # address
+    keeps: Any
+
+
+@functools.lru_cache(4096)
+def _plan(shape: Sequence[int], *strides: Sequence[int]) -> _Plan | None:
+    """None if some last dimension is not contiguous, or the rows do not lie in three strided dimensions."""
+    N, M = shape[-1], math.prod(shape[:-1])
+    if N > 1 and any(stride[-1] != 1 for stride in strides):
+        return None
+    dims: list[tuple[int, tuple[int, ...]]] = []
+    for axis in range(len(shape) - 1):
+        size, steps = shape[axis], tuple(stride[axis] for stride in strides)
+        if size == 1:
+            continue
+        if dims and all(outer == inner * size for outer, inner in zip(dims[-1][1], steps, strict=True)):
+            dims[-1] = (dims[-1][0] * size, steps)
+        else:
+            dims.append((size, steps))
+    if len(dims) > 3:
+        return None
+    dims = [(1, (0,) * len(strides))] * (3 - len(dims)) + dims
+    values = [N, dims[1][0], dims[2][0], *(dims[axis][1][t] for t in range(len(strides)) for axis in range(3))]
+    layout = (ctypes.c_int64 * len(values))(*values)
+    rows = max(_FEWEST_ROWS, -(-_CHUNK // N), -(-M // _MOST_CHUNKS))
+    return _Plan(M, N, rows, -(-M // rows), ctypes.addressof(layout), layout)
+
+
+def refuses(x: Tensor, residual: Tensor | None, w: Tensor | None) -> str | None:
+    """Why these tensors must run the reference; None if the kernels take them."""
+    for name, tensor in (("x", x), ("residual", residual), ("weight", w)):
+        if tensor is not None and tensor.dtype not in _ELEMENT:
+            return f"{name} is {tensor.dtype}: computed in fp32 and returned as {tensor.dtype} by plain torch"
+    return None
+
+
+def forward(
+    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float, with_rstd: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As `reference.forward`."""
+    if residual is not None and residual.dtype != x.dtype:
+        s = (x + residual).contiguous()
+        y, _, rstd = forward(s, None, w, eps, cast, offset, with_rstd)
+        return y, s, rstd
+    w_dtype, y_dtype = _dtypes(x.dtype, None if w is None else w.dtype, cast)
+    kernel = _forward_kernel(x.dtype, w_dtype, y_dtype)
+    if residual is None:
+        plan, (x,) = _walk(x)
+        s = None
+    else:
+        plan, (x, residual) = _walk(x, residual)
+        s = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    w = _readable(w, plan.N, w_dtype, y_dtype)
+    y = torch.empty(x.shape, dtype=y_dtype, device="cpu")
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device="cpu") if with_rstd else None
+    addresses = (*map(_address, (x, residual, w, y, s, rstd)), plan.layout)
+
+    def chunk(index: int) -> None:
+        first = index * plan.rows
+        kernel(*addresses, first, min(first + plan.rows, plan.M), eps, offset or -0.0, cast == "early")
+
+    threads.run(chunk, plan.chunks)
+    return y, s, rstd
+
+
+def backward(
+    dy: Tensor,
+    ds: Tensor | None,
+    x: Tensor,
+    w: Tensor | None,
+    rstd: Tensor,
+    cast: str,
+    offset: float,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """As `reference.backward`; dw is summed in fp64 over the chunks of the plan, and then over them in order."""
+    w_dtype, y_dtype = _dtypes(x.dtype, None if w is None else w.dtype, cast)
+    kernel = _backward_kernel(x.dtype, w_dtype, y_dtype)
+    plan, (dy, x, *rest) = _walk(dy.to(y_dtype), x, *(() if ds is None else (ds.to(x.dtype),)))
+    scale = _readable(w, plan.N, w_dtype, x.dtype)
+    rstd = rstd.contiguous()
+    dx = torch.empty(x.shape, dtype=x.dtype, device="cpu") if need_dx else None
+    partials = torch.empty(max(plan.chunks, 1), plan.N, dtype=torch.float64, device="cpu") if need_dw else None
+    addresses = tuple(map(_address, (dy, rest[0] if rest else None, x, scale, rstd, dx)))
+
+    def chunk(index: int) -> None:
+        first = index * plan.rows
+        last = min(first + plan.rows, plan.M)
+        partial = None if partials is None else partials.data_ptr() + index * plan.N * partials.element_size()
+        kernel(*addresses, partial, plan.layout, first, last, offset or -0.0, cast == "early")
+
+    threads.run(chunk, plan.chunks)
+    if w is None or partials is None:
+        return dx, None
+    if plan.chunks == 0:
+        return dx, torch.zeros_like(w)
+    dw = torch.empty(plan.N, dtype=w_dtype, device="cpu")
+    _sum_kernel(w_dtype)(partials.data_ptr(), dw.data_ptr(), plan.chunks, plan.N)
+    return dx, dw.to(w.dtype)
+
+
+def _walk(*tensors: Tensor) -> tuple[_Plan, Sequence[Tensor]]:
+    """The plan over the rows of all these tensors, and the tensors: copied if their strides leave no plan."""
+    plan = _plan(tensors[0].shape, *[t.stride() for t in tensors])
+    if plan is not None:
+        return plan, tensors
+    one_by_one = [t if _plan(t.shape, t.stride()) else t.contiguous() for t in tensors]
+    plan = _plan(tensors[0].shape, *[t.stride() for t in one_by_one])
+    if plan is not None:
+        return plan, one_by_one
+    return _walk(*[t.contiguous() for t in tensors])
+
+
+def _readable(w: Tensor | None, N: int, dtype: torch.dtype, rounded_to: torch.dtype) -> Tensor:
+    """The weight as the kernels read it; ones in place of none, which change no bit."""
+    if w is None:
+        return torch.ones(N, dtype=dtype, device="cpu")
+    if w.dtype != dtype or w.stride(0) != 1:
+        w = w.to(dtype).contiguous()
+    if dtype == torch.float32 and rounded_to == torch.bfloat16:  # see `_narrow`
+        w = torch.where(w.isnan(), math.nan, w)
+    return w
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

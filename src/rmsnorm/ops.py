@@ -1,0 +1,392 @@
+"""The operators: schema, shapes, autograd, and the choice of who computes.
+
+    rms_norm, add_rms_norm  ->  _Norm (autograd)  ->  _forward, _backward
+                                                        |- plain tensors: straight to the kernel, a few microseconds
+                                                        `- anything else: torch.ops.rmsnorm.*, then the kernel
+
+The operators are opaque on purpose: a compiler that traced through them would fuse the arithmetic and lose its bits.
+What is not plain (torch.compile, export, subclasses such as DTensor, fake tensors, vmap, dispatch modes) meets them
+as one node with a schema, a fake, and a rule for vmap.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from rmsnorm import reference
+from rmsnorm.spec import DTYPES, Cast, check_spec, check_tensors
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, cast: Cast = "early", offset: float = 0.0
+) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension, with the Definition's bits on every device.
+
+    x: (..., N) float32, bfloat16, float16 or float64; any strides, and no copy is made while the last dimension is
+    contiguous. weight: (N,) or None. Returns y, contiguous, of x's shape, in `promote_types(weight, x)` for
+    `cast="early"` (cast to x's dtype, then multiply) and in x's dtype for `cast="late"` (multiply in fp32, cast once)
+    or without a weight. offset 1 (late only) multiplies by `1 + weight`, added in fp32. eps 0 is legal.
+
+    Differentiable once, in reverse and in forward mode; a second derivative raises. Raises TypeError or ValueError,
+    naming the argument, for what makes no sense.
+    """
+    check_spec("rms_norm", eps, cast, offset)
+    check_tensors("rms_norm", x, None, weight, offset)
+    y: Tensor = _norm(x, None, weight, eps, cast, offset)[0]
+    return y
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    cast: Cast = "early",
+    offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """(y, s): s = x + residual, rounded to its promoted dtype, and y = rms_norm(s, weight, eps, …), in one pass.
+
+    x and residual: (..., N), of the same shape. The rest is as for `rms_norm`. In the backward pass the gradient
+    that arrives through s is added in fp32, before the one cast.
+    """
+    check_spec("add_rms_norm", eps, cast, offset)
+    check_tensors("add_rms_norm", x, residual, weight, offset)
+    y, s = _norm(x, residual, weight, eps, cast, offset)[:2]
+    return y, s
+
+
+def explain(
+    x: Tensor,
+    weight: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    cast: Cast = "early",
+    offset: float = 0.0,
+) -> str:
+    """Which kernel `rms_norm(x, weight)` would run (with a residual: `add_rms_norm`), and why. Runs nothing."""
+    check_spec("explain", 0.0, cast, offset)
+    check_tensors("explain", x, residual, weight, offset)
+    kernel, reason = _choose(x, residual, weight)
+    name = getattr(kernel, "NAME", "the reference, in plain torch")
+    lines = [f"{x.device.type}, {str(x.dtype).removeprefix('torch.')}: {name}" + (f" ({reason})" if reason else "")]
+    copied = [
+        label
+        for label, tensor in (("x", x), ("residual", residual), ("weight", weight))
+        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1
+    ]
+    if copied and kernel is not reference:
+        lines.append(f"copied once, because the last dimension is not contiguous: {', '.join(copied)}")
+    if residual is not None and residual.dtype != x.dtype and kernel is not reference:
+        lines.append("the sum is taken before the kernel, because x and residual differ in dtype")
+    if not _plain(x, residual, weight):
+        lines.append("reached through torch.ops.rmsnorm, because not every argument is a plain tensor")
+    return "; ".join(lines)
+
+
+def warmup(
+    device: torch.device | str = "cpu",
+    dtypes: tuple[torch.dtype, ...] = DTYPES[:3],
+    weight_dtypes: tuple[torch.dtype, ...] | None = None,
+    hidden_size: int = 128,
+) -> None:
+    """Compile ahead of time what a first call would: forward and backward, for each dtype of x and of the weight.
+
+    weight_dtypes: those to pair with every dtype of x; by default each x is paired with its own dtype and float32.
+    """
+    for dtype in dtypes:
+        for weight_dtype in dict.fromkeys(weight_dtypes or (dtype, torch.float32)):
+            for cast in ("early", "late"):
+                x = torch.ones(1, hidden_size, dtype=dtype, device=device, requires_grad=True)
+                w = torch.ones(hidden_size, dtype=weight_dtype, device=device, requires_grad=True)
+                rms_norm(x, w, cast=cast).sum().backward()  # type: ignore[arg-type]
+
+
+# --- who computes --------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _backend(device_type: str) -> tuple[ModuleType, str]:
+    """The kernels of a device, imported when its first tensor comes; the reference, and why, where there are none."""
+    if device_type != "cpu":
+        return reference, f"there is no kernel for {device_type}"
+    try:
+        return importlib.import_module("rmsnorm.kernels.cpu"), ""
+    except Exception as error:  # noqa: BLE001  # a missing or broken Numba must not take the layer down
+        return reference, f"Numba cannot be used: {type(error).__name__}: {error}"
+
+
+def _choose(x: Tensor, residual: Tensor | None, w: Tensor | None) -> tuple[ModuleType, str]:
+    kernel, reason = _backend(x.device.type)
+    if kernel is not reference:
+        refusal = kernel.refuses(x, residual, w)
+        if refusal is not None:
+            return reference, refusal
+    return kernel, reason
+
+
+def _plain(*tensors: Tensor | None) -> bool:
+    """Whether these may go straight to a kernel, past torch's dispatcher: real memory, nobody watching."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+    ):
+        return False
+    for t in tensors:
+        if t is not None and ((type(t) is not Tensor and type(t) is not Parameter) or t.is_meta or t.is_neg()):
+            return False  # is_neg: a minus sign that torch has not yet applied to the memory
+    return True
+
+
+def _forward(
+    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float, with_rstd: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if _plain(x, residual, w):
+        return _choose(x, residual, w)[0].forward(x, residual, w, eps, cast, offset, with_rstd)  # type: ignore[no-any-return]
+    y, s, rstd = torch.ops.rmsnorm.forward.default(x, residual, w, eps, cast, offset, with_rstd)
+    return y, None if residual is None else s, rstd if with_rstd else None
+
+
+def _backward(
+    dy: Tensor,
+    ds: Tensor | None,
+    x: Tensor,
+    w: Tensor | None,
+    rstd: Tensor,
+    cast: str,
+    offset: float,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    if _plain(dy, ds, x, w, rstd):
+        return _choose(x, None, w)[0].backward(dy, ds, x, w, rstd, cast, offset, need_dx, need_dw)  # type: ignore[no-any-return]
+    dx, dw = torch.ops.rmsnorm.backward.default(dy, ds, x, w, rstd, cast, offset, need_dx, need_dw)
+    return dx if need_dx else None, dw if need_dw else None
+
+
+# --- autograd ------------------------------------------------------------------------------------------------
+
+_SECOND = "a second derivative of rms_norm is not implemented; differentiate rmsnorm.reference.truth, or plain torch"
+
+
+def _norm(
+    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float
+) -> tuple[Any, ...]:
+    """(y, s, …) with whatever machinery of differentiation the arguments and the moment call for."""
+    if not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    ):
+        return _TransformedNorm.apply(x, residual, w, eps, cast, offset)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (w is not None and w.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        outputs = _Norm.apply(x, residual, w, eps, cast, offset)
+        return (outputs,) if residual is None else outputs
+    return _forward(x, residual, w, eps, cast, offset, with_rstd=False)
+
+
+def _gradients(
+    ctx: Any, dy: Tensor | None, ds: Tensor | None, backward: Callable[..., Any]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of _norm's six arguments; dy or ds is None where nothing depends on that output."""
+    rows, w, rstd = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    need_rows, need_dw = needs[0] or needs[1], needs[2]
+    if dy is None:
+        d_rows, dw = ds, None
+    else:
+        d_rows, dw = backward(dy, ds, rows, w, rstd, ctx.cast, ctx.offset, need_rows, need_dw)
+    dx, d_residual = (
+        d_rows.to(dtype) if need and d_rows is not None else None
+        for need, dtype in zip(needs, ctx.dtypes, strict=False)
+    )
+    return dx, d_residual, dw if need_dw else None, None, None, None
+
+
+class _Norm(torch.autograd.Function):
+    """Saves what was normalized, which autograd holds anyway, and 4 bytes a row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        y, s, rstd = _forward(x, residual, w, eps, cast, offset, with_rstd=True)
+        ctx.save_for_backward(x if s is None else s, w, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.cast, ctx.offset = cast, offset
+        ctx.dtypes = (x.dtype, None if residual is None else residual.dtype)
+        return y if s is None else (y, s)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        # Grad mode here means create_graph: then the gradient must stay tied to its inputs, to raise if it is used.
+        return _gradients(ctx, dy, ds, _Backward.apply if torch.is_grad_enabled() else _backward)
+
+
+class _TransformedNorm(torch.autograd.Function):
+    """The same for torch.func and forward mode, which want the context set up apart: slower to call."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float
+    ) -> tuple[Any, ...]:
+        y, s, rstd = _forward(x, residual, w, eps, cast, offset, with_rstd=True)
+        return (y, rstd) if s is None else (y, s, rstd)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        x, residual, w, _, ctx.cast, ctx.offset = inputs
+        rstd = output[-1]
+        ctx.mark_non_differentiable(rstd)
+        saved = (x if residual is None else output[1], w, rstd)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = (x.dtype, None if residual is None else residual.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, dy, others[0] if len(others) > 1 else None, _Backward.apply)
+
+    @staticmethod
+    def jvp(
+        ctx: Any, x_t: Tensor | None, residual_t: Tensor | None, w_t: Tensor | None, *others: None
+    ) -> tuple[Tensor | None, ...]:
+        """With P = rstd · (1 − xh·xhᵀ/N), the symmetric matrix of the backward pass: y_t = w·P·s_t + xh·w_t."""
+        rows, w, rstd = ctx.saved_tensors
+        tangents = [t for t in (x_t, residual_t) if t is not None]
+        s_t = torch.zeros_like(rows) if not tangents else sum(tangents[1:], tangents[0])
+        y_t = _Backward.apply(s_t, None, rows, None, rstd, ctx.cast, 0.0, True, False)[0].float()
+        y_dtype = rows.dtype
+        if w is not None:
+            y_t = (w.float() + ctx.offset) * y_t
+            if ctx.cast == "early":
+                y_dtype = torch.promote_types(w.dtype, rows.dtype)
+        if w_t is not None:
+            y_t = y_t + rows.float() * rstd.unsqueeze(-1) * w_t.float()
+        y_t = y_t.to(y_dtype)
+        return (y_t, None) if ctx.dtypes[1] is None else (y_t, s_t.to(rows.dtype), None)
+
+
+class _Backward(torch.autograd.Function):
+    """The backward operator where it may be differentiated itself: that raises, and is not silently zero."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return torch.ops.rmsnorm.backward.default(*args)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(_SECOND)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> None:
+        raise RuntimeError(_SECOND)
+
+
+# --- the operators -------------------------------------------------------------------------------------------
+# An output that was not asked for is an empty tensor: a schema cannot say "or none" of what it returns.
+
+_LIB = torch.library.Library("rmsnorm", "DEF")
+_LIB.define(
+    "forward(Tensor x, Tensor? residual, Tensor? weight, float eps, str cast, float offset, bool with_rstd)"
+    " -> (Tensor y, Tensor s, Tensor rstd)"
+)
+_LIB.define(
+    "backward(Tensor dy, Tensor? ds, Tensor x, Tensor? weight, Tensor rstd, str cast, float offset,"
+    " bool need_dx, bool need_dw) -> (Tensor dx, Tensor dw)"
+)
+
+
+def _run_forward(x: Tensor, residual: Tensor | None, w: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    y, s, rstd = _choose(x, residual, w)[0].forward(x, residual, w, *rest)
+    return y, x.new_empty(0) if s is None else s, x.new_empty(0) if rstd is None else rstd
+
+
+def _run_backward(
+    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    dx, dw = _choose(x, None, w)[0].backward(dy, ds, x, w, rstd, *rest)
+    return x.new_empty(0) if dx is None else dx, x.new_empty(0) if dw is None else dw
+
+
+def _fake_forward(
+    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float, with_rstd: bool
+) -> tuple[Tensor, ...]:
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    y_dtype = torch.promote_types(dtype, w.dtype) if w is not None and cast == "early" else dtype
+    return (
+        x.new_empty(x.shape, dtype=y_dtype),
+        x.new_empty(0) if residual is None else x.new_empty(x.shape, dtype=dtype),
+        x.new_empty(x.shape[:-1], dtype=torch.float32) if with_rstd else x.new_empty(0),
+    )
+
+
+def _fake_backward(
+    dy: Tensor,
+    ds: Tensor | None,
+    x: Tensor,
+    w: Tensor | None,
+    rstd: Tensor,
+    cast: str,
+    offset: float,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor, ...]:
+    dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
+    return dx, w.new_empty(w.shape) if need_dw and w is not None else x.new_empty(0)
+
+
+def _vmap_rule(op: Any, tensors: int) -> Any:
+    """One call for the whole batch where rows are all that is batched; otherwise one call a sample."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+        front = [
+            a.movedim(d, 0) if d is not None else a for a, d in zip(args[:tensors], in_dims[:tensors], strict=True)
+        ]
+        batched = [d is not None for d in in_dims[:tensors]]
+        rows_only = op is torch.ops.rmsnorm.forward.default and not batched[2]
+        if rows_only:
+            rows = [
+                a if a is None or is_batched else a.expand(info.batch_size, *a.shape)
+                for a, is_batched in zip(front[:2], batched[:2], strict=True)
+            ]
+            outputs = op(*rows, front[2], *args[tensors:])
+            return outputs, tuple(None if o.dim() == 1 and o.numel() == 0 else 0 for o in outputs)
+        samples = [
+            op(*(a[i] if is_batched else a for a, is_batched in zip(front, batched, strict=True)), *args[tensors:])
+            for i in range(info.batch_size)
+        ]
+        return tuple(torch.stack(output) for output in zip(*samples, strict=True)), (0,) * len(samples[0])
+
+    return rule
+
+
+for _name, _run, _fake, _tensors in (
+    ("forward", _run_forward, _fake_forward, 3),
+    ("backward", _run_backward, _fake_backward, 5),
+):
+    _LIB.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rmsnorm::{_name}", _fake, lib=_LIB)
+    torch.library.register_vmap(
+        f"rmsnorm::{_name}", _vmap_rule(getattr(torch.ops.rmsnorm, _name).default, _tensors), lib=_LIB
+    )
