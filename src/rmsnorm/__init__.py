@@ -1,7 +1,19 @@
 """RMSNorm for PyTorch: the Definition's bits, the same bits everywhere, at the speed of memory."""
 
+from rmsnorm.models import Report, patch, unpatch
+from rmsnorm.module import DeepseekV2RMSNorm, RMSNorm
 from rmsnorm.ops import add_rms_norm, explain, rms_norm, warmup
 
 __version__ = "0.1.0"
 
-__all__ = ["add_rms_norm", "explain", "rms_norm", "warmup"]
+__all__ = [
+    "DeepseekV2RMSNorm",
+    "RMSNorm",
+    "Report",
+    "add_rms_norm",
+    "explain",
+    "patch",
+    "rms_norm",
+    "unpatch",
+    "warmup",
+]

@@ -39,8 +39,7 @@ def rms_norm(
     """
     check_spec("rms_norm", eps, cast, offset)
     check_tensors("rms_norm", x, None, weight, offset)
-    y: Tensor = _norm(x, None, weight, eps, cast, offset)[0]
-    return y
+    return _norm(x, None, weight, eps, cast, offset)[0]  # type: ignore[no-any-return]
 
 
 def add_rms_norm(
@@ -123,13 +122,24 @@ def _backend(device_type: str) -> tuple[ModuleType, str]:
         return reference, f"Numba cannot be used: {type(error).__name__}: {error}"
 
 
-def _choose(x: Tensor, residual: Tensor | None, w: Tensor | None) -> tuple[ModuleType, str]:
-    kernel, reason = _backend(x.device.type)
+@functools.cache
+def _chosen(device_type: str, *dtypes: torch.dtype | None) -> tuple[ModuleType, str]:
+    kernel, reason = _backend(device_type)
     if kernel is not reference:
-        refusal = kernel.refuses(x, residual, w)
+        refusal = kernel.refuses(*dtypes)
         if refusal is not None:
             return reference, refusal
     return kernel, reason
+
+
+def _choose(x: Tensor, residual: Tensor | None, w: Tensor | None) -> tuple[ModuleType, str]:
+    """Who computes for these tensors, and why not a kernel where it is the reference."""
+    return _chosen(
+        "cpu" if x.is_cpu else x.device.type,
+        x.dtype,
+        None if residual is None else residual.dtype,
+        None if w is None else w.dtype,
+    )
 
 
 def _plain(*tensors: Tensor | None) -> bool:
@@ -148,9 +158,10 @@ def _plain(*tensors: Tensor | None) -> bool:
 
 
 def _forward(
-    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float, with_rstd: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    if _plain(x, residual, w):
+    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float, with_rstd: bool,
+    plain: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    if plain:
         return _choose(x, residual, w)[0].forward(x, residual, w, eps, cast, offset, with_rstd)  # type: ignore[no-any-return]
     y, s, rstd = torch.ops.rmsnorm.forward.default(x, residual, w, eps, cast, offset, with_rstd)
     return y, None if residual is None else s, rstd if with_rstd else None
@@ -182,9 +193,8 @@ def _norm(
     x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float
 ) -> tuple[Any, ...]:
     """(y, s, …) with whatever machinery of differentiation the arguments and the moment call for."""
-    if not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    ):
+    plain = _plain(x, residual, w)
+    if forward_ad._current_level >= 0 or (not plain and _transformed()):
         return _TransformedNorm.apply(x, residual, w, eps, cast, offset)  # type: ignore[no-any-return]
     if torch.is_grad_enabled() and (
         x.requires_grad
@@ -193,7 +203,11 @@ def _norm(
     ):
         outputs = _Norm.apply(x, residual, w, eps, cast, offset)
         return (outputs,) if residual is None else outputs
-    return _forward(x, residual, w, eps, cast, offset, with_rstd=False)
+    return _forward(x, residual, w, eps, cast, offset, False, plain)
+
+
+def _transformed() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _gradients(
@@ -221,7 +235,7 @@ class _Norm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float
     ) -> Tensor | tuple[Tensor, Tensor]:
-        y, s, rstd = _forward(x, residual, w, eps, cast, offset, with_rstd=True)
+        y, s, rstd = _forward(x, residual, w, eps, cast, offset, True, _plain(x, residual, w))
         ctx.save_for_backward(x if s is None else s, w, rstd)
         ctx.set_materialize_grads(False)
         ctx.cast, ctx.offset = cast, offset
@@ -243,7 +257,7 @@ class _TransformedNorm(torch.autograd.Function):
     def forward(
         x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float
     ) -> tuple[Any, ...]:
-        y, s, rstd = _forward(x, residual, w, eps, cast, offset, with_rstd=True)
+        y, s, rstd = _forward(x, residual, w, eps, cast, offset, True, _plain(x, residual, w))
         return (y, rstd) if s is None else (y, s, rstd)
 
     @staticmethod

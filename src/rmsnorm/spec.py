@@ -2,7 +2,7 @@
 
 import numbers
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 
@@ -33,18 +33,19 @@ class Spec:
 
 def check_spec(where: str, eps: float, cast: str, offset: float) -> None:
     """Raise `TypeError` or `ValueError`, naming the argument, unless the three make an RMSNorm."""
+    if type(eps) is float and 0.0 <= eps <= _LARGEST_EPS and offset == 0.0 and (cast == "early" or cast == "late"):
+        return  # nearly every call
     for name, value in (("eps", eps), ("offset", offset)):
-        if type(value) is not float and (not isinstance(value, numbers.Real) or isinstance(value, bool)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(complaint(where, name, f"is a {type(value).__name__}", "a number"))
     if not 0.0 <= eps <= _LARGEST_EPS:
         raise ValueError(complaint(where, "eps", f"is {eps}", "a number of at least 0 that fp32 can hold"))
-    if cast != "early" and cast != "late":
+    if cast not in ("early", "late"):
         raise ValueError(complaint(where, "cast", f"is {cast!r}", "'early' or 'late'"))
-    if offset != 0.0:
-        if offset != 1.0:
-            raise ValueError(complaint(where, "offset", f"is {offset}", "0 or 1"))
-        if cast == "early":
-            raise ValueError(complaint(where, "offset", "is 1 with cast='early'", "cast='late' when there is an offset"))
+    if offset not in (0.0, 1.0):
+        raise ValueError(complaint(where, "offset", f"is {offset}", "0 or 1"))
+    if offset != 0.0 and cast == "early":
+        raise ValueError(complaint(where, "offset", "is 1 with cast='early'", "cast='late' when there is an offset"))
 
 
 def check_tensors(
@@ -55,21 +56,24 @@ def check_tensors(
     x: (..., N) with N >= 1; residual: the shape of x; weight: (N,). All of a floating dtype in `DTYPES`, dense,
     on one device.
     """
-    _check_tensor(where, "x", x)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(complaint(where, "x", f"has shape {tuple(x.shape)}", "(..., N) with N of at least 1"))
+    if not (isinstance(x, torch.Tensor) and x.dtype in DTYPES and x.layout is torch.strided):
+        _refuse(where, "x", x)
+    shape = x.shape
+    if not shape or shape[-1] == 0:
+        raise ValueError(complaint(where, "x", f"has shape {tuple(shape)}", "(..., N) with N of at least 1"))
     if residual is not None:
-        _check_tensor(where, "residual", residual)
-        if residual.shape != x.shape:
-            raise ValueError(
-                complaint(where, "residual", f"has shape {tuple(residual.shape)}", f"{tuple(x.shape)}, the shape of x")
-            )
+        if not (isinstance(residual, torch.Tensor) and residual.dtype in DTYPES and residual.layout is torch.strided):
+            _refuse(where, "residual", residual)
+        if residual.shape != shape:
+            expected = f"{tuple(shape)}, the shape of x"
+            raise ValueError(complaint(where, "residual", f"has shape {tuple(residual.shape)}", expected))
         if residual.device != x.device:
             raise ValueError(complaint(where, "residual", f"is on {residual.device}", f"{x.device}, the device of x"))
     if weight is not None:
-        _check_tensor(where, "weight", weight)
-        if weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
-            expected = f"({x.shape[-1]},), the last dimension of x"
+        if not (isinstance(weight, torch.Tensor) and weight.dtype in DTYPES and weight.layout is torch.strided):
+            _refuse(where, "weight", weight)
+        if weight.shape != shape[-1:]:
+            expected = f"({shape[-1]},), the last dimension of x"
             raise ValueError(complaint(where, "weight", f"has shape {tuple(weight.shape)}", expected))
         if weight.device != x.device:
             raise ValueError(complaint(where, "weight", f"is on {weight.device}", f"{x.device}, the device of x"))
@@ -77,10 +81,9 @@ def check_tensors(
         raise ValueError(complaint(where, "weight", "is None with an offset", "a weight that the offset is added to"))
 
 
-def _check_tensor(where: str, name: str, value: object) -> None:
+def _refuse(where: str, name: str, value: object) -> NoReturn:
     if not isinstance(value, torch.Tensor):
         raise TypeError(complaint(where, name, f"is a {type(value).__name__}", "a torch.Tensor"))
     if value.layout is not torch.strided:
         raise TypeError(complaint(where, name, f"has layout {value.layout}", "a dense tensor"))
-    if value.dtype not in DTYPES:
-        raise TypeError(complaint(where, name, f"has dtype {value.dtype}", "float32, bfloat16, float16 or float64"))
+    raise TypeError(complaint(where, name, f"has dtype {value.dtype}", "float32, bfloat16, float16 or float64"))

@@ -99,16 +99,16 @@ def _given(typing_context: Any, pointer: Any) -> Any:
 
 # --- the kernels ---------------------------------------------------------------------------------------------
 # Pointers: what is absent is null. Outputs are contiguous; of the inputs only the last dimension is, and `layout`
-# holds N, the two inner sizes of the rows' three dimensions, and then three row strides for each such input.
+# holds N, the rows of a chunk, the two inner sizes of the rows' three dimensions, and three strides for each of them.
 # offset: -0.0 where there is none, the one number whose addition changes no weight.
 
-_FIRST, _SECOND, _THIRD = 3, 6, 9
+_FIRST, _SECOND, _THIRD = 4, 7, 10
 
 
 @numba.njit(error_model="numpy")
 def _start(layout: Any, strides: int, m: int) -> int:
     """Where row m of an input begins, in elements."""
-    middle, inner = layout[1], layout[2]
+    middle, inner = layout[2], layout[3]
     if m < inner:
         return m * layout[strides + 2]
     outer, rest = m // (middle * inner), m // inner
@@ -146,12 +146,9 @@ def _backward(
     dy: Any, ds: Any, x: Any, w: Any, rstd: Any, dx: Any, dw: Any, layout: Any, first: int, last: int,
     offset: float, early: bool,
 ) -> None:  # fmt: skip
-    N = layout[0]
-    if _given(dw):
-        for i in range(N):
-            dw[i] = 0.0
+    N, chunk = layout[0], layout[1]
     for m in range(first, last):
-        a, b, out = _start(layout, _FIRST, m), _start(layout, _SECOND, m), m * N
+        a, b, out, part = _start(layout, _FIRST, m), _start(layout, _SECOND, m), m * N, m // chunk * N
         r = rstd[m]
         if _given(dx):
             total = 0.0
@@ -169,12 +166,15 @@ def _backward(
                     g = _widen(dy[a + i]) * (_widen(w[i]) + offset)
                     dx[out + i] = _narrow(r * (g - (_widen(x[b + i]) * r) * c), dx)
         if _given(dw):
+            if m % chunk == 0:
+                for i in range(N):
+                    dw[part + i] = 0.0
             if early:
                 for i in range(N):
-                    dw[i] += np.float64(_widen(dy[a + i]) * _widen(_narrow(_widen(x[b + i]) * r, x)))
+                    dw[part + i] += np.float64(_widen(dy[a + i]) * _widen(_narrow(_widen(x[b + i]) * r, x)))
             else:
                 for i in range(N):
-                    dw[i] += np.float64(_widen(dy[a + i]) * (_widen(x[b + i]) * r))
+                    dw[part + i] += np.float64(_widen(dy[a + i]) * (_widen(x[b + i]) * r))
 
 
 def _sum_chunks(partials: Any, dw: Any, chunks: int, N: int) -> None:
@@ -220,23 +220,30 @@ def _cached(kernel: Callable[..., None], signature: Any) -> Any:
         return None
 
 
-@functools.cache
-def _dtypes(x: torch.dtype, w: torch.dtype | None, cast: str) -> tuple[torch.dtype, torch.dtype]:
-    """The dtype the kernel reads the weight in, the input's or fp32, and the dtype of y."""
+class _Types(NamedTuple):
+    """What the kernels read the weight as, the input's dtype or fp32, and what y is."""
+
+    w: torch.dtype
+    y: torch.dtype
+
+
+def _types(x: torch.dtype, w: torch.dtype | None, cast: str) -> _Types:
     read = x if w is None or w == x else torch.float32
-    return read, torch.promote_types(x, read) if cast == "early" else x
+    return _Types(read, torch.promote_types(x, read) if cast == "early" else x)
 
 
 @functools.cache
-def _forward_kernel(x: torch.dtype, w: torch.dtype, y: torch.dtype) -> Callable[..., None]:
-    X, W, Y = _ELEMENT[x], _ELEMENT[w], _ELEMENT[y]
-    return _compiled(_forward, X, X, W, Y, X, types.float32, types.int64)
+def _forward_kernel(x: torch.dtype, w: torch.dtype | None, cast: str) -> tuple[Callable[..., None], _Types]:
+    read = _types(x, w, cast)
+    X, W, Y = _ELEMENT[x], _ELEMENT[read.w], _ELEMENT[read.y]
+    return _compiled(_forward, X, X, W, Y, X, types.float32, types.int64), read
 
 
 @functools.cache
-def _backward_kernel(x: torch.dtype, w: torch.dtype, y: torch.dtype) -> Callable[..., None]:
-    X, W, Y = _ELEMENT[x], _ELEMENT[w], _ELEMENT[y]
-    return _compiled(_backward, Y, X, X, W, types.float32, X, types.float64, types.int64)
+def _backward_kernel(x: torch.dtype, w: torch.dtype | None, cast: str) -> tuple[Callable[..., None], _Types]:
+    read = _types(x, w, cast)
+    X, W, Y = _ELEMENT[x], _ELEMENT[read.w], _ELEMENT[read.y]
+    return _compiled(_backward, Y, X, X, W, types.float32, X, types.float64, types.int64), read
 
 
 @functools.cache
@@ -281,17 +288,17 @@ def _plan(shape: Sequence[int], *strides: Sequence[int]) -> _Plan | None:
     if len(dims) > 3:
         return None
     dims = [(1, (0,) * len(strides))] * (3 - len(dims)) + dims
-    values = [N, dims[1][0], dims[2][0], *(dims[axis][1][t] for t in range(len(strides)) for axis in range(3))]
-    layout = (ctypes.c_int64 * len(values))(*values)
     rows = max(_FEWEST_ROWS, -(-_CHUNK // N), -(-M // _MOST_CHUNKS))
+    values = [N, rows, dims[1][0], dims[2][0], *(dims[axis][1][t] for t in range(len(strides)) for axis in range(3))]
+    layout = (ctypes.c_int64 * len(values))(*values)
     return _Plan(M, N, rows, -(-M // rows), ctypes.addressof(layout), layout)
 
 
-def refuses(x: Tensor, residual: Tensor | None, w: Tensor | None) -> str | None:
-    """Why these tensors must run the reference; None if the kernels take them."""
-    for name, tensor in (("x", x), ("residual", residual), ("weight", w)):
-        if tensor is not None and tensor.dtype not in _ELEMENT:
-            return f"{name} is {tensor.dtype}: computed in fp32 and returned as {tensor.dtype} by plain torch"
+def refuses(x: torch.dtype, residual: torch.dtype | None, w: torch.dtype | None) -> str | None:
+    """Why tensors of these dtypes must run the reference; None if the kernels take them."""
+    for name, dtype in (("x", x), ("residual", residual), ("weight", w)):
+        if dtype is not None and dtype not in _ELEMENT:
+            return f"{name} is {dtype}: computed in fp32 and returned as {dtype} by plain torch"
     return None
 
 
@@ -303,24 +310,32 @@ def forward(
         s = (x + residual).contiguous()
         y, _, rstd = forward(s, None, w, eps, cast, offset, with_rstd)
         return y, s, rstd
-    w_dtype, y_dtype = _dtypes(x.dtype, None if w is None else w.dtype, cast)
-    kernel = _forward_kernel(x.dtype, w_dtype, y_dtype)
+    kernel, read = _forward_kernel(x.dtype, None if w is None else w.dtype, cast)
     if residual is None:
-        plan, (x,) = _walk(x)
+        plan = _plan(x.shape, x.stride())
+        if plan is None:
+            plan, (x,) = _walk(x)
         s = None
     else:
         plan, (x, residual) = _walk(x, residual)
-        s = torch.empty(x.shape, dtype=x.dtype, device="cpu")
-    w = _readable(w, plan.N, w_dtype, y_dtype)
-    y = torch.empty(x.shape, dtype=y_dtype, device="cpu")
+        s = _new(x, x.dtype)
+    w = _readable(w, plan.N, read)
+    y = _new(x, read.y)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device="cpu") if with_rstd else None
-    addresses = (*map(_address, (x, residual, w, y, s, rstd)), plan.layout)
-
-    def chunk(index: int) -> None:
-        first = index * plan.rows
-        kernel(*addresses, first, min(first + plan.rows, plan.M), eps, offset or -0.0, cast == "early")
-
-    threads.run(chunk, plan.chunks)
+    addresses = (
+        x.data_ptr(),
+        None if residual is None else residual.data_ptr(),
+        w.data_ptr(),
+        y.data_ptr(),
+        None if s is None else s.data_ptr(),
+        None if rstd is None else rstd.data_ptr(),
+        plan.layout,
+    )
+    scalars = (eps, offset or -0.0, cast == "early")
+    if plan.chunks == 1:
+        kernel(*addresses, 0, plan.M, *scalars)
+    else:
+        threads.run(lambda a, b: kernel(*addresses, a * plan.rows, min(b * plan.rows, plan.M), *scalars), plan.chunks)
     return y, s, rstd
 
 
@@ -336,28 +351,30 @@ def backward(
     need_dw: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """As `reference.backward`; dw is summed in fp64 over the chunks of the plan, and then over them in order."""
-    w_dtype, y_dtype = _dtypes(x.dtype, None if w is None else w.dtype, cast)
-    kernel = _backward_kernel(x.dtype, w_dtype, y_dtype)
-    plan, (dy, x, *rest) = _walk(dy.to(y_dtype), x, *(() if ds is None else (ds.to(x.dtype),)))
-    scale = _readable(w, plan.N, w_dtype, x.dtype)
+    kernel, read = _backward_kernel(x.dtype, None if w is None else w.dtype, cast)
+    plan, (dy, x, *rest) = _walk(dy.to(read.y), x, *(() if ds is None else (ds.to(x.dtype),)))
+    scale = _readable(w, plan.N, read)
     rstd = rstd.contiguous()
-    dx = torch.empty(x.shape, dtype=x.dtype, device="cpu") if need_dx else None
-    partials = torch.empty(max(plan.chunks, 1), plan.N, dtype=torch.float64, device="cpu") if need_dw else None
-    addresses = tuple(map(_address, (dy, rest[0] if rest else None, x, scale, rstd, dx)))
-
-    def chunk(index: int) -> None:
-        first = index * plan.rows
-        last = min(first + plan.rows, plan.M)
-        partial = None if partials is None else partials.data_ptr() + index * plan.N * partials.element_size()
-        kernel(*addresses, partial, plan.layout, first, last, offset or -0.0, cast == "early")
-
-    threads.run(chunk, plan.chunks)
+    dx = _new(x, x.dtype) if need_dx else None
+    partials = torch.empty(plan.chunks, plan.N, dtype=torch.float64, device="cpu") if need_dw else None
+    addresses = (
+        dy.data_ptr(),
+        rest[0].data_ptr() if rest else None,
+        x.data_ptr(),
+        scale.data_ptr(),
+        rstd.data_ptr(),
+        None if dx is None else dx.data_ptr(),
+        None if partials is None else partials.data_ptr(),
+        plan.layout,
+    )
+    scalars = (offset or -0.0, cast == "early")
+    threads.run(lambda a, b: kernel(*addresses, a * plan.rows, min(b * plan.rows, plan.M), *scalars), plan.chunks)
     if w is None or partials is None:
         return dx, None
     if plan.chunks == 0:
         return dx, torch.zeros_like(w)
-    dw = torch.empty(plan.N, dtype=w_dtype, device="cpu")
-    _sum_kernel(w_dtype)(partials.data_ptr(), dw.data_ptr(), plan.chunks, plan.N)
+    dw = torch.empty(plan.N, dtype=read.w, device="cpu")
+    _sum_kernel(read.w)(partials.data_ptr(), dw.data_ptr(), plan.chunks, plan.N)
     return dx, dw.to(w.dtype)
 
 
@@ -373,16 +390,20 @@ def _walk(*tensors: Tensor) -> tuple[_Plan, Sequence[Tensor]]:
     return _walk(*[t.contiguous() for t in tensors])
 
 
-def _readable(w: Tensor | None, N: int, dtype: torch.dtype, rounded_to: torch.dtype) -> Tensor:
+def _readable(w: Tensor | None, N: int, read: _Types) -> Tensor:
     """The weight as the kernels read it; ones in place of none, which change no bit."""
     if w is None:
-        return torch.ones(N, dtype=dtype, device="cpu")
-    if w.dtype != dtype or w.stride(0) != 1:
-        w = w.to(dtype).contiguous()
-    if dtype == torch.float32 and rounded_to == torch.bfloat16:  # see `_narrow`
+        return torch.ones(N, dtype=read.w, device="cpu")
+    if w.dtype != read.w or not w.is_contiguous():
+        w = w.to(read.w).contiguous()
+    if read.w != read.y:  # fp32 with 16-bit results: see `_narrow`
         w = torch.where(w.isnan(), math.nan, w)
     return w
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _new(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous memory of x's shape, by whichever call is faster."""
+    if dtype == x.dtype and x.is_contiguous():
+        return torch.empty_like(x)
+    return torch.empty(x.shape, dtype=dtype, device="cpu")
+

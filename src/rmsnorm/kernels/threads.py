@@ -12,25 +12,26 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 
-def run(task: Callable[[int], None], count: int) -> None:
-    """Call task(0) … task(count - 1), each once, in any order, on as many threads as torch uses.
+def run(task: Callable[[int, int], None], count: int) -> None:
+    """Have task(first, last) cover range(count), each index once, on as many threads as torch uses.
 
     The calling thread works too. The tasks must release the GIL to gain anything.
     """
-    helpers = 0 if count == 1 else min(torch.get_num_threads(), count) - 1
+    helpers = min(torch.get_num_threads(), count) - 1
     if helpers < 1:
-        for index in range(count):
-            task(index)
+        task(0, count)
         return
-    todo = deque(range(count))
+    # A few pieces a thread: one that is held up leaves its share to the others.
+    pieces = min(count, 4 * (helpers + 1))
+    todo = deque((count * piece // pieces, count * (piece + 1) // pieces) for piece in range(pieces))
 
     def drain() -> None:
         while True:
             try:
-                index = todo.popleft()
+                first, last = todo.popleft()
             except IndexError:
                 return
-            task(index)
+            task(first, last)
 
     futures = [_executor(os.getpid(), helpers).submit(drain) for _ in range(helpers)]
     try:

@@ -1,0 +1,109 @@
+"""What every measured figure carries with it: the machine, the versions, the commit and the date."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("torch", "numba", "triton", "transformers", "numpy")
+
+
+def describe(device: str | torch.device = "cpu") -> dict[str, Any]:
+    """The facts a figure measured on `device` needs to be read later, ready for `json.dumps`.
+
+    Keys: device, cpu, cores, threads, isa, memory_gb, gpu (a dict: name, memory_gb, multiprocessors, capability,
+    driver, cuda; None on the CPU), os, python, versions, commit (None outside a repository; ends in "+" where
+    files differ from it; the variable RMSNORM_COMMIT wins), date (UTC).
+    """
+    device = torch.device(device)
+    return {
+        "device": device.type,
+        "cpu": _cpu_model(),
+        "cores": _cores(),
+        "threads": torch.get_num_threads(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "memory_gb": _memory_gb(),
+        "gpu": _gpu(device) if device.type == "cuda" else None,
+        "os": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": _versions(),
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def headline(facts: dict[str, Any]) -> str:
+    """One line for the top of a table."""
+    gpu = facts["gpu"]
+    where = f"{gpu['name']}, driver {gpu['driver']}" if gpu else f"{facts['cpu']}, {facts['threads']} threads"
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if name != "numpy")
+    return f"{where}; {versions}; commit {(facts['commit'] or 'unknown')[:12]}"
+
+
+def _cpu_model() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _cores() -> int:
+    # A container may be given fewer cores than the machine has.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory_gb() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "name": properties.name,
+        "memory_gb": round(properties.total_memory / 1e9, 1),
+        "multiprocessors": properties.multi_processor_count,
+        "capability": f"{properties.major}.{properties.minor}",
+        "driver": driver.splitlines()[0].strip() if driver else None,
+        "cuda": torch.version.cuda,
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str | None:
+    given = os.environ.get("RMSNORM_COMMIT")
+    if given:
+        return given
+    here = Path(__file__).resolve().parent
+    # An installed copy may lie inside somebody else's repository: only the one that holds this file counts.
+    if not _output("git", "-C", str(here), "ls-files", "--", "spec.py"):
+        return None
+    head = _output("git", "-C", str(here), "rev-parse", "HEAD").strip()
+    changed = _output("git", "-C", str(here), "status", "--porcelain", "--untracked-files=no")
+    return head + ("+" if changed.strip() else "") if head else None
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""

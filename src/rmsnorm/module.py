@@ -1,0 +1,91 @@
+"""The layers: state and one call."""
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from rmsnorm.errors import complaint
+from rmsnorm.ops import rms_norm
+from rmsnorm.spec import DTYPES, Cast, check_spec
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` over the last dimension, with a weight of shape (hidden_size,).
+
+    The weight starts at one, or, with offset 1, at zero, so that a new layer scales by one. Without
+    `elementwise_affine` there is none. Arguments are those of `rms_norm`; raises TypeError or ValueError for what
+    makes no sense. state_dict key: "weight".
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-6,
+        *,
+        cast: Cast = "early",
+        offset: float = 0.0,
+        elementwise_affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        where = type(self).__name__
+        if not isinstance(hidden_size, int) or isinstance(hidden_size, bool):
+            raise TypeError(complaint(where, "hidden_size", f"is a {type(hidden_size).__name__}", "an int"))
+        if hidden_size <= 0:
+            raise ValueError(complaint(where, "hidden_size", f"is {hidden_size}", "at least 1"))
+        if dtype is not None and dtype not in DTYPES:
+            raise TypeError(complaint(where, "dtype", f"is {dtype}", "float32, bfloat16, float16 or float64"))
+        check_spec(where, eps, cast, offset)
+        if offset != 0 and not elementwise_affine:
+            raise ValueError(complaint(where, "elementwise_affine", "is False with an offset", "True"))
+        self.hidden_size = hidden_size
+        self.eps = eps
+        self.cast = cast
+        self.offset = offset
+        weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype)) if elementwise_affine else None
+        self.register_parameter("weight", weight)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.weight is not None:
+            nn.init.constant_(self.weight, 1.0 - self.offset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, cast=self.cast, offset=self.offset)
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.hidden_size}, eps={self.eps}, cast={self.cast!r}"]
+        if self.offset != 0:
+            parts.append(f"offset={self.offset}")
+        if self.weight is None:
+            parts.append("elementwise_affine=False")
+        return ", ".join(parts)
+
+
+class DeepseekV2RMSNorm(nn.Module):
+    """The published class: the same constructor, attributes (`weight`, `variance_epsilon`) and state_dict."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        prototype = RMSNorm(hidden_size, eps)
+        self.weight = prototype.weight
+        self.variance_epsilon = eps
+        join_layernorm_layers(type(self))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+def join_layernorm_layers(cls: type[nn.Module]) -> None:
+    """Append to transformers' ALL_LAYERNORM_LAYERS, by which its older Trainers spare norms the weight decay.
+
+    Only where transformers is loaded already, as it is wherever its Trainer is used: importing it takes seconds.
+    """
+    layers = getattr(sys.modules.get("transformers.pytorch_utils"), "ALL_LAYERNORM_LAYERS", None)
+    if isinstance(layers, list) and cls not in layers:
+        layers.append(cls)

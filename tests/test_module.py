@@ -1,0 +1,120 @@
+"""The layers: constructor, attributes, state, and everything a module is put through."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from rmsnorm import DeepseekV2RMSNorm, RMSNorm, rms_norm
+
+
+def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+LAYERS = [
+    RMSNorm(48),
+    RMSNorm(48, 1e-5, cast="late"),
+    RMSNorm(48, cast="late", offset=1.0),
+    RMSNorm(48, elementwise_affine=False),
+    RMSNorm(48, dtype=torch.bfloat16),
+    DeepseekV2RMSNorm(48, eps=1e-5),
+]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=repr)
+def test_copies_compute_the_same(layer: nn.Module, tmp_path) -> None:
+    layer = randomized(copy.deepcopy(layer))
+    x = torch.randn(5, 48, generator=torch.Generator().manual_seed(1)).bfloat16()
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    others = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(buffer, weights_only=False)]
+    save_file(layer.state_dict(), tmp_path / "layer.safetensors")
+    fresh = copy.deepcopy(layer)
+    if list(fresh.parameters()):
+        randomized(fresh, seed=2)
+        assert not torch.equal(fresh(x), layer(x))
+    fresh.load_state_dict(load_file(tmp_path / "layer.safetensors"))
+    for other in [*others, fresh]:
+        assert repr(other) == repr(layer)
+        assert torch.equal(other(x), layer(x))
+
+
+def test_layer_is_the_function() -> None:
+    x = torch.randn(3, 4, 48, generator=torch.Generator().manual_seed(0)).half()
+    layer = randomized(RMSNorm(48, 1e-5, cast="late", offset=1.0))
+    assert torch.equal(layer(x), rms_norm(x, layer.weight, 1e-5, cast="late", offset=1.0))
+    published = randomized(DeepseekV2RMSNorm(48))
+    assert torch.equal(published(x), rms_norm(x, published.weight))
+
+
+def test_published_class_has_the_published_shape() -> None:
+    layer = DeepseekV2RMSNorm(48, eps=1e-5)
+    assert list(layer.state_dict()) == ["weight"]
+    assert torch.equal(layer.weight, torch.ones(48))
+    assert layer.variance_epsilon == 1e-5
+    x = torch.randn(2, 48, generator=torch.Generator().manual_seed(0)) * 1e-3
+    before = layer(hidden_states=x)
+    layer.variance_epsilon = 1.0
+    assert not torch.equal(layer(x), before)
+
+
+def test_new_layers_scale_by_one() -> None:
+    assert torch.equal(RMSNorm(4).weight, torch.ones(4))
+    assert torch.equal(RMSNorm(4, cast="late", offset=1).weight, torch.zeros(4))
+    assert RMSNorm(4, elementwise_affine=False).weight is None
+
+
+def test_meta_device_allocates_nothing_and_materializes() -> None:
+    layer = RMSNorm(1 << 40, device="meta")
+    assert layer.weight.is_meta
+    with torch.device("meta"):
+        small = DeepseekV2RMSNorm(48)
+    assert small(torch.empty(2, 48, device="meta")).shape == (2, 48)
+    small = randomized(small.to_empty(device="cpu"))
+    assert small(torch.ones(2, 48)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"hidden_size": 0}, ValueError, "[RMSNorm] hidden_size is 0, expected at least 1"),
+        ({"hidden_size": -3}, ValueError, "hidden_size is -3"),
+        ({"hidden_size": 4.0}, TypeError, "hidden_size is a float, expected an int"),
+        ({"hidden_size": 4, "eps": -1.0}, ValueError, "eps is -1.0"),
+        ({"hidden_size": 4, "eps": float("nan")}, ValueError, "eps is nan"),
+        ({"hidden_size": 4, "cast": "middle"}, ValueError, "cast is 'middle', expected 'early' or 'late'"),
+        ({"hidden_size": 4, "offset": 1.0}, ValueError, "cast='late'"),
+        ({"hidden_size": 4, "cast": "late", "offset": 1.0, "elementwise_affine": False}, ValueError, "elementwise_affine"),
+        ({"hidden_size": 4, "dtype": torch.int32}, TypeError, "dtype is torch.int32"),
+    ],
+)
+def test_bad_constructor_arguments_are_named(arguments: dict, error: type[Exception], text: str) -> None:
+    with pytest.raises(error) as caught:
+        RMSNorm(**arguments)
+    assert text in str(caught.value)
+
+
+def test_joins_the_layernorm_list_of_transformers_that_have_one() -> None:
+    program = """
+import sys, types
+stand_in = types.ModuleType("transformers.pytorch_utils")
+stand_in.ALL_LAYERNORM_LAYERS = []
+import rmsnorm
+rmsnorm.DeepseekV2RMSNorm(4)
+assert "transformers" not in sys.modules
+sys.modules["transformers.pytorch_utils"] = stand_in
+rmsnorm.DeepseekV2RMSNorm(4), rmsnorm.DeepseekV2RMSNorm(4)
+assert stand_in.ALL_LAYERNORM_LAYERS == [rmsnorm.DeepseekV2RMSNorm]
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
