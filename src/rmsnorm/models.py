@@ -105,7 +105,7 @@ def patch(model: nn.Module) -> Report:
         spec, reason, changed = proofs[key]
         verdicts.append(Verdict(name, original.__name__, spec, reason, changed))
         if spec is not None and not patched:
-            module.__class__ = _replacement(original, spec)
+            module.__class__ = _replacement(original, spec)  # type: ignore[arg-type]  # classes hash by identity
             join_layernorm_layers(type(module))
     return Report(tuple(verdicts))
 
@@ -165,7 +165,7 @@ def _replacement(original: type[nn.Module], spec: Spec) -> type[nn.Module]:
 
 
 def _rebuild(original: type[nn.Module], spec: Spec) -> nn.Module:
-    cls = _replacement(original, spec)
+    cls = _replacement(original, spec)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 
@@ -222,9 +222,7 @@ def _prove(cls: type[nn.Module], module: nn.Module) -> tuple[Spec | None, str, d
                     return None, f"its forward raises {type(error).__name__} under the probe: {error}"[:200], {}
                 if not isinstance(y, Tensor):
                     return None, f"its forward returns a {type(y).__name__}", {}
-                candidates = [
-                    c for c in candidates if _same(y, reference.published(x, w, c.eps, c.cast, c.offset))
-                ]
+                candidates = [c for c in candidates if _same(y, reference.published(x, w, c.eps, c.cast, c.offset))]
                 if not candidates:
                     pair = str(x_dtype) if w_dtype is None else f"{x_dtype} input with {w_dtype} weight"
                     return None, f"no spec gives its bits for {pair}".replace("torch.", ""), {}

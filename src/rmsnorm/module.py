@@ -18,6 +18,8 @@ class RMSNorm(nn.Module):
     makes no sense. state_dict key: "weight".
     """
 
+    weight: nn.Parameter | None
+
     def __init__(
         self,
         hidden_size: int,
@@ -67,10 +69,11 @@ class RMSNorm(nn.Module):
 class DeepseekV2RMSNorm(nn.Module):
     """The published class: the same constructor, attributes (`weight`, `variance_epsilon`) and state_dict."""
 
+    weight: nn.Parameter
+
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
-        prototype = RMSNorm(hidden_size, eps)
-        self.weight = prototype.weight
+        self.register_parameter("weight", RMSNorm(hidden_size, eps).weight)
         self.variance_epsilon = eps
         join_layernorm_layers(type(self))
 

@@ -105,7 +105,7 @@ def warmup(
             for cast in ("early", "late"):
                 x = torch.ones(1, hidden_size, dtype=dtype, device=device, requires_grad=True)
                 w = torch.ones(hidden_size, dtype=weight_dtype, device=device, requires_grad=True)
-                rms_norm(x, w, cast=cast).sum().backward()  # type: ignore[arg-type]
+                rms_norm(x, w, cast=cast).sum().backward()
 
 
 # --- who computes --------------------------------------------------------------------------------------------
@@ -195,13 +195,11 @@ def _norm(
     """(y, s, …) with whatever machinery of differentiation the arguments and the moment call for."""
     plain = _plain(x, residual, w)
     if forward_ad._current_level >= 0 or (not plain and _transformed()):
-        return _TransformedNorm.apply(x, residual, w, eps, cast, offset)  # type: ignore[no-any-return]
+        return _TransformedNorm.apply(x, residual, w, eps, cast, offset)  # type: ignore[no-any-return, no-untyped-call]
     if torch.is_grad_enabled() and (
-        x.requires_grad
-        or (w is not None and w.requires_grad)
-        or (residual is not None and residual.requires_grad)
+        x.requires_grad or (w is not None and w.requires_grad) or (residual is not None and residual.requires_grad)
     ):
-        outputs = _Norm.apply(x, residual, w, eps, cast, offset)
+        outputs = _Norm.apply(x, residual, w, eps, cast, offset)  # type: ignore[no-untyped-call]
         return (outputs,) if residual is None else outputs
     return _forward(x, residual, w, eps, cast, offset, False, plain)
 
@@ -283,7 +281,7 @@ class _TransformedNorm(torch.autograd.Function):
         rows, w, rstd = ctx.saved_tensors
         tangents = [t for t in (x_t, residual_t) if t is not None]
         s_t = torch.zeros_like(rows) if not tangents else sum(tangents[1:], tangents[0])
-        y_t = _Backward.apply(s_t, None, rows, None, rstd, ctx.cast, 0.0, True, False)[0].float()
+        y_t = _Backward.apply(s_t, None, rows, None, rstd, ctx.cast, 0.0, True, False)[0].float()  # type: ignore[no-untyped-call]
         y_dtype = rows.dtype
         if w is not None:
             y_t = (w.float() + ctx.offset) * y_t
@@ -373,7 +371,9 @@ def _fake_backward(
 def _vmap_rule(op: Any, tensors: int) -> Any:
     """One call for the whole batch where rows are all that is batched; otherwise one call a sample."""
 
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    def rule(
+        info: Any, in_dims: tuple[int | None, ...], *args: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
         front = [
             a.movedim(d, 0) if d is not None else a for a, d in zip(args[:tensors], in_dims[:tensors], strict=True)
         ]

@@ -46,11 +46,11 @@ def _widen(typing_context: Any, value: Any) -> Any:
 
 
 @intrinsic
-def _narrow(typing_context: Any, value: Any, pointer: Any) -> Any:
+def _narrow(typing_context: Any, value: Any, pointer: Any, source: Any) -> Any:
     """The fp32 value rounded to nearest even to what the pointer points to.
 
-    bf16 is rounded by bits, and a NaN comes through: it stems from a 16-bit input or from the processor, so its
-    low 16 bits are zero and the addition cannot carry it away (`_readable` sees to fp32 weights).
+    bf16 is rounded by bits. A NaN that stems from bf16 or from the processor has only zeros in its low 16 bits, so
+    the addition cannot carry it away; one that stems from an fp32 source can have others, and is kept by hand.
     """
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -58,12 +58,14 @@ def _narrow(typing_context: Any, value: Any, pointer: Any) -> Any:
             bits = builder.bitcast(args[0], _I32)
             odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
             rounded = builder.add(builder.add(bits, _I32(0x7FFF)), odd)
+            if source.dtype == types.float32:
+                rounded = builder.select(builder.fcmp_unordered("uno", args[0], args[0]), _I32(0x7FC00000), rounded)
             return builder.trunc(builder.lshr(rounded, _I32(16)), _I16)
         if pointer.dtype == types.int16:
             return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), _I16)
         return args[0]
 
-    return pointer.dtype(types.float32, pointer), code
+    return pointer.dtype(types.float32, pointer, source), code
 
 
 @intrinsic
@@ -106,7 +108,7 @@ _FIRST, _SECOND, _THIRD = 4, 7, 10
 
 
 @numba.njit(error_model="numpy")
-def _start(layout: Any, strides: int, m: int) -> int:
+def _start(layout: Any, strides: int, m: int) -> Any:
     """Where row m of an input begins, in elements."""
     middle, inner = layout[2], layout[3]
     if m < inner:
@@ -125,7 +127,7 @@ def _forward(
         if _given(residual):
             other = _start(layout, _SECOND, m)
             for i in range(N):
-                s[out + i] = _narrow(_widen(x[at + i]) + _widen(residual[other + i]), s)
+                s[out + i] = _narrow(_widen(x[at + i]) + _widen(residual[other + i]), s, x)
             rows, at = s, out
         total = 0.0
         for i in range(N):
@@ -136,45 +138,36 @@ def _forward(
             rstd[m] = r
         if early:
             for i in range(N):
-                y[out + i] = _narrow(_widen(w[i]) * _widen(_narrow(_widen(rows[at + i]) * r, x)), y)
+                y[out + i] = _narrow(_widen(w[i]) * _widen(_narrow(_widen(rows[at + i]) * r, x, x)), y, w)
         else:
             for i in range(N):
-                y[out + i] = _narrow((_widen(w[i]) + offset) * (_widen(rows[at + i]) * r), y)
+                y[out + i] = _narrow((_widen(w[i]) + offset) * (_widen(rows[at + i]) * r), y, w)
 
 
 def _backward(
     dy: Any, ds: Any, x: Any, w: Any, rstd: Any, dx: Any, dw: Any, layout: Any, first: int, last: int,
     offset: float, early: bool,
 ) -> None:  # fmt: skip
-    N, chunk = layout[0], layout[1]
+    N, chunk, wants_dw, adds = layout[0], layout[1], _given(dw), _given(ds)
     for m in range(first, last):
         a, b, out, part = _start(layout, _FIRST, m), _start(layout, _SECOND, m), m * N, m // chunk * N
         r = rstd[m]
-        if _given(dx):
-            total = 0.0
+        if _given(dw) and m % chunk == 0:
             for i in range(N):
-                g = _widen(dy[a + i]) * (_widen(w[i]) + offset)
-                total = _add(total, np.float64(g * (_widen(x[b + i]) * r)))
+                dw[part + i] = 0.0
+        total = 0.0
+        for i in range(N):
+            d, xh = _widen(dy[a + i]), _widen(x[b + i]) * r
+            total = _add(total, np.float64((d * (_widen(w[i]) + offset)) * xh))
+            if wants_dw:
+                dw[part + i] += np.float64(d * (_widen(_narrow(xh, x, x)) if early else xh))
+        if _given(dx):
             c = np.float32(total / N)
-            if _given(ds):
-                d = _start(layout, _THIRD, m)
-                for i in range(N):
-                    g = _widen(dy[a + i]) * (_widen(w[i]) + offset)
-                    dx[out + i] = _narrow(r * (g - (_widen(x[b + i]) * r) * c) + _widen(ds[d + i]), dx)
-            else:
-                for i in range(N):
-                    g = _widen(dy[a + i]) * (_widen(w[i]) + offset)
-                    dx[out + i] = _narrow(r * (g - (_widen(x[b + i]) * r) * c), dx)
-        if _given(dw):
-            if m % chunk == 0:
-                for i in range(N):
-                    dw[part + i] = 0.0
-            if early:
-                for i in range(N):
-                    dw[part + i] += np.float64(_widen(dy[a + i]) * _widen(_narrow(_widen(x[b + i]) * r, x)))
-            else:
-                for i in range(N):
-                    dw[part + i] += np.float64(_widen(dy[a + i]) * (_widen(x[b + i]) * r))
+            other = _start(layout, _THIRD, m)
+            for i in range(N):
+                g, xh = _widen(dy[a + i]) * (_widen(w[i]) + offset), _widen(x[b + i]) * r
+                t = r * (g - xh * c)
+                dx[out + i] = _narrow(t + _widen(ds[other + i]) if adds else t, dx, w)
 
 
 def _sum_chunks(partials: Any, dw: Any, chunks: int, N: int) -> None:
@@ -182,7 +175,7 @@ def _sum_chunks(partials: Any, dw: Any, chunks: int, N: int) -> None:
         for i in range(N):
             partials[i] += partials[chunk * N + i]
     for i in range(N):
-        dw[i] = _narrow(np.float32(partials[i]), dw)
+        dw[i] = _narrow(np.float32(partials[i]), dw, dw)
 
 
 # --- compiling them ------------------------------------------------------------------------------------------
@@ -278,18 +271,19 @@ def _plan(shape: Sequence[int], *strides: Sequence[int]) -> _Plan | None:
         return None
     dims: list[tuple[int, tuple[int, ...]]] = []
     for axis in range(len(shape) - 1):
-        size, steps = shape[axis], tuple(stride[axis] for stride in strides)
+        size, inner = shape[axis], tuple(stride[axis] for stride in strides)
         if size == 1:
             continue
-        if dims and all(outer == inner * size for outer, inner in zip(dims[-1][1], steps, strict=True)):
-            dims[-1] = (dims[-1][0] * size, steps)
+        if dims and all(a == b * size for a, b in zip(dims[-1][1], inner, strict=True)):
+            dims[-1] = (dims[-1][0] * size, inner)
         else:
-            dims.append((size, steps))
+            dims.append((size, inner))
     if len(dims) > 3:
         return None
     dims = [(1, (0,) * len(strides))] * (3 - len(dims)) + dims
     rows = max(_FEWEST_ROWS, -(-_CHUNK // N), -(-M // _MOST_CHUNKS))
-    values = [N, rows, dims[1][0], dims[2][0], *(dims[axis][1][t] for t in range(len(strides)) for axis in range(3))]
+    steps = [dims[axis][1][t] for t in range(len(strides)) for axis in range(3)]
+    values = [N, rows, dims[1][0], dims[2][0], *steps, *[0] * (9 - len(steps))]
     layout = (ctypes.c_int64 * len(values))(*values)
     return _Plan(M, N, rows, -(-M // rows), ctypes.addressof(layout), layout)
 
@@ -307,15 +301,13 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As `reference.forward`."""
     if residual is not None and residual.dtype != x.dtype:
-        s = (x + residual).contiguous()
-        y, _, rstd = forward(s, None, w, eps, cast, offset, with_rstd)
-        return y, s, rstd
+        rows = (x + residual).contiguous()
+        y, _, rstd = forward(rows, None, w, eps, cast, offset, with_rstd)
+        return y, rows, rstd
     kernel, read = _forward_kernel(x.dtype, None if w is None else w.dtype, cast)
+    s: Tensor | None = None
     if residual is None:
-        plan = _plan(x.shape, x.stride())
-        if plan is None:
-            plan, (x,) = _walk(x)
-        s = None
+        plan, (x,) = _walk(x)
     else:
         plan, (x, residual) = _walk(x, residual)
         s = _new(x, x.dtype)
@@ -394,11 +386,7 @@ def _readable(w: Tensor | None, N: int, read: _Types) -> Tensor:
     """The weight as the kernels read it; ones in place of none, which change no bit."""
     if w is None:
         return torch.ones(N, dtype=read.w, device="cpu")
-    if w.dtype != read.w or not w.is_contiguous():
-        w = w.to(read.w).contiguous()
-    if read.w != read.y:  # fp32 with 16-bit results: see `_narrow`
-        w = torch.where(w.isnan(), math.nan, w)
-    return w
+    return w.to(read.w).contiguous()
 
 
 def _new(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -406,4 +394,3 @@ def _new(x: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == x.dtype and x.is_contiguous():
         return torch.empty_like(x)
     return torch.empty(x.shape, dtype=dtype, device="cpu")
-

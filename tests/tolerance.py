@@ -1,0 +1,78 @@
+"""Every bound of the suite, with where it comes from. What is not bounded here is compared bit for bit.
+
+u is half an fp32 ulp, the relative error of one rounded fp32 step. A row's steps, from the definition:
+rstd: S/N, eps, their sum (3u, halved by the root), the root, the division: 3.5u. xh = x·rstd: 4.5u. y = w·xh: 5.5u.
+"""
+
+import torch
+from torch import Tensor
+
+FP32_ULP = 2.0**-23
+U = FP32_ULP / 2
+
+RSTD = 3.5 * U
+XH = 4.5 * U
+Y = 5.5 * U
+
+# y of α·x against y of x: two y, and α·x rounded (u in the element, u in the statistic).
+SCALED = 2 * Y + 2 * U
+# norm(norm(x)) against norm(x), no weight: the inner rms is 1 within XH, so the outer xh is off by XH and 4.5u more.
+IDEMPOTENT = 2 * XH
+# LayerNorm of a row whose mean was taken out: the centring is rounded once, u of the largest element, which counts in
+# the numerator and, through ms, in the statistic.
+LAYER_NORM, CENTRED = Y + U, 2 * U
+# w·xh folded into the next matrix: the two sides differ by the one rounding of that product.
+FOLDED = U * (1 + 2 * U)
+# An element of dx, in units of rstd·(|g| + |xh·c|). The xh·c term: xh 4.5, c (g 1, xh 4.5, product 1, mean 1; the sum is
+# fp64) 7.5, product 1, difference 1, factor rstd 4.5; and 1 to spare for products of two errors. The g term is shorter.
+DX = 20 * U
+# As DX, but for an output tangent w·P·x_t + xh·w_t: the factor w, the sum of two terms and their cast to fp32 come on top.
+TANGENT = DX + 4 * U
+# The same in fp64, for the formula itself: a few thousand roundings of 2⁻⁵³ in a row of at most 64.
+FP64 = 1e-11
+
+# The contract on gradients, in relative L2 error against fp64 over at least this many elements.
+GRADIENT_ELEMENTS = 1 << 16
+# fp32, N ≥ 16: eager has the same number of fp32 roundings, so the two errors differ by chance, not by kind.
+FP32_GRADIENT_OF_EAGER, FP32_GRADIENT_FROM_N = 1.1, 16
+# fp32 below that: dx is a difference that cancels (N = 1: wholly), so its error is in units of what is subtracted,
+# DX of at most 2·‖rstd·dy·w‖ in the worst case, a third of that when roundings are random.
+FP32_GRADIENT_NARROW = 8 * FP32_ULP
+# 16-bit: where eager rounds to 16 bits in between it is worse. Where it does not (late), both round the same number
+# once, and chance decides: if δ is our fp32 error before the cast, |fl(t+δ) − t| ≤ |fl(t) − t| + 2|δ|, eager's at best.
+HALF_GRADIENT_OF_EAGER, HALF_GRADIENT_TIE = 1.0, 2 * FP32_GRADIENT_NARROW
+
+# Against the class run eagerly: the share of outputs that may differ, and by how many ulp (early, late).
+DEFINITION_SHARE = {torch.bfloat16: 1e-5, torch.float16: 8e-5}
+DEFINITION_ULP = {"early": 2, "late": 1}
+# A tie too: dw of an fp32 weight when early. Both sum dy·cast(xh), whose casts, of error ulp/√12, differ by an ulp in
+# that share of places: by √(12·share) of the error in L2.
+HALF_GRADIENT_CAST_TIE = {dtype: 1 + (12 * share) ** 0.5 for dtype, share in DEFINITION_SHARE.items()}
+
+
+def relative_l2(got: Tensor, true: Tensor) -> float:
+    """‖got − true‖ / ‖true‖ in fp64."""
+    return float((got.double() - true).norm() / true.norm())
+
+
+def ordered(t: Tensor) -> Tensor:
+    """Each number as its place in the order of its dtype: neighbours differ by one, the two zeros by none."""
+    bits = t.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]).long()
+    lowest = -(1 << (8 * t.element_size() - 1))
+    return torch.where(bits < 0, lowest - bits, bits)
+
+
+def assert_same_bits(got: Tensor | None, expected: Tensor | None, what: str = "") -> None:
+    """No tolerance at all: dtype, shape, every bit; of a NaN only its place."""
+    if got is None or expected is None:
+        assert got is expected, f"{what}: {got} against {expected}"
+        return
+    assert got.dtype == expected.dtype, f"{what}: {got.dtype}, expected {expected.dtype}"
+    assert got.shape == expected.shape, f"{what}: {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    got, expected = got.detach().contiguous(), expected.detach().contiguous()
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
+    differ = (got.view(integer) != expected.view(integer)) & ~(got.isnan() & expected.isnan())
+    if differ.any():
+        at = tuple(differ.nonzero()[0].tolist())
+        a, b = got[at].item(), expected[at].item()
+        raise AssertionError(f"{what}: {int(differ.sum())} of {got.numel()} differ, first at {at}: {a!r} against {b!r}")
