@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from tolerance import assert_same_bits
 from torch import Tensor
 
 from rmsnorm import add_rms_norm, explain, reference, rms_norm
+from tolerance import assert_same_bits
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SPECS = (("early", 0.0), ("late", 0.0), ("late", 1.0))
@@ -203,7 +203,9 @@ def test_the_residual(x_dtype, w_dtype, cast, offset, randn) -> None:
 @pytest.mark.parametrize("dtype", FLOATS, ids=short)
 def test_the_residual_in_every_form(dtype, randn) -> None:
     w = randn(64, dtype=dtype)
-    for (name, form), (_, other) in zip(FORMS.items(), [*list(FORMS.items())[1:], ("row_strided", sliced)], strict=True):
+    for (name, form), (_, other) in zip(
+        FORMS.items(), [*list(FORMS.items())[1:], ("row_strided", sliced)], strict=True
+    ):
         x = form(randn, 64, dtype)
         residual = other(randn, 64, dtype)
         residual = residual if residual.shape == x.shape else form(randn, 64, dtype)
@@ -251,7 +253,9 @@ def test_every_bf16_pattern_as_x(w_dtype, cast, offset, randn) -> None:
     dy = randn(1 << 16, 3, dtype=output_dtype(torch.bfloat16, w_dtype, cast))
     for eps in (1e-6, 0.0):
         check(x, randn(3, dtype=w_dtype), dy, cast=cast, offset=offset, eps=eps)
-        check(x, randn(3, dtype=w_dtype), dy, randn(1 << 16, 3, dtype=torch.bfloat16), cast=cast, offset=offset, eps=eps)
+        check(
+            x, randn(3, dtype=w_dtype), dy, randn(1 << 16, 3, dtype=torch.bfloat16), cast=cast, offset=offset, eps=eps
+        )
 
 
 @pytest.mark.parametrize(("cast", "offset"), SPECS)

@@ -235,7 +235,9 @@ def test_a_transformers_model_whole() -> None:
     assert not report.left
     after = model(tokens).last_hidden_state
     assert not torch.equal(after, before)  # in fp32 about 15 % of a norm's outputs change, by an ulp or two
-    torch.testing.assert_close(after, before, rtol=0, atol=64 * torch.finfo(torch.float32).eps * before.abs().max().item())
+    torch.testing.assert_close(
+        after, before, rtol=0, atol=64 * torch.finfo(torch.float32).eps * before.abs().max().item()
+    )
     after.square().mean().backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if "norm" in n)
     unpatch(model)

@@ -95,7 +95,11 @@ def test_meta_device_allocates_nothing_and_materializes() -> None:
         ({"hidden_size": 4, "eps": float("nan")}, ValueError, "eps is nan"),
         ({"hidden_size": 4, "cast": "middle"}, ValueError, "cast is 'middle', expected 'early' or 'late'"),
         ({"hidden_size": 4, "offset": 1.0}, ValueError, "cast='late'"),
-        ({"hidden_size": 4, "cast": "late", "offset": 1.0, "elementwise_affine": False}, ValueError, "elementwise_affine"),
+        (
+            {"hidden_size": 4, "cast": "late", "offset": 1.0, "elementwise_affine": False},
+            ValueError,
+            "elementwise_affine",
+        ),
         ({"hidden_size": 4, "dtype": torch.int32}, TypeError, "dtype is torch.int32"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What every measured figure carries with it: the machine, the versions, the commit and the date."""
+"""The device to measure on, and what every measured figure carries: machine, versions, commit and date."""
 
 import datetime
 import importlib.metadata
@@ -10,15 +10,30 @@ from typing import Any
 
 import torch
 
+from rmsnorm.errors import CommandError
+
 _PACKAGES = ("torch", "numba", "triton", "transformers", "numpy")
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of that name, or by default the GPU if there is one. Raises CommandError if torch cannot use it."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.ones(1, dtype=torch.float64, device=device).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, IndexError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CommandError(f"device {name!r} cannot be used here, give cpu or cuda: {reason}"[:300]) from None
+    return device
 
 
 def describe(device: str | torch.device = "cpu") -> dict[str, Any]:
     """The facts a figure measured on `device` needs to be read later, ready for `json.dumps`.
 
     Keys: device, cpu, cores, threads, isa, memory_gb, gpu (a dict: name, memory_gb, multiprocessors, capability,
-    driver, cuda; None on the CPU), os, python, versions, commit (None outside a repository; ends in "+" where
-    files differ from it; the variable RMSNORM_COMMIT wins), date (UTC).
+    driver, cuda; None on the CPU), load (processes that wanted a core in the last minute), os, python, versions,
+    commit (None outside a repository; ends in "+" where files differ from it; the variable RMSNORM_COMMIT wins),
+    date (UTC).
     """
     device = torch.device(device)
     return {
@@ -29,6 +44,7 @@ def describe(device: str | torch.device = "cpu") -> dict[str, Any]:
         "isa": torch.backends.cpu.get_cpu_capability(),
         "memory_gb": _memory_gb(),
         "gpu": _gpu(device) if device.type == "cuda" else None,
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "os": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": _versions(),

@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from rmsnorm import reference
+from rmsnorm.errors import complaint
 from rmsnorm.spec import DTYPES, Cast, check_spec, check_tensors
 
 
@@ -57,6 +58,8 @@ def add_rms_norm(
     that arrives through s is added in fp32, before the one cast.
     """
     check_spec("add_rms_norm", eps, cast, offset)
+    if residual is None:
+        raise TypeError(complaint("add_rms_norm", "residual", "is a NoneType", "a torch.Tensor"))
     check_tensors("add_rms_norm", x, residual, weight, offset)
     y, s = _norm(x, residual, weight, eps, cast, offset)[:2]
     return y, s
@@ -178,7 +181,8 @@ def _backward(
     need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    if _plain(dy, ds, x, w, rstd):
+    batched = torch._C._functorch.is_legacy_batchedtensor  # what is_grads_batched=True makes of a cotangent
+    if not (batched(dy) or (ds is not None and batched(ds))) and _plain(dy, ds, x, w, rstd):
         return _choose(x, None, w)[0].backward(dy, ds, x, w, rstd, cast, offset, need_dx, need_dw)  # type: ignore[no-any-return]
     dx, dw = torch.ops.rmsnorm.backward.default(dy, ds, x, w, rstd, cast, offset, need_dx, need_dw)
     return dx if need_dx else None, dw if need_dw else None
@@ -193,8 +197,11 @@ def _norm(
     x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float
 ) -> tuple[Any, ...]:
     """(y, s, …) with whatever machinery of differentiation the arguments and the moment call for."""
+    if torch.compiler.is_compiling():  # the operator has an autograd of its own, and a compiler takes it as it is
+        with_rstd = torch.is_grad_enabled()
+        return torch.ops.rmsnorm.forward.default(x, residual, w, eps, cast, offset, with_rstd)  # type: ignore[no-any-return]
     plain = _plain(x, residual, w)
-    if forward_ad._current_level >= 0 or (not plain and _transformed()):
+    if forward_ad._current_level >= 0 or (not plain and torch._C._are_functorch_transforms_active()):
         return _TransformedNorm.apply(x, residual, w, eps, cast, offset)  # type: ignore[no-any-return, no-untyped-call]
     if torch.is_grad_enabled() and (
         x.requires_grad or (w is not None and w.requires_grad) or (residual is not None and residual.requires_grad)
@@ -202,10 +209,6 @@ def _norm(
         outputs = _Norm.apply(x, residual, w, eps, cast, offset)  # type: ignore[no-untyped-call]
         return (outputs,) if residual is None else outputs
     return _forward(x, residual, w, eps, cast, offset, False, plain)
-
-
-def _transformed() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _gradients(
@@ -243,7 +246,8 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None = None) -> tuple[Tensor | None, ...]:
         # Grad mode here means create_graph: then the gradient must stay tied to its inputs, to raise if it is used.
-        return _gradients(ctx, dy, ds, _Backward.apply if torch.is_grad_enabled() else _backward)
+        tied = torch.is_grad_enabled() or forward_ad._current_level >= 0
+        return _gradients(ctx, dy, ds, _Backward.apply if tied else _backward)
 
 
 class _TransformedNorm(torch.autograd.Function):
@@ -395,12 +399,37 @@ def _vmap_rule(op: Any, tensors: int) -> Any:
     return rule
 
 
-for _name, _run, _fake, _tensors in (
-    ("forward", _run_forward, _fake_forward, 3),
-    ("backward", _run_backward, _fake_backward, 5),
+def _differentiated(*args: Any) -> bool:
+    """Whether a gradient or a tangent would be lost below autograd."""
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return True
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def _autograd_forward(
+    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float, with_rstd: bool
+) -> tuple[Tensor, ...]:
+    if not _differentiated(x, residual, w):
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.rmsnorm.forward.default(x, residual, w, eps, cast, offset, with_rstd)  # type: ignore[no-any-return]
+    y, *s, rstd = _TransformedNorm.apply(x, residual, w, eps, cast, offset)  # type: ignore[no-untyped-call]
+    return y, s[0] if s else x.new_empty(0), rstd if with_rstd else x.new_empty(0)
+
+
+def _autograd_backward(*args: Any) -> tuple[Tensor, ...]:
+    if not _differentiated(*args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.rmsnorm.backward.default(*args)  # type: ignore[no-any-return]
+    return _Backward.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
+
+
+for _name, _run, _autograd, _fake, _tensors in (
+    ("forward", _run_forward, _autograd_forward, _fake_forward, 3),
+    ("backward", _run_backward, _autograd_backward, _fake_backward, 5),
 ):
+    _op = getattr(torch.ops.rmsnorm, _name).default
     _LIB.impl(_name, _run, "CompositeExplicitAutograd")
+    _LIB.impl(_name, _autograd, "Autograd")
     torch.library.register_fake(f"rmsnorm::{_name}", _fake, lib=_LIB)
-    torch.library.register_vmap(
-        f"rmsnorm::{_name}", _vmap_rule(getattr(torch.ops.rmsnorm, _name).default, _tensors), lib=_LIB
-    )
+    torch.library.register_vmap(f"rmsnorm::{_name}", _vmap_rule(_op, _tensors), lib=_LIB)

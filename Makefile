@@ -1,0 +1,43 @@
+# Every target makes .venv by itself when it is missing or older than what it is made from.
+# Another torch: make setup TORCH=SPEC, where SPEC is what pip takes: torch==2.12.0, a path to a wheel.
+
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.complete
+PINS := .venv/constraints.txt
+
+.PHONY: setup report test check bench test-gpu
+
+setup: $(STAMP)
+
+report: $(STAMP)
+	$(BIN)/rmsnorm report
+
+bench: $(STAMP)
+	$(BIN)/rmsnorm bench
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-gpu: $(STAMP)
+	$(BIN)/python tests/gpu_check.py
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch comes first and alone, because which build of it is right depends on the machine; it brings its own Triton
+# where it can use one. What it chose is then pinned for the rest.
+$(STAMP): pyproject.toml constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| { echo "rmsnorm needs Python 3.11 or newer as '$(PYTHON)'; name another one with: make PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	grep -vE '^(torch|triton)==' constraints.txt > $(PINS)
+	$(BIN)/python -m pip install "$(TORCH)" -c $(PINS)
+	$(BIN)/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("triton") is None)' \
+		|| $(BIN)/python -m pip install "$$(grep '^triton==' constraints.txt)" -c $(PINS)
+	$(BIN)/python -m pip freeze | grep -E '^(torch|triton)==' >> $(PINS)
+	$(BIN)/python -m pip install -e '.[dev]' -c $(PINS)
+	@touch $@

@@ -1,0 +1,102 @@
+"""The command `rmsnorm`: parse, call, print. Exit code 0 if all is well, 1 if a check is red, 2 for a wrong call."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from rmsnorm.errors import CommandError
+
+
+def main() -> None:
+    """Run the command line on `sys.argv`."""
+    try:
+        app = _app()
+    except ImportError as error:
+        _fail(f"the command line needs {error.name}: pip install 'rmsnorm[report]'")
+    app()
+
+
+def _fail(message: str) -> None:
+    print(f"rmsnorm: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _app() -> Any:
+    import rich  # noqa: F401  # so that its absence is noticed here
+    import typer
+
+    app = typer.Typer(no_args_is_help=True, add_completion=False, help="RMSNorm: verified, measured, put into models.")
+    Json = Annotated[Path | None, typer.Option("--json", help="Write the result as JSON; - for standard output.")]
+    Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")]
+
+    @app.command()
+    def verify(
+        device: Device = None,
+        quick: Annotated[bool, typer.Option("--quick", help="A sixth of the sweep, in under a minute.")] = False,
+        json: Json = None,
+    ) -> None:
+        """Hold the kernels to the contract, over more than 10⁸ outputs."""
+        from rmsnorm.verify import verify as run
+
+        _run(lambda progress: run(device, quick, progress), json)
+
+    @app.command()
+    def bench(
+        device: Device = None,
+        quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and calls.")] = False,
+        out: Annotated[Path | None, typer.Option(help="A folder for bench-DEVICE.json.")] = None,
+        json: Json = None,
+    ) -> None:
+        """Measure this norm beside the others, in one run."""
+        from rmsnorm.bench import main as run
+
+        _run(lambda progress: run(device, quick, out, progress), json)
+
+    @app.command()
+    def report(
+        target: Annotated[str, typer.Argument(help="deepseek-ocr, or a checkpoint's folder.")] = "deepseek-ocr",
+        out: Annotated[Path, typer.Option(help="The folder that report.json goes to.")] = Path(),
+        device: Device = None,
+        tokens: Annotated[int, typer.Option(help="The length of the sequence.")] = 2048,
+        seconds: Annotated[float, typer.Option(help="About how long it may take.")] = 90.0,
+        json: Json = None,
+    ) -> None:
+        """Prove and replace the norms of a model, and say what that gained."""
+        from rmsnorm.report import main as run
+
+        _run(lambda progress: run(target, out, progress, device=device, tokens=tokens, seconds=seconds), json)
+
+    return app
+
+
+def _run(call: Callable[[Callable[[int, int, str], None]], Any], json_path: Path | None) -> None:
+    """Call with a progress bar on standard error; print the table, or the JSON where it was asked for."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    if json_path is not None and str(json_path) != "-" and not json_path.absolute().parent.is_dir():
+        _fail(f"--json {json_path}: there is no folder {json_path.absolute().parent}")
+    try:
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=None)
+
+            def progress(done: int, total: int, what: str) -> None:
+                bar.update(task, completed=done, total=total, description=what)
+
+            result = call(progress)
+    except CommandError as error:
+        _fail(str(error))
+    text = json.dumps(result.to_json(), indent=2)
+    if str(json_path) == "-":
+        print(text)
+    else:
+        Console().print(result.table())
+        if json_path is not None:
+            json_path.write_text(text + "\n")
+    raise SystemExit(0 if result.ok else 1)
+
+
+if __name__ == "__main__":
+    main()

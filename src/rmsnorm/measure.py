@@ -1,0 +1,176 @@
+"""How a figure is taken: interleaved times, bytes saved for backward, differing outputs, a file written whole."""
+
+import contextlib
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rmsnorm.errors import CommandError
+
+# (how many steps are done, of how many, what comes next)
+Progress = Callable[[int, int, str], None]
+
+# A shorter sample than this on a CPU is mostly the clock, so short calls are timed several in a row.
+_SHORTEST_SAMPLE = 100e-6
+_MOST_REPEATS = 200
+_FEWEST_FOR_QUARTILES = 5
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call. low and high: the quartiles of the samples, or, of fewer than five, the extremes."""
+
+    calls: int
+    minimum: float
+    median: float
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "calls": self.calls,
+            "min_us": round(self.minimum * 1e6, 3),
+            "median_us": round(self.median * 1e6, 3),
+            "low_us": round(self.low * 1e6, 3),
+            "high_us": round(self.high * 1e6, 3),
+        }
+
+
+def summarize(samples: list[float], repeats: int = 1) -> Timing:
+    """The figures of samples in seconds, each the mean of `repeats` calls."""
+    low, high = min(samples), max(samples)
+    if len(samples) >= _FEWEST_FOR_QUARTILES:
+        low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return Timing(len(samples) * repeats, min(samples), statistics.median(samples), low, high)
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    samples: int = 100,
+    fewest: int = 5,
+    seconds: float | None = None,
+) -> dict[str, Timing]:
+    """Time the calls in turn, in an order shuffled every round, so that none has the machine's better moments.
+
+    Each gets `samples` samples; with `seconds`, as many of them as fit into that time, and at least `fewest`. On a
+    GPU a sample is one call between two events after the L2 cache was overwritten; on a CPU it is as many calls in
+    a row as fill a tenth of a millisecond.
+    """
+    stopwatch = _cuda_stopwatch(device) if device.type == "cuda" else _cpu_stopwatch
+    repeats, counts = {}, {}
+    for name, call in calls.items():
+        stopwatch(call, 1)
+        probe = max(min(stopwatch(call, 1) for _ in range(2)), 1e-9)
+        repeats[name] = 1 if device.type == "cuda" else max(1, min(_MOST_REPEATS, int(_SHORTEST_SAMPLE / probe)))
+        affordable = samples if seconds is None else int(seconds / (probe * repeats[name]))
+        counts[name] = max(min(fewest, samples), min(samples, affordable))
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    order = random.Random(0)
+    rounds = max(counts.values())
+    for i in range(rounds):
+        due = [name for name, count in counts.items() if i * count // rounds != (i + 1) * count // rounds]
+        order.shuffle(due)
+        for name in due:
+            taken[name].append(stopwatch(calls[name], repeats[name]))
+    return {name: summarize(times, repeats[name]) for name, times in taken.items()}
+
+
+def _cpu_stopwatch(call: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def _cuda_stopwatch(device: torch.device) -> Callable[[Callable[[], object], int], float]:
+    # Four times the L2 cache, eight times over: also long enough for the host to queue the call meanwhile.
+    size = 4 * getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20)
+    wash = torch.empty(max(size, 1 << 20), dtype=torch.uint8, device=device)
+
+    def sample(call: Callable[[], object], repeats: int) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        for _ in range(8):
+            wash.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+    return sample
+
+
+@contextlib.contextmanager
+def saved_for_backward(besides: Iterable[Tensor] = ()) -> Iterator[Callable[[], int]]:
+    """Count the bytes that autograd saves inside, by unique storage, without those of `besides` (the weights).
+
+    The function it gives says how many so far; ask while the graph is alive, as a freed address may come again.
+    """
+    known = {t.untyped_storage().data_ptr() for t in besides}
+    storages: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return t.detach()  # an output that held itself would never be freed
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield lambda: sum(storages.values())
+
+
+def differing(a: Tensor, b: Tensor) -> tuple[int, int]:
+    """(how many elements differ in their bits, by how many ulp at most); two NaN are equal, +0 and -0 one apart.
+
+    a, b: of one shape and of one floating dtype. Raises ValueError if they are not.
+    """
+    if a.shape != b.shape or a.dtype != b.dtype:
+        raise ValueError(f"{tuple(a.shape)} {a.dtype} cannot be compared with {tuple(b.shape)} {b.dtype}")
+    if a.numel() == 0:
+        return 0, 0
+    steps = (_ordered(a) - _ordered(b)).abs().masked_fill_(a.isnan() & b.isnan(), 0)
+    return int(steps.count_nonzero()), int(steps.max())
+
+
+def _ordered(t: Tensor) -> Tensor:
+    """The floats as integers in the same order, a step an ulp."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
+    bits = t.detach().contiguous().view(integer).long()
+    lowest = -(1 << (8 * t.element_size() - 1))
+    return torch.where(bits < 0, lowest - bits - 1, bits)
+
+
+def check_folder(out: Path) -> None:
+    """Raise CommandError, before any work is done for it, unless a file could be written into `out`."""
+    existing = out
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise CommandError(f"nothing can be written into {out}: give --out a folder that can be written to")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write the whole file or none of it: into a file beside it, and then under its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise

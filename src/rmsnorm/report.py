@@ -1,0 +1,673 @@
+"""`rmsnorm report`: what replacing a model's norms changes and gains, measured on the activations that reach them."""
+
+import contextlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rmsnorm import machine, measure, reference
+from rmsnorm.errors import CommandError
+from rmsnorm.measure import Progress, Timing
+from rmsnorm.models import Verdict, patch, unpatch
+
+_NORM_SECONDS = 12.0  # for timing the norms alone, all of them together
+_NORM_SAMPLES, _TOKEN_SAMPLES, _FEWEST = 15, 50, 3
+_FEWEST_FORWARD, _FEWEST_TRAINING, _MOST_STEPS = 3, 2, 15
+
+
+# --- what comes out ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Pair:
+    """Seconds with the model's own classes and with ours, summed over what was timed."""
+
+    before: float = 0.0
+    after: float = 0.0
+
+    def add(self, timings: dict[str, Timing]) -> None:
+        self.before += timings["before"].median
+        self.after += timings["after"].median
+
+    @property
+    def gain(self) -> float | None:
+        return self.before / self.after if self.after else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"before_us": self.before * 1e6, "after_us": self.after * 1e6, "gain": self.gain}
+
+
+@dataclass
+class Norm:
+    """One norm, proven or left, and what was seen where activations reached it.
+
+    wrong: outputs of the patched model that are not *exact*'s bits, NaN positions counted; changed: those that are
+    not the replaced class's; ulp: by how much at most.
+    """
+
+    verdict: Verdict
+    width: int | None
+    calls: int = 0
+    rows: int = 0
+    outputs: int = 0
+    wrong: int = 0
+    changed: int = 0
+    ulp: int = 0
+    forward: Pair = field(default_factory=Pair)
+    training: Pair = field(default_factory=Pair)
+    token: Pair = field(default_factory=Pair)
+
+    def to_json(self) -> dict[str, Any]:
+        spec = self.verdict.spec
+        return {
+            "name": self.verdict.name,
+            "class": self.verdict.cls,
+            "width": self.width,
+            "spec": None if spec is None else {"eps": spec.eps, "cast": spec.cast, "offset": spec.offset},
+            "left_because": self.verdict.reason or None,
+            "calls": self.calls,
+            "rows": self.rows,
+            "outputs": self.outputs,
+            "differ_from_exact": self.wrong,
+            "differ_from_original": self.changed,
+            "most_ulp_from_original": self.ulp,
+            "forward": self.forward.to_json(),
+            "forward_backward": self.training.to_json(),
+            "one_token": self.token.to_json(),
+        }
+
+
+@dataclass(frozen=True)
+class Step:
+    """A whole-model step, timed with the model's own norms and with ours in turn, and what the norms are of it."""
+
+    before: Timing
+    after: Timing
+    norms: Pair
+    samples: tuple[tuple[float, float], ...]  # seconds before and after, a pair a round
+
+    @property
+    def inside_spread(self) -> bool:
+        """Whether the two spreads overlap, so that the difference of the medians says nothing."""
+        return self.before.low <= self.after.high and self.after.low <= self.before.high
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        return self.norms.before / self.before.median, self.norms.after / self.after.median
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "before": self.before.to_json(),
+            "after": self.after.to_json(),
+            "difference_us": (self.before.median - self.after.median) * 1e6,
+            "inside_spread": self.inside_spread,
+            "rounds_us": [[before * 1e6, after * 1e6] for before, after in self.samples],
+            "norms_share_before": self.shares[0],
+            "norms_share_after": self.shares[1],
+        }
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Bytes that the whole model saves for backward, weights not counted."""
+
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Result:
+    target: str
+    facts: dict[str, Any]
+    model: dict[str, Any]
+    notes: tuple[str, ...]
+    norms: tuple[Norm, ...]
+    forward: Step | None
+    training: Step | None
+    saved: Saved | None
+    seconds: float
+    peak_bytes: int
+
+    @property
+    def ok(self) -> bool:
+        """No output of the patched model's norms differs from *exact*, and the preset has the norms it should."""
+        return not any(n.wrong for n in self.norms) and self.model["as_expected"] is not False
+
+    def total(self, which: str) -> Pair:
+        """The norms' times summed; which: "forward", "training" or "token"."""
+        return _total(self.norms, which)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "verb": "report",
+            "ok": self.ok,
+            "target": self.target,
+            "machine": self.facts,
+            "model": self.model,
+            "notes": list(self.notes),
+            "norms": [n.to_json() for n in self.norms],
+            "sum_forward": self.total("forward").to_json(),
+            "sum_forward_backward": self.total("training").to_json(),
+            "sum_one_token": self.total("token").to_json(),
+            "forward_step": None if self.forward is None else self.forward.to_json(),
+            "training_step": None if self.training is None else self.training.to_json(),
+            "saved_for_backward": None
+            if self.saved is None
+            else {
+                "before_bytes": self.saved.before,
+                "after_bytes": self.saved.after,
+                "less_bytes": self.saved.before - self.saved.after,
+            },
+            "seconds": round(self.seconds, 1),
+            "peak_resident_bytes": self.peak_bytes,
+        }
+
+    def table(self) -> Any:
+        """A rich renderable: the norms one by one, then the whole model."""
+        from rich.console import Group
+        from rich.text import Text
+
+        m = self.model
+        proven = sum(n.verdict.spec is not None for n in self.norms)
+        head = (
+            f"{self.target}: {m['class']}, {m['parameters']:,} parameters, {m['dtype']}, {m['tokens']} tokens; "
+            f"{proven} of {m['norms']} norms proven and replaced, {m['norm_parameters']:,} norm parameters"
+        )
+        lines = [Text(machine.headline(self.facts)), Text(head), *(Text(f"note: {note}") for note in self.notes)]
+        last = Text(f"{self.seconds:.0f} s, {self.peak_bytes / 1e9:.1f} GB of memory at most")
+        verdict = Text("every output of the replaced norms has the exact bits", "green")
+        if not self.ok:
+            verdict = Text(self._red(), "red")
+        return Group(*lines, self._norms_table(), self._model_table(), verdict, last)
+
+    def _red(self) -> str:
+        wrong = sum(n.wrong for n in self.norms)
+        if wrong:
+            return f"{wrong} outputs of the replaced norms differ from the exact bits"
+        found = f"{self.model['norms']} norms with {self.model['norm_parameters']:,} parameters"
+        return f"this is not the expected model: {found}, so transformers has changed it"
+
+    def _norms_table(self) -> Any:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title="Each norm alone, on the activations that reach it: median us before → with ours")
+        table.add_column("norm", no_wrap=True)
+        for column in ("M x N", "≠ exact", "≠ before", "forward", "forward + backward", "one token"):
+            table.add_column(column, justify="right")
+        for n in self.norms:
+            if n.verdict.spec is None:
+                table.add_row(Text(f"{n.verdict.name}, left: {n.verdict.reason}", "yellow"))
+            elif not n.calls:
+                table.add_row(Text(f"{n.verdict.name}, no activation reached it", "yellow"))
+            else:
+                changed = f"{n.changed / n.outputs:.1g}, {n.ulp} ulp" if n.changed else "0"
+                wrong = Text(str(n.wrong), "red" if n.wrong else "")
+                table.add_row(n.verdict.name, f"{n.rows} x {n.width}", wrong, changed, *self._times(n))
+        table.add_section()
+        reached = [n for n in self.norms if n.calls]
+        changed = f"{sum(n.changed for n in reached)} of {sum(n.outputs for n in reached):,}"
+        total = Norm(Verdict("sum", "", None), None)
+        total.forward, total.training, total.token = (self.total(k) for k in ("forward", "training", "token"))
+        table.add_row("sum", "", str(sum(n.wrong for n in reached)), changed, *self._times(total))
+        return table
+
+    @staticmethod
+    def _times(n: Norm) -> list[str]:
+        if n.wrong:
+            return ["-"] * 3
+        return [f"{_us(p.before)} → {_us(p.after)}" for p in (n.forward, n.training, n.token)]
+
+    def _model_table(self) -> Any:
+        from rich.table import Table
+
+        table = Table(title="The whole model (median, and in brackets the spread)")
+        for column in ("", "its own norms", "ours", "difference"):
+            table.add_column(column, justify="left" if not column else "right")
+        for label, pair in (("the norms, forward", self.total("forward")),
+                            ("the norms, forward + backward", self.total("training")),
+                            ("the norms, one token", self.total("token"))):  # fmt: skip
+            if pair.gain is not None:
+                table.add_row(label, _ms(pair.before), _ms(pair.after), f"{pair.gain:.1f} x faster")
+        for label, step in (("forward step", self.forward), ("training step", self.training)):
+            if step is not None:
+                difference = step.before.median - step.after.median
+                what = f"{difference / step.before.median:+.1%}, {difference * 1e3:+.0f} ms"
+                what = f"inside the spread ({what})" if step.inside_spread else f"{what} saved"
+                times = f"{label}, {step.before.calls} times each"
+                table.add_row(times, _spread(step.before), _spread(step.after), what)
+                table.add_row("  the norms' share", *(f"{share:.2%}" for share in step.shares), "")
+        if self.saved is not None:
+            before, after = self.saved.before, self.saved.after
+            less = f"{(before - after) / 1e6:.1f} MB less"
+            table.add_row("saved for backward", f"{before / 1e6:.1f} MB", f"{after / 1e6:.1f} MB", less)
+        return table
+
+
+def _total(norms: tuple[Norm, ...], which: str) -> Pair:
+    pairs = [getattr(n, which) for n in norms]
+    return Pair(sum(p.before for p in pairs), sum(p.after for p in pairs))
+
+
+def _us(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f}" if seconds < 1e-3 else f"{seconds * 1e6:.0f}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"
+
+
+def _spread(timing: Timing) -> str:
+    return f"{timing.median * 1e3:.0f} ms [{timing.low * 1e3:.0f}, {timing.high * 1e3:.0f}]"
+
+
+# --- measuring -----------------------------------------------------------------------------------------------
+
+_Say = Callable[[str], None]
+
+
+class _Steps:
+    """Counts what is announced; the total grows where more rounds fit in than were sure to."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.done, self.total = 0, 2
+
+    def __call__(self, what: str) -> None:
+        self.total = max(self.total, self.done + 1)
+        self.progress(self.done, self.total, what)
+        self.done += 1
+
+
+def main(
+    target: str, out: Path, progress: Progress, *, device: str | None = None, tokens: int = 2048, seconds: float = 90.0
+) -> Result:
+    """Report on a preset ("deepseek-ocr") or on a local Hugging Face checkpoint folder; writes out/report.json.
+
+    device: "cpu" or "cuda", by default the GPU if there is one. seconds: about how long it may take; whole-model
+    steps are repeated until then, forward at least three times and training at least twice. Raises CommandError,
+    before anything is written, for a target that is neither, a damaged folder, and options that make no sense.
+    """
+    start = time.perf_counter()
+    where = machine.find_device(device)
+    if tokens < 1:
+        raise CommandError(f"tokens is {tokens}: give at least 1")
+    measure.check_folder(out)
+    build = _builder(target)
+    _require_transformers()
+    say = _Steps(progress)
+    say(f"building {target}")
+    with _quiet():
+        model, expected, notes = build(where)
+    text = model.config.get_text_config()
+    vocabulary = getattr(text, "vocab_size", None)
+    if not vocabulary:
+        raise CommandError(f"{type(model).__name__} takes no token ids: give the folder of a language model")
+    tokens = min(tokens, getattr(text, "max_position_embeddings", None) or tokens)
+    ids = torch.randint(0, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0)).to(where)
+
+    say("proving and replacing its norms")
+    originals = {name: type(module) for name, module in model.named_modules()}
+    verdicts = patch(model).verdicts
+    modules = dict(model.named_modules())
+    norms = tuple(Norm(v, _width(modules[v.name])) for v in verdicts)
+    facts = _model_facts(model, [modules[v.name] for v in verdicts], tokens, expected)
+
+    forward = training = saved = None
+    if any(n.verdict.spec for n in norms):
+        say.total += sum(n.verdict.spec is not None for n in norms) + _FEWEST_FORWARD + 1 + _FEWEST_TRAINING
+        _examine(model, ids, norms, originals, say)
+        left = max(0.0, seconds - (time.perf_counter() - start))
+        forward = _forward_step(model, ids, _total(norms, "forward"), left / 4, say)
+        left = max(0.0, seconds - (time.perf_counter() - start))
+        try:
+            training, saved = _training_step(model, ids, _total(norms, "training"), left, say)
+        except (RuntimeError, NotImplementedError) as error:
+            notes = (*notes, f"no training step: {type(error).__name__}: {_first_line(error)}")
+    else:
+        notes = (*notes, "no norm was proven, so there is nothing to compare")
+
+    result = Result(
+        target, machine.describe(where), facts, notes, norms, forward, training, saved,
+        time.perf_counter() - start, _peak_bytes(),
+    )  # fmt: skip
+    measure.write_json(out / "report.json", result.to_json())
+    return result
+
+
+def _width(module: nn.Module) -> int | None:
+    weight = getattr(module, "weight", None)
+    return weight.shape[-1] if isinstance(weight, Tensor) and weight.dim() else None
+
+
+def _model_facts(
+    model: nn.Module, norms: list[nn.Module], tokens: int, expected: tuple[int, int] | None
+) -> dict[str, Any]:
+    counts = len(norms), sum(p.numel() for module in norms for p in module.parameters(recurse=False))
+    return {
+        "class": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})),
+        "tokens": tokens,
+        "norms": counts[0],
+        "norm_parameters": counts[1],
+        "as_expected": None if expected is None else counts == expected,
+    }
+
+
+def _examine(
+    model: nn.Module, ids: Tensor, norms: tuple[Norm, ...], originals: dict[str, type[nn.Module]], say: _Say
+) -> None:
+    """One forward pass of the patched model; each norm is checked and timed as its activations reach it.
+
+    Nothing is stored: the model waits inside the norm until it is done.
+    """
+    proven = [n for n in norms if n.verdict.spec is not None]
+    seconds = _NORM_SECONDS / len(proven)
+
+    def look(n: Norm, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], y: Tensor) -> None:
+        (x,) = (*args, *named.values())
+        say(f"checking and timing {n.verdict.name}")
+        _look(n, originals[n.verdict.name], module, x, y, seconds)
+
+    modules = dict(model.named_modules())
+    hooks = []
+    for n in proven:
+
+        def hook(module: nn.Module, args: Any, named: Any, y: Any, n: Norm = n) -> None:
+            look(n, module, args, named, y)
+
+        hooks.append(modules[n.verdict.name].register_forward_hook(hook, with_kwargs=True))
+    try:
+        model.eval()
+        with torch.no_grad():
+            _run(model, ids)
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def _look(n: Norm, original: type[nn.Module], module: nn.Module, x: Tensor, y: Tensor, seconds: float) -> None:
+    """Compare y, which the patched norm gave for x, and time the norm before and after on this x."""
+    spec = n.verdict.spec
+    assert spec is not None
+    w = module._parameters.get("weight")
+    exact = reference.forward(x, None, w, spec.eps, spec.cast, spec.offset, with_rstd=False)[0]
+    wrong = measure.differing(y, exact)[0]
+    changed, ulp = measure.differing(y, original.forward(module, x))
+    del exact
+    n.width = x.shape[-1]
+    n.calls += 1
+    n.rows += x.numel() // x.shape[-1]
+    n.outputs += y.numel()
+    n.wrong += wrong
+    n.changed += changed
+    n.ulp = max(n.ulp, ulp)
+    if wrong:
+        return  # no time for a norm whose bits are wrong
+
+    def timed(
+        make: Callable[[Callable[..., Tensor]], Callable[[], object]], samples: int, part: float
+    ) -> dict[str, Timing]:
+        calls = {"before": make(original.forward), "after": make(type(module).forward)}
+        return measure.interleave(calls, x.device, samples=samples, fewest=_FEWEST, seconds=part * seconds / 2)
+
+    token = x[..., -1:, :].contiguous()
+    n.forward.add(timed(lambda f: lambda: f(module, x), _NORM_SAMPLES, 0.3))
+    n.token.add(timed(lambda f: lambda: f(module, token), _TOKEN_SAMPLES, 0.1))
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        inputs = [leaf] if w is None or not w.requires_grad else [leaf, w]
+        dy = torch.randn(y.shape, dtype=y.dtype, device=y.device)
+        n.training.add(timed(lambda f: lambda: torch.autograd.grad(f(module, leaf), inputs, dy), _NORM_SAMPLES, 0.6))
+
+
+def _forward_step(model: nn.Module, ids: Tensor, norms: Pair, seconds: float, say: _Say) -> Step:
+    def step() -> None:
+        with torch.no_grad():
+            _run(model, ids)
+
+    model.eval()
+    return _alternate(model, step, norms, seconds, _FEWEST_FORWARD, ids.device, "forward step", say)
+
+
+def _training_step(model: nn.Module, ids: Tensor, norms: Pair, seconds: float, say: _Say) -> tuple[Step, Saved]:
+    """Forward and backward of one batch, from a random cotangent; no optimizer. Every step counts what it saves."""
+    model.train()
+    kept: list[int] = []
+    dy: list[Tensor] = []
+
+    def step() -> None:
+        with measure.saved_for_backward(model.parameters()) as saved:
+            y = _run(model, ids)
+            kept.append(saved())
+        if not dy:
+            generator = torch.Generator().manual_seed(1)
+            dy.append(torch.randn(y.shape, generator=generator).to(y.device, y.dtype))
+        y.backward(dy[0])
+        model.zero_grad(set_to_none=True)
+
+    say("warming up the training step")
+    start = time.perf_counter()
+    for swap in (unpatch, patch):
+        swap(model)
+        _run(model, ids[:, : max(1, ids.shape[1] // 8)]).square().mean().backward()
+        model.zero_grad(set_to_none=True)
+    seconds -= time.perf_counter() - start
+    timed = _alternate(model, step, norms, seconds, _FEWEST_TRAINING, ids.device, "training step", say)
+    return timed, Saved(kept[0], kept[1])
+
+
+def _alternate(
+    model: nn.Module, step: Callable[[], None], norms: Pair, seconds: float, fewest: int, device: torch.device,
+    what: str, say: _Say,
+) -> Step:  # fmt: skip
+    """Time the step with the model's own norms and with ours in turn, until the seconds are spent."""
+    before: list[float] = []
+    after: list[float] = []
+    start = time.perf_counter()
+    while len(before) < _MOST_STEPS:
+        pair = (time.perf_counter() - start) / max(1, len(before))
+        if len(before) >= fewest and time.perf_counter() - start + pair > seconds:
+            break
+        say(f"timing the {what}, round {len(before) + 1}")
+        for swap, samples in ((unpatch, before), (patch, after)):
+            swap(model)
+            samples.append(_timed(step, device))
+    rounds = tuple(zip(before, after, strict=True))
+    return Step(measure.summarize(before), measure.summarize(after), norms, rounds)
+
+
+def _timed(step: Callable[[], None], device: torch.device) -> float:
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    wait()
+    start = time.perf_counter()
+    step()
+    wait()
+    return time.perf_counter() - start
+
+
+def _run(model: nn.Module, ids: Tensor) -> Tensor:
+    try:
+        output = model(input_ids=ids, use_cache=False)
+    except (TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise CommandError(f"{type(model).__name__} cannot be run on token ids alone: {reason}") from error
+    y: Tensor | None = getattr(output, "last_hidden_state", None)
+    first: Tensor = output[0] if y is None else y
+    return first
+
+
+def _peak_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# --- the model -----------------------------------------------------------------------------------------------
+
+_Built = tuple[Any, tuple[int, int] | None, tuple[str, ...]]
+_Builder = Callable[[torch.device], _Built]
+
+
+def _builder(target: str) -> _Builder:
+    """What builds the target: (model, its expected norms and norm parameters if they are known, notes)."""
+    if target in PRESETS:
+        return PRESETS[target]
+    folder = Path(target)
+    if not folder.is_dir():
+        raise CommandError(
+            f"{target!r} is neither a preset nor a folder: give {', '.join(PRESETS)}, or a folder that holds "
+            "config.json and *.safetensors"
+        )
+    _check_checkpoint(folder)
+    return lambda device: _load(folder, device)
+
+
+def _deepseek_ocr(device: torch.device) -> _Built:
+    """DeepSeek-OCR's language decoder at its true widths, with random weights."""
+    from transformers import DeepseekOcr2TextConfig
+    from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2TextModel
+
+    notes: tuple[str, ...] = ("random weights; a norm's are drawn from 0.5 to 1.5, so that early and late differ",)
+    experts, used, vocabulary = 64, 6, 129280
+    if device.type == "cpu":
+        experts, used, vocabulary = 4, 2, 4096
+        notes += ("4 experts with top-2 instead of 64 with top-6, and a vocabulary of 4096 instead of 129,280: "
+                  "no norm sees these, but the step is shorter than the real one",)  # fmt: skip
+    config = DeepseekOcr2TextConfig(
+        vocab_size=vocabulary,
+        hidden_size=1280,
+        intermediate_size=6848,
+        num_hidden_layers=12,
+        num_attention_heads=10,
+        max_position_embeddings=8192,
+        n_routed_experts=experts,
+        num_experts_per_tok=used,
+        n_shared_experts=2,
+        moe_intermediate_size=896,
+        mlp_layer_types=["dense"] + ["sparse"] * 11,
+    )
+    default = torch.get_default_dtype()
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(0)
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            model = DeepseekOcr2TextModel(config)
+        finally:
+            torch.set_default_dtype(default)
+        with torch.no_grad():
+            for module in model.modules():
+                if type(module).__name__.endswith("RMSNorm"):
+                    module.get_parameter("weight").uniform_(0.5, 1.5)
+    return model, (25, 32_000), notes
+
+
+PRESETS: dict[str, _Builder] = {"deepseek-ocr": _deepseek_ocr}
+
+
+def _load(folder: Path, device: torch.device) -> _Built:
+    """The folder's model as transformers' own code builds it; nothing in the folder is executed."""
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model, info = AutoModel.from_pretrained(
+            folder, config=config, local_files_only=True, trust_remote_code=False, use_safetensors=True,
+            dtype="auto", output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:
+        raise CommandError(
+            f"transformers cannot load {folder}: {_first_line(error)} "
+            "(it must hold config.json and *.safetensors of a model that transformers itself implements)"
+        ) from error
+    missing = sorted(info["missing_keys"])
+    notes: tuple[str, ...] = ()
+    if missing:
+        notes = (f"{len(missing)} parameters are not in the folder and were drawn at random, {missing[0]} first",)
+    return model.to(device), None, notes
+
+
+def _check_checkpoint(folder: Path) -> None:
+    """Raise CommandError unless the folder holds a configuration and whole safetensors files, read by us alone."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        assert isinstance(config, dict)
+    except FileNotFoundError:
+        raise CommandError(f"{folder} holds no config.json: give the folder of a Hugging Face checkpoint") from None
+    except (OSError, ValueError, AssertionError):
+        raise CommandError(f"{folder / 'config.json'} is no JSON object: fetch the checkpoint again") from None
+    for key, value in _strings(config):
+        # A kernel of this form would be fetched and run.
+        if key.endswith(("attn_implementation", "experts_implementation")) and "/" in value:
+            raise CommandError(f"{folder / 'config.json'} asks for foreign code, {key} {value!r}: remove that line")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CommandError(f"{folder} holds no *.safetensors: convert its weights to safetensors first")
+    for file in files:
+        _check_safetensors(file)
+
+
+def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _strings(inner, name if not key.endswith("_implementation") else key)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner, key)
+
+
+def _check_safetensors(file: Path) -> None:
+    """The file begins with the length of a JSON header, which says where each tensor ends."""
+    size = file.stat().st_size
+    needed: int | None = None
+    with file.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if 8 + length <= size:
+            with contextlib.suppress(ValueError, TypeError, AttributeError, KeyError):
+                header = json.loads(f.read(length))
+                ends = [t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"]
+                needed = 8 + length + max(ends, default=0)
+    if needed != size:
+        expected = "" if needed is None else f", its header says {needed}"
+        raise CommandError(f"{file} is cut short or damaged ({size} bytes{expected}): fetch it again")
+
+
+def _require_transformers() -> None:
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        raise CommandError("the report needs transformers: pip install 'rmsnorm[hf]'") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' own bars and warnings off the screen: the report has its own progress."""
+    from transformers.utils import logging as transformers_logging
+
+    logging: Any = transformers_logging  # it has no types
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")

@@ -1,0 +1,736 @@
+"""`rmsnorm verify`: the contract, tried on the device at hand.
+
+    sweep(quick) -> rows of cases -> verify_rows: each case is drawn from its own seed and compared -> Result
+
+What runs is the public API with autograd. It is held to *exact* (`reference.py`, on the same device, and for a GPU
+the CPU's result too), to the class run eagerly, and its gradients to the formula's in fp64.
+"""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rmsnorm import machine, reference
+from rmsnorm.ops import add_rms_norm, explain, rms_norm
+from rmsnorm.spec import Cast
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Progress = Callable[[int, int, str], None]
+
+# --- the bounds of the contract ------------------------------------------------------------------------------
+
+FP32_ULP = 2.0**-23
+# Outputs of random rows, forward and dx, whose bits may differ from exact.
+DIFFERING = 0
+# Against the class run eagerly. Its fp32 statistic makes rstd differ by an ulp or two in some rows; that moves an
+# output across a rounding boundary of the 16-bit dtype in about 2⁻¹⁶ (bf16) or 2⁻¹³ (fp16) of the places. The share is
+# a mean over many rows: below so many outputs, what a sample may show by chance is allowed on top.
+EAGER_SHARE = {torch.bfloat16: 1e-5, torch.float16: 8e-5}
+SHARE_OUTPUTS = 10_000_000
+# Early, one ulp of cast(h) is multiplied by a weight whose own leading digits are in [1, 2): less than two ulp of y.
+EAGER_ULP = {"early": 2, "late": 1}
+# Relative L2 error of a gradient over that of eager's, measured over at least so many elements; and so many rows,
+# because rstd's rounding is one draw a row, and in fp32 a gradient's error hangs on it.
+GRADIENT_RATIO = {torch.float32: 1.1, torch.bfloat16: 1.0, torch.float16: 1.0}
+GRADIENT_ELEMENTS, GRADIENT_ROWS = 1 << 16, 256
+# Where eager too rounds the gradient to 16 bits only once (late; dw of one row), both errors are that one rounding,
+# and which is larger is chance: two roundings of numbers δ apart differ by δ² in the square of the error, δ ≤ 8 fp32
+# ulp against 2⁻¹² of fp16, so 2⁻¹⁶ of the error.
+# Early, when the weight is wider than x, dw sums dy·cast(h) unrounded on both sides: it is the casts that are alike,
+# but for EAGER_SHARE of them that land one ulp apart, of an error of ulp/√12 each: √(12·share) of the error, of a sign
+# of its own in each element of dw; five sigma over all of them.
+TIE = 2.0**-16
+CAST_TIE = {dtype: 5 * math.sqrt(12 * share / GRADIENT_ELEMENTS) for dtype, share in EAGER_SHARE.items()}
+# Below this width dx is a difference that cancels, wholly at N = 1: an error of so many fp32 ulp of what is
+# subtracted, ‖rstd·dy·w‖, or for dw of Σ|dy·xh|, is allowed whatever eager's is.
+NARROW, NARROW_ERROR = 16, 8 * FP32_ULP
+# Constructed rows, whose statistic lies on a rounding boundary: v may differ by an ulp, rstd then by one, h and y by
+# two each at most; of a row's largest number, because where g = 0 all of dx is what the order of the sum left.
+CONSTRUCTED_ULP = 4
+
+
+# --- what is tried -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: dtypes, spec, M rows of width N, and how they lie in memory or what is in them."""
+
+    x: torch.dtype
+    w: torch.dtype | None
+    cast: Cast
+    offset: float
+    M: int
+    N: int
+    form: str = "contiguous"
+    eps: float = 1e-6
+    residual: torch.dtype | None = None
+
+    @property
+    def outputs(self) -> int:
+        return self.M * self.N
+
+    @property
+    def s(self) -> torch.dtype:
+        """The dtype of what is normalized."""
+        return self.x if self.residual is None else torch.promote_types(self.x, self.residual)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A row of the table before it has run. All its cases have the same dtypes."""
+
+    section: str
+    name: str
+    cases: tuple[Case, ...]
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_SPECS: tuple[tuple[Cast, float], ...] = (("early", 0.0), ("late", 0.0), ("late", 1.0))
+_EPS = (1e-6, 1e-5, 0.0, 1e-3)
+_PRIMES = (67, 127, 251, 509, 1021, 1279, 2039, 4093, 7919)
+_MIXED = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float16, torch.float16: torch.float32}
+
+
+def sweep(quick: bool) -> list[Plan]:
+    """Every row of the table: each spec in each pair of dtypes, then every memory form, then every kind of width."""
+    plans = []
+    widths = (512, 1280, 1021) if quick else (512, 768, 1021, 1280, 1536, 1555, 2048) * 8
+    for x in _FLOATS:
+        for w in (None, *_FLOATS):
+            for cast, offset in _SPECS if w is not None else _SPECS[:1]:
+                cases = tuple(Case(x, w, cast, offset, 48, N, eps=_EPS[i % 4]) for i, N in enumerate(widths))
+                plus = "1 + weight" if offset else "weight"
+                spec = f"{plus} {_short(w)}, {cast}" if w is not None else "no weight"
+                plans.append(Plan("spec", f"{_short(x)}, {spec}", cases))
+    rows = 96 if quick else 256
+    for x in _FLOATS:
+        for form in list(_FORMS)[1:]:
+            N = 512 if form == "512 of 576 columns" else 1280
+            cases = tuple(Case(x, x, cast, offset, rows, N, form) for cast, offset in _SPECS)
+            plans.append(Plan("form", f"{_short(x)}, {form}", cases))
+        cases = tuple(Case(x, x, cast, offset, rows, 1280, _NOT_FINITE, eps=0.0) for cast, offset in _SPECS)
+        plans.append(Plan("form", f"{_short(x)}, {_NOT_FINITE}", cases))
+        singles = tuple(
+            Case(x, x, _SPECS[i % 3][0], _SPECS[i % 3][1], 1, 1024 + i) for i in range(20 if quick else 400)
+        )
+        plans.append(Plan("form", f"{_short(x)}, one row", singles))
+        empty = tuple(Case(x, x, cast, offset, 0, 1280) for cast, offset in _SPECS)
+        plans.append(Plan("form", f"{_short(x)}, no rows", empty))
+        for other in (x, _MIXED[x]):
+            cases = tuple(Case(x, x, cast, offset, rows, 1280, residual=other) for cast, offset in _SPECS)
+            plans.append(Plan("form", f"{_short(x)}, residual {_short(other)}", cases))
+    scale = 1 << (13 if quick else 17)
+    bands: tuple[tuple[str, Iterable[int]], ...] = (
+        (f"N 1 to {NARROW - 1}", range(1, NARROW)),
+        (f"N {NARROW} to 64", range(NARROW, 65)),
+        ("N prime", _PRIMES),
+        ("N 576 to 32767", (576, 1536, 2048, 5120, 7168, 8191, 12288, 32767)),
+    )
+    for x in _FLOATS:
+        for name, band in bands:
+            cases = tuple(
+                Case(x, x, *_SPECS[i % 3], max(4, scale // N), N, eps=_EPS[i % 2]) for i, N in enumerate(band)
+            )
+            plans.append(Plan("width", f"{_short(x)}, {name}", cases))
+    for x in _FLOATS:
+        for form in (_ON_BOUNDARY, _ORTHOGONAL):
+            cases = tuple(Case(x, x, cast, offset, rows, 2048, form, eps=0.0) for cast, offset in _SPECS)
+            plans.append(Plan("constructed", f"{_short(x)}, {form}", cases))
+    return plans
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
+_Form = Callable[[Tensor], Tensor]
+
+
+def _plain(t: Tensor) -> Tensor:
+    return t
+
+
+def _padded(t: Tensor) -> Tensor:
+    return torch.nn.functional.pad(t, (0, 64), value=math.nan)[:, : t.shape[1]]
+
+
+def _transposed(t: Tensor) -> Tensor:
+    return t.view(2, -1, 8, t.shape[1]).transpose(1, 2)
+
+
+def _columns(t: Tensor) -> Tensor:
+    return t.t().contiguous().t()
+
+
+def _shifted(t: Tensor) -> Tensor:
+    return torch.cat([t.new_full((1,), math.nan), t.flatten()])[1:].view(t.shape)
+
+
+def _one_row(t: Tensor) -> Tensor:
+    return t[:1].expand(t.shape)
+
+
+def _one_number(t: Tensor) -> Tensor:
+    return t[:1, :1].expand(t.shape)
+
+
+# How x (and residual) and dy (and ds) lie in memory: views of an (M, N) tensor, M a multiple of 16. What lies beside a
+# view is NaN, so that reading it shows.
+_FORMS: dict[str, tuple[_Form, _Form]] = {
+    "contiguous": (_plain, _plain),
+    "512 of 576 columns": (_padded, _padded),
+    "4-D transposed": (_transposed, _transposed),
+    "columns": (_columns, _columns),
+    "one element off": (_shifted, _shifted),
+    "dy one row expanded": (_plain, _one_row),
+    "dy one number expanded": (_plain, _one_number),
+}
+# Special values, drawn as such.
+_NOT_FINITE, _ON_BOUNDARY, _ORTHOGONAL = "NaN, inf, zeros, largest", "S on a boundary", "dy orthogonal to y"
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    x: Tensor
+    residual: Tensor | None
+    w: Tensor | None
+    dy: Tensor
+    ds: Tensor | None
+
+    def map(self, change: Callable[[Tensor, bool], Tensor]) -> "_Inputs":
+        """The same with each tensor changed; the flag says whether it is a gradient."""
+        return _Inputs(
+            change(self.x, False),
+            None if self.residual is None else change(self.residual, False),
+            self.w,
+            change(self.dy, True),
+            None if self.ds is None else change(self.ds, True),
+        )
+
+
+def _draw(case: Case, seed: int) -> _Inputs:
+    """Random (M, N) tensors on the CPU: the same for every device.
+
+    The rows' sizes span 2⁻⁶ … 2³, so that eps counts in some; dy goes along, so that every row counts in dx.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.exp2(torch.randint(-6, 4, (case.M, 1), generator=generator).float())
+
+    def normal() -> Tensor:
+        return torch.randn((case.M, case.N), generator=generator)
+
+    x, dy = normal() * size, normal() * size
+    w = None if case.w is None else torch.randn(case.N, generator=generator)
+    if case.form == _NOT_FINITE:
+        _spoil(x, torch.finfo(case.x).max)
+    elif case.form == _ON_BOUNDARY:
+        x = _on_boundary(x.shape, generator)
+    elif case.form == _ORTHOGONAL and w is not None:
+        _orthogonalize(x, w, dy, generator)
+    residual = None if case.residual is None else (normal() * size).to(case.residual)
+    y_dtype = torch.promote_types(case.s, case.w) if case.w is not None and case.cast == "early" else case.s
+    return _Inputs(
+        x.to(case.x),
+        residual,
+        None if w is None else w.to(case.w),
+        dy.to(y_dtype),
+        None if residual is None else normal().to(case.s),
+    )
+
+
+def _spoil(x: Tensor, largest: float) -> None:
+    """NaN in some rows, infinities in others, rows of zeros, rows of the largest numbers, and rows left alone."""
+    x[0::8, 5] = math.nan
+    x[1::8, 7] = math.inf
+    x[2::8, 11] = -math.inf
+    x[3::8] = 0.0
+    x[4::8] = x[4::8].sign() * largest
+
+
+def _on_boundary(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Rows of 2048 whose S/N is halfway between two fp32 numbers, but for squares that some orders of an fp64 sum lose.
+
+    The squares of 1024 whole numbers up to 255 add up to 2²⁴ … 2²⁵ here, where fp32 numbers are 2 apart: an odd sum is
+    halfway. fp64 numbers are 2⁻²⁸ apart there: a square of 2⁻³² … 2⁻³⁶ is lost when it is added to the whole, not when
+    it is added to a part; 512 of them are not lost.
+    """
+    x = torch.randint(-255, 256, shape, generator=generator).float()
+    x[:, 1024:] = 0.0
+    x[:, 1024:1536] = torch.exp2(-torch.randint(16, 19, (shape[0], 1), generator=generator).float())
+    x[:, 0] = 1 + x[:, 1:1024].double().square().sum(-1) % 2
+    return x[:, torch.randperm(shape[1], generator=generator)]
+
+
+def _orthogonalize(x: Tensor, w: Tensor, dy: Tensor, generator: torch.Generator) -> None:
+    """In place: pairs of columns whose terms of Σ dy·w·xh cancel, so that only the order says what is left of them.
+
+    The terms of some are 2⁻²⁴ of the others', beyond fp64's digits; some have dy = 0, where dx is that rest alone.
+    """
+    one, two = torch.randperm(x.shape[1], generator=generator).view(2, -1)
+    for t in (x, w, dy):
+        t[..., one[:128]] *= 2.0**-8
+    dy[:, one[-16:]] = 0.0
+    x[:, two], w[two], dy[:, two] = x[:, one], w[one], -dy[:, one]
+
+
+def _placed(inputs: _Inputs, form: str, device: torch.device) -> _Inputs:
+    """On the device, and only then in the form: a move of a strided tensor would make it contiguous."""
+    values, gradients = _FORMS.get(form, _FORMS["contiguous"])
+    there = dataclasses.replace(inputs, w=None if inputs.w is None else inputs.w.to(device))
+    return there.map(lambda t, is_gradient: (gradients if is_gradient else values)(t.to(device)))
+
+
+# --- comparing -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Error:
+    """Squared relative error of a gradient, ours and eager's, summed over so many elements."""
+
+    elements: int = 0
+    ours: float = 0.0
+    eagers: float = 0.0
+
+    def __add__(self, other: "Error") -> "Error":
+        return Error(self.elements + other.elements, self.ours + other.ours, self.eagers + other.eagers)
+
+    @property
+    def size(self) -> float:
+        return math.sqrt(self.ours / self.elements) if self.elements else 0.0
+
+    @property
+    def ratio(self) -> float | None:
+        return math.sqrt(self.ours / self.eagers) if self.eagers else None
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What was counted in some cases.
+
+    outputs: elements of y. differing: of y, of x + residual and of dx, those whose bits are not exact's; from_cpu:
+    those that are not the CPU's. unsteady: elements of dw that change from run to run. rows, close: of the rows,
+    those where Σ x² or Σ g·xh lies so near a rounding boundary that the order of an fp64 sum could tell.
+    eager_too_far: cases that are more ulp from eager's than their spec allows. off_in_row: constructed rows only.
+    """
+
+    outputs: int = 0
+    differing: int = 0
+    from_cpu: int = 0
+    unsteady: int = 0
+    rows: int = 0
+    close: int = 0
+    eager_differing: int = 0
+    eager_ulp: float = 0.0
+    eager_too_far: int = 0
+    off_in_row: float = 0.0
+    dx: Error = Error()
+    dw: Error = Error()
+
+    def __add__(self, other: "Tally") -> "Tally":
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)}
+        largest = {name: max(getattr(self, name), getattr(other, name)) for name in ("eager_ulp", "off_in_row")}
+        return Tally(**{**sums, **largest})
+
+
+def differing(a: Tensor, b: Tensor) -> int:
+    """How many elements differ in their bits; of a NaN only its place counts. Shapes and dtypes must be the same."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return max(a.numel(), b.numel(), 1)
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    unequal = a.contiguous().view(bits) != b.contiguous().view(bits)
+    return int((unequal & ~(a.isnan() & b.isnan())).sum()) if unequal.any() else 0
+
+
+def largest_ulp(a: Tensor, b: Tensor, dtype: torch.dtype) -> float:
+    """The largest |a − b| in units of the last place that `dtype` has at the larger of the two."""
+    a, b = a.double().flatten(), b.double().flatten()
+    unequal = a.ne(b) & ~(a.isnan() & b.isnan())
+    a, b = a[unequal], b[unequal]
+    if a.numel() == 0:
+        return 0.0
+    limits = torch.finfo(dtype)
+    exponent = torch.frexp(torch.maximum(a.abs(), b.abs())).exponent - 1
+    spacing = torch.exp2(exponent.double().clamp(min=math.log2(limits.tiny))) * limits.eps
+    return float(((a - b).abs() / spacing).nan_to_num(math.inf).max())
+
+
+def largest_in_row(a: Tensor, b: Tensor) -> float:
+    """The largest |a − b| in units of the dtype's epsilon times the largest number of the row."""
+    if a.numel() == 0:
+        return 0.0
+    unit = b.double().abs().amax(-1, keepdim=True) * torch.finfo(b.dtype).eps
+    return float(((a.double() - b.double()).abs() / unit).nan_to_num(0.0).max())
+
+
+def close_rows(terms: Tensor, digits: int) -> Tensor:
+    """Which rows of (..., N) fp64 terms of so many binary digits have a sum whose order could tell: fp32 rounds S/N
+    the other way within N·2⁻⁵³·Σ|term|. Not a sum that no order rounds, because fp64 holds all its digits."""
+    size = terms.abs().sum(-1)
+    smallest = torch.where(terms == 0, math.inf, terms.abs()).amin(-1)
+    rounds = size > torch.exp2((torch.frexp(smallest).exponent - digits + 53).double())
+    mean, reach = terms.mean(-1), 2.0**-53 * size
+    spacing = torch.exp2((torch.frexp(mean).exponent - 24).double())
+    from_boundary = ((mean - mean.float().double()).abs() - spacing / 2).abs()
+    return rounds & ((from_boundary <= reach) | (mean.abs() <= reach))
+
+
+def eager(x: Tensor, w: Tensor | None, eps: float, cast: str, offset: float) -> Tensor:
+    """The class run eagerly: the bits of `reference.published`, and the gradients of a class, which takes x to fp32
+    once, so that its two gradients are added in fp32."""
+    hidden = x.float()
+    h = hidden * reference.published_rstd(hidden, eps).unsqueeze(-1)
+    if w is None:
+        return h.to(x.dtype)
+    if cast == "early":
+        return w * h.to(x.dtype)
+    return ((w.float() + offset) * h).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    y: Tensor
+    s: Tensor | None
+    dx: Tensor
+    d_residual: Tensor | None
+    dw: Tensor | None
+
+    def pairs(self, other: "_Outcome") -> Iterator[tuple[Tensor, Tensor]]:
+        """Ours and the other's of all that must be the same in bits: everything but dw."""
+        for name in ("y", "s", "dx", "d_residual"):
+            a, b = getattr(self, name), getattr(other, name)
+            if a is not None:
+                yield a, b
+
+
+def _ours(inputs: _Inputs, case: Case) -> _Outcome:
+    """Through the public API."""
+    x = inputs.x.detach().requires_grad_()
+    w = None if inputs.w is None else inputs.w.detach().requires_grad_()
+    into = [x] if w is None else [x, w]
+    if inputs.residual is None or inputs.ds is None:
+        y = rms_norm(x, w, case.eps, cast=case.cast, offset=case.offset)
+        dx, *dw = torch.autograd.grad(y, into, inputs.dy)
+        return _Outcome(y.detach(), None, dx, None, dw[0] if dw else None)
+    residual = inputs.residual.detach().requires_grad_()
+    y, s = add_rms_norm(x, residual, w, case.eps, cast=case.cast, offset=case.offset)
+    dx, d_residual, *dw = torch.autograd.grad([y, s], [x, residual, *into[1:]], [inputs.dy, inputs.ds])
+    return _Outcome(y.detach(), s.detach(), dx, d_residual, dw[0] if dw else None)
+
+
+def _exact(inputs: _Inputs, case: Case) -> tuple[_Outcome, Tensor]:
+    """The reference's outcome on the same device, and its rstd."""
+    y, s, rstd = reference.forward(
+        inputs.x, inputs.residual, inputs.w, case.eps, case.cast, case.offset, with_rstd=True
+    )
+    assert rstd is not None
+    rows = inputs.x if s is None else s
+    need_dw = inputs.w is not None
+    dx, dw = reference.backward(inputs.dy, inputs.ds, rows, inputs.w, rstd, case.cast, case.offset, True, need_dw)
+    assert dx is not None
+    d_residual = None if case.residual is None else dx.to(case.residual)
+    return _Outcome(y, s, dx.to(case.x), d_residual, dw), rstd
+
+
+def _derived(
+    formula: Callable[[Tensor, Tensor | None], Tensor], inputs: _Inputs, rows: Tensor, wide: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(y, dx, dw) that autograd gives for a formula at the rows that are normalized; in fp64 throughout if wide."""
+    rows = (rows.double() if wide else rows).detach().requires_grad_()
+    w = None if inputs.w is None else (inputs.w.double() if wide else inputs.w).detach().requires_grad_()
+    y = formula(rows, w)
+    dx, *dw = torch.autograd.grad(y, [rows] if w is None else [rows, w], inputs.dy.to(y.dtype))
+    return y.detach(), dx if inputs.ds is None else dx + inputs.ds.to(dx.dtype), dw[0] if dw else None
+
+
+def compare(case: Case, seed: int, device: torch.device) -> Tally:
+    """Draw a case, run it, and count what is not as it should be."""
+    drawn = _draw(case, seed)
+    inputs = _placed(drawn, case.form, device)
+    ours = _ours(inputs, case)
+    exact, rstd = _exact(inputs, case)
+    rows = inputs.x if exact.s is None else exact.s
+    tally = Tally(case.outputs, sum(differing(a, b) for a, b in ours.pairs(exact)), rows=case.M)
+    if device.type != "cpu":
+        on_cpu = _ours(_placed(drawn, case.form, torch.device("cpu")), case)
+        tally = dataclasses.replace(tally, from_cpu=sum(differing(a.cpu(), b) for a, b in ours.pairs(on_cpu)))
+    if ours.dw is not None:
+        again = [_ours(inputs, case).dw]
+        with _another_thread_count():
+            again.append(_ours(inputs, case).dw)
+        tally = dataclasses.replace(tally, unsteady=sum(differing(ours.dw, dw) for dw in again if dw is not None))
+    if case.outputs == 0 or case.form == _NOT_FINITE:
+        return tally
+    xh = rows.float() * rstd.unsqueeze(-1)
+    g = inputs.dy.float() if inputs.w is None else inputs.dy.float() * (inputs.w.float() + case.offset)
+    squares = close_rows(rows.double().square(), 2 * _digits(case.s))
+    tally = dataclasses.replace(tally, close=int((squares | close_rows((g * xh).double(), 24)).sum()))
+    if case.form in (_ON_BOUNDARY, _ORTHOGONAL):
+        return dataclasses.replace(tally, off_in_row=max(largest_in_row(a, b) for a, b in ours.pairs(exact)))
+    y_eager, dx_eager, dw_eager = _derived(
+        lambda x, w: eager(x, w, case.eps, case.cast, case.offset), inputs, rows, wide=False
+    )
+    _, dx_true, dw_true = _derived(lambda x, w: reference.truth(x, w, case.eps, case.offset), inputs, rows, wide=True)
+    ulp = largest_ulp(ours.y, y_eager, rows.dtype)
+    dw_error = Error()
+    if ours.dw is not None and dw_eager is not None and dw_true is not None:
+        terms = (inputs.dy.double() * xh).abs().reshape(-1, case.N).sum(0)
+        dw_error = _error(ours.dw, dw_eager, dw_true, terms)
+    return dataclasses.replace(
+        tally,
+        eager_differing=differing(ours.y, y_eager),
+        eager_ulp=ulp,
+        eager_too_far=int(ulp > EAGER_ULP["late" if case.w is None else case.cast]),
+        dx=_error(ours.dx, dx_eager.to(case.x), dx_true, rstd.unsqueeze(-1).double() * g),
+        dw=dw_error,
+    )
+
+
+def _digits(dtype: torch.dtype) -> int:
+    return round(1 - math.log2(torch.finfo(dtype).eps))
+
+
+def _error(ours: Tensor, eagers: Tensor, truth: Tensor, scale: Tensor) -> Error:
+    """In units of ‖scale‖, so that cases of different sizes add up, each counted as often as it has elements."""
+    unit = float(scale.square().sum()) / ours.numel()
+    squares = [float((t.double() - truth).square().sum()) / unit for t in (ours, eagers)]
+    return Error(ours.numel(), *squares)
+
+
+@contextlib.contextmanager
+def _another_thread_count() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if threads > 1 else 2)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+# --- judging -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: what was counted, and what of it is against the contract."""
+
+    section: str
+    name: str
+    tally: Tally
+    faults: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.faults
+
+
+def judge(plan: Plan, tally: Tally) -> Row:
+    """Hold what was counted for a row to the bounds."""
+    case = plan.cases[0]
+    faults = []
+    if tally.unsteady:
+        faults.append(f"{tally.unsteady} numbers of dw change from run to run or with the thread count")
+    if plan.section == "constructed":
+        if tally.off_in_row > CONSTRUCTED_ULP:
+            faults.append(f"off by {tally.off_in_row:.3g} ulp of the row's largest number")
+        return Row(plan.section, plan.name, tally, tuple(faults))
+    if tally.from_cpu > DIFFERING:
+        faults.append(f"{tally.from_cpu} numbers of y, x + residual and dx are not the CPU's")
+    if tally.differing > DIFFERING:
+        faults.append(f"{tally.differing} numbers of y, x + residual and dx are not exact's")
+    if case.s in EAGER_SHARE:
+        if tally.eager_differing > _differences_allowed(plan):
+            faults.append(f"{tally.eager_differing} outputs are not eager's")
+        if tally.eager_too_far:
+            faults.append(f"{tally.eager_ulp:.3g} ulp from eager's")
+    narrow = max(c.N for c in plan.cases) < NARROW
+    for name, error, dtype in (("dx", tally.dx, case.x), ("dw", tally.dw, case.w)):
+        if dtype is None or error.ratio is None or error.elements < GRADIENT_ELEMENTS or tally.rows < GRADIENT_ROWS:
+            continue
+        limit = _ratio_allowed(plan, name, dtype)
+        if error.ratio > limit and not (narrow and error.size <= NARROW_ERROR):
+            faults.append(f"the error of {name} is {error.ratio:.5f} of eager's, more than {limit:.5f}")
+    return Row(plan.section, plan.name, tally, tuple(faults))
+
+
+def _differences_allowed(plan: Plan) -> float:
+    """How many outputs of these cases may differ from eager's.
+
+    In a small sample five standard deviations come on top. Differences come in flocks: where x·rstd falls on the
+    other side of a boundary for one x, it does for all x of the same digits, N·2⁻⁷ of them in a row of bf16.
+    """
+    dtype = plan.cases[0].s
+    expected = variance = largest = 0.0
+    for case in plan.cases:
+        flock = max(1.0, case.N * torch.finfo(dtype).eps)
+        largest = max(largest, flock)
+        expected += EAGER_SHARE[dtype] * case.outputs
+        variance += EAGER_SHARE[dtype] * case.outputs * flock
+    if sum(case.outputs for case in plan.cases) >= SHARE_OUTPUTS:
+        return expected
+    return expected + 5 * math.sqrt(variance) + largest
+
+
+def _ratio_allowed(plan: Plan, gradient: str, dtype: torch.dtype) -> float:
+    case = plan.cases[0]
+    early = any(c.cast == "early" for c in plan.cases)
+    if gradient == "dw" and early and case.s in CAST_TIE and case.w != case.s:
+        return GRADIENT_RATIO[case.s] + CAST_TIE[case.s]
+    return GRADIENT_RATIO[dtype] + (TIE if dtype != torch.float32 else 0.0)
+
+
+def _together(plans: list[Plan], tallies: list[Tally]) -> Iterator[tuple[Plan, Tally]]:
+    """For each dtype, all random rows in which everything is of it as one: the sample that the contract speaks of."""
+    for dtype in _FLOATS:
+        cases: list[Case] = []
+        total = Tally()
+        for plan, tally in zip(plans, tallies, strict=True):
+            case = plan.cases[0]
+            if plan.section == "constructed" or {case.x, case.s, case.w or dtype} != {dtype}:
+                continue
+            cases.extend(plan.cases)
+            total += (
+                tally if max(c.N for c in plan.cases) >= NARROW else dataclasses.replace(tally, dx=Error(), dw=Error())
+            )
+        if cases:
+            yield Plan("all", f"{_short(dtype)}, together", tuple(cases)), total
+
+
+@dataclass(frozen=True)
+class Result:
+    """What verify found. ok: no row is red."""
+
+    device: str
+    kernel: str
+    quick: bool
+    seconds: float
+    machine: dict[str, Any]
+    rows: tuple[Row, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(row.ok for row in self.rows)
+
+    @property
+    def outputs(self) -> int:
+        """Elements of y that were tried, each once."""
+        return sum(row.tally.outputs for row in self.rows if row.section != "all")
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as what `json.dumps` takes."""
+        return {
+            "verb": "verify",
+            "ok": self.ok,
+            "outputs": self.outputs,
+            "device": self.device,
+            "kernel": self.kernel,
+            "quick": self.quick,
+            "seconds": round(self.seconds, 1),
+            "machine": self.machine,
+            "rows": [_row_json(row) for row in self.rows],
+        }
+
+    def table(self) -> "Table":
+        """The same as a table for a terminal."""
+        return _table(self)
+
+
+def verify_rows(
+    plans: list[Plan], device: torch.device, progress: Progress = lambda done, total, what: None
+) -> tuple[Row, ...]:
+    """Run and judge these rows, and those of each dtype together. progress counts outputs."""
+    total, done, tallies = sum(case.outputs for plan in plans for case in plan.cases), 0, []
+    for i, plan in enumerate(plans):
+        tally = Tally()
+        for j, case in enumerate(plan.cases):
+            progress(done, total, plan.name)
+            tally += compare(case, seed=1000 * i + j, device=device)
+            done += case.outputs
+        tallies.append(tally)
+    progress(done, total, "done")
+    pairs = [*zip(plans, tallies, strict=True), *_together(plans, tallies)]
+    return tuple(judge(plan, tally) for plan, tally in pairs)
+
+
+def verify(
+    device: str | None = None, quick: bool = False, progress: Progress = lambda done, total, what: None
+) -> Result:
+    """Try the contract on a device ("cuda" where there is one, else "cpu"): over 10⁸ outputs, or a sixth if quick.
+
+    Changes nothing but, for moments, torch's thread count. Raises CommandError for a device that is not there.
+    """
+    place = machine.find_device(device)
+    start = time.perf_counter()
+    x = torch.ones(1, 1280, dtype=torch.bfloat16, device=place)
+    rows = verify_rows(sweep(quick), place, progress)
+    kernel = explain(x, x[0])
+    return Result(str(place), kernel, quick, time.perf_counter() - start, machine.describe(place), rows)
+
+
+# --- printing ------------------------------------------------------------------------------------------------
+
+
+def _row_json(row: Row) -> dict[str, Any]:
+    tally = row.tally
+    share = tally.eager_differing / tally.outputs if tally.outputs else None
+    counts = {f.name: getattr(tally, f.name) for f in dataclasses.fields(tally) if f.name not in ("dx", "dw")}
+    gradients = {
+        name: {"elements": error.elements, "error": error.size, "of_eagers": error.ratio}
+        for name, error in (("dx", tally.dx), ("dw", tally.dw))
+    }
+    return {
+        "section": row.section,
+        "name": row.name,
+        "ok": row.ok,
+        "faults": list(row.faults),
+        **counts,
+        "eager_share": share,
+        **gradients,
+    }
+
+
+def _table(result: Result) -> "Table":
+    from rich.table import Table
+
+    on_gpu = result.device != "cpu"
+    how = "quick sweep" if result.quick else "full sweep"
+    verdict = "[green]green[/]" if result.ok else "[red]RED[/]"
+    table = Table(
+        title=f"{verdict}: {how}, {result.outputs:,} outputs in {result.seconds:.0f} s on {result.kernel}",
+        caption=f"{machine.headline(result.machine)}\n≠ counts numbers whose bits differ; a gradient's error is in "
+        "parts of eager's; close: rows where the order of an fp64 sum could tell",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("row")
+    for header in ("outputs", "≠ exact", *(["≠ CPU"] if on_gpu else []), "≠ eager", "ulp", "dx", "dw", "close"):
+        table.add_column(header, justify="right")
+    table.add_column("")
+    section = result.rows[0].section if result.rows else ""
+    for row in result.rows:
+        if row.section != section:
+            table.add_section()
+            section = row.section
+        tally = row.tally
+        against_eager = tally.dx.elements > 0
+        table.add_row(
+            row.name,
+            f"{tally.outputs:,}",
+            f"{tally.differing:,}",
+            *([f"{tally.from_cpu:,}"] if on_gpu else []),
+            f"{tally.eager_differing / tally.outputs:.1e}" if against_eager else "–",
+            f"{tally.eager_ulp:.2g}" if against_eager else "–",
+            *("–" if error.ratio is None else f"{error.ratio:.3f}" for error in (tally.dx, tally.dw)),
+            f"{tally.close:,}",
+            "[green]ok[/]" if row.ok else f"[red]{'; '.join(row.faults)}[/]",
+        )
+    return table

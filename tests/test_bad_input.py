@@ -1,0 +1,205 @@
+"""What makes no sense is refused by name: which argument, what it was, what it should be. Compiled too."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from rmsnorm import add_rms_norm, explain, rms_norm
+
+N = 8
+
+
+def x(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
+    return torch.ones(shape or (3, N), dtype=dtype, device=device)
+
+
+class Bad(NamedTuple):
+    argument: str
+    was: str
+    should_be: str
+    error: type[Exception]
+    arguments: Callable[[], dict[str, Any]]
+
+
+def of_tensor(name: str, make: Callable[..., Any]) -> list[Bad]:
+    """What no argument may be that is a tensor."""
+    wanted = "float32, bfloat16, float16 or float64"
+
+    def bad(was: str, should_be: str, value: Callable[[], Any]) -> Bad:
+        return Bad(name, was, should_be, TypeError, lambda: {name: value()})
+
+    return [
+        *(
+            bad(f"has dtype {dtype}", wanted, lambda dtype=dtype: make(dtype=dtype))
+            for dtype in (
+                torch.int64,
+                torch.int32,
+                torch.uint8,
+                torch.bool,
+                torch.complex64,
+                torch.complex128,
+                torch.float8_e4m3fn,
+                torch.float8_e5m2,
+            )
+        ),
+        bad("has layout torch.sparse_coo", "a dense tensor", lambda: make().to_sparse()),
+        bad("is a list", "a torch.Tensor", lambda: make().tolist()),
+        bad("is a ndarray", "a torch.Tensor", lambda: make().numpy()),
+        bad("is a float", "a torch.Tensor", lambda: 1.0),
+    ]
+
+
+BAD = [
+    *of_tensor("x", x),
+    *of_tensor("weight", lambda **given: x(N, **given)),
+    Bad("x", "is a NoneType", "a torch.Tensor", TypeError, lambda: {"x": None}),
+    Bad("x", "has layout torch.sparse_csr", "a dense tensor", TypeError, lambda: {"x": x().to_sparse_csr()}),
+    Bad("x", "has shape ()", "(..., N)", ValueError, lambda: {"x": torch.tensor(1.0), "weight": None}),
+    Bad("x", "has shape (3, 0)", "(..., N)", ValueError, lambda: {"x": x(3, 0), "weight": x(0)}),
+    Bad("x", "has shape (0,)", "(..., N)", ValueError, lambda: {"x": x(0), "weight": None}),
+    Bad("weight", "has shape (5,)", "(8,), the last dimension of x", ValueError, lambda: {"weight": x(5)}),
+    Bad("weight", "has shape (1,)", "(8,), the last dimension of x", ValueError, lambda: {"weight": x(1)}),
+    Bad("weight", "has shape ()", "(8,), the last dimension of x", ValueError, lambda: {"weight": torch.tensor(1.0)}),
+    Bad("weight", "has shape (1, 8)", "(8,), the last dimension of x", ValueError, lambda: {"weight": x(1, N)}),
+    Bad("weight", "has shape (3, 8)", "(8,), the last dimension of x", ValueError, lambda: {"weight": x(3, N)}),
+    Bad("weight", "has shape (0,)", "(8,), the last dimension of x", ValueError, lambda: {"weight": x(0)}),
+    Bad("weight", "is on meta", "cpu, the device of x", ValueError, lambda: {"weight": x(N, device="meta")}),
+    Bad("weight", "is on cpu", "meta, the device of x", ValueError, lambda: {"x": x(device="meta")}),
+    Bad("weight", "is None", "a weight", ValueError, lambda: {"weight": None, "cast": "late", "offset": 1.0}),
+    Bad("eps", "is -1e-06", "at least 0", ValueError, lambda: {"eps": -1e-6}),
+    Bad("eps", "is -1", "at least 0", ValueError, lambda: {"eps": -1}),
+    Bad("eps", "is nan", "at least 0", ValueError, lambda: {"eps": math.nan}),
+    Bad("eps", "is inf", "at least 0", ValueError, lambda: {"eps": math.inf}),
+    Bad("eps", "is a NoneType", "a number", TypeError, lambda: {"eps": None}),
+    Bad("eps", "is a str", "a number", TypeError, lambda: {"eps": "1e-6"}),
+    Bad("eps", "is a bool", "a number", TypeError, lambda: {"eps": True}),
+    Bad("eps", "is a complex", "a number", TypeError, lambda: {"eps": 1j}),
+    Bad("eps", "is a Tensor", "a number", TypeError, lambda: {"eps": torch.tensor(1e-6)}),
+    Bad("cast", "is 'Early'", "'early' or 'late'", ValueError, lambda: {"cast": "Early"}),
+    Bad("cast", "is None", "'early' or 'late'", ValueError, lambda: {"cast": None}),
+    Bad("cast", "is torch.float32", "'early' or 'late'", ValueError, lambda: {"cast": torch.float32}),
+    Bad("offset", "is 1", "cast='late'", ValueError, lambda: {"offset": 1.0}),
+    Bad("offset", "is 0.5", "0 or 1", ValueError, lambda: {"offset": 0.5, "cast": "late"}),
+    Bad("offset", "is nan", "0 or 1", ValueError, lambda: {"offset": math.nan, "cast": "late"}),
+    Bad("offset", "is a NoneType", "a number", TypeError, lambda: {"offset": None, "cast": "late"}),
+    Bad("offset", "is a bool", "a number", TypeError, lambda: {"offset": True, "cast": "late"}),
+]
+BAD_RESIDUAL = [
+    *of_tensor("residual", x),
+    Bad("residual", "is a NoneType", "a torch.Tensor", TypeError, lambda: {"residual": None}),
+    Bad("residual", "has shape (8,)", "(3, 8), the shape of x", ValueError, lambda: {"residual": x(N)}),
+    Bad("residual", "has shape (1, 8)", "(3, 8), the shape of x", ValueError, lambda: {"residual": x(1, N)}),
+    Bad("residual", "has shape (3, 1)", "(3, 8), the shape of x", ValueError, lambda: {"residual": x(3, 1)}),
+    Bad("residual", "is on meta", "cpu, the device of x", ValueError, lambda: {"residual": x(device="meta")}),
+]
+names = {"ids": lambda bad: f"{bad.argument} {bad.was}"}
+
+
+def plain(bad: Bad) -> Any:
+    return rms_norm(**({"x": x(), "weight": x(N)} | bad.arguments()))
+
+
+def summed(bad: Bad) -> Any:
+    return add_rms_norm(**({"x": x(), "residual": x(), "weight": x(N)} | bad.arguments()))
+
+
+def check(bad: Bad, where: str, call: Callable[[Bad], Any]) -> None:
+    with pytest.raises(bad.error) as raised:
+        call(bad)
+    assert type(raised.value) is bad.error
+    message = str(raised.value)
+    assert message.startswith(f"[{where}] {bad.argument} {bad.was}"), message
+    _, expected, should_be = message.partition(", expected ")
+    assert expected, message
+    assert bad.should_be in should_be, message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("bad", BAD, **names)
+def test_rms_norm_refuses(bad) -> None:
+    check(bad, "rms_norm", plain)
+
+
+@pytest.mark.parametrize("bad", BAD + BAD_RESIDUAL, **names)
+def test_add_rms_norm_refuses(bad) -> None:
+    if (bad.argument == "x" and bad.was.startswith("has shape")) or "the device of x" in bad.should_be:
+        # The residual fits x, whatever is wrong with the other.
+        given = bad.arguments
+        bad = bad._replace(arguments=lambda: {"residual": given().get("x", x())} | given())
+    check(bad, "add_rms_norm", summed)
+
+
+def test_explain_refuses() -> None:
+    with pytest.raises(
+        ValueError, match=re.escape("[explain] weight has shape (5,), expected (8,), the last dimension")
+    ):
+        explain(x(), x(5))
+    with pytest.raises(TypeError, match=re.escape("[explain] x has dtype torch.int64")):
+        explain(x(dtype=torch.int64))
+
+
+def test_the_words_of_the_contract() -> None:
+    with pytest.raises(ValueError, match="expected") as raised:
+        rms_norm(x(2, 1280), x(512))
+    assert str(raised.value) == "[rms_norm] weight has shape (512,), expected (1280,), the last dimension of x"
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_nothing_is_broadcast(grad, residual) -> None:
+    """An (N, 1) weight or a (1, N) residual would be broadcast by plain torch."""
+    a = x(1, N).requires_grad_(grad)
+    with pytest.raises(ValueError, match="shape"):
+        _ = add_rms_norm(a, x(3, N)) if residual else rms_norm(a, x(N, 1))
+
+
+def test_what_is_unusual_but_makes_sense() -> None:
+    import numpy as np
+
+    expected = rms_norm(x(), x(N), 0.0)
+    for eps in (0, np.float32(0), np.float64(0), np.int64(0)):
+        assert torch.equal(rms_norm(x(), x(N), eps), expected)
+    assert torch.equal(rms_norm(x(), x(N), cast="late", offset=1), rms_norm(x(), x(N), cast="late", offset=1.0))
+    assert rms_norm(x(0, N), x(N)).shape == (0, N)
+    with pytest.raises(TypeError):
+        rms_norm(x(), x(N), 1e-6, "late")  # type: ignore[misc]  # cast and offset by name only
+
+
+# --- compiled: torch's own error contains ours ----------------------------------------------------------------
+
+# Except for sparse tensors: torch.compile takes none in and says so before our code is asked.
+REACHES_US = [bad for bad in BAD if "sparse" not in bad.was]
+RESIDUAL_REACHES_US = [bad for bad in BAD_RESIDUAL if "sparse" not in bad.was]
+
+
+def compiled(f: Callable[..., Any], given: dict[str, Any]) -> str:
+    torch._dynamo.reset()
+    try:
+        torch.compile(lambda given: f(**given), fullgraph=True, backend="eager")(given)
+    except Exception as error:  # which class torch wraps it in is torch's affair
+        chain, e = [], error
+        while e is not None:
+            chain.append(str(e))
+            e = e.__cause__
+        return "\n".join(chain)
+    return ""
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("bad", REACHES_US, **names)
+def test_rms_norm_refuses_when_compiled(bad) -> None:
+    message = compiled(rms_norm, {"x": x(), "weight": x(N)} | bad.arguments())
+    assert f"[rms_norm] {bad.argument} {bad.was}" in message, message
+    assert bad.should_be in message
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("bad", RESIDUAL_REACHES_US, **names)
+def test_add_rms_norm_refuses_when_compiled(bad) -> None:
+    message = compiled(add_rms_norm, {"x": x(), "residual": x(), "weight": x(N)} | bad.arguments())
+    assert f"[add_rms_norm] {bad.argument} {bad.was}" in message, message
+    assert bad.should_be in message

@@ -1,0 +1,222 @@
+"""bench: the loop over its providers, what it says when ours is wrong, and the figures it derives."""
+
+import dataclasses
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import rmsnorm
+from rmsnorm import bench, machine
+from rmsnorm.bench import FORWARD, TRAINING, Case, Measured, Provider, Row
+from rmsnorm.errors import CommandError
+from rmsnorm.measure import Timing
+
+M, N = 48, 320
+QUIET = {"error": "not asked for"}
+EAGER = tuple(p for p in bench.PROVIDERS if not p.compiled)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One shape, no compiler and no further process: seconds become tenths."""
+    monkeypatch.setattr(bench, "_CPU_SHAPES_QUICK", ((M, N),))
+    monkeypatch.setattr(bench, "_QUICK_SECONDS", 0.01)
+    monkeypatch.setattr(bench, "PROVIDERS", EAGER)
+    monkeypatch.setattr(bench, "_first_call", lambda device: QUIET)
+
+
+def replaced(name: str, norm: Callable[[Tensor, Tensor], Tensor]) -> tuple[Provider, ...]:
+    return tuple(dataclasses.replace(p, norm=norm) if p.name == name else p for p in EAGER)
+
+
+def shown(result: bench.Result) -> str:
+    screen = io.StringIO()
+    Console(file=screen, width=200).print(result.table())
+    return screen.getvalue()
+
+
+def silent(done: int, total: int, what: str) -> None:
+    assert 0 <= done < total
+    assert what
+
+
+def test_definition_is_the_published_class() -> None:
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2RMSNorm
+
+    generator = torch.Generator().manual_seed(1)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        published = DeepseekV2RMSNorm(N, eps=bench.EPS).to(dtype)
+        published.weight.data.copy_(torch.randn(N, generator=generator))
+        x = torch.randn(M, N, generator=generator).to(dtype)
+        assert torch.equal(bench.definition(x, published.weight), published(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moved_bytes(dtype: torch.dtype) -> None:
+    def size(*tensors: Tensor) -> int:
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    x = torch.empty(M, N, dtype=dtype)
+    w, rstd = torch.empty(N, dtype=dtype), torch.empty(M)
+    forward = size(x, w, x)  # reads x and w, writes y
+    assert bench.moved_bytes(M, N, dtype.itemsize, FORWARD) == forward
+    backward = size(x, x, w, rstd) + size(x, w)  # reads dy, x, w and rstd, writes dx and dw
+    assert bench.moved_bytes(M, N, dtype.itemsize, TRAINING) == forward + size(rstd) + backward
+
+
+def test_the_cases() -> None:
+    full, quick = list(bench.cases("cpu", quick=False)), list(bench.cases("cpu", quick=True))
+    assert set(quick) < set(full)
+    assert {c.mode for c in quick} == {FORWARD, TRAINING}
+    assert {c.dtype for c in full} - {c.dtype for c in quick} == {torch.float16}
+    shapes = {(rows, 1280) for rows in (1, 64, 512, 2048, 4096, 8192)} | {(2048, 4096)}
+    assert {(c.M, c.N) for c in full} == shapes
+    gpu = {(c.M, c.N) for c in bench.cases("cuda", quick=False)}
+    assert {(8192, 1280), (65536, 1280), (512, 262144)} <= gpu
+
+
+@pytest.mark.usefixtures("small")
+def test_a_run_on_the_cpu(tmp_path: Path) -> None:
+    result = bench.main("cpu", True, tmp_path, silent)
+    assert result.ok
+    assert len(result.rows) == 4
+    for row in result.rows:
+        assert row.red == ""
+        assert set(row.providers) == {p.name for p in EAGER}
+        for measured in row.providers.values():
+            assert measured.timing is not None
+            assert measured.timing.calls >= 5
+        rows, ours, definition = M * N * row.case.dtype.itemsize, row.providers["ours"], row.providers["Definition"]
+        assert definition.differs == 0
+        assert row.providers["LayerNorm"].differs is None
+        if row.case.dtype == torch.bfloat16:
+            others = row.providers["F.rms_norm"].differs
+            assert others is not None
+            assert others > 0.1  # it rounds once, after the weight
+        if row.case.mode == TRAINING:
+            assert ours.saved == rows + 4 * M
+            assert definition.saved == (6 if row.case.dtype == torch.bfloat16 else 8) * M * N + 4 * M
+        else:
+            assert ours.saved is None
+    written = json.loads((tmp_path / "bench-cpu.json").read_text())
+    assert written == json.loads(json.dumps(result.to_json()))
+    assert [p.name for p in tmp_path.iterdir()] == ["bench-cpu.json"]
+    assert written["machine"]["cpu"]
+    assert {case["check"] for case in written["cases"]} == {"green"}
+    assert "exact bits in every case" in shown(result)
+
+
+@pytest.mark.parametrize("wrong", ["y", "dx"])
+@pytest.mark.usefixtures("small")
+def test_no_time_is_given_where_our_bits_are_wrong(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def norm(x: Tensor, w: Tensor) -> Tensor:
+        y = rmsnorm.rms_norm(x, w, bench.EPS)
+        if wrong == "y":
+            one = torch.zeros_like(y)
+            one[0, 0] = 1
+            return y + one
+        return y + 0.01 * (x - x.detach())  # the same y and another gradient
+
+    monkeypatch.setattr(bench, "PROVIDERS", replaced("ours", norm))
+    result = bench.main("cpu", True, None, silent)
+    assert not result.ok
+    for row in result.rows:
+        red = wrong == "y" or row.case.mode == TRAINING
+        assert bool(row.red) == red
+        assert (row.providers["ours"].timing is None) == red
+        assert (row.ratio("copy", cuda=False) is None) == red
+        assert row.providers["Definition"].timing is not None
+        assert not red or f"{wrong} differ" in row.red
+    assert "our bits are wrong" in shown(result)
+    assert any("no_time" in case["providers"]["ours"] for case in result.to_json()["cases"])
+
+
+@pytest.mark.usefixtures("small")
+def test_a_raising_provider_is_a_line_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(x: Tensor, w: Tensor) -> Tensor:
+        raise RuntimeError("too wide\nfor me")
+
+    monkeypatch.setattr(bench, "PROVIDERS", replaced("F.rms_norm", refuses))
+    result = bench.main("cpu", True, None, silent)
+    assert result.ok
+    assert {row.providers["F.rms_norm"].reason for row in result.rows} == {"RuntimeError: too wide"}
+    assert all(row.providers["ours"].timing for row in result.rows)
+    shown(result)
+
+    monkeypatch.setattr(bench, "PROVIDERS", replaced("ours", refuses))
+    assert not bench.main("cpu", True, None, silent).ok
+
+
+def test_a_compiled_provider() -> None:
+    row = bench._measure(Case(8, 64, torch.float32, TRAINING), torch.device("cpu"), quick=True)
+    compiled = row.providers["torch.compile"]
+    if compiled.timing is None:
+        pytest.skip(f"torch.compile cannot run here: {compiled.reason}")
+    assert compiled.saved is not None
+    assert compiled.saved >= 8 * 64 * 4
+
+
+def timing(us: float) -> Timing:
+    return Timing(100, us * 1e-6, 2 * us * 1e-6, us * 1e-6, 3 * us * 1e-6)
+
+
+def result_of(device: str, *rows: Row) -> bench.Result:
+    facts = machine.describe("cpu") | {"device": device}
+    return bench.Result(facts, "a kernel", False, rows, QUIET, 1.0)
+
+
+def test_bounds_take_the_minimum_on_a_cpu() -> None:
+    times = {"ours": 100.0, "copy": 50.0, "Definition": 1999.0, "LayerNorm": 131.0, "torch.compile": 114.0}
+    providers = {name: Measured(timing(us)) for name, us in times.items()}
+    result = result_of("cpu", Row(Case(8192, 1280, torch.bfloat16, FORWARD), "", providers))
+    held = {h.what.split(": ")[1]: h.met for h in result.bounds()}
+    assert held == {
+        "copy / ours": True,
+        "Definition / ours": False,
+        "LayerNorm / ours": True,
+        "torch.compile / ours": False,
+    }
+    assert "not met" in shown(result_with_all(result))
+
+
+def result_with_all(result: bench.Result) -> bench.Result:
+    """With a cell for every provider, as the table wants."""
+    rows = [
+        dataclasses.replace(row, providers={p.name: Measured(None, "-") for p in bench.PROVIDERS} | row.providers)
+        for row in result.rows
+    ]
+    return dataclasses.replace(result, rows=tuple(rows))
+
+
+def test_bounds_of_one_row() -> None:
+    providers = {"ours": Measured(timing(5.0)), "F.rms_norm": Measured(timing(14.9))}
+    held = result_of("cpu", Row(Case(1, 1280, torch.bfloat16, FORWARD), "", providers)).bounds()
+    assert [(h.met, round(h.measured, 3)) for h in held] == [(False, 2.98), (True, 1.0)]
+
+
+def test_bounds_take_the_median_on_a_gpu_up_to_a_width() -> None:
+    providers = {"ours": Measured(timing(10.0)), "copy": Measured(Timing(100, 1e-6, 17e-6, 1e-6, 2e-5))}
+    rows = [Row(Case(m, n, torch.bfloat16, FORWARD), "", providers) for m, n in ((8192, 16384), (1024, 131072))]
+    held = result_of("cuda", *rows).bounds()
+    assert [(h.met, round(h.measured, 3)) for h in held] == [(True, 0.85)]
+
+
+def test_the_first_call_is_measured_in_new_processes() -> None:
+    first = bench._first_call(torch.device("cpu"))
+    assert "error" not in first, first
+    assert first["empty_cache"]["forward_s"] > 0
+    assert first["filled_cache"]["backward_s"] > 0
+
+
+@pytest.mark.parametrize(("device", "out"), [("nonsense", None), ("cpu", "file")])
+def test_bad_options(device: str, out: str | None, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CommandError):
+        bench.main(device, True, tmp_path / out if out else None, silent)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -1,0 +1,127 @@
+"""The clock, the counters and the file: what every figure rests on."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import Draw
+from rmsnorm import machine, measure
+from rmsnorm.errors import CommandError
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("samples", "expected"),
+    [([3.0, 1.0, 2.0], (1.0, 2.0, 1.0, 3.0)), ([5.0, 1.0, 2.0, 4.0, 3.0], (1.0, 3.0, 2.0, 4.0))],
+    ids=["extremes of three", "quartiles of five"],
+)
+def test_summary(samples: list[float], expected: tuple[float, ...]) -> None:
+    timing = measure.summarize(samples, repeats=4)
+    assert (timing.minimum, timing.median, timing.low, timing.high) == expected
+    assert timing.calls == 4 * len(samples)
+
+
+def test_every_call_gets_its_samples_and_no_fixed_neighbour() -> None:
+    log: list[str] = []
+
+    def busy(name: str) -> None:
+        log.append(name)
+        sum(range(20_000))  # longer than the shortest sample, so that one call is one sample
+
+    timings = measure.interleave({n: lambda n=n: busy(n) for n in "abc"}, CPU, samples=30)  # type: ignore[misc]
+    assert {name: t.calls for name, t in timings.items()} == dict.fromkeys("abc", 30)
+    assert all(0 < t.minimum <= t.low <= t.median <= t.high for t in timings.values())
+    rounds = ["".join(log[-90:][i : i + 3]) for i in range(0, 90, 3)]
+    assert {"".join(sorted(r)) for r in rounds} == {"abc"}
+    assert len(set(rounds)) > 3
+
+
+def test_a_time_limit_leaves_the_slow_the_fewest_samples() -> None:
+    calls = {"slow": lambda: time.sleep(0.01), "fast": lambda: time.sleep(0)}
+    timings = measure.interleave(calls, CPU, samples=20, fewest=3, seconds=1e-3)
+    assert timings["slow"].calls == 3
+    assert timings["fast"].calls > timings["slow"].calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_differing_counts_bits(dtype: torch.dtype, randn: Draw) -> None:
+    a = randn(5, 7).to(dtype)
+    assert measure.differing(a, a.clone()) == (0, 0)
+    b = a.clone()
+    b[1, 2] = torch.nextafter(b[1, 2], b.new_tensor(math.inf))
+    b[3, 0] = torch.nextafter(torch.nextafter(b[3, 0], b.new_tensor(-math.inf)), b.new_tensor(-math.inf))
+    assert measure.differing(a, b) == (2, 2)
+    tiny = torch.nextafter(a.new_zeros(()), a.new_ones(()))
+    around_zero = torch.stack([-tiny, -0.0 * tiny, 0.0 * tiny, tiny])
+    assert measure.differing(around_zero[:-1], around_zero[1:]) == (3, 1)
+
+
+def test_differing_of_nan_and_of_what_cannot_be_compared() -> None:
+    nan, one = torch.tensor([math.nan]), torch.tensor([1.0])
+    negative = torch.tensor([-1], dtype=torch.int32).view(torch.float32)  # another NaN
+    assert negative.isnan().all()
+    assert measure.differing(nan, negative) == (0, 0)
+    assert measure.differing(nan, one)[0] == 1
+    assert measure.differing(torch.empty(0, 4), torch.empty(0, 4)) == (0, 0)
+    with pytest.raises(ValueError, match="bfloat16"):
+        measure.differing(one, one.bfloat16())
+    with pytest.raises(ValueError, match="compared"):
+        measure.differing(one, one.expand(2))
+
+
+def test_saved_bytes_are_counted_once_a_storage_and_without_the_weights(randn: Draw) -> None:
+    x = randn(6, 8).requires_grad_()
+    w = randn(8).requires_grad_()
+    with measure.saved_for_backward([w]) as saved:
+        y = x * w  # saves x and w
+        z = x[:3] * w  # the storage of x again
+        assert saved() == x.numel() * 4
+        u = y.sigmoid()  # its output
+        assert saved() == 2 * x.numel() * 4
+    grads = torch.autograd.grad(u.sum() + z.sum(), (x, w))
+    s = (x * w).sigmoid()
+    wanted = torch.autograd.grad(s.sum() + (x[:3] * w).sum(), (x, w))
+    assert all(torch.equal(a, b) for a, b in zip(grads, wanted, strict=True))
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "figures.json"
+    measure.write_json(path, {"a": 1.5})
+    assert json.loads(path.read_text()) == {"a": 1.5}
+    with pytest.raises(ValueError, match="JSON"):
+        measure.write_json(path, {"a": math.nan})
+    with pytest.raises(TypeError):
+        measure.write_json(path, {"a": CPU})
+    assert json.loads(path.read_text()) == {"a": 1.5}
+    assert [p.name for p in path.parent.iterdir()] == ["figures.json"]
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    measure.check_folder(tmp_path / "new" / "deep")
+    assert not (tmp_path / "new").exists()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(CommandError, match="--out"):
+            measure.check_folder(out)
+
+
+def test_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RMSNORM_COMMIT", "abc123")
+    facts = json.loads(json.dumps(machine.describe("cpu")))
+    assert facts["commit"] == "abc123"
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["gpu"] is None
+    assert facts["cores"] >= 1
+    assert facts["cpu"]
+    assert "abc123" in machine.headline(facts)
+
+
+@pytest.mark.parametrize("name", ["nonsense", "meta", "cuda:99", "cpu:x"])
+def test_a_device_that_is_not_there(name: str) -> None:
+    with pytest.raises(CommandError, match="give cpu or cuda"):
+        machine.find_device(name)

@@ -1,0 +1,379 @@
+"""report: what it finds in small checkpoints, what it refuses, and that nothing it refuses leaves a trace."""
+
+import builtins
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import DeepseekV2Config, DeepseekV2Model, Gemma2Config, Gemma2Model, PreTrainedModel
+
+from rmsnorm import models, report
+from rmsnorm.errors import CommandError
+from rmsnorm.measure import Timing
+from rmsnorm.report import Pair, Step
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 48,
+}
+
+
+def deepseek() -> PreTrainedModel:
+    return DeepseekV2Model(
+        DeepseekV2Config(
+            **SMALL, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
+            n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, moe_intermediate_size=32,
+            first_k_dense_replace=1, n_group=1, topk_group=1,
+        )
+    )  # fmt: skip
+
+
+def gemma() -> PreTrainedModel:
+    return Gemma2Model(Gemma2Config(**SMALL, head_dim=32))
+
+
+def saved(build: Callable[[], PreTrainedModel], folder: Path) -> Path:
+    """A checkpoint with random weights, those of its norms too."""
+    generator = torch.Generator().manual_seed(2)
+    model = build().to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        scale = 0.3 if "norm" in name else 0.05
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return saved(deepseek, tmp_path / "checkpoint")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "_NORM_SECONDS", 0.01)
+
+    def nobody(*prompt: object) -> str:
+        raise AssertionError("it asked on stdin")
+
+    monkeypatch.setattr(builtins, "input", nobody)
+
+
+def run(target: Path | str, out: Path, **options: Any) -> report.Result:
+    steps: list[tuple[int, int]] = []
+
+    def progress(done: int, total: int, what: str) -> None:
+        assert what
+        steps.append((done, total))
+
+    result = report.main(str(target), out, progress, **{"device": "cpu", "tokens": 32, "seconds": 0.0} | options)
+    assert [done for done, _ in steps] == list(range(len(steps)))
+    assert all(done < total for done, total in steps)
+    return result
+
+
+def shown(result: report.Result) -> str:
+    screen = io.StringIO()
+    Console(file=screen, width=200).print(result.table())
+    return screen.getvalue()
+
+
+# --- what it finds -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "names", "spec"),
+    [
+        (deepseek, 2 * 4 + 1, {"eps": 1e-6, "cast": "early", "offset": 0.0}),
+        (gemma, 2 * 4 + 1, {"eps": 1e-6, "cast": "late", "offset": 1.0}),
+    ],
+    ids=["DeepSeek V2", "Gemma 2"],
+)
+def test_a_checkpoint(
+    build: Callable[[], PreTrainedModel], names: int, spec: dict[str, object], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = run(saved(build, tmp_path / "checkpoint"), out)
+    assert result.ok
+    assert len(result.norms) == names
+    for n in result.norms:
+        assert n.verdict.spec is not None
+        assert (n.calls, n.rows, n.wrong) == (1, 32, 0)
+        assert n.outputs == 32 * (n.width or 0)
+        assert n.changed <= n.outputs
+        assert min(n.forward.after, n.training.after, n.token.after) > 0
+    assert {n.width for n in result.norms} == ({64, 24, 16} if build is deepseek else {64})
+    assert result.saved is not None
+    assert 0 < result.saved.after < result.saved.before
+    assert result.forward is not None
+    assert result.training is not None
+    assert result.forward.before.calls == 3
+    assert result.training.after.calls == 2
+
+    assert [p.name for p in out.iterdir()] == ["report.json"]
+    written = json.loads((out / "report.json").read_text())
+    assert written == json.loads(json.dumps(result.to_json()))
+    assert [n["spec"] for n in written["norms"]] == [spec] * names
+    assert written["model"]["norms"] == names
+    assert written["model"]["norm_parameters"] == sum(n.width or 0 for n in result.norms)
+    assert f"{names} of {names} norms proven" in shown(result)
+    assert "exact bits" in shown(result)
+
+
+def test_the_saved_bytes_are_what_the_arithmetic_says(checkpoint: Path, tmp_path: Path) -> None:
+    """Of N elements a row a norm kept 4 + 2 bytes each in fp32 and bf16, and 4 of rstd; now 2 of the input and 4.
+
+    The input of kv_a_layernorm is 16 of 24 columns: there the bytes of the whole storage are held.
+    """
+    result = run(checkpoint, tmp_path / "out")
+    assert result.saved is not None
+    rows, columns, views = 32, sum(n.width or 0 for n in result.norms), 2
+    assert result.saved.before - result.saved.after == rows * columns * (6 - 2) - views * rows * (24 - 16) * 2
+
+
+def test_wrong_bits_are_red_and_get_no_time(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = models.rms_norm
+
+    def wrong(x: Tensor, *args: Any, **named: Any) -> Tensor:
+        y = right(x, *args, **named)
+        if x.shape[-1] == 24:
+            first = torch.zeros_like(y)
+            first[..., :1, :1] = 1
+            y = y + first
+        return y
+
+    monkeypatch.setattr(models, "rms_norm", wrong)
+    result = run(checkpoint, tmp_path / "out")
+    assert not result.ok
+    red = [n for n in result.norms if n.wrong]
+    assert [(n.width, n.wrong, n.forward.after) for n in red] == [(24, 1, 0.0)] * 2
+    assert "2 outputs of the replaced norms differ" in shown(result)
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["ok"] is False
+
+
+def test_the_preset_has_the_real_widths() -> None:
+    """On no device, so in full size; the CPU's is the same but for three numbers, and 700 MB."""
+    model, expected, notes = report._deepseek_ocr(torch.device("meta"))
+    norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
+    assert (len(norms), sum(m.weight.numel() for m in norms)) == (25, 32_000) == expected
+    assert {m.weight.shape for m in norms} == {(1280,)}
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.config.n_routed_experts == 64
+    assert 2.5e9 < sum(p.numel() for p in model.parameters()) < 3e9  # "3B" with the head and the vision encoder
+    assert len(notes) == 1
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_preset_that_is_not_as_expected_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(report.PRESETS, "small", lambda device: (deepseek(), (25, 32_000), ()))
+    result = run("small", tmp_path)
+    assert not any(n.wrong for n in result.norms)
+    assert not result.ok
+    assert "not the expected model" in shown(result)
+
+
+def test_norms_that_are_left_or_not_reached_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class StrangeRMSNorm(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    def build(device: torch.device) -> Any:
+        model = deepseek()
+        model.strange = StrangeRMSNorm()
+        model.spare = type(model.norm)(64)
+        return model, None, ("a note",)
+
+    monkeypatch.setitem(report.PRESETS, "small", build)
+    result = run("small", tmp_path)
+    assert result.ok
+    by_name = {n.verdict.name: n for n in result.norms}
+    assert by_name["strange"].verdict.spec is None
+    assert by_name["spare"].calls == 0
+    text = shown(result)
+    assert "strange, left: " in text
+    assert "spare, no activation reached it" in text
+    assert "note: a note" in text
+
+
+def test_a_model_without_norms_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(device: torch.device) -> Any:
+        model = deepseek()
+        for name, module in list(model.named_modules()):
+            if type(module).__name__.endswith("RMSNorm"):
+                model.set_submodule(name, torch.nn.LayerNorm(module.weight.shape[0]))
+        return model, None, ()
+
+    monkeypatch.setitem(report.PRESETS, "small", build)
+    result = run("small", tmp_path)
+    assert result.ok
+    assert result.forward is None
+    assert "nothing to compare" in shown(result)
+
+
+def test_what_the_folder_lacks_is_said(checkpoint: Path, tmp_path: Path) -> None:
+    file = checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["norm.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert any("norm.weight" in note for note in run(checkpoint, tmp_path / "out").notes)
+
+
+def test_more_tokens_than_positions(checkpoint: Path, tmp_path: Path) -> None:
+    assert run(checkpoint, tmp_path / "out", tokens=1000).norms[0].rows == SMALL["max_position_embeddings"]
+
+
+def test_a_difference_inside_the_spread_is_called_that() -> None:
+    def step(before: tuple[float, float, float], after: tuple[float, float, float]) -> Step:
+        def timing(low: float, median: float, high: float) -> Timing:
+            return Timing(3, low, median, low, high)
+
+        return Step(timing(*before), timing(*after), Pair(0.5, 0.1), ())
+
+    assert step((1.0, 1.2, 1.4), (0.9, 1.1, 1.3)).inside_spread
+    assert step((1.0, 1.2, 1.4), (0.5, 0.7, 1.0)).inside_spread
+    assert not step((1.0, 1.2, 1.4), (0.5, 0.7, 0.9)).inside_spread
+    assert not step((0.5, 0.7, 0.9), (1.0, 1.2, 1.4)).inside_spread
+    assert step((1.0, 2.0, 3.0), (1.0, 2.0, 3.0)).shares == (0.25, 0.05)
+
+
+# --- what it refuses -----------------------------------------------------------------------------------------
+
+
+def no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def broken_config(folder: Path) -> None:
+    (folder / "config.json").write_text('["model_type"')
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def short_tail(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def short_header(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:60])
+
+
+def empty_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def unknown_model(folder: Path) -> None:
+    edit_config(folder, model_type="no_such_model")
+
+
+def foreign_kernel(folder: Path) -> None:
+    edit_config(folder, attn_implementation="somebody/attention")
+
+
+def nested_foreign_kernel(folder: Path) -> None:
+    edit_config(folder, text_config={"_attn_implementation": {"": "somebody/attention"}})
+
+
+def wrong_shape(folder: Path) -> None:
+    edit_config(folder, hidden_size=80)
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (no_config, "holds no config.json"),
+        (broken_config, "no JSON object"),
+        (no_weights, "holds no \\*.safetensors"),
+        (short_tail, "cut short"),
+        (short_header, "cut short"),
+        (empty_weights, "cut short"),
+        (unknown_model, "cannot load"),
+        (wrong_shape, "cannot load"),
+        (foreign_kernel, "foreign code"),
+        (nested_foreign_kernel, "foreign code"),
+    ],
+)
+def test_a_folder_that_is_no_checkpoint(
+    damage: Callable[[Path], None], says: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    damage(checkpoint)
+    with pytest.raises(CommandError, match=says) as raised:
+        run(checkpoint, tmp_path / "out")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_code_in_the_folder_is_not_run(checkpoint: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "executed"
+    code = f"open({str(marker)!r}, 'w')\n"
+    for name in ("configuration_mine.py", "modeling_mine.py"):
+        (checkpoint / name).write_text(code)
+    auto = {"AutoConfig": "configuration_mine.MineConfig", "AutoModel": "modeling_mine.MineModel"}
+    edit_config(checkpoint, auto_map=auto)
+    assert run(checkpoint, tmp_path / "out").ok  # transformers knows the model type itself
+    assert not marker.exists()
+    edit_config(checkpoint, auto_map=auto, model_type="mine")
+    with pytest.raises(CommandError, match="cannot load"):
+        run(checkpoint, tmp_path / "other")
+    assert not marker.exists()
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "says"),
+    [
+        ("deepseek-orc", {}, "neither a preset nor a folder: give deepseek-ocr"),
+        ("deepseek-ocr", {"tokens": 0}, "tokens is 0"),
+        ("deepseek-ocr", {"device": "nonsense"}, "give cpu or cuda"),
+    ],
+)
+def test_bad_options(target: str, options: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match=says):
+        run(target, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_out_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(CommandError, match="--out"):
+        run("deepseek-ocr", tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_without_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(CommandError, match="pip install 'rmsnorm\\[hf\\]'"):
+        run("deepseek-ocr", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_something_else_than_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(device: torch.device) -> Any:
+        model = deepseek()
+        model.forward = lambda pixels: pixels
+        return model, None, ()
+
+    monkeypatch.setitem(report.PRESETS, "pictures", refuses)
+    with pytest.raises(CommandError, match="token ids alone"):
+        run("pictures", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
