@@ -21,7 +21,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest
 
 test-gpu: $(STAMP)
-	$(BIN)/python tests/gpu_check.py
+	$(BIN)/rmsnorm verify --device cuda
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -412,7 +412,7 @@ def test_two_threads_at_once(randn) -> None:
             for _ in range(8):
                 for got, right in zip(everything(*draws[index]), expected[index], strict=True):
                     assert_same_bits(got, right, f"thread {index}")
-        except BaseException as error:
+        except BaseException as error:  # raised below, in the thread that pytest watches
             wrong.append(error)
 
     workers = [threading.Thread(target=work, args=(index,)) for index in range(len(draws))]
@@ -520,22 +520,20 @@ def test_what_is_saved_with_a_residual(randn) -> None:
     assert [size for at, size in kept.items() if at not in ours] == [4 * M]
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS, ids=short)
-def test_what_is_allocated(dtype, randn) -> None:
+def test_what_is_allocated(dtype, transposed, randn) -> None:
     M, N = 600, 512
-    e, dense = dtype.itemsize, randn(M, N, dtype=dtype)
-    w, dy = randn(N, dtype=dtype), randn(M, N, dtype=dtype)
-    for x in (dense, randn(20, 30, 576, dtype=dtype).transpose(0, 1)[..., :N]):
-        leaf = x.detach().requires_grad_()
-        rms_norm(x, w)
-        add_rms_norm(x, x, w)
-        with torch.no_grad():
-            assert allocated(lambda leaf=leaf: rms_norm(leaf, w)) == [M * N * e]
-            assert allocated(lambda leaf=leaf: add_rms_norm(leaf, leaf, w)) == [M * N * e] * 2
-        assert allocated(lambda leaf=leaf: rms_norm(leaf, w)) == [4 * M, M * N * e]
-        y = rms_norm(leaf, w.requires_grad_())
-        sizes = allocated(lambda y=y, leaf=leaf: torch.autograd.grad(y, (leaf, w), dy.reshape(y.shape)))
-        w = w.detach()
-        # dx, dw, and partial sums of dw, which are far from M × N.
-        assert sizes[-1] == M * N * e
-        assert sum(sizes[:-1]) < M * N
+    size, w = M * N * dtype.itemsize, randn(N, dtype=dtype).requires_grad_()
+    x = randn(20, 30, 576, dtype=dtype).transpose(0, 1)[..., :N] if transposed else randn(M, N, dtype=dtype)
+    x, dy = x.detach().requires_grad_(), randn(*x.shape, dtype=dtype)
+    y = rms_norm(x, w)
+    add_rms_norm(x, x, w)
+    with torch.no_grad():
+        assert allocated(lambda: rms_norm(x, w)) == [size]
+        assert allocated(lambda: add_rms_norm(x, x, w)) == [size] * 2
+    assert allocated(lambda: rms_norm(x, w)) == [4 * M, size]
+    sizes = allocated(lambda: torch.autograd.grad(y, (x, w), dy))
+    # dx, dw, and partial sums of dw, which are far from M × N.
+    assert sizes[-1] == size
+    assert sum(sizes[:-1]) < M * N

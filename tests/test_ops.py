@@ -200,6 +200,7 @@ def test_one_graph_with_one_node(randn) -> None:
 # --- export and trace ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
 def test_export(strict, grad, randn) -> None:
@@ -500,6 +501,7 @@ def test_double_backward_raises(cast, offset, allow_unused, randn) -> None:
             torch.autograd.grad(g.square().sum(), second, allow_unused=allow_unused)
 
 
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
 def test_other_ways_to_a_second_derivative_raise(randn) -> None:
     x, w = randn(3, 8).requires_grad_(), randn(8).requires_grad_()
     (dx,) = torch.autograd.grad(scalar(x, w), x, create_graph=True)
@@ -788,7 +790,7 @@ def test_inference_mode(dtype, randn) -> None:
     expected = rms_norm(x, w).detach()
     with torch.inference_mode():
         y = rms_norm(x, w)
-        inner, s = add_rms_norm(x * 1, x, w)
+        inner, _ = add_rms_norm(x * 1, x, w)
         assert y.is_inference()
         assert_same_bits(y, expected)
         assert_same_bits(inner, add_rms_norm(x, x, w)[0])

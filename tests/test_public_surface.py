@@ -13,7 +13,7 @@ ORDER = [
     "errors", "spec", "machine", "reference", "kernels", "ops", "module", "models", "measure", "verify", "bench",
     "report", "cli",
 ]  # fmt: skip
-KERNELS = ["threads", "launch", "cpu", "gpu"]
+KERNELS = ["rows", "threads", "launch", "cpu", "gpu"]
 
 SIGNATURES = {
     "rms_norm": "x, weight=None, eps=1e-06, *, cast='early', offset=0.0",

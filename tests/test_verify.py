@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from rmsnorm import machine, reference, verify
+from rmsnorm import machine, ops, reference, verify
 from rmsnorm.errors import CommandError
 
 CPU = torch.device("cpu")
@@ -42,6 +42,105 @@ def test_a_wrong_step_is_red(name, wrong, monkeypatch) -> None:
     monkeypatch.setattr(reference, name, wrong)
     rows = verify.verify_rows(small_plans(), CPU)
     assert any(not row.ok for row in rows)
+
+
+def late(x: torch.Tensor, w: torch.Tensor | None, rstd: torch.Tensor, cast: str, offset: float) -> torch.Tensor:
+    h = x.float() * rstd.unsqueeze(-1)
+    return h.to(x.dtype) if w is None else ((w.float() + offset) * h).to(torch.promote_types(w.dtype, x.dtype))
+
+
+def faults(plans: list[verify.Plan]) -> str:
+    return "; ".join(fault for row in verify.verify_rows(plans, CPU) for fault in row.faults)
+
+
+def bf16_early(M: int, N: int, count: int) -> list[verify.Plan]:
+    case = verify.Case(torch.bfloat16, torch.bfloat16, "early", 0.0, M, N)
+    return [verify.Plan("spec", "bf16, weight bf16, early", (case,) * count)]
+
+
+def test_late_instead_of_early_is_red(monkeypatch) -> None:
+    monkeypatch.setattr(reference, "normalize", late)
+    assert "are not exact's" in faults(bf16_early(16, 512, 1))
+
+
+@pytest.fixture
+def reference_runs(monkeypatch) -> None:
+    """The reference computes what is called ours as well, so that a mistake in it is on both sides."""
+    monkeypatch.setattr(ops, "_choose", lambda *_: (reference, "for a test"))
+
+
+@pytest.mark.usefixtures("reference_runs")
+class TestAMistakeThatExactSharesIsRed:
+    def test_nothing_is_red_without_one(self) -> None:
+        assert faults(bf16_early(64, 1024, 6)) == ""
+
+    def test_late_instead_of_early(self, monkeypatch) -> None:
+        monkeypatch.setattr(reference, "normalize", late)
+        assert "outputs are not eager's" in faults(bf16_early(64, 1024, 6))
+
+    def test_rstd_off(self, monkeypatch) -> None:
+        exact = reference.exact_rstd
+        monkeypatch.setattr(reference, "exact_rstd", lambda x, eps: exact(x, eps) * (1 + 2**-6))
+        assert "ulp from eager's" in faults(bf16_early(64, 1024, 6))
+
+    def test_gradients_rounded_on_the_way(self, monkeypatch) -> None:
+        backward = reference.backward
+
+        def rounded(dy, ds, x, w, rstd, *rest) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+            return backward((dy.float() * (1 + 2**-7)).to(dy.dtype), ds, x, w, rstd, *rest)
+
+        monkeypatch.setattr(reference, "backward", rounded)
+        found = faults(bf16_early(64, 1024, 64))
+        assert "the error of dx" in found
+        assert "the error of dw" in found
+
+    def test_dw_that_changes_from_run_to_run(self, monkeypatch) -> None:
+        backward, calls = reference.backward, iter(range(1000))
+
+        def drifting(*args) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+            dx, dw = backward(*args)
+            return dx, None if dw is None else dw + next(calls)
+
+        monkeypatch.setattr(reference, "backward", drifting)
+        assert "numbers of dw change" in faults(bf16_early(16, 64, 1))
+
+
+@pytest.mark.parametrize("form", [verify._ON_BOUNDARY, verify._ORTHOGONAL])
+def test_a_constructed_row_is_close_and_a_wrong_one_is_red(form, monkeypatch) -> None:
+    case = verify.Case(torch.float32, torch.float32, "early", 0.0, 8, 2048, form, eps=0.0)
+    plan = verify.Plan("constructed", form, (case,))
+    (row,) = verify.verify_rows([plan], CPU)
+    assert row.ok
+    assert row.tally.close == 8
+    exact = reference.exact_rstd
+    monkeypatch.setattr(reference, "exact_rstd", lambda x, eps: exact(x, eps) * (1 + 2**-20))
+    (row,) = verify.verify_rows([plan], CPU)
+    assert not row.ok
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("cast", "offset"), [("early", 0.0), ("late", 0.0), ("late", 1.0)])
+def test_eager_has_the_bits_of_published(cast, offset, dtype, randn) -> None:
+    x, w = randn(32, 257).to(dtype), randn(257).to(dtype)
+    for weight in (w, w.float(), None if not offset else w):
+        y = verify.eager(x, weight, 1e-6, cast, offset)
+        assert verify.differing(y, reference.published(x, weight, 1e-6, cast, offset)) == 0
+
+
+def test_close_rows_are_those_that_an_order_can_tell() -> None:
+    half = 1 + 2.0**-24  # between two fp32 numbers, as the mean of two terms
+    tiny = 2.0**-60  # lost when it is added to them
+    rows = [[2 * half, 2 * half, 0.0, 0.0], [2 * half, tiny, 2 * half, tiny], [1.1, 1.3, 1.7, tiny]]
+    assert verify.close_rows(torch.tensor(rows, dtype=torch.float64), 25).tolist() == [False, True, False]
+
+
+def test_ulp_are_those_of_the_coarser_dtype() -> None:
+    a = torch.tensor([1.0, 1.0, 0.0, 300.0])
+    b = torch.tensor([1.0 + 2**-7, 1.0, 2.0**-133, 296.0])
+    assert verify.largest_ulp(a, b, torch.bfloat16) == 2.0
+    assert verify.largest_ulp(a[:3], b[:3], torch.bfloat16) == 1.0
+    assert verify.largest_ulp(a, a, torch.bfloat16) == 0.0
+    assert verify.largest_ulp(a, torch.full_like(a, torch.nan), torch.bfloat16) == torch.inf
 
 
 def test_the_full_sweep_tries_enough() -> None:

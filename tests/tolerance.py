@@ -23,8 +23,8 @@ IDEMPOTENT = 2 * XH
 LAYER_NORM, CENTRED = Y + U, 2 * U
 # w·xh folded into the next matrix: the two sides differ by the one rounding of that product.
 FOLDED = U * (1 + 2 * U)
-# An element of dx, in units of rstd·(|g| + |xh·c|). The xh·c term: xh 4.5, c (g 1, xh 4.5, product 1, mean 1; the sum is
-# fp64) 7.5, product 1, difference 1, factor rstd 4.5; the rest is to spare. The g term is shorter.
+# An element of dx, in units of rstd·(|g| + |xh·c|). The xh·c term: xh 4.5, c (g 1, xh 4.5, product 1, mean 1; the sum
+# is fp64) 7.5, product 1, difference 1, factor rstd 4.5; the rest is to spare. The g term is shorter.
 DX = 20 * U
 # As DX, but for an output tangent w·P·x_t + xh·w_t: the factor w, the product xh·w_t and the sum come on top.
 TANGENT = DX + 4 * U

@@ -114,15 +114,19 @@ def warmup(
 # --- who computes --------------------------------------------------------------------------------------------
 
 
+_KERNELS = {"cpu": ("cpu", "Numba"), "cuda": ("gpu", "Triton")}
+
+
 @functools.cache
 def _backend(device_type: str) -> tuple[ModuleType, str]:
     """The kernels of a device, imported when its first tensor comes; the reference, and why, where there are none."""
-    if device_type != "cpu":
+    if device_type not in _KERNELS:
         return reference, f"there is no kernel for {device_type}"
+    name, library = _KERNELS[device_type]
     try:
-        return importlib.import_module("rmsnorm.kernels.cpu"), ""
-    except Exception as error:  # noqa: BLE001  # a missing or broken Numba must not take the layer down
-        return reference, f"Numba cannot be used: {type(error).__name__}: {error}"
+        return importlib.import_module(f"rmsnorm.kernels.{name}"), ""
+    except Exception as error:  # noqa: BLE001  # a missing or broken library must not take the layer down
+        return reference, f"{library} cannot be used: {type(error).__name__}: {error}"
 
 
 @functools.cache

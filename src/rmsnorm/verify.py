@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from rmsnorm import machine, reference
+from rmsnorm.measure import Progress
 from rmsnorm.ops import add_rms_norm, explain, rms_norm
 from rmsnorm.spec import Cast
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-Progress = Callable[[int, int, str], None]
 
 # --- the bounds of the contract ------------------------------------------------------------------------------
 
@@ -310,7 +309,9 @@ class Error:
 
     @property
     def ratio(self) -> float | None:
-        return math.sqrt(self.ours / self.eagers) if self.eagers else None
+        if self.eagers == 0.0:
+            return math.inf if self.ours > 0.0 else None
+        return math.sqrt(self.ours / self.eagers)
 
 
 @dataclass(frozen=True)
@@ -369,7 +370,8 @@ def largest_in_row(a: Tensor, b: Tensor) -> float:
     if a.numel() == 0:
         return 0.0
     unit = b.double().abs().amax(-1, keepdim=True) * torch.finfo(b.dtype).eps
-    return float(((a.double() - b.double()).abs() / unit).nan_to_num(0.0).max())
+    off = (a.double() - b.double()).abs()
+    return float(torch.where(off == 0.0, 0.0, off / unit).nan_to_num(math.inf).max())
 
 
 def close_rows(terms: Tensor, digits: int) -> Tensor:
@@ -557,7 +559,8 @@ def judge(plan: Plan, tally: Tally) -> Row:
         if dtype is None or error.ratio is None or error.elements < GRADIENT_ELEMENTS or tally.rows < GRADIENT_ROWS:
             continue
         limit = _ratio_allowed(plan, name, dtype)
-        if error.ratio > limit and not (narrow and error.size <= NARROW_ERROR):
+        # Written so that a NaN is a fault.
+        if not (error.ratio <= limit or (narrow and error.size <= NARROW_ERROR)):
             faults.append(f"the error of {name} is {error.ratio:.5f} of eager's, more than {limit:.5f}")
     return Row(plan.section, plan.name, tally, tuple(faults))
 
@@ -682,9 +685,9 @@ def verify(
 def _row_json(row: Row) -> dict[str, Any]:
     tally = row.tally
     share = tally.eager_differing / tally.outputs if tally.outputs else None
-    counts = {f.name: getattr(tally, f.name) for f in dataclasses.fields(tally) if f.name not in ("dx", "dw")}
+    counts = {f.name: _finite(getattr(tally, f.name)) for f in dataclasses.fields(tally) if f.name not in ("dx", "dw")}
     gradients = {
-        name: {"elements": error.elements, "error": error.size, "of_eagers": error.ratio}
+        name: {"elements": error.elements, "error": _finite(error.size), "of_eagers": _finite(error.ratio)}
         for name, error in (("dx", tally.dx), ("dw", tally.dw))
     }
     return {
@@ -696,6 +699,11 @@ def _row_json(row: Row) -> dict[str, Any]:
         "eager_share": share,
         **gradients,
     }
+
+
+def _finite(number: float | None) -> float | None:
+    """JSON knows neither inf nor NaN; the row's faults say what was found."""
+    return number if number is not None and math.isfinite(number) else None
 
 
 def _table(result: Result) -> "Table":

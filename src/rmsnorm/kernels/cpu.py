@@ -23,6 +23,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from rmsnorm.kernels import threads
+from rmsnorm.kernels.rows import walk, walked
 
 NAME = "cpu kernel (Numba)"
 
@@ -265,25 +266,15 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(4096)
 def _plan(shape: Sequence[int], *strides: Sequence[int]) -> _Plan | None:
-    """None if some last dimension is not contiguous, or the rows do not lie in three strided dimensions."""
-    N, M = shape[-1], math.prod(shape[:-1])
-    if N > 1 and any(stride[-1] != 1 for stride in strides):
+    """As `rows.walk`, with the rows cut into chunks."""
+    found = walk(shape, *strides)
+    if found is None:
         return None
-    dims: list[tuple[int, tuple[int, ...]]] = []
-    for axis in range(len(shape) - 1):
-        size, inner = shape[axis], tuple(stride[axis] for stride in strides)
-        if size == 1:
-            continue
-        if dims and all(a == b * size for a, b in zip(dims[-1][1], inner, strict=True)):
-            dims[-1] = (dims[-1][0] * size, inner)
-        else:
-            dims.append((size, inner))
-    if len(dims) > 3:
-        return None
-    dims = [(1, (0,) * len(strides))] * (3 - len(dims)) + dims
+    M, N = found.M, found.N
     rows = max(_FEWEST_ROWS, -(-_CHUNK // N), -(-M // _MOST_CHUNKS))
-    steps = [dims[axis][1][t] for t in range(len(strides)) for axis in range(3)]
-    values = [N, rows, dims[1][0], dims[2][0], *steps, *[0] * (9 - len(steps))]
+    sizes = found.sizes if found.strided else (1, M)
+    steps = [step for of_one in found.steps for step in of_one]
+    values = [N, rows, *sizes, *steps, *[0] * (9 - len(steps))]
     layout = (ctypes.c_int64 * len(values))(*values)
     return _Plan(M, N, rows, -(-M // rows), ctypes.addressof(layout), layout)
 
@@ -307,9 +298,9 @@ def forward(
     kernel, read = _forward_kernel(x.dtype, None if w is None else w.dtype, cast)
     s: Tensor | None = None
     if residual is None:
-        plan, (x,) = _walk(x)
+        plan, (x,) = walked(_plan, x)
     else:
-        plan, (x, residual) = _walk(x, residual)
+        plan, (x, residual) = walked(_plan, x, residual)
         s = _new(x, x.dtype)
     w = _readable(w, plan.N, read)
     y = _new(x, read.y)
@@ -344,7 +335,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """As `reference.backward`; dw is summed in fp64 over the chunks of the plan, and then over them in order."""
     kernel, read = _backward_kernel(x.dtype, None if w is None else w.dtype, cast)
-    plan, (dy, x, *rest) = _walk(dy.to(read.y), x, *(() if ds is None else (ds.to(x.dtype),)))
+    plan, (dy, x, *rest) = walked(_plan, dy.to(read.y), x, *(() if ds is None else (ds.to(x.dtype),)))
     scale = _readable(w, plan.N, read)
     rstd = rstd.contiguous()
     dx = _new(x, x.dtype) if need_dx else None
@@ -368,18 +359,6 @@ def backward(
     dw = torch.empty(plan.N, dtype=read.w, device="cpu")
     _sum_kernel(read.w)(partials.data_ptr(), dw.data_ptr(), plan.chunks, plan.N)
     return dx, dw.to(w.dtype)
-
-
-def _walk(*tensors: Tensor) -> tuple[_Plan, Sequence[Tensor]]:
-    """The plan over the rows of all these tensors, and the tensors: copied if their strides leave no plan."""
-    plan = _plan(tensors[0].shape, *[t.stride() for t in tensors])
-    if plan is not None:
-        return plan, tensors
-    one_by_one = [t if _plan(t.shape, t.stride()) else t.contiguous() for t in tensors]
-    plan = _plan(tensors[0].shape, *[t.stride() for t in one_by_one])
-    if plan is not None:
-        return plan, one_by_one
-    return _walk(*[t.contiguous() for t in tensors])
 
 
 def _readable(w: Tensor | None, N: int, read: _Types) -> Tensor:

@@ -1,0 +1,213 @@
+"""The GPU kernels without a GPU: every specialisation in use, compiled for three generations and held to its PTX."""
+
+import functools
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed, so the GPU kernels cannot be compiled")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET=1 is set, so there is nothing to compile", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from rmsnorm.kernels import gpu  # noqa: E402
+
+CAPABILITIES = (80, 90, 100)
+# Bytes a program may have of the smallest shared memory among GPUs of capability 8.0 and up (8.6, 8.9, 12.0).
+SHARED_MEMORY = 99 * 1024
+# Every block size that launch.py chooses, and rows wider than its widest block.
+WIDTHS = (*(2**k for k in range(15)), 32768)
+
+
+def launches(
+    M: int, N: int, x: torch.dtype, w: torch.dtype | None, cast: str, offset: float, residual: bool, frozen: str = ""
+) -> list[tuple[Any, ...]]:
+    """What `gpu._run` is asked to run for a forward and a backward pass; tensors without memory are enough."""
+    asked: list[tuple[Any, ...]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "_run", lambda *arguments, **flags: asked.append((*arguments, flags)))
+        x_ = torch.empty(M, N, dtype=x, device="meta")
+        w_ = None if w is None else torch.empty(N, dtype=w, device="meta")
+        y, s, rstd = gpu.forward(x_, x_ if residual else None, w_, 1e-6, cast, offset, with_rstd=True)
+        assert rstd is not None
+        gpu.backward(y, s, x_, w_, rstd, cast, offset, frozen != "x", frozen != "w" and w is not None)
+    return asked
+
+
+def specialised(kernel: Any, arguments: tuple[Any, ...], flags: dict[str, Any]) -> tuple[Any, ...]:
+    """The types, constants and divisibilities that Triton's launch would take from these arguments."""
+    constants: dict[tuple[int, ...], Any] = {}
+    divisible: list[tuple[int, ...]] = []
+
+    def type_of(path: tuple[int, ...], value: Any, fixed: bool) -> Any:
+        if isinstance(value, tuple):
+            return tuple(type_of((*path, i), item, fixed) for i, item in enumerate(value))
+        if isinstance(value, torch.Tensor):
+            divisible.append(path)  # what torch allocates is aligned
+            name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+            return "*" + name[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if value is None or isinstance(value, bool) or (value == 1 and not fixed):
+            constants[path] = value
+            return "constexpr"
+        if value % 16 == 0 and not fixed:
+            divisible.append(path)
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    signature = {}
+    for i, parameter in enumerate(kernel.params):
+        if parameter.is_constexpr:
+            constants[(i,)] = flags[parameter.name]
+            signature[parameter.name] = "constexpr"
+        else:
+            signature[parameter.name] = type_of((i,), arguments[i], parameter.do_not_specialize)
+    return signature, tuple(constants.items()), tuple(divisible)
+
+
+@functools.cache
+def compiled(kernel: Any, signature: Any, constants: Any, divisible: Any, warps: int, capability: int) -> Any:
+    source = ASTSource(
+        kernel, dict(signature), dict(constants), {path: [["tt.divisibility", 16]] for path in divisible}
+    )
+    return triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": warps, "enable_fp_fusion": False},
+    )
+
+
+def compile_launch(launch: tuple[Any, ...], capability: int) -> tuple[str, Any]:
+    """The name of the kernel and what it compiles to."""
+    kernel, _, config, *arguments, flags = launch
+    flags = {**flags, "ROWS": config.rows, "BLOCK_N": config.block_n}
+    signature, constants, divisible = specialised(kernel, tuple(arguments), flags)
+    code = compiled(kernel, tuple(signature.items()), constants, divisible, config.warps, capability)
+    return kernel.__name__, code
+
+
+def spilled(ptx: str, capability: int, folder: Path) -> int:
+    """Bytes that ptxas spills to local memory, stores and loads."""
+    (folder / "kernel.ptx").write_text(ptx)
+    architecture = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
+    command = [get_ptxas(capability).path, "-v", "--fmad=false", f"--gpu-name={architecture}", "kernel.ptx"]
+    log = subprocess.run([*command, "-o", os.devnull], cwd=folder, capture_output=True, text=True, check=True).stderr
+    counts = re.findall(r"(\d+) bytes spill", log)
+    assert counts, log
+    return sum(map(int, counts))
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CASES = {
+    "bf16": (BF16, BF16, "early", 0.0, False),
+    "bf16, residual": (BF16, BF16, "early", 0.0, True),
+    "fp32, residual, late, offset": (FP32, FP32, "late", 1.0, True),
+}
+# What a launch at one width may come with besides: each is another specialisation.
+OTHERS: dict[str, dict[str, Any]] = {
+    "fp16": {"x": FP16, "w": FP16},
+    "fp32 weight": {"w": FP32},
+    "fp32 weight, late": {"w": FP32, "cast": "late"},
+    "bf16 weight of fp32": {"x": FP32},
+    "no weight": {"w": None},
+    "frozen weight": {"frozen": "w"},
+    "frozen input": {"frozen": "x"},
+    "odd width": {"N": 1279},
+    "odd width, wide": {"N": 32771, "residual": True},
+    "no residual, wide": {"N": 32768},
+    "64-bit rows": {"M": 2**31 + 16},
+    "one row": {"M": 1},
+}
+
+
+def held_to(launch: tuple[Any, ...], capability: int, folder: Path, *, aligned: bool = True) -> None:
+    """One kernel's PTX against everything that is asked of it."""
+    name, code = compile_launch(launch, capability)
+    ptx, where = code.asm["ptx"], f"{name} {launch[2]} sm_{capability}"
+    for forbidden in ("fma.rn.f32", ".approx", ".ftz", "div.full"):
+        assert forbidden not in ptx, f"{where}: {forbidden}"
+    assert code.metadata.shared <= SHARED_MEMORY, f"{where}: {code.metadata.shared} bytes of shared memory"
+    assert spilled(ptx, capability, folder) == 0, f"{where}: spills"
+    if aligned:
+        # Loads that are pipelined go to shared memory: cp.async of 0x10 bytes.
+        assert re.search(r"ld\.global[\w.:]*\.(v4\.b32|v2\.b64)|cp\.async\.cg\S* .*, 0x10,", ptx), (
+            f"{where}: narrow loads"
+        )
+        if launch[2].block_n >= 1024:  # below, a program has more threads than 16-byte pieces of w
+            assert "ld.global.b16" not in ptx, f"{where}: loads of 2 bytes"
+        if name != "_sum_partials":  # its one row of output is scattered over the threads that summed it
+            assert re.search(r"st\.global[\w.:]*\.(v4\.b32|v2\.b64)", ptx), f"{where}: narrow stores"
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("case", CASES)
+def test_every_width(case: str, capability: int, tmp_path: Path) -> None:
+    for N in WIDTHS if capability == 90 else (1, 16, 512, 2048, 8192, 16384, 32768):
+        for launch in launches(8192, N, *CASES[case]):
+            held_to(launch, capability, tmp_path, aligned=N >= 16)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_kind_of_input(name: str, tmp_path: Path) -> None:
+    given = {"M": 8192, "N": 1280, "x": BF16, "w": BF16, "cast": "early", "offset": 0.0, "residual": False}
+    given |= OTHERS[name]
+    for launch in launches(**given):
+        held_to(launch, 90, tmp_path, aligned=given["N"] % 16 == 0)
+
+
+def test_strided_rows_load_16_bytes_too(tmp_path: Path) -> None:
+    asked: list[tuple[Any, ...]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "_run", lambda *arguments, **flags: asked.append((*arguments, flags)))
+        x = torch.empty(4, 32, 128, 576, dtype=BF16, device="meta").transpose(1, 2)[..., :512]
+        w, rstd = torch.empty(512, dtype=BF16, device="meta"), torch.empty(x.shape[:-1], device="meta")
+        gpu.forward(x, x, w, 1e-6, "early", 0.0, with_rstd=True)
+        gpu.backward(x, x, x, w, rstd, "early", 0.0, True, True)
+        gpu.backward(x, None, x, w, rstd, "early", 0.0, False, True)
+    assert [launch[-1].get("STRIDED") for launch in asked] == [True, True, None, True, None]
+    for launch in asked:
+        held_to(launch, 90, tmp_path)
+
+
+def test_rounding_is_ieee_and_subnormals_live() -> None:
+    """The instructions that must be there: none of them could be missing without the arithmetic being another one."""
+    forward, backward, _ = launches(8192, 1280, BF16, BF16, "early", 0.0, False)
+    for launch, needed in (
+        (forward, ("sqrt.rn.f32", "div.rn.f32", "div.rn.f64", "cvt.rn.f32.f64", "mul.f64", "add.f64")),
+        (backward, ("sub.f32", "div.rn.f64", "cvt.rn.f32.f64", "cvt.f64.f32")),
+    ):
+        _, code = compile_launch(launch, 90)
+        ptx = (
+            code.asm["ptx"].replace(".rn.f64", ".f64").replace("mul.rn.f32", "mul.f32").replace("sub.rn.f32", "sub.f32")
+        )
+        for instruction in needed:
+            assert instruction.replace(".rn.f64", ".f64") in ptx or instruction in code.asm["ptx"], instruction
+
+
+def test_every_launch_forbids_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this file compiles with must be what is launched with."""
+    options: list[dict[str, Any]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *arguments, **flags: options.append(flags)
+
+    kernels = [name for name, value in vars(gpu).items() if isinstance(value, triton.JITFunction)]
+    for name in kernels:
+        monkeypatch.setattr(gpu, name, Kernel())
+    for N in (1280, 32768):
+        x, w = torch.randn(4, N), torch.randn(N)
+        rstd = gpu.forward(x, x, w, 1e-6, "early", 0.0, with_rstd=True)[2]
+        assert rstd is not None
+        gpu.backward(x, x, x, w, rstd, "early", 0.0, True, True)
+        gpu.backward(x, x, x, w, rstd, "early", 0.0, False, True)
+    assert len(options) == 11
+    assert all(flags["enable_fp_fusion"] is False for flags in options)

@@ -1,0 +1,139 @@
+"""The GPU's launch configuration is pure data: tested without a GPU and without Triton."""
+
+import ast
+import dataclasses
+import itertools
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from rmsnorm.kernels import launch
+from rmsnorm.kernels.launch import Launch
+from rmsnorm.kernels.rows import Walk, walk
+
+WIDTHS = [*range(1, 1025), *(2**k + d for k in range(10, 20) for d in (-1, 0, 1)), 1280, 5120, 7168, 1000003]
+ROWS = (1, 2, 5, 64, 263, 264, 265, 1000, 8192, 65536, 2**31 + 11)
+
+
+def every_launch() -> list[tuple[int | None, int, Launch]]:
+    """(M or None where it plays no part, N, configuration)."""
+    found: list[tuple[int | None, int, Launch]] = []
+    for N in WIDTHS:
+        found += [(None, N, launch.forward(N)), (None, N, launch.sum_partials(N))]
+        for M, itemsize in itertools.product(ROWS, (2, 4)):
+            found += [(M, N, launch.backward(M, N, itemsize, with_dw)) for with_dw in (False, True)]
+            found.append((M, N, launch.dw_alone(M, N, itemsize)))
+    return found
+
+
+def test_module_imports_nothing_but_the_standard_library() -> None:
+    tree = ast.parse(Path(launch.__file__).read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    assert names == {"dataclasses"}
+
+
+def test_configuration_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        launch.forward(1280).warps = 2  # type: ignore[misc]
+
+
+def test_tiles_are_what_a_kernel_can_hold() -> None:
+    for _, N, config in every_launch():
+        for size in (config.rows, config.block_n, config.warps):
+            assert size >= 1, (N, config)
+            assert size & (size - 1) == 0, (N, config)
+        assert config.block_n < 2 * N, (N, config)  # at most half a tile is idle
+        assert config.rows * config.block_n <= 32 * 32 * config.warps, (N, config)  # 32 elements a thread
+        assert config.warps <= 16
+
+
+def test_a_row_fits_one_tile_or_is_the_only_one_in_it() -> None:
+    for N in WIDTHS:
+        for config, widest in (
+            (launch.forward(N), launch.FORWARD_BLOCK),
+            (launch.backward(8192, N, 2, True), launch.BACKWARD_BLOCK),
+        ):
+            assert (config.block_n >= N) == (widest >= N)
+            if config.block_n < N:
+                assert (config.rows, config.chunk) == (1, 1)
+
+
+def test_chunks_cover_the_rows_once_and_are_few() -> None:
+    for M, N, config in every_launch():
+        if M is None or config.chunk == config.rows:
+            continue
+        chunks = -(-M // config.chunk)
+        assert config.chunk % config.rows == 0
+        assert (chunks - 1) * config.chunk < M <= chunks * config.chunk
+        assert chunks <= 2 * launch.PROGRAMS, (M, N, config)
+
+
+def test_chunks_depend_on_neither_dtype_nor_anything_but_m_and_n() -> None:
+    for M, N in itertools.product(ROWS, (1, 64, 1280, 8192)):
+        assert len({launch.backward(M, N, itemsize, True).chunk for itemsize in (2, 4)}) == 1
+        assert len({launch.dw_alone(M, N, itemsize).chunk for itemsize in (2, 4)}) == 1
+
+
+def test_thousands_of_widths_do_not_mean_thousands_of_kernels() -> None:
+    assert len({launch.forward(N) for N in range(1, 40000)}) <= 16
+    kernels = set()
+    for N in range(1, 20000):
+        config = launch.backward(8192, N, 2, True)
+        kernels.add((config.rows, config.block_n, config.warps, config.stages))
+    assert len(kernels) <= 16
+
+
+def start(walked: Walk, tensor: int, m: int) -> int:
+    """Where row m begins, by the words of Walk."""
+    outer, middle, inner = walked.steps[tensor]
+    if not walked.strided:
+        return m * inner
+    i, j, k = m // (walked.sizes[0] * walked.sizes[1]), m // walked.sizes[1] % walked.sizes[0], m % walked.sizes[1]
+    return i * outer + j * middle + k * inner
+
+
+def test_walk_finds_every_row() -> None:
+    draw = random.Random(0)
+    seen = set()
+    for _ in range(400):
+        sizes = [draw.choice((1, 2, 3, 5)) for _ in range(draw.randint(0, 4))]
+        N = draw.choice((1, 4, 7))
+        tensors = []
+        for _ in range(draw.randint(1, 3)):
+            order = draw.sample(range(len(sizes)), len(sizes))
+            base = torch.arange(1 << 14)[: 3 * N * torch.Size(sizes).numel()]
+            base = base.reshape(*(sizes[axis] for axis in order), 3 * N)[..., :N]
+            tensor = base.permute(*(order.index(axis) for axis in range(len(sizes))), len(sizes))
+            if sizes and draw.random() < 0.2:
+                tensor = tensor[:1].expand(sizes[0], *tensor.shape[1:])
+            tensors.append(tensor)
+        walked = walk(tensors[0].shape, *[t.stride() for t in tensors])
+        if walked is None:
+            continue
+        seen.add((walked.strided, len(tensors)))
+        assert torch.Size(sizes).numel() == walked.M
+        assert walked.N == N
+        for index, tensor in enumerate(tensors):
+            firsts = tensor[..., 0].reshape(-1).tolist()  # the numbers are their own addresses
+            assert [start(walked, index, m) for m in range(walked.M)] == firsts
+    assert seen == set(itertools.product((False, True), (1, 2, 3)))
+
+
+def test_walk_refuses_what_needs_a_copy() -> None:
+    x = torch.empty(4, 6, 8)
+    assert walk(x.transpose(1, 2).shape, x.transpose(1, 2).stride()) is None
+    assert walk(x.shape, x.stride(), x[..., :1].expand(4, 6, 8).stride()) is None
+    many = torch.empty(3, 2, 3, 2, 8)[:, :, :, :, :4].permute(3, 2, 1, 0, 4)
+    assert walk(many.shape, many.stride()) is None
+
+
+def test_rows_that_lie_in_one_dimension_pay_for_no_division() -> None:
+    x = torch.empty(4, 6, 576)
+    for view in (x, x[..., :512], x[:, :, 64:], x.view(2, 2, 6, 576), x[0], x[0, 0], x[1:2]):
+        walked = walk(view.shape, view.stride())
+        assert walked is not None
+        assert not walked.strided
+    assert walk(x[:, :5].shape, x[:, :5].stride()).strided  # type: ignore[union-attr]
