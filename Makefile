@@ -38,6 +38,6 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	$(BIN)/python -m pip install "$(TORCH)" -c $(PINS)
 	$(BIN)/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("triton") is None)' \
 		|| $(BIN)/python -m pip install "$$(grep '^triton==' constraints.txt)" -c $(PINS)
-	$(BIN)/python -m pip freeze | grep -E '^(torch|triton)==' >> $(PINS)
+	$(BIN)/python -m pip list --format=freeze | grep -E '^(torch|triton)==' >> $(PINS)
 	$(BIN)/python -m pip install -e '.[dev]' -c $(PINS)
 	@touch $@

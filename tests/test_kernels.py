@@ -397,6 +397,29 @@ def test_the_thread_count_changes_no_bit(dtype, randn, threads) -> None:
                 assert_same_bits(got, expected, label)
 
 
+def test_the_order_in_which_dw_is_summed(threads) -> None:
+    """Its sums cancel, so that another order shows: it hangs on M and N, not on threads, shape or strides."""
+    generator = torch.Generator().manual_seed(11)
+    M, N = 20000, 64
+    signs = torch.randint(0, 2, (M, N), generator=generator) * 2.0 - 1  # at eps 0 the norm of these is themselves
+    half = torch.randn(M // 2, N, generator=generator) * 10.0 ** torch.randint(-9, 10, (M // 2, N), generator=generator)
+    dy = torch.cat([half, -half[torch.randperm(M // 2, generator=generator)]]) * signs
+    wide = torch.zeros(M, N + 8)
+    wide[:, :N] = signs
+    forms = (signs, signs.reshape(1, M, N), signs.reshape(4, M // 4, N), wide[:, :N], signs.reshape(M // 5, 1, 5, N))
+
+    def dw(x: Tensor, dy: Tensor) -> Tensor:
+        w = torch.ones(N, requires_grad=True)
+        (gradient,) = torch.autograd.grad(rms_norm(x, w, 0.0), w, dy.reshape(x.shape))
+        return gradient
+
+    expected = dw(signs, dy)
+    assert (dw(signs.flip(0), dy.flip(0)) != expected).any(), "the order does not show"
+    for i, form in enumerate(forms):
+        threads(1 + i % 3)
+        assert_same_bits(dw(form, dy), expected, f"{tuple(form.shape)}, {1 + i % 3} threads")
+
+
 def test_two_threads_at_once(randn) -> None:
     draws = [
         [randn(M, N, dtype=torch.bfloat16), randn(N, dtype=torch.bfloat16), randn(M, N, dtype=torch.bfloat16)]

@@ -73,7 +73,8 @@ def backward(
     dx = dw = None
     if need_dx:
         g = dy.float() if w is None else dy.float() * _scale(w, offset)
-        c = ((g * xh).double().sum(-1, keepdim=True) / x.shape[-1]).float()
+        S = (g * xh).double().sum(-1, keepdim=True) + 0.0  # a sum of nothing but -0.0 is +0.0 in every order
+        c = (S / x.shape[-1]).float()
         dx = r * (g - xh * c)
         dx = (dx if ds is None else dx + ds.float()).to(x.dtype).contiguous()
     if need_dw:

@@ -138,7 +138,8 @@ def _backward_block(
         xh = _load(x + _start(m, sizes, x_steps, STRIDED) + n, inside) * r
         xh = tl.where(inside, xh, 0.0)  # where r is inf, outside is 0·inf
         g = dy_row * scale
-        c = (tl.sum((g * xh).to(tl.float64), axis=1, keep_dims=True) / N).to(tl.float32)
+        S = tl.sum((g * xh).to(tl.float64), axis=1, keep_dims=True) + 0.0  # +0.0, never -0.0
+        c = (S / N).to(tl.float32)
         dx_row = r * (g - xh * c)
         if ds is not None:
             dx_row += _load(ds + _start(m, sizes, ds_steps, STRIDED) + n, inside)
