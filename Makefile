@@ -22,6 +22,7 @@ test: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/rmsnorm verify --device cuda
+	$(BIN)/python tests/gpu_check.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .
