@@ -10,7 +10,7 @@ import rmsnorm
 
 ROOT = Path(rmsnorm.__file__).parent
 ORDER = [
-    "errors", "spec", "machine", "reference", "kernels", "ops", "module", "models", "measure", "verify", "bench",
+    "errors", "spec", "machine", "reference", "kernels", "ops", "module", "measure", "models", "verify", "bench",
     "report", "cli",
 ]  # fmt: skip
 KERNELS = ["rows", "threads", "launch", "cpu", "gpu"]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rmsnorm import reference
 from rmsnorm.errors import complaint
+from rmsnorm.measure import differing
 from rmsnorm.module import DeepseekV2RMSNorm, RMSNorm, join_layernorm_layers
 from rmsnorm.ops import rms_norm
 from rmsnorm.spec import DTYPES, Spec
@@ -253,18 +254,9 @@ def _rows(N: int, eps: float, dtype: torch.dtype, generator: torch.Generator) ->
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return bool(((_ordered(a) == _ordered(b)) | (a.isnan() & b.isnan())).all())
+    return a.dtype == b.dtype and a.shape == b.shape and differing(a, b)[0] == 0
 
 
 def _change(before: Tensor, after: Tensor) -> Change:
-    steps = (_ordered(before) - _ordered(after)).abs()
-    return Change(float((steps > 0).double().mean()), int(steps.max()))
-
-
-def _ordered(t: Tensor) -> Tensor:
-    """The floats as integers in the same order, a step an ulp; +0 and -0 are one apart."""
-    bits = t.contiguous().view(torch.int32 if t.dtype == torch.float32 else torch.int16).long()
-    lowest = -(1 << (8 * t.element_size() - 1))
-    return torch.where(bits < 0, lowest - bits - 1, bits)
+    count, ulp = differing(before, after)
+    return Change(count / before.numel(), ulp)
