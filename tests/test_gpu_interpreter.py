@@ -17,6 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import tolerance
+
 pytest.importorskip(
     "triton",
     minversion="3.9",
@@ -109,7 +111,10 @@ def check(
     with guarded():
         gradients = gpu.backward(dy, ds, rows, w, rstd, cast, offset, *needs)
     right = reference.backward(dy, ds, rows, w, rstd, cast, offset, *needs)
-    wrong |= {name: differing(a, b) for name, a, b in zip(("dx", "dw"), gradients, right, strict=True)}
+    wrong["dx"] = differing(gradients[0], right[0])
+    if needs[1]:
+        count = tolerance.dw_too_far_off(gradients[1], *tolerance.sums_of_dw(dy, rows, rstd, cast))
+        wrong["dw"] = f"{count} are too far off" if count else ""
     wrong["inputs"] = "; ".join(filter(None, map(differing, (t.contiguous() for t in inputs), before)))
     said = {name: what for name, what in wrong.items() if what}
     assert not said, f"{tuple(x.shape)} {x.dtype} {cast} {offset}: {said}"
@@ -120,14 +125,18 @@ def settings(**values: int) -> Iterator[None]:
     """Other thresholds in launch.py, so that a small row takes the path of a wide one."""
     from rmsnorm.kernels import launch
 
+    def put(numbers: dict[str, int]) -> None:
+        for name, value in numbers.items():
+            setattr(launch, name, value)
+        for function in (launch.forward, launch.backward, launch.dw_alone, launch.sum_partials):
+            function.cache_clear()
+
     before = {name: getattr(launch, name) for name in values}
-    for name, value in values.items():
-        setattr(launch, name, value)
+    put(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            setattr(launch, name, value)
+        put(before)
 
 
 def sweep(widths: tuple[int, ...], rows: Callable[[int], int]) -> None:
@@ -149,13 +158,14 @@ def widths() -> None:
 
 @case
 def rows_in_pieces() -> None:
-    with settings(FORWARD_BLOCK=32, BACKWARD_BLOCK=32, PIECE=32, COLUMNS=64):
+    with settings(FORWARD_WIDEST=32, BACKWARD_WIDEST=32, MOST_PARTS=0, PIECE=32, COLUMNS=64):
         sweep((33, 63, 64, 65, 100, 127, 512), lambda N: 5)
 
 
 @case
 def widths_beyond_the_widest_block() -> None:
-    sweep((16411,), lambda N: 2)
+    with settings(MOST_PARTS=0):  # programs that share a row wait for each other, and here one runs after the other
+        sweep((16411,), lambda N: 2)
 
 
 @case
@@ -195,7 +205,7 @@ def strides() -> None:
     x, w = draw(7, N), draw(N)
     for dy in (torch.ones(()).expand(7, N), draw(7, 1).expand(7, N), draw(1, N).expand(7, N), draw(N, 7).t()):
         check(x, w, dy=dy)
-    with settings(FORWARD_BLOCK=16, BACKWARD_BLOCK=16, PIECE=16, COLUMNS=16):
+    with settings(FORWARD_WIDEST=16, BACKWARD_WIDEST=16, MOST_PARTS=0, PIECE=16, COLUMNS=16):
         for x in views[:4]:
             check(x, draw(x.shape[-1]), x.flip(-1), ds=x)
 
@@ -216,7 +226,7 @@ def dtypes_that_differ() -> None:
 @case
 def only_what_is_needed() -> None:
     for block in (16384, 32):
-        with settings(FORWARD_BLOCK=block, BACKWARD_BLOCK=block, PIECE=32):
+        with settings(FORWARD_WIDEST=block, BACKWARD_WIDEST=block, MOST_PARTS=0, PIECE=32):
             for needs in ((True, False), (False, True), (False, False)):
                 check(draw(9, 65), draw(65), ds=draw(9, 65), needs=needs, with_rstd=False)
 
@@ -246,7 +256,7 @@ def extremes() -> None:
             for cast, offset in SPECS:
                 for weight in (w, w.nan_to_num(1.0, 1.0).abs()):
                     check(x, weight, eps=eps, cast=cast, offset=offset, dy=dy)
-                    with settings(FORWARD_BLOCK=16, BACKWARD_BLOCK=16, PIECE=16, COLUMNS=16):
+                    with settings(FORWARD_WIDEST=16, BACKWARD_WIDEST=16, MOST_PARTS=0, PIECE=16, COLUMNS=16):
                         check(x, weight, eps=eps, cast=cast, offset=offset, dy=dy, ds=dy)
 
 

@@ -17,14 +17,18 @@ WIDTHS = [*range(1, 1025), *(2**k + d for k in range(10, 20) for d in (-1, 0, 1)
 ROWS = (1, 2, 5, 64, 263, 264, 265, 1000, 8192, 65536, 2**31 + 11)
 
 
+SHARED = 227 << 10
+
+
 def every_launch() -> list[tuple[int | None, int, Launch]]:
     """(M or None where it plays no part, N, configuration)."""
     found: list[tuple[int | None, int, Launch]] = []
     for N in WIDTHS:
-        found += [(None, N, launch.forward(N)), (None, N, launch.sum_partials(N))]
+        found += [(None, N, launch.forward(N, 2)), (None, N, launch.forward(N, 4)), (None, N, launch.sum_partials(N))]
         for M, itemsize in itertools.product(ROWS, (2, 4)):
-            found += [(M, N, launch.backward(M, N, itemsize, with_dw)) for with_dw in (False, True)]
-            found.append((M, N, launch.dw_alone(M, N, itemsize)))
+            for with_dw in (False, True):
+                found.append((M, N, launch.backward(M, N, itemsize, 2 * itemsize, itemsize, with_dw, SHARED)))
+            found.append((M, N, launch.dw_alone(M, N, 2 * itemsize, SHARED)))
     return found
 
 
@@ -32,12 +36,12 @@ def test_module_imports_nothing_but_the_standard_library() -> None:
     tree = ast.parse(Path(launch.__file__).read_text())
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
-    assert names == {"dataclasses"}
+    assert names == {"dataclasses", "functools"}
 
 
 def test_configuration_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        launch.forward(1280).warps = 2  # type: ignore[misc]
+        launch.forward(1280, 2).warps = 2  # type: ignore[misc]
 
 
 def test_tiles_are_what_a_kernel_can_hold() -> None:
@@ -45,45 +49,61 @@ def test_tiles_are_what_a_kernel_can_hold() -> None:
         for size in (config.rows, config.block_n, config.warps):
             assert size >= 1, (N, config)
             assert size & (size - 1) == 0, (N, config)
-        assert config.block_n < 2 * N, (N, config)  # at most half a tile is idle
-        assert config.rows * config.block_n <= 32 * 32 * config.warps, (N, config)  # 32 elements a thread
+        width = config.pieces * config.block_n
+        assert width < 2 * max(N, 256), (N, config)  # at most half a tile is idle
+        assert config.rows * width <= 128 * 32 * config.warps, (N, config)  # 128 elements a thread
         assert config.warps <= 16
+        assert 1 <= config.pieces <= 8
 
 
-def test_a_row_fits_one_tile_or_is_the_only_one_in_it() -> None:
-    for N in WIDTHS:
-        for config, widest in (
-            (launch.forward(N), launch.FORWARD_BLOCK),
-            (launch.backward(8192, N, 2, True), launch.BACKWARD_BLOCK),
-        ):
-            assert (config.block_n >= N) == (widest >= N)
-            if config.block_n < N:
-                assert (config.rows, config.chunk) == (1, 1)
+def test_a_row_is_held_by_one_program_or_by_few_or_walked_over() -> None:
+    for N, itemsize in itertools.product(WIDTHS, (2, 4)):
+        forward = launch.forward(N, itemsize)
+        backward = launch.backward(8192, N, itemsize, 2 * itemsize, itemsize, True, SHARED)
+        assert 0 <= forward.parts <= launch.MOST_PARTS
+        for config, widest in ((forward, launch.FORWARD_WIDEST), (backward, launch.BACKWARD_WIDEST)):
+            width = config.pieces * config.block_n
+            if widest >= N:
+                assert config.parts == 1
+                assert width >= N
+            else:
+                assert config.rows == 1
+                assert config.parts == 0 or (config.parts - 1) * width < N <= config.parts * width
 
 
-def test_chunks_cover_the_rows_once_and_are_few() -> None:
+def test_chunks_cover_the_rows_once_and_their_sums_are_short() -> None:
     for M, N, config in every_launch():
         if M is None or config.chunk == config.rows:
             continue
         chunks = -(-M // config.chunk)
         assert config.chunk % config.rows == 0
         assert (chunks - 1) * config.chunk < M <= chunks * config.chunk
-        assert chunks <= 2 * launch.PROGRAMS, (M, N, config)
+        assert config.chunk // config.rows <= launch.LONGEST_SUM, (M, N, config)
+        assert chunks <= max(2 * launch.PROGRAMS, M // config.rows // launch.LONGEST_SUM * 4), (M, N, config)
 
 
 def test_chunks_depend_on_neither_dtype_nor_anything_but_m_and_n() -> None:
     for M, N in itertools.product(ROWS, (1, 64, 1280, 8192)):
-        assert len({launch.backward(M, N, itemsize, True).chunk for itemsize in (2, 4)}) == 1
-        assert len({launch.dw_alone(M, N, itemsize).chunk for itemsize in (2, 4)}) == 1
+        chunks = {
+            launch.backward(M, N, itemsize, loaded, itemsize, True, shared).chunk
+            for itemsize, loaded, shared in ((2, 4, SHARED), (2, 6, 99 << 10), (4, 8, SHARED), (2, 6, SHARED))
+        }
+        assert len(chunks) == 1
+        assert len({launch.dw_alone(M, N, loaded, SHARED).chunk for loaded in (4, 6, 8)}) == 1
+
+
+def test_loads_ahead_fit_into_shared_memory() -> None:
+    for N, shared in itertools.product(WIDTHS, (99 << 10, SHARED)):
+        config = launch.backward(8192, N, 2, 4, 2, True, shared)
+        tile = config.rows * config.pieces * config.block_n * 4
+        assert (config.stages - 1) * tile <= shared
+        assert config.stages == 1 or N % 16 == 0
 
 
 def test_thousands_of_widths_do_not_mean_thousands_of_kernels() -> None:
-    assert len({launch.forward(N) for N in range(1, 40000)}) <= 16
-    kernels = set()
-    for N in range(1, 20000):
-        config = launch.backward(8192, N, 2, True)
-        kernels.add((config.rows, config.block_n, config.warps, config.stages))
-    assert len(kernels) <= 16
+    assert len({launch.forward(N, 2) for N in range(1, 40000)}) <= 32
+    kernels = {tuple(launch.backward(8192, N, 2, 4, 2, True, SHARED).constants.values()) for N in range(1, 20000)}
+    assert len(kernels) <= 64
 
 
 def start(walked: Walk, tensor: int, m: int) -> int:

@@ -7,6 +7,8 @@ rstd: S/N, eps, their sum (3u, halved by the root), the root, the division: 3.5u
 import torch
 from torch import Tensor
 
+from rmsnorm.kernels.launch import LONGEST_SUM
+
 FP32_ULP = 2.0**-23
 U = FP32_ULP / 2
 
@@ -82,3 +84,24 @@ def assert_same_bits(got: Tensor | None, expected: Tensor | None, what: str = ""
         at = tuple(differ.nonzero()[0].tolist())
         a, b = got[at].item(), expected[at].item()
         raise AssertionError(f"{what}: {int(differ.sum())} of {got.numel()} differ, first at {at}: {a!r} against {b!r}")
+
+
+def sums_of_dw(dy: Tensor, x: Tensor, rstd: Tensor, cast: str) -> tuple[Tensor, Tensor]:
+    """The fp64 sums over the rows of the rounded products that dw adds up, and of their magnitudes."""
+    h = x.float() * rstd.unsqueeze(-1)
+    products = dy.float() * (h.to(x.dtype).float() if cast == "early" else h)
+    products = products.reshape(-1, x.shape[-1]).double()
+    return products.sum(0), products.abs().sum(0)
+
+
+def dw_too_far_off(dw: Tensor, total: Tensor, size: Tensor) -> int:
+    """How many numbers of the GPU's dw are further from the fp64 sum than its arithmetic can take them.
+
+    It sums up to LONGEST_SUM products at a time in fp32, where each addition is off by 2⁻²⁴ of a partial sum at most,
+    which is below the sum of the magnitudes; then in fp64; then it rounds to fp32 and once more to its own dtype.
+    Where a magnitude is not finite or beyond the dtype, the order decides between inf and NaN: not compared.
+    """
+    wide, limits = dw.double().to(total.device), torch.finfo(dw.dtype)
+    bound = (LONGEST_SUM + 1) * 2.0**-24 * size + total.abs() * limits.eps / 2 + limits.smallest_normal * limits.eps
+    comparable = (size < torch.finfo(torch.float32).max) & (total.abs() < limits.max)
+    return int((comparable & ~((wide - total).abs() <= bound)).sum())

@@ -15,7 +15,7 @@ def exact_rstd(x: Tensor, eps: float) -> Tensor:
     the digits of fp32.
     """
     S = x.float().double().square().sum(-1)
-    v = (S / x.shape[-1]).float() + eps
+    v = _mean(S, x.shape[-1]) + eps
     return 1 / v.double().sqrt().float()
 
 
@@ -74,7 +74,7 @@ def backward(
     if need_dx:
         g = dy.float() if w is None else dy.float() * _scale(w, offset)
         S = (g * xh).double().sum(-1, keepdim=True) + 0.0  # a sum of nothing but -0.0 is +0.0 in every order
-        c = (S / x.shape[-1]).float()
+        c = _mean(S, x.shape[-1])
         dx = r * (g - xh * c)
         dx = (dx if ds is None else dx + ds.float()).to(x.dtype).contiguous()
     if need_dw:
@@ -94,3 +94,8 @@ def truth(x: Tensor, w: Tensor | None, eps: float, offset: float) -> Tensor:
 def _scale(w: Tensor, offset: float) -> Tensor:
     """The weight as fp32, plus the offset. Adding 0.0 would turn a weight of -0.0 into +0.0."""
     return w.float() if offset == 0 else w.float() + offset
+
+
+def _mean(S: Tensor, N: int) -> Tensor:
+    """S / N in fp32. Divided by a tensor, because by a number torch multiplies with 1 / N on a GPU."""
+    return (S / torch.full((), N, dtype=S.dtype, device=S.device)).float()

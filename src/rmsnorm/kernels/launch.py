@@ -1,88 +1,142 @@
-"""How the GPU kernels are launched: pure data from shapes and strides, with nothing to import and nothing measured.
+"""How the GPU kernels are launched: pure data from shapes and sizes, with nothing to import and nothing measured.
 
 No bit of y or dx depends on it, since every sum over a row is in fp64. The chunks of rows that dw is summed over
 come from M and N alone, never from the machine, so dw is the same on every GPU.
+
+Where a threshold comes from a measurement, it is the best of those tried on an H200 (benchmarks/LOG.md).
 """
 
+import functools
 from dataclasses import dataclass
 
-# Above this many columns a row no longer fits the registers of one program without spills (ptxas, sm_80 to sm_100).
-FORWARD_BLOCK, BACKWARD_BLOCK = 16384, 8192
-# A wider row is walked over in pieces of this many columns, 16 elements a thread.
+# Columns of a row that one program holds in registers: without spills to here (ptxas, sm_80 to sm_100).
+FORWARD_WIDEST, BACKWARD_WIDEST = 16384, 16384
+# Programs that share a wider row. All of them must run at once: 16 do on any GPU, also beside many other kernels.
+MOST_PARTS = 16
+# A row that is wider still is walked over in pieces of this many columns, 16 elements a thread.
 PIECE = 8192
 # Elements a program holds at once if the rows are narrow. With more rows, what is done once a row (an fp64 division,
 # an address in 64 bits) fills the registers: 256 rows of 4 columns spill.
 TILE, MOST_ROWS = 2048, 64
 # Programs of the kernels that sum dw: two for each of the 132 multiprocessors of an H200, and the same elsewhere.
 PROGRAMS = 264
+# Numbers that one fp32 sum of dw adds up: its error grows with the root of them, and eager's fp32 sums are as long.
+LONGEST_SUM = 64
 # Columns of the kernel that computes dw alone.
 COLUMNS = 1024
-# Bytes of a row tile up to which the loads of three iterations may be in flight within 99 KiB of shared memory.
-PIPELINED_BYTES = 8192
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A program works on tiles of `rows` x `block_n` elements, over `chunk` consecutive rows."""
+    """A program works on tiles of `rows` rows of `pieces` x `block_n` columns, over `chunk` consecutive rows.
 
-    rows: int
+    parts: programs that share a row; 0 means that one program walks over a row in pieces of block_n.
+    """
+
     block_n: int
     warps: int
-    stages: int
-    chunk: int
+    rows: int = 1
+    pieces: int = 1
+    parts: int = 1
+    stages: int = 1
+    chunk: int = 1
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """By the names that the kernels have for them."""
+        return {"ROWS": self.rows, "PIECES": self.pieces, "BLOCK_N": self.block_n, "STAGES": self.stages}
 
 
-def forward(N: int) -> Launch:
-    """One tile a program; block_n < N means that the row is walked over in pieces."""
-    block_n, rows = _tile(N, FORWARD_BLOCK)
-    return Launch(rows, block_n, _warps(rows * block_n, 16), stages=1, chunk=rows)
+@functools.lru_cache(4096)
+def forward(N: int, itemsize: int) -> Launch:
+    """Whole rows of up to four pieces, 16 bytes a thread and piece; wider ones shared between programs."""
+    if N > FORWARD_WIDEST:
+        for block_n, pieces, bytes_a_thread in ((1024, 4, 16), (2048, 4, 32), (2048, 8, 16)):
+            parts = -(-N // (block_n * pieces))
+            if parts <= MOST_PARTS:
+                warps = _warps(block_n * itemsize, bytes_a_thread if itemsize == 2 else 16 * itemsize)
+                return Launch(block_n, warps, pieces=pieces, parts=parts)
+        return Launch(PIECE, 16, parts=0)
+    if N <= 256:
+        block_n, rows = _narrow(N)
+        return Launch(block_n, _warps(rows * block_n, 16), rows)
+    block_n = max(256, power_of_two(-(-N // 4)))
+    rows = 4 if N <= 512 else 1
+    return Launch(block_n, _warps(rows * block_n * itemsize, 32 if rows > 1 else 16), rows, pieces=-(-N // block_n))
 
 
-def backward(M: int, N: int, itemsize: int, with_dw: bool) -> Launch:
-    """As `forward`; with dw, and unless block_n < N, a program holds its share of dw over a chunk of many tiles.
+@functools.lru_cache(4096)
+def backward(M: int, N: int, itemsize: int, loaded: int, w_itemsize: int, with_dw: bool, shared: int) -> Launch:
+    """As `forward`; with dw a program holds its share of dw over a chunk of many tiles.
 
-    Of several rows at once a thread holds half as many elements as in the forward: with 16 it spills, and with tiles
-    of 8 rows even so.
+    itemsize: bytes of one number of x; loaded: of one of each tensor of rows that is read; w_itemsize: of a weight.
+    shared: bytes of shared memory that a program may have, where the loads of the next tiles arrive.
     """
-    block_n, rows = _tile(N, BACKWARD_BLOCK)
-    rows = 4 if rows == 8 else rows
-    warps = _warps(rows * block_n, 8 if rows > 1 else 16)
-    if not with_dw or block_n < N:
-        return Launch(rows, block_n, warps, stages=1, chunk=rows)
-    return Launch(rows, block_n, warps, _stages(rows * block_n * itemsize), _chunk(M, PROGRAMS, rows))
+    widest = BACKWARD_WIDEST // 2 if loaded > 8 else BACKWARD_WIDEST
+    if widest < N:
+        return Launch(PIECE, 16, parts=0)
+    if N <= 512:
+        block_n, rows = _narrow(N)
+    else:
+        block_n, rows = (512 if N <= 1536 else 1024 if N <= 7168 else 2048), (2 if N <= 2048 and N % 16 == 0 else 1)
+    pieces = -(-N // block_n)
+    warps = _warps(rows * block_n, 16) if N <= 512 else _warps(block_n * itemsize, 16)
+    if not with_dw:
+        return Launch(block_n, warps, rows, pieces, chunk=rows)
+    programs = PROGRAMS if N <= 8192 else PROGRAMS // 2
+    stages = 1  # what is not aligned cannot be loaded ahead into shared memory, only into registers that are not there
+    if N % 16 == 0:
+        # The weight is loaded ahead with each tile, and is held twice besides.
+        w_bytes = pieces * block_n * w_itemsize
+        tile_bytes = rows * pieces * block_n * loaded + w_bytes
+        most = 4 if N <= 1536 else 3
+        stages = _stages(tile_bytes, shared * PROGRAMS // programs // 2 - 2 * w_bytes, most)
+        if stages == 1:  # rather one program at a time than no loads ahead
+            stages = _stages(tile_bytes, shared - 2 * w_bytes, most)
+    return Launch(block_n, warps, rows, pieces, stages=stages, chunk=_chunk(M, programs, rows))
 
 
-def dw_alone(M: int, N: int, itemsize: int) -> Launch:
+@functools.lru_cache(4096)
+def dw_alone(M: int, N: int, loaded: int, shared: int) -> Launch:
     """A program walks over a chunk of rows, block_n columns of it: any N, nothing is summed along the row."""
-    block_n = min(_power_of_two(N), COLUMNS)
+    block_n = min(power_of_two(N), COLUMNS)
     rows = min(TILE // block_n, MOST_ROWS)
     programs = max(1, 2 * PROGRAMS // -(-N // block_n))
-    return Launch(rows, block_n, 4, _stages(rows * block_n * itemsize), _chunk(M, programs, rows))
+    stages = _stages(rows * block_n * loaded, shared // 4, 3) if N % 16 == 0 else 1
+    return Launch(block_n, 4, rows, stages=stages, chunk=_chunk(M, programs, rows))
 
 
+@functools.lru_cache(4096)
 def sum_partials(N: int) -> Launch:
     """Narrow columns, so that many programs share the reading; all chunks are one program's."""
-    return Launch(rows=32, block_n=min(_power_of_two(N), 32), warps=4, stages=1, chunk=0)
+    return Launch(min(power_of_two(N), 8), 4, rows=256)
 
 
-def _tile(N: int, widest: int) -> tuple[int, int]:
-    """Columns and rows."""
-    block_n = _power_of_two(N)
-    return (PIECE, 1) if block_n > widest else (block_n, min(max(1, TILE // block_n), MOST_ROWS))
+def power_of_two(N: int) -> int:
+    """The smallest that is not below N."""
+    return 1 << (N - 1).bit_length()
 
 
-def _warps(elements: int, per_thread: int) -> int:
-    return min(max(1, elements // (32 * per_thread)), 16)
+def _narrow(N: int) -> tuple[int, int]:
+    """Columns and rows of a tile of several rows."""
+    block_n = power_of_two(N)
+    return block_n, min(TILE // block_n, MOST_ROWS)
 
 
-def _stages(tile_bytes: int) -> int:
-    return 3 if tile_bytes <= PIPELINED_BYTES else 1
+def _warps(size: int, a_thread: int) -> int:
+    return min(max(1, size // (32 * a_thread)), 16)
+
+
+def _stages(tile_bytes: int, shared: int, most: int) -> int:
+    """How many tiles are under way at once: one in registers, the others in shared memory."""
+    return min(most, 1 + max(0, shared - 1024) // tile_bytes)
 
 
 def _chunk(M: int, programs: int, rows: int) -> int:
-    """Rows a program walks over: whole tiles, so that no tile reaches into the next chunk."""
-    return max(1, -(-M // (programs * rows))) * rows
+    """Rows a program walks over: whole tiles, so that no tile reaches into the next chunk.
 
-
-def _power_of_two(N: int) -> int:
-    return 1 << (N - 1).bit_length()
+    Where sums would become too long there are twice, thrice, … as many programs, so that all finish together.
+    """
+    tiles = -(-M // rows)
+    turns = -(-tiles // (programs * LONGEST_SUM))
+    return max(1, -(-tiles // (programs * turns))) * rows if M else rows
