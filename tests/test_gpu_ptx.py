@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -221,3 +222,66 @@ def test_every_launch_forbids_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
         gpu.backward(x, x, x, w, rstd, "early", 0.0, False, True)
     assert len(options) == 11
     assert all(flags["enable_fp_fusion"] is False for flags in options)
+
+
+def test_the_second_launch_goes_straight_to_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the arguments in the kernel's order, and only for the very specialisation that was compiled."""
+    compiled_with: list[tuple[Any, ...]] = []
+    launched: list[tuple[Any, ...]] = []
+
+    class Kernel:
+        def __init__(self, name: str, kernel: Any) -> None:
+            self.__name__, self.arg_names = name, kernel.arg_names
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def launch(*arguments: Any, **flags: Any) -> Any:
+                names = self.arg_names[len(arguments) :]
+                compiled_with.append((self.__name__, *arguments, *(flags[name] for name in names)))
+                return SimpleNamespace(run=lambda *given: launched.append(given), function="f", packed_metadata="m")
+
+            return launch
+
+    for name in [name for name, value in vars(gpu).items() if isinstance(value, triton.JITFunction)]:
+        monkeypatch.setattr(gpu, name, Kernel(name, getattr(gpu, name)))
+    monkeypatch.setattr(gpu, "_compiled", {})
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+
+    x, w = torch.randn(6, 1280), torch.randn(1280)
+    rstd = torch.rand(6)
+    gpu.forward(x, None, w, 1e-6, "early", 0.0, False)
+    gpu.backward(x, None, x, w, rstd, "early", 0.0, True, True)
+    assert (len(compiled_with), len(launched)) == (3, 0)
+    other = torch.randn(6, 1280)
+    gpu.forward(other, None, w, 1e-5, "early", 0.0, False)
+    gpu.backward(other, None, x, w, rstd, "early", 0.0, True, True)
+    assert (len(compiled_with), len(launched)) == (3, 3)
+    for (_, *first), (_, _, _, stream, function, metadata, _, _, _, *again) in zip(
+        compiled_with, launched, strict=True
+    ):
+        assert (stream, function, metadata) == (7, "f", "m")
+        assert len(again) == len(first)
+        for before, after in zip(first, again, strict=True):
+            if isinstance(before, torch.Tensor):
+                assert isinstance(after, int)
+            else:
+                assert after == before or (before, after) == (1e-6, 1e-5)
+    assert launched[0][9] == other.data_ptr()
+
+    shifted = torch.randn(6 * 1280 + 1)[1:].view(6, 1280)  # an address that 16 does not divide
+    late = {"cast": "late", "offset": 0.0}
+    for changed in (
+        lambda: gpu.forward(shifted, None, w, 1e-6, "early", 0.0, False),
+        lambda: gpu.forward(x, None, w, 1e-6, with_rstd=False, **late),  # type: ignore[arg-type]
+        lambda: gpu.forward(x, None, w, 1e-6, "early", 0.0, True),
+        lambda: gpu.forward(x, None, w.half(), 1e-6, "early", 0.0, False),
+        lambda: gpu.forward(x, x, w, 1e-6, "early", 0.0, False),
+        lambda: gpu.forward(x[:5], None, w, 1e-6, "early", 0.0, False),
+        lambda: gpu.forward(x.expand(2, 6, 1280), None, w, 1e-6, "early", 0.0, False),
+    ):
+        before = len(compiled_with)
+        changed()
+        assert (len(compiled_with), len(launched)) == (before + 1, 3)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1, raising=False)
+    gpu.forward(x, None, w, 1e-6, "early", 0.0, False)
+    assert len(launched) == 3
