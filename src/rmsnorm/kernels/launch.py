@@ -20,7 +20,7 @@ PIECE = 8192
 TILE, MOST_ROWS = 2048, 64
 # Programs of the kernels that sum dw: two for each of the 132 multiprocessors of an H200, and the same elsewhere.
 PROGRAMS = 264
-# Numbers that one fp32 sum of dw adds up: its error grows with the root of them, and eager's fp32 sums are as long.
+# Numbers that one fp32 sum of dw adds up: its error grows with the root of them. The sums themselves add up in fp64.
 LONGEST_SUM = 64
 # Columns of the kernel that computes dw alone.
 COLUMNS = 1024
