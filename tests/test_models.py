@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from transformers.models.nanochat.modeling_nanochat import NanoChatRMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
 import rmsnorm
-from rmsnorm import patch, reference, unpatch
+from rmsnorm import models, patch, reference, unpatch
 from rmsnorm.spec import Spec
 
 N = 96
@@ -83,6 +85,52 @@ class TwoFacedRMSNorm(EarlyRMSNorm):
         return reference.published(x, self.weight, self.eps, "late" if x.dtype == torch.float16 else "early", 0.0)
 
 
+class ScribblingRMSNorm(EarlyRMSNorm):
+    """Writes to whatever it can reach, and draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+        self.register_buffer("count", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        torch.rand(3)
+        self.weight.data.add_(1)
+        self.count.add_(1)
+        self.seen.append(x)
+        self.eps = 0.5
+        return y
+
+
+class OverwritingRMSNorm(EarlyRMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        x.zero_()
+        return y
+
+
+class DetachedRMSNorm(EarlyRMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.detach())
+
+
+class RootRMSNorm(EarlyRMSNorm):
+    """Takes the statistic another way, as well as *published* does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rstd = 1 / (x.float().square().mean(-1) + self.eps).sqrt()
+        return reference.normalize(x, self.weight, rstd, "early", 0.0)
+
+
+class CoarseRMSNorm(EarlyRMSNorm):
+    """Takes the statistic worse than *published* does: it is rounded to the input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rstd = reference.published_rstd(x, self.eps).to(torch.bfloat16).float()
+        return reference.normalize(x, self.weight, rstd, "early", 0.0)
+
+
 @pytest.mark.parametrize(
     ("norm", "spec"),
     [
@@ -120,6 +168,8 @@ def test_proven_norms_compute_exact(norm: nn.Module, spec: Spec) -> None:
         (RaisingRMSNorm(), "RuntimeError under the probe: no CPU here"),
         (HalvingRMSNorm(), "no spec gives its bits"),
         (BiasedRMSNorm(), "more than a weight: bias"),
+        (OverwritingRMSNorm(), "it writes to its input"),
+        (DetachedRMSNorm(), "its gradient of the input is not the formula's"),
         (EpslessRMSNorm(), "no attribute that could be its eps"),
         (TwoFacedRMSNorm(), "float16"),
     ],
@@ -137,11 +187,69 @@ def test_strangers_are_left_with_a_reason(norm: nn.Module, reason: str) -> None:
     assert [v.name for v in report.proven] == ["bRMSNorm"]
 
 
-def test_a_rebound_forward_is_left() -> None:
-    norm = DeepseekV2RMSNorm(N)
-    norm.forward = lambda hidden_states: hidden_states
-    report = patch(nn.Sequential(norm))
-    assert "rebound" in report.left[0].reason
+class RotatingRMSNorm(EarlyRMSNorm):
+    """Multiplies matrices first, which autocast would do in bf16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x @ torch.eye(N, dtype=x.dtype))
+
+
+def test_a_probe_touches_nothing_that_is_live() -> None:
+    norm = randomized(nn.Sequential(ScribblingRMSNorm()))[0]
+    weight, state = norm.weight.detach().clone(), torch.get_rng_state()
+    patch(nn.Sequential(norm))
+    assert torch.equal(norm.weight, weight)
+    assert norm.weight.grad is None
+    assert torch.equal(norm.count, torch.zeros(3))
+    assert norm.seen == []
+    assert norm.eps == 1e-6
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_where_patch_is_called_makes_no_difference(context: Callable[[], AbstractContextManager[None]]) -> None:
+    def judged() -> models.Report:
+        return patch(nn.Sequential(DeepseekV2RMSNorm(N), RotatingRMSNorm()))
+
+    expected = judged()
+    assert len(expected.proven) == 2
+    with context():
+        assert judged() == expected
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert judged() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_without_strict_a_statistic_taken_another_way_will_do() -> None:
+    def build() -> nn.Sequential:
+        return nn.Sequential(RootRMSNorm(), CoarseRMSNorm(), LyingRMSNorm(), HalvingRMSNorm())
+
+    model = randomized(build())
+    assert patch(model).proven == ()
+    report = patch(model, strict=False)
+    assert [v.spec for v in report.verdicts] == [Spec(1e-6), None, None, None]
+    assert not report.proven[0].exactly
+    assert "no further from exact" in str(report)
+    assert "of its outputs differ from exact" in report.left[0].reason
+    assert patch(model).proven == ()  # judged anew
+    assert type(model[0]) is RootRMSNorm
+
+
+def test_the_report_has_a_line_a_group_and_more_when_asked() -> None:
+    model = nn.ModuleDict({"a": DeepseekV2RMSNorm(N), "b": DeepseekV2RMSNorm(N), "c": DeepseekV2RMSNorm(2 * N)})
+    model["d"] = GatedRMSNorm()
+    report = patch(model)
+    head, group, left = str(report).splitlines()
+    assert head == "3 of 4 norms proven and replaced"
+    assert group.startswith("  3 x DeepseekV2RMSNorm (a, …) proven: early, eps 1e-06; float32 0.1")
+    # saved before: x in fp32 and its cast, both for the products; now x in its dtype and 4 bytes
+    assert f"bfloat16 0 of outputs change, {(2 + 1 + 1) * (N * 4 - 4 + 4):,} bytes a row less saved" in group
+    assert left.startswith("  1 x GatedRMSNorm (d) left: its forward takes")
+    assert [line.split(":")[0].strip() for line in report.expanded().splitlines() if line.startswith("    ")] == list(
+        "abcd"
+    )
 
 
 def test_nothing_but_the_class_changes_and_unpatch_restores_it() -> None:
@@ -170,6 +278,12 @@ def test_nothing_but_the_class_changes_and_unpatch_restores_it() -> None:
     unpatch(model)
     assert type(norm) is DeepseekV2RMSNorm
     assert torch.equal(norm(x), before)
+
+
+def test_the_bytes_saved_are_those_of_a_row() -> None:
+    """In bf16 Gemma keeps x in fp32 and x·rstd, and rstd; `1 + weight` is kept once, however many rows there are."""
+    (v,) = patch(nn.Sequential(Gemma2RMSNorm(N))).verdicts
+    assert v.saved["bfloat16"] == (4 * N + 4 * N + 4) - (2 * N + 4)
 
 
 def test_patching_twice_reports_again_and_changes_nothing() -> None:
@@ -210,7 +324,8 @@ def test_norms_on_meta_are_proven() -> None:
 
 def test_models_without_norms_and_things_that_are_no_module() -> None:
     assert patch(nn.Linear(3, 3)).verdicts == ()
-    assert patch(nn.Sequential(rmsnorm.RMSNorm(4), nn.RMSNorm(4))).verdicts == ()
+    assert patch(nn.Sequential(rmsnorm.RMSNorm(4), nn.LayerNorm(4))).verdicts == ()
+    assert str(patch(nn.Linear(3, 3))) == "0 of 0 norms proven and replaced"
     for verb in (patch, unpatch):
         with pytest.raises(TypeError, match=r"model is a dict, expected a torch.nn.Module"):
             verb({})

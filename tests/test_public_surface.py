@@ -10,8 +10,8 @@ import rmsnorm
 
 ROOT = Path(rmsnorm.__file__).parent
 ORDER = [
-    "errors", "spec", "machine", "reference", "kernels", "ops", "module", "measure", "models", "verify", "bench",
-    "report", "cli",
+    "errors", "spec", "machine", "reference", "kernels", "ops", "module", "measure", "proof", "models", "verify",
+    "bench", "report", "cli",
 ]  # fmt: skip
 KERNELS = ["rows", "threads", "launch", "cpu", "gpu"]
 
@@ -20,7 +20,7 @@ SIGNATURES = {
     "add_rms_norm": "x, residual, weight=None, eps=1e-06, *, cast='early', offset=0.0",
     "RMSNorm": "hidden_size, eps=1e-06, *, cast='early', offset=0.0, elementwise_affine=True, device=None, dtype=None",
     "DeepseekV2RMSNorm": "hidden_size, eps=1e-06",
-    "patch": "model",
+    "patch": "model, *, strict=True",
     "unpatch": "model",
     "explain": "x, weight=None, residual=None, *, cast='early', offset=0.0",
     "warmup": "device='cpu', dtypes=(torch.float32, torch.bfloat16, torch.float16), weight_dtypes=None, hidden_size=128",

@@ -1,16 +1,15 @@
 """patch and unpatch: replace every norm of a model that is proven to be one we compute, in place.
 
 A module is proven, not recognized: its own forward runs on a detached twin with random weights and inputs, and must
-equal *published* of exactly one spec bit for bit, in all nine pairs of weight and input dtype. What is proven gets
-a class of ours, a subclass of its own: parameters, names, hooks and isinstance stay as they are.
+equal *published* of exactly one spec bit for bit. What is proven gets a class of ours, a subclass of its own:
+parameters, names, hooks and isinstance stay as they are.
 """
 
-import copy
 import functools
 import inspect
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -18,52 +17,60 @@ from torch import Tensor, nn
 
 from rmsnorm import reference
 from rmsnorm.errors import complaint
-from rmsnorm.measure import differing
-from rmsnorm.module import DeepseekV2RMSNorm, RMSNorm, join_layernorm_layers
+from rmsnorm.module import DeepseekV2RMSNorm, RMSNorm
 from rmsnorm.ops import rms_norm
-from rmsnorm.spec import DTYPES, Spec
+from rmsnorm.proof import Change, Proof, Rule, arguments, fingerprint, obstacle, prove
+from rmsnorm.spec import Spec
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_ONE_TENSOR = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
-_ROWS = (2, 12)
-# Ours already, and PyTorch's own, whose `normalized_shape` and `eps=None` the probe does not know yet.
-_UNTOUCHED = (RMSNorm, DeepseekV2RMSNorm, nn.RMSNorm)
-
-
-@dataclass(frozen=True)
-class Change:
-    """What replacing a norm changes on random rows: the share of outputs that differ, and by how many ulp at most."""
-
-    share: float
-    ulp: int
+_ORDER = "the order that works: patch, then PEFT, then compile, FSDP, tensor parallel or accelerate"
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What patch found about one norm. Proven: `spec` says what it computes. Left: `spec` is None, `reason` why.
 
+    partly: where the norm's own forward still runs, since only elsewhere it is proven; "" if nowhere.
+    exactly: whether its bits are *published*'s; False only for what `strict=False` took.
     changed: by the name of the dtype of weight and input ("float32", "bfloat16", "float16").
+    saved: by how many bytes a row less is kept for the backward pass, by the same names.
     """
 
     name: str
     cls: str
     spec: Spec | None
     reason: str = ""
+    partly: str = ""
+    exactly: bool = True
     changed: dict[str, Change] = field(default_factory=dict)
+    saved: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
+        return f"{self._kind()}{self._figures([self])}"
+
+    def _kind(self) -> str:
+        """What norms of one group have in common."""
         if self.spec is None:
             return f"left: {self.reason}"
-        spec, shares = self.spec, list[str]()
-        for dtype, change in self.changed.items():
-            shares.append(f"{dtype} {change.share:.2g} of outputs change" + (f", {change.ulp} ulp" * (change.ulp > 0)))
-        offset = f", offset {spec.offset:g}" if spec.offset else ""
-        return f"proven: {spec.cast}, eps {spec.eps:g}{offset}; " + "; ".join(shares)
+        offset = f", offset {self.spec.offset:g}" if self.spec.offset else ""
+        how = "proven" if self.exactly else "taken, no further from exact than published"
+        own = f"; its own forward {self.partly}" if self.partly else ""
+        return f"{how}: {self.spec.cast}, eps {self.spec.eps:g}{offset}{own}"
+
+    @staticmethod
+    def _figures(group: Sequence["Verdict"]) -> str:
+        """The largest change of a group and the bytes a row that its norms together keep less, by dtype."""
+        text = ""
+        for dtype in group[0].changed:
+            changes = [v.changed[dtype] for v in group]
+            share, ulp = max(c.share for c in changes), max(c.ulp for c in changes)
+            text += f"; {dtype} {share:.2g} of outputs change" + (f", {ulp} ulp" if ulp else "")
+            text += f", {sum(v.saved[dtype] for v in group):,} bytes a row less saved"
+        return text
 
 
 @dataclass(frozen=True)
 class Report:
-    """One verdict for each norm that patch met, in the order of `named_modules`."""
+    """One verdict for each norm that patch met, in the order of `named_modules`. As a string: one line a group."""
 
     verdicts: tuple[Verdict, ...]
 
@@ -75,48 +82,109 @@ class Report:
     def left(self) -> tuple[Verdict, ...]:
         return tuple(v for v in self.verdicts if v.spec is None)
 
-    def __str__(self) -> str:
-        groups: dict[tuple[str, str], list[str]] = {}
+    @property
+    def groups(self) -> tuple[tuple[Verdict, ...], ...]:
+        """The verdicts that say the same about the same class, together."""
+        groups: dict[tuple[str, str], list[Verdict]] = {}
         for v in self.verdicts:
-            groups.setdefault((v.cls, str(v)), []).append(v.name)
-        lines = [f"{len(self.proven)} of {len(self.verdicts)} norms proven and replaced"]
-        lines += [f"  {len(names)} x {cls} ({names[0]}, …) {what}" for (cls, what), names in groups.items()]
+            groups.setdefault((v.cls, v._kind()), []).append(v)
+        return tuple(map(tuple, groups.values()))
+
+    def __str__(self) -> str:
+        return "\n".join([self._head(), *(f"  {line(group)}" for group in self.groups)])
+
+    def expanded(self) -> str:
+        """As the string, but with a line for each norm under its group."""
+        lines = [self._head()]
+        for group in self.groups:
+            lines += [f"  {line(group)}", *(f"    {v.name}{v._figures([v]).replace('; ', ': ', 1)}" for v in group)]
         return "\n".join(lines)
 
+    def _head(self) -> str:
+        return f"{len(self.proven)} of {len(self.verdicts)} norms proven and replaced"
 
-def patch(model: nn.Module) -> Report:
-    """Replace in place every module whose class name ends in RMSNorm and that is proven to compute an RMSNorm of ours.
 
-    The others stay as they are; the Report says which and why. Patch first, then PEFT, then compile, FSDP, tensor
-    parallel or accelerate: those wrap or rebind the forward of what they find. A model that is patched already is
-    left alone and reported again. Raises TypeError if `model` is not an nn.Module.
+def line(group: Sequence[Verdict]) -> str:
+    """One group of a Report in one line: how many, which class, what was found, the largest change, bytes saved."""
+    first = group[0]
+    names = first.name if len(group) == 1 else f"{first.name}, …"
+    return f"{len(group)} x {first.cls} ({names}) {first._kind()}{first._figures(group)}"
+
+
+def patch(model: nn.Module, *, strict: bool = True) -> Report:
+    """Replace in place every norm of the model that is proven to compute an RMSNorm of ours.
+
+    The others stay as they are; the Report says which and why. A module is tried if its class is named like a norm;
+    one whose name does not even say RMSNorm is reported only if it is proven. With `strict=False` a norm whose bits
+    are not *published*'s, because it takes the statistic another way, is replaced too, if its outputs lie no further
+    from *exact* than *published*'s do. A model that is patched already is judged anew.
+
+    Patch first, then PEFT, then compile, FSDP, tensor parallel or accelerate. Raises RuntimeError, and changes
+    nothing, for a norm that FSDP or tensor parallel has sharded already or whose forward was rebound by anything but
+    accelerate; TypeError if `model` is not an nn.Module.
     """
     _check_module("patch", model)
-    verdicts: list[Verdict] = []
-    proofs: dict[Any, tuple[Spec | None, str, dict[str, Change]]] = {}
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise RuntimeError(f"[patch] the model is sharded by FSDP, which took its parameters apart; {_ORDER}")
+    proofs: dict[Any, Proof] = {}
+    found: list[tuple[str, nn.Module, Proof]] = []
     for name, module in _norms(model):
-        original, patched = _original(module), hasattr(type(module), "_rmsnorm_spec")
-        obstacle = None if patched else _obstacle(module)
-        if obstacle is not None:
-            verdicts.append(Verdict(name, original.__name__, None, obstacle))
-            continue
-        key = original, _fingerprint(module)
-        if key not in proofs:
-            proofs[key] = _prove(original, module)
-        spec, reason, changed = proofs[key]
-        verdicts.append(Verdict(name, original.__name__, spec, reason, changed))
-        if spec is not None and not patched:
-            module.__class__ = _replacement(original, spec)  # type: ignore[arg-type]  # classes hash by identity
-            join_layernorm_layers(type(module))
-    return Report(tuple(verdicts))
+        original = _original(module)
+        why = obstacle(original, module)
+        if why is not None:
+            proof = Proof(reason=why)
+        else:
+            key = original, fingerprint(module)
+            if key not in proofs:
+                proofs[key] = prove(original, module, strict)
+            proof = proofs[key]
+        if proof.rule is None and "rmsnorm" not in original.__name__.lower() and original is type(module):
+            continue  # by its name and by what it computes another kind of norm
+        found.append((name, module, proof))
+    for name, module, proof in found:
+        new = _class_for(module, proof)
+        late = _too_late(module) if new is not type(module) else None
+        if late is not None:
+            raise RuntimeError(f"[patch] {name} {late}; {_ORDER}")
+    for _, module, proof in found:
+        _become(module, _class_for(module, proof))
+    return Report(tuple(_verdict(name, module, proof) for name, module, proof in found))
 
 
 def unpatch(model: nn.Module) -> None:
-    """Give every norm that `patch` replaced in the model its own class back. Raises TypeError for what is no module."""
+    """Give every norm that `patch` replaced in the model its own class back.
+
+    Raises RuntimeError, and changes nothing, for a norm that FSDP has wrapped since; TypeError for what is no module.
+    """
     _check_module("unpatch", model)
-    for module in model.modules():
-        if hasattr(type(module), "_rmsnorm_spec"):
-            module.__class__ = _original(module)
+    patched = [(name, module) for name, module in model.named_modules() if _rule(module) is not None]
+    for name, module in patched:
+        late = _wrapped(module)
+        if late is not None:
+            raise RuntimeError(f"[unpatch] {name} {late}; unpatch first, or build the model anew")
+    for _, module in patched:
+        _become(module, _original(module))
+
+
+def exact(module: nn.Module, x: Tensor) -> Tensor | None:
+    """What *exact* gives for a norm that `patch` replaced; None where its own forward runs."""
+    rule = _rule(module)
+    assert rule is not None
+    w = _weight(module) if rule.weighted else None
+    if (x.dtype, None if w is None else w.dtype) in rule.own:
+        return None
+    k = 1 if rule.shape is None else len(rule.shape)
+    w = None if w is None else w.flatten()
+    spec = rule.spec
+    y = reference.forward(x.flatten(-k), None, w, spec.eps, spec.cast, spec.offset, with_rstd=False)[0]
+    return y.view(x.shape)
+
+
+def _verdict(name: str, module: nn.Module, proof: Proof) -> Verdict:
+    cls, rule = _original(module).__name__, proof.rule
+    if rule is None:
+        return Verdict(name, cls, None, proof.reason)
+    return Verdict(name, cls, rule.spec, "", rule.partly, proof.exactly, proof.changed, proof.saved)
 
 
 def _check_module(where: str, model: object) -> None:
@@ -126,7 +194,9 @@ def _check_module(where: str, model: object) -> None:
 
 def _norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        if type(module).__name__.endswith("RMSNorm") and not isinstance(module, _UNTOUCHED):
+        cls = _original(module)
+        torchs_own = cls.__module__.startswith("torch.nn.") and cls is not nn.RMSNorm
+        if "norm" in cls.__name__.lower() and not torchs_own and not isinstance(module, (RMSNorm, DeepseekV2RMSNorm)):
             yield name, module
 
 
@@ -135,128 +205,118 @@ def _original(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), "_rmsnorm_original", type(module))
 
 
+def _rule(module: nn.Module) -> Rule | None:
+    return getattr(type(module), "_rmsnorm_rule", None)
+
+
 # --- the replacement -----------------------------------------------------------------------------------------
 
 
 class _Replacement:
     """What a replaced norm does, in front of its own class. Adds no attribute to any instance."""
 
-    _rmsnorm_spec: Spec
+    _rmsnorm_rule: Rule
     _rmsnorm_original: type[nn.Module]
     # The kernels library of Hugging Face would put its own forward over ours, since the name is inherited.
     kernel_condition = staticmethod(lambda module: False)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickled as its own class and a spec, because the class made here cannot be found by its name."""
-        return _rebuild, (self._rmsnorm_original, self._rmsnorm_spec), self.__dict__
+        """Pickled as its own class and a rule, because the class made here cannot be found by its name."""
+        if "_rmsnorm_rule" not in vars(type(self)):
+            return super().__reduce_ex__(protocol)  # of a class made from ours: it would come back as ours
+        return _rebuild, (self._rmsnorm_original, self._rmsnorm_rule), self.__getstate__()
+
+
+def _weight(module: Any) -> Any:
+    """The weight, also where a parametrization or an older FSDP has put something else in the parameter's place."""
+    try:
+        return module._parameters["weight"]
+    except KeyError:
+        return module.weight
 
 
 @functools.cache
-def _replacement(original: type[nn.Module], spec: Spec) -> type[nn.Module]:
+def _replacement(original: type[nn.Module], rule: Rule) -> type[nn.Module]:
     """A subclass of the original whose name is the original's, since users of transformers match on it."""
+    eps, cast, offset = rule.spec.eps, rule.spec.cast, rule.spec.offset
+    weighted, own, fp32, shape = rule.weighted, rule.own, rule.fp32, rule.shape
+    k = 1 if shape is None else len(shape)
+    (argument,) = arguments(original)
+    theirs: Callable[..., Tensor] = original.forward
 
-    @functools.wraps(original.forward)
     def forward(self: Any, *args: Tensor, **named: Tensor) -> Tensor:
-        (x,) = (*args, *named.values())
-        return rms_norm(x, self._parameters.get("weight"), spec.eps, cast=spec.cast, offset=spec.offset)
+        if len(args) + len(named) != 1 or (named and argument.name not in named):
+            return theirs(self, *args, **named)  # which raises the error that it always raised
+        x = args[0] if args else named[argument.name]
+        w = _weight(self) if weighted else None
+        if own and (x.dtype, None if w is None else w.dtype) in own:
+            return theirs(self, x)
+        if fp32 and torch.is_autocast_enabled(x.device.type):
+            return theirs(self, x)
+        if shape is not None and x.shape[-k:] != shape:
+            return theirs(self, x)
+        if k == 1:
+            return rms_norm(x, w, eps, cast=cast, offset=offset)
+        w = None if w is None else w.flatten()
+        return rms_norm(x.flatten(-k), w, eps, cast=cast, offset=offset).view(x.shape)
 
-    body = {"_rmsnorm_spec": spec, "_rmsnorm_original": original, "forward": forward}
+    # Not functools.wraps: what follows __wrapped__ would find the original forward.
+    forward.__name__, forward.__qualname__, forward.__doc__ = "forward", theirs.__qualname__, theirs.__doc__
+    forward.__signature__ = inspect.signature(theirs)  # type: ignore[attr-defined]
+    body = {"_rmsnorm_rule": rule, "_rmsnorm_original": original, "forward": forward}
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
     return type(original.__name__, (_Replacement, original), body | names)
 
 
-def _rebuild(original: type[nn.Module], spec: Spec) -> nn.Module:
-    cls = _replacement(original, spec)  # type: ignore[arg-type]
+def _rebuild(original: type[nn.Module], rule: Rule) -> nn.Module:
+    cls = _replacement(original, rule)  # type: ignore[arg-type]  # classes hash by identity
     return cls.__new__(cls)
 
 
-# --- the proof -----------------------------------------------------------------------------------------------
+def _class_for(module: nn.Module, proof: Proof) -> type[nn.Module]:
+    if proof.rule is None:
+        return _original(module)
+    if proof.rule == _rule(module):
+        return type(module)  # which FSDP may have made from ours
+    return _replacement(_original(module), proof.rule)  # type: ignore[arg-type]
 
 
-def _obstacle(module: nn.Module) -> str | None:
-    """Why the module cannot even be tried; None if it can."""
-    if "forward" in module.__dict__:
-        return "its forward was rebound on the instance (by accelerate, tensor parallel or kernels); patch first"
-    if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
-        return "it is sharded by FSDP; patch first"
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    if len(parameters) != 1 or parameters[0].kind not in _ONE_TENSOR:
-        return f"its forward takes ({', '.join(map(str, parameters))}), not one tensor"
-    others = sorted({*module._parameters, *module._modules, *module._buffers} - {"weight"})
-    if others or "weight" in module._modules or "weight" in module._buffers:
-        return f"it holds more than a weight: {', '.join(others) or 'no parameter'}"
-    weight = module._parameters.get("weight")
-    if weight is not None and type(weight) is not nn.Parameter:
-        return f"its weight is a {type(weight).__name__}; patch before it is sharded or quantized"
-    if weight is not None and (weight.dim() != 1 or weight.numel() == 0 or weight.dtype not in DTYPES):
-        return f"its weight has shape {tuple(weight.shape)} and dtype {weight.dtype}"
+def _become(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Change the module's class, and what accelerate has kept of it: its bound forward."""
+    before = type(module).forward
+    if cls is type(module):
+        return
+    module.__class__ = cls
+    for key, value in vars(module).items():
+        if _is_bound(module, value, before):
+            module.__dict__[key] = MethodType(cls.forward, module)
+
+
+def _is_bound(module: nn.Module, value: object, function: object) -> bool:
+    return isinstance(value, MethodType) and value.__self__ is module and value.__func__ is function
+
+
+# --- what stands in the way ----------------------------------------------------------------------------------
+
+
+def _wrapped(module: nn.Module) -> str | None:
+    cls = type(module)
+    if any(base.__name__ == "FSDPModule" for base in cls.__mro__):
+        return "is sharded by FSDP, whose class of it would be lost"
+    if _rule(module) is not None and "_rmsnorm_rule" not in vars(cls):
+        return f"has got another class since it was patched, {cls.__name__}"
     return None
 
 
-def _fingerprint(module: nn.Module) -> tuple[Any, ...]:
-    """What a proof depends on besides the class: every plain attribute, and the weight's width."""
-    weight = module._parameters.get("weight")
-    plain = sorted((k, repr(v)) for k, v in module.__dict__.items() if not k.startswith("_") and k != "training")
-    return (None if weight is None else weight.shape[0], *plain)
-
-
-def _prove(cls: type[nn.Module], module: nn.Module) -> tuple[Spec | None, str, dict[str, Change]]:
-    """(the one spec that survives or None, why none does, what replacing it changes)."""
-    weight = module._parameters.get("weight")
-    N = 64 if weight is None else weight.shape[0]
-    numbers = sorted({float(v) for v in vars(module).values() if type(v) in (int, float) and 0 <= v < 1})
-    if not numbers:
-        return None, "it has no attribute that could be its eps", {}
-    candidates = [Spec(eps) for eps in numbers]
-    if weight is not None:
-        candidates += [Spec(eps, "late", offset) for eps in numbers for offset in (0.0, 1.0)]
-    changed = {}
-    generator = torch.Generator("cpu").manual_seed(0)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for x_dtype in _DTYPES:
-            for w_dtype in _DTYPES if weight is not None else (None,):
-                x = _rows(N, numbers[0], x_dtype, generator)
-                w = None if w_dtype is None else torch.randn(N, generator=generator, device="cpu").to(w_dtype)
-                try:
-                    y = cls.forward(_twin(module, w), x.clone())
-                except Exception as error:  # noqa: BLE001  # whatever a stranger's forward raises
-                    return None, f"its forward raises {type(error).__name__} under the probe: {error}"[:200], {}
-                if not isinstance(y, Tensor):
-                    return None, f"its forward returns a {type(y).__name__}", {}
-                candidates = [c for c in candidates if _same(y, reference.published(x, w, c.eps, c.cast, c.offset))]
-                if not candidates:
-                    pair = str(x_dtype) if w_dtype is None else f"{x_dtype} input with {w_dtype} weight"
-                    return None, f"no spec gives its bits for {pair}".replace("torch.", ""), {}
-                if w_dtype in (None, x_dtype):
-                    c = candidates[0]
-                    ours = reference.forward(x, None, w, c.eps, c.cast, c.offset, with_rstd=False)[0]
-                    changed[str(x_dtype).removeprefix("torch.")] = _change(y, ours)
-    if len(candidates) > 1:
-        return None, f"{len(candidates)} specs give its bits, so none is proven", {}
-    return candidates[0], "", changed
-
-
-def _twin(module: nn.Module, w: Tensor | None) -> nn.Module:
-    """A module with the same attributes and class of its own, but its own weight, no hooks, and nothing shared."""
-    twin = nn.Module()
-    state = {k: copy.deepcopy(v) for k, v in vars(module).items() if k not in vars(twin)}
-    twin.__dict__.update(state, training=module.training)
-    twin.__class__ = _original(module)
-    twin._parameters["weight"] = None if w is None else nn.Parameter(w, requires_grad=False)
-    return twin
-
-
-def _rows(N: int, eps: float, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Random rows, from large to so small that eps decides the result."""
-    smallest = math.log10(max(eps, 1e-12)) / 2 - 1
-    sizes = torch.logspace(2, smallest, math.prod(_ROWS), device="cpu").view(*_ROWS, 1)
-    return (torch.randn(*_ROWS, N, generator=generator, device="cpu") * sizes).to(dtype)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and differing(a, b)[0] == 0
-
-
-def _change(before: Tensor, after: Tensor) -> Change:
-    count, ulp = differing(before, after)
-    return Change(count / before.numel(), ulp)
+def _too_late(module: nn.Module) -> str | None:
+    """What was done to the module that must be done after `patch`."""
+    if (wrapped := _wrapped(module)) is not None:
+        return wrapped
+    if type(module._parameters.get("weight")).__name__ == "DTensor":
+        return "has a weight that is sharded (a DTensor)"
+    own = vars(module)
+    if "forward" in own and not _is_bound(module, own["forward"], type(module).forward):
+        hooked = "_hf_hook" in own and _is_bound(module, own.get("_old_forward"), type(module).forward)
+        if not hooked:
+            return "has a forward that was rebound on the instance (tensor parallel and kernels do that)"
+    return None
