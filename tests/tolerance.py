@@ -63,6 +63,15 @@ def tangent_bound(dtype: torch.dtype) -> float:
     return 2 * TANGENT + (0.0 if dtype == torch.float32 else torch.finfo(dtype).eps)
 
 
+def late_bound(dtype: torch.dtype) -> tuple[float, float]:
+    """(relative, absolute) error of an element of y, late: Y and then one rounding to the dtype, half an ulp of it.
+
+    Below the dtype's normal range an ulp is its smallest number.
+    """
+    limits = torch.finfo(dtype)
+    return Y + limits.eps / 2 * (1 + Y), limits.smallest_normal * limits.eps / 2
+
+
 def ordered(t: Tensor) -> Tensor:
     """Each number as its place in the order of its dtype: neighbours differ by one, the two zeros by none."""
     bits = t.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]).long()
