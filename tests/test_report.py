@@ -13,7 +13,19 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import DeepseekV2Config, DeepseekV2Model, Gemma2Config, Gemma2Model, PreTrainedModel
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2Model,
+    Gemma2Config,
+    Gemma2Model,
+    Gemma3TextConfig,
+    Gemma3TextModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from rmsnorm import models, report
 from rmsnorm.errors import CommandError
@@ -39,6 +51,25 @@ def deepseek() -> PreTrainedModel:
             first_k_dense_replace=1, n_group=1, topk_group=1,
         )
     )  # fmt: skip
+
+
+def deepseek_lite() -> PreTrainedModel:
+    """As DeepSeek-V2-Lite: no low rank for the queries, so three norms a layer."""
+    config = deepseek().config
+    config.q_lora_rank = None
+    return DeepseekV2Model(config)
+
+
+def llama() -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(**SMALL, rms_norm_eps=1e-5))
+
+
+def qwen() -> PreTrainedModel:
+    return Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=16))
+
+
+def gemma3() -> PreTrainedModel:
+    return Gemma3TextModel(Gemma3TextConfig(**SMALL, head_dim=16))
 
 
 def gemma() -> PreTrainedModel:
@@ -94,27 +125,33 @@ def shown(result: report.Result) -> str:
 
 
 @pytest.mark.parametrize(
-    ("build", "names", "spec"),
+    ("build", "names", "widths", "eps", "cast"),
     [
-        (deepseek, 2 * 4 + 1, {"eps": 1e-6, "cast": "early", "offset": 0.0}),
-        (gemma, 2 * 4 + 1, {"eps": 1e-6, "cast": "late", "offset": 1.0}),
+        (llama, 2 * 2 + 1, {64}, 1e-5, "early"),
+        (qwen, 2 * 4 + 1, {64, 16}, 1e-6, "early"),
+        (deepseek, 2 * 4 + 1, {64, 24, 16}, 1e-6, "early"),
+        (deepseek_lite, 2 * 3 + 1, {64, 16}, 1e-6, "early"),
+        (gemma, 2 * 4 + 1, {64}, 1e-6, "late"),
+        (gemma3, 2 * 6 + 1, {64, 16}, 1e-6, "late"),
     ],
-    ids=["DeepSeek V2", "Gemma 2"],
+    ids=["Llama", "Qwen3", "DeepSeek V2", "DeepSeek V2 Lite", "Gemma 2", "Gemma 3"],
 )
 def test_a_checkpoint(
-    build: Callable[[], PreTrainedModel], names: int, spec: dict[str, object], tmp_path: Path
+    build: Callable[[], PreTrainedModel], names: int, widths: set[int], eps: float, cast: str, tmp_path: Path
 ) -> None:
+    spec = {"eps": eps, "cast": cast, "offset": 1.0 if cast == "late" else 0.0}
     out = tmp_path / "out"
     result = run(saved(build, tmp_path / "checkpoint"), out)
     assert result.ok
     assert len(result.norms) == names
     for n in result.norms:
         assert n.verdict.spec is not None
-        assert (n.calls, n.rows, n.wrong) == (1, 32, 0)
-        assert n.outputs == 32 * (n.width or 0)
+        heads = {"q_norm": 2, "k_norm": 2}.get(n.verdict.name.rpartition(".")[2], 1)
+        assert (n.calls, n.rows, n.wrong) == (1, 32 * heads, 0)
+        assert n.outputs == n.rows * (n.width or 0)
         assert n.changed <= n.outputs
         assert min(n.forward.after, n.training.after, n.token.after) > 0
-    assert {n.width for n in result.norms} == ({64, 24, 16} if build is deepseek else {64})
+    assert {n.width for n in result.norms} == widths
     assert result.saved is not None
     assert 0 < result.saved.after < result.saved.before
     assert result.forward is not None
@@ -129,6 +166,8 @@ def test_a_checkpoint(
     assert written["model"]["norms"] == names
     assert written["model"]["norm_parameters"] == sum(n.width or 0 for n in result.norms)
     assert f"{names} of {names} norms proven" in shown(result)
+    assert f"proven: {cast}, eps {eps:g}" in shown(result)
+    assert "bytes a row less saved" in shown(result)
     assert "exact bits" in shown(result)
 
 

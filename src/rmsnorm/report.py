@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rmsnorm import machine, measure, reference
+from rmsnorm import machine, measure
 from rmsnorm.errors import CommandError
 from rmsnorm.measure import Progress, Timing
-from rmsnorm.models import Verdict, patch, unpatch
+from rmsnorm.models import Report, Verdict, exact, patch, unpatch
 
 _NORM_SECONDS = 6.0  # for timing the norms alone, all of them together
 _NORM_SAMPLES, _TOKEN_SAMPLES, _FEWEST = 15, 50, 3
@@ -73,6 +73,7 @@ class Norm:
             "width": self.width,
             "spec": None if spec is None else {"eps": spec.eps, "cast": spec.cast, "offset": spec.offset},
             "left_because": self.verdict.reason or None,
+            "own_forward": self.verdict.partly or None,
             "calls": self.calls,
             "rows": self.rows,
             "outputs": self.outputs,
@@ -176,12 +177,17 @@ class Result:
         from rich.text import Text
 
         m = self.model
-        proven = sum(n.verdict.spec is not None for n in self.norms)
         head = (
             f"{self.target}: {m['class']}, {m['parameters']:,} parameters, {m['dtype']}, {m['tokens']} tokens; "
-            f"{proven} of {m['norms']} norms proven and replaced, {m['norm_parameters']:,} norm parameters"
+            f"{m['norm_parameters']:,} norm parameters"
         )
-        lines = [Text(machine.headline(self.facts)), Text(head), *(Text(f"note: {note}") for note in self.notes)]
+        groups = str(Report(tuple(n.verdict for n in self.norms)))
+        lines = [
+            Text(machine.headline(self.facts)),
+            Text(head),
+            Text(groups),
+            *(Text(f"note: {note}") for note in self.notes),
+        ]
         last = Text(f"{self.seconds:.0f} s, {self.peak_bytes / 1e9:.1f} GB of memory at most")
         verdict = Text("every output of the replaced norms has the exact bits", "green")
         if not self.ok:
@@ -345,7 +351,7 @@ def main(
 
 def _width(module: nn.Module) -> int | None:
     weight = getattr(module, "weight", None)
-    return weight.shape[-1] if isinstance(weight, Tensor) and weight.dim() else None
+    return weight.numel() if isinstance(weight, Tensor) and weight.dim() else None
 
 
 def _model_facts(
@@ -397,16 +403,15 @@ def _examine(
 
 def _look(n: Norm, original: type[nn.Module], module: nn.Module, x: Tensor, y: Tensor, seconds: float) -> None:
     """Compare y, which the patched norm gave for x, and time the norm before and after on this x."""
-    spec = n.verdict.spec
-    assert spec is not None
     w = module._parameters.get("weight")
-    exact = reference.forward(x, None, w, spec.eps, spec.cast, spec.offset, with_rstd=False)[0]
-    wrong = measure.differing(y, exact)[0]
-    changed, ulp = measure.differing(y, original.forward(module, x))
-    del exact
-    n.width = x.shape[-1]
+    before = original.forward(module, x)
+    expected = exact(module, x)
+    wrong = measure.differing(y, before if expected is None else expected)[0]
+    changed, ulp = measure.differing(y, before)
+    del before, expected
+    n.width = n.width or x.shape[-1]
     n.calls += 1
-    n.rows += x.numel() // x.shape[-1]
+    n.rows += x.numel() // n.width
     n.outputs += y.numel()
     n.wrong += wrong
     n.changed += changed
