@@ -10,8 +10,8 @@ import rmsnorm
 
 ROOT = Path(rmsnorm.__file__).parent
 ORDER = [
-    "errors", "spec", "machine", "reference", "kernels", "ops", "module", "measure", "proof", "models", "verify",
-    "bench", "report", "cli",
+    "errors", "spec", "machine", "reference", "kernels", "distributed", "ops", "module", "measure", "proof",
+    "models", "verify", "bench", "report", "cli",
 ]  # fmt: skip
 KERNELS = ["rows", "threads", "launch", "cpu", "gpu"]
 

@@ -32,6 +32,9 @@ DX = 20 * U
 TANGENT = DX + 4 * U
 # 6·s by way of 3·s² and its derivative: a few fp32 roundings.
 SUM_TWICE = 8 * U
+# What the ranks sum in another order than one process: matrix products of at most 256 fp32 terms, a few in a row, each
+# √256·u off if the roundings are random; relative to the largest terms.
+OTHER_ORDER = 8 * 16 * U
 # The same in fp64, for the formula itself: a few thousand roundings of 2⁻⁵³ in a row of at most 64.
 FP64 = 1e-11
 

@@ -11,6 +11,7 @@ as one node with a schema, a fake, and a rule for vmap.
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -90,6 +91,10 @@ def explain(
         lines.append("the sum is taken before the kernel, because x and residual differ in dtype")
     if not _plain(x, residual, weight):
         lines.append("reached through torch.ops.rmsnorm, because not every argument is a plain tensor")
+        _learn_sharding()
+        distributed = sys.modules.get("rmsnorm.distributed")
+        sharding = None if distributed is None else distributed.explained(x, residual, weight)
+        lines.extend([] if sharding is None else [sharding])
     return "; ".join(lines)
 
 
@@ -164,12 +169,19 @@ def _plain(*tensors: Tensor | None) -> bool:
     return True
 
 
+def _learn_sharding() -> None:
+    """Load what the operators do with DTensors, if there can be any yet. torch.compile does so while it traces."""
+    if "torch.distributed.tensor" in sys.modules:
+        import rmsnorm.distributed  # noqa: F401
+
+
 def _forward(
     x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float, with_rstd: bool,
     plain: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     if plain:
         return _choose(x, residual, w)[0].forward(x, residual, w, eps, cast, offset, with_rstd)  # type: ignore[no-any-return]
+    _learn_sharding()
     y, s, rstd = torch.ops.rmsnorm.forward.default(x, residual, w, eps, cast, offset, with_rstd)
     return y, None if residual is None else s, rstd if with_rstd else None
 
@@ -202,6 +214,7 @@ def _norm(
 ) -> tuple[Any, ...]:
     """(y, s, …) with whatever machinery of differentiation the arguments and the moment call for."""
     if torch.compiler.is_compiling():  # the operator has an autograd of its own, and a compiler takes it as it is
+        _learn_sharding()
         with_rstd = torch.is_grad_enabled()
         return torch.ops.rmsnorm.forward.default(x, residual, w, eps, cast, offset, with_rstd)  # type: ignore[no-any-return]
     plain = _plain(x, residual, w)

@@ -14,8 +14,17 @@ def exact_rstd(x: Tensor, eps: float) -> Tensor:
     torch.sqrt is not correctly rounded in fp32 on the CPU; through fp64 it is, since fp64 holds more than twice
     the digits of fp32.
     """
-    S = x.float().double().square().sum(-1)
-    v = _mean(S, x.shape[-1]) + eps
+    return rstd_of(sum_of_squares(x), x.shape[-1], eps)
+
+
+def sum_of_squares(x: Tensor) -> Tensor:
+    """S, in fp64, where the squares are exact."""
+    return x.float().double().square().sum(-1)
+
+
+def rstd_of(S: Tensor, N: int, eps: float) -> Tensor:
+    """The statistic from S over whole rows of N."""
+    v = _mean(S, N) + eps
     return 1 / v.double().sqrt().float()
 
 
@@ -68,20 +77,34 @@ def backward(
     x is what was normalized: x + residual where there was one, and ds the gradient that arrives through that sum.
     With xh = x·rstd and g = dy·w:  dx = rstd · (g − xh · mean(g·xh)) + ds,  dw = Σ over rows of dy·xh.
     """
-    r = rstd.unsqueeze(-1)
-    xh = x.float() * r
-    dx = dw = None
-    if need_dx:
-        g = dy.float() if w is None else dy.float() * _scale(w, offset)
-        S = (g * xh).double().sum(-1, keepdim=True) + 0.0  # a sum of nothing but -0.0 is +0.0 in every order
-        c = _mean(S, x.shape[-1])
-        dx = r * (g - xh * c)
-        dx = (dx if ds is None else dx + ds.float()).to(x.dtype).contiguous()
-    if need_dw:
-        assert w is not None
-        h = xh.to(x.dtype).float() if cast == "early" else xh
-        dw = (dy.float() * h).double().reshape(-1, x.shape[-1]).sum(0).to(w.dtype)
-    return dx, dw
+    g, xh = products(dy, x, w, rstd, offset)
+    dx = input_gradient(g, xh, rstd, dot(g, xh), x.shape[-1], ds, x.dtype) if need_dx else None
+    return dx, weight_gradient(dy, xh, x.dtype, w, cast) if need_dw and w is not None else None
+
+
+def products(dy: Tensor, x: Tensor, w: Tensor | None, rstd: Tensor, offset: float) -> tuple[Tensor, Tensor]:
+    """(g, xh) in fp32."""
+    return dy.float() if w is None else dy.float() * _scale(w, offset), x.float() * rstd.unsqueeze(-1)
+
+
+def dot(g: Tensor, xh: Tensor) -> Tensor:
+    """The rounded products, summed over each row in fp64."""
+    return (g * xh).double().sum(-1)
+
+
+def input_gradient(
+    g: Tensor, xh: Tensor, rstd: Tensor, S: Tensor, N: int, ds: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """dx from S = dot(g, xh) over whole rows of N."""
+    c = _mean(S + 0.0, N).unsqueeze(-1)  # a sum of nothing but -0.0 is +0.0 in every order
+    dx = rstd.unsqueeze(-1) * (g - xh * c)
+    return (dx if ds is None else dx + ds.float()).to(dtype).contiguous()
+
+
+def weight_gradient(dy: Tensor, xh: Tensor, dtype: torch.dtype, w: Tensor, cast: str) -> Tensor:
+    """dw in the dtype of w; dtype is that of x."""
+    h = xh.to(dtype).float() if cast == "early" else xh
+    return (dy.float() * h).double().reshape(xh.shape[:-1].numel(), xh.shape[-1]).sum(0).to(w.dtype)
 
 
 def truth(x: Tensor, w: Tensor | None, eps: float, offset: float) -> Tensor:

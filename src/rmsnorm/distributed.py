@@ -1,0 +1,205 @@
+"""What the operators do with DTensors: FSDP2, tensor and sequence parallel. Loaded when the first one could arrive.
+
+Along each dimension of the mesh x is replicated, or sharded by rows, or by columns (the hidden dimension):
+
+    x            weight               y, s, dx   rstd         dw             communication
+    Replicate    Replicate            Replicate  Replicate    Replicate      none
+    Shard(row)   Replicate            as x       Shard(row)   Partial(sum)   none
+    Shard(-1)    Shard(0), Replicate  as x       Replicate    Shard(0)       one fp64 number a row, in each direction
+
+A row that lies in parts has the bits of a whole one because its partial sums travel in fp64, where their order does
+not show.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from rmsnorm import reference
+from rmsnorm.errors import complaint
+
+# One placement for each dimension of the mesh.
+Layout = tuple[Placement, ...]
+
+
+# --- the rules -----------------------------------------------------------------------------------------------
+
+
+def explained(x: Any, residual: Any, w: Any) -> str | None:
+    """For `ops.explain`: what a DTensor's placements mean for the kernel. None if there is no DTensor."""
+    if not any(isinstance(t, DTensor) for t in (x, residual, w)):
+        return None
+    if Shard(x.dim() - 1) in _layout("explain", x, residual, w):
+        return "the last dimension is sharded: the reference instead, in two parts around the all-reduce"
+    return "each rank takes its own rows, without communication"
+
+
+@torch.no_grad()
+def _forward(
+    x: Any, residual: Any, w: Any, eps: float, cast: str, offset: float, with_rstd: bool
+) -> tuple[DTensor, DTensor, DTensor]:
+    layout = _layout("rms_norm" if residual is None else "add_rms_norm", x, residual, w)
+    mesh, shape, last = x.device_mesh, x.shape, x.dim() - 1
+    x, residual = _local(x, layout), _local(residual, layout)
+    w = _local(w, _of_weight(layout, last))
+    if Shard(last) in layout:
+        s, S = _begin_forward(x, residual)
+        S = _over_ranks(S, mesh, layout, shape)
+        y, rstd = _finish_forward(x if residual is None else s, w, S, shape[-1], eps, cast, offset)
+    else:
+        y, s, rstd = torch.ops.rmsnorm.forward.default(x, residual, w, eps, cast, offset, with_rstd)
+    nothing = (Replicate(),) * mesh.ndim
+    return (
+        _global(y, mesh, layout, shape),
+        _global(s, mesh, layout, shape) if residual is not None else _global(s, mesh, nothing, s.shape),
+        _global(rstd, mesh, _of_rows(layout, last), shape[:-1])
+        if with_rstd
+        else _global(x.new_empty(0), mesh, nothing, (0,)),
+    )
+
+
+@torch.no_grad()
+def _backward(
+    dy: Any, ds: Any, x: Any, w: Any, rstd: Any, cast: str, offset: float, need_dx: bool, need_dw: bool
+) -> tuple[DTensor, DTensor]:
+    layout = _layout("rms_norm", x, None, w)
+    mesh, shape, last = x.device_mesh, x.shape, x.dim() - 1
+    dy, ds, x = (_local(t, layout) for t in (dy, ds, x))
+    w, rstd = _local(w, _of_weight(layout, last)), _local(rstd, _of_rows(layout, last))
+    if Shard(last) in layout:
+        S = _over_ranks(_begin_backward(dy, x, w, rstd, offset), mesh, layout, shape) if need_dx else None
+        dx, dw = _finish_backward(dy, ds, x, w, rstd, S, shape[-1], cast, offset, need_dw)
+    else:
+        dx, dw = torch.ops.rmsnorm.backward.default(dy, ds, x, w, rstd, cast, offset, need_dx, need_dw)
+    nothing = (Replicate(),) * mesh.ndim
+    of_dw = tuple(Shard(0) if p == Shard(last) else Partial() if _dim(p) is not None else p for p in layout)
+    return (
+        _global(dx, mesh, layout, shape) if need_dx else _global(dx, mesh, nothing, (0,)),
+        _global(dw, mesh, of_dw, shape[-1:]) if need_dw and w is not None else _global(dw, mesh, nothing, (0,)),
+    )
+
+
+def _layout(where: str, x: Any, residual: Any, w: Any) -> Layout:
+    """How x and the residual are to lie: as x does, or, where x is not sharded, as the residual. Partial is summed.
+
+    Raises ValueError, the same on every rank, for what does not fit.
+    """
+    present = {name: t for name, t in (("x", x), ("residual", residual), ("weight", w)) if t is not None}
+    name, given = next((name, t) for name, t in present.items() if isinstance(t, DTensor))
+    where_given = f"the mesh of {name}, which is {given.device_mesh} with placements {given.placements}"
+    for other, t in present.items():
+        if not isinstance(t, DTensor):
+            fix = f"a DTensor on {where_given}: distribute_tensor({other}, …), parallelize_module for the norm, or, "
+            fix += "where fully_shard holds the weight, a call of the module that it was given"
+            raise ValueError(complaint(where, other, "is a plain tensor", fix))
+        if t.device_mesh != given.device_mesh:
+            was = f"is on the mesh {t.device_mesh} with placements {t.placements}"
+            raise ValueError(complaint(where, other, was, f"{where_given}: distribute both on one mesh"))
+    layout, last = [], x.dim() - 1
+    for i, p in enumerate(x.placements):
+        q = p if residual is None else residual.placements[i]
+        if _dim(p) is not None and _dim(q) is not None and p != q:
+            fix = f"{x.placements}, those of x: residual.redistribute(placements=x.placements)"
+            raise ValueError(complaint(where, "residual", f"has placements {residual.placements}", fix))
+        p = next((one for one in (p, q) if _dim(one) is not None), Replicate())
+        if _dim(p) == last and p != Shard(last):
+            fix = "Shard or Replicate in the hidden dimension: x.redistribute(placements=…)"
+            raise ValueError(complaint(where, "x", f"has placements {x.placements}", fix))
+        fitting = (Replicate(), Shard(0)) if p == Shard(last) else (Replicate(),)
+        if w is not None and w.placements[i] not in fitting:
+            fix = f"{' or '.join(map(repr, fitting))} on mesh dimension {i}, as x has {x.placements}: "
+            fix += "redistribute the weight, or shard the last dimension of x too"
+            raise ValueError(complaint(where, "weight", f"has placements {w.placements}", fix))
+        layout.append(p)
+    return tuple(layout)
+
+
+def _dim(p: Placement) -> int | None:
+    """Which dimension of the tensor is sharded, also by FSDP's and views' strided kind of Shard."""
+    return getattr(p, "dim", None)
+
+
+def _of_weight(layout: Layout, last: int) -> Layout:
+    return tuple(Shard(0) if p == Shard(last) else Replicate() for p in layout)
+
+
+def _of_rows(layout: Layout, last: int) -> Layout:
+    return tuple(Replicate() if p == Shard(last) else p for p in layout)
+
+
+def _local(t: DTensor | None, layout: Layout) -> Tensor | None:
+    if t is None:
+        return None
+    return (t if t.placements == layout else t.redistribute(placements=layout)).to_local()
+
+
+def _global(t: Tensor, mesh: Any, layout: Layout, shape: Sequence[int]) -> DTensor:
+    stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    return DTensor.from_local(t, mesh, layout, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def _over_ranks(S: Tensor, mesh: Any, layout: Layout, shape: Sequence[int]) -> Any:
+    """The sums over whole rows, from those over each rank's columns: the one all-reduce."""
+    last = len(shape) - 1
+    partial = tuple(Partial() if p == Shard(last) else p for p in layout)
+    return _local(_global(S, mesh, partial, shape[:-1]), _of_rows(layout, last))
+
+
+# --- the arithmetic of a row in parts, opaque to a compiler -----------------------------------------------------
+
+
+def _begin_forward(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(s, Σ s²) with the sum in fp64; without a residual s is empty and x is meant."""
+    s = x.new_empty(0) if residual is None else (x + residual).contiguous()
+    return s, reference.sum_of_squares(x if residual is None else s)
+
+
+def _finish_forward(
+    rows: Tensor, w: Tensor | None, S: Tensor, N: int, eps: float, cast: str, offset: float
+) -> tuple[Tensor, Tensor]:
+    rstd = reference.rstd_of(S, N, eps)
+    return reference.normalize(rows, w, rstd, cast, offset).contiguous(), rstd
+
+
+def _begin_backward(dy: Tensor, x: Tensor, w: Tensor | None, rstd: Tensor, offset: float) -> Tensor:
+    g, xh = reference.products(dy, x, w, rstd, offset)
+    return reference.dot(g, xh)
+
+
+def _finish_backward(
+    dy: Tensor,
+    ds: Tensor | None,
+    x: Tensor,
+    w: Tensor | None,
+    rstd: Tensor,
+    S: Tensor | None,
+    N: int,
+    cast: str,
+    offset: float,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor]:
+    g, xh = reference.products(dy, x, w, rstd, offset)
+    return (
+        x.new_empty(0) if S is None else reference.input_gradient(g, xh, rstd, S, N, ds, x.dtype),
+        reference.weight_gradient(dy, xh, x.dtype, w, cast) if need_dw and w is not None else x.new_empty(0),
+    )
+
+
+def _opaque(function: Any) -> Any:
+    op = torch.library.custom_op(f"rmsnorm::{function.__name__.lstrip('_')}_in_parts", function, mutates_args=())
+    op.register_fake(function)  # plain torch: it also says the shapes
+    return op
+
+
+_begin_forward, _finish_forward, _begin_backward, _finish_backward = map(
+    _opaque, (_begin_forward, _finish_forward, _begin_backward, _finish_backward)
+)
+
+for _name, _rule in (("forward", _forward), ("backward", _backward)):
+    torch.library.register_torch_dispatch(
+        f"rmsnorm::{_name}", DTensor, lambda cls, op, types, args, kwargs, rule=_rule: rule(*args, **(kwargs or {}))
+    )
