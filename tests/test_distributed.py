@@ -20,11 +20,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import rmsnorm
 from rmsnorm import reference
@@ -303,6 +309,385 @@ def not_differentiated(mesh: DeviceMesh) -> None:
     torch._dynamo.reset()
 
 
+# --- models --------------------------------------------------------------------------------------------------
+
+N, HIDDEN = 64, 96
+
+
+class Block(nn.Module):
+    """A model that knows nothing of ranks: a norm of each kind between linear layers, and what each was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = rmsnorm.DeepseekV2RMSNorm(N)
+        self.up = nn.Linear(N, HIDDEN, bias=False)
+        self.middle = rmsnorm.RMSNorm(HIDDEN, cast="late")
+        self.down = nn.Linear(HIDDEN, N, bias=False)
+        self.final = rmsnorm.RMSNorm(N, eps=1e-5, cast="late", offset=1.0)
+        for one in (self.norm, self.middle, self.final):
+            nn.init.normal_(one.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.final(x + self.down(self.middle(self.up(self.norm(x)))))
+
+
+def by_columns(norm: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """For a norm between a column-wise and a row-wise linear layer."""
+
+    def shard(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+        for key, parameter in module.named_parameters(recurse=False):
+            sharded = spread(parameter, mesh, Shard(0))
+            module.register_parameter(key, nn.Parameter(sharded.detach()))
+
+    return distribute_module(norm, mesh, shard)
+
+
+def in_parallel(model: nn.Module, mesh: DeviceMesh, *, uneven: bool = False) -> nn.Module:
+    """Sequence parallel around tensor parallel, the norm in the middle sharded by columns."""
+    plan = {
+        "norm": SequenceParallel(),
+        "up": ColwiseParallel(input_layouts=Shard(1), use_local_output=False),
+        "down": RowwiseParallel(output_layouts=Shard(1), use_local_output=not uneven),
+        "final": SequenceParallel(),
+    }
+    by_columns(model.get_submodule("middle"), mesh)
+    return parallelize_module(model, mesh, plan)
+
+
+def whole(t: Tensor) -> Tensor:
+    return (t.full_tensor() if isinstance(t, DTensor) else t).detach()
+
+
+def norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, m) for name, m in model.named_modules() if name.split(".")[-1] in ("norm", "middle", "final"))
+
+
+@contextlib.contextmanager
+def checked_norms(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Every norm that runs inside has the bits of one process at what it was given; dtype is that of its weight."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
+            seen[name] = args[0], y
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in norms(model)]
+    yield
+    for handle in handles:
+        handle.remove()
+    assert len(seen) == 3
+    for name, module in norms(model):
+        x, y = seen[name]
+        eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))
+        spec = {"eps": eps, "cast": getattr(module, "cast", "early"), "offset": getattr(module, "offset", 0.0)}
+        w = whole(module.weight).to(dtype or module.weight.dtype)
+        assert_same_bits(whole(y), rmsnorm.rms_norm(whole(x), w, **spec), name)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name.replace("module.", ""): whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
+def close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Each relative to its largest number, because that is what a sum in another order is off by."""
+    assert got.keys() == expected.keys()
+    for name, b in expected.items():
+        off = (got[name].double() - b.double()).abs().max() / b.double().abs().max()
+        assert off <= OTHER_ORDER, f"{name} is off by {off}"
+
+
+def loss(y: Tensor, target: Tensor) -> Tensor:
+    return (y.to_local() if isinstance(y, DTensor) else y).float().sub(target).square().sum()
+
+
+@on(2, 4)
+def sequence_and_tensor_parallel(mesh: DeviceMesh) -> None:
+    """Norms cost what their neighbours cost: a gather and a scatter, and one all-reduce for the one by columns."""
+    world, (x, target) = mesh.size(), (randn(3, 8, N, seed=s) for s in (1, 2))
+    plain = Block()
+    loss(plain(x), target).backward()
+    expected = gradients(plain)
+    for call in (lambda model: model, lambda model: torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model = in_parallel(Block(), mesh)
+        own_x, own_target = (t.chunk(world, 1)[mesh.get_local_rank()] for t in (x, target))
+        if call(model) is model:
+            with checked_norms(model), communicating(all_gather_into_tensor=1, all_reduce=1, reduce_scatter_tensor=1):
+                y = model(own_x)
+            with communicating(all_gather_into_tensor=1, all_reduce=1, reduce_scatter_tensor=1):
+                loss(y, own_target).backward()
+        else:
+            y = call(model)(own_x)
+            loss(y, own_target).backward()
+        assert y.placements == (Shard(1),)
+        placements = {name: getattr(model, name).weight.grad.placements for name, _ in norms(model)}
+        assert placements == {"norm": (Partial(),), "middle": (Shard(0),), "final": (Partial(),)}
+        close({"y": whole(y)} | gradients(model), {"y": plain(x).detach()} | expected)
+    torch._dynamo.reset()
+
+
+@on(4)
+def uneven_sequence(mesh: DeviceMesh) -> None:
+    """Seven tokens over four ranks, as a DTensor."""
+    x = randn(3, 7, N, seed=1)
+    plain, model = Block(), in_parallel(Block(), mesh, uneven=True)
+    plain(x).square().sum().backward()
+    with checked_norms(model):
+        y = model(spread(x, mesh, Shard(1)))
+    assert y.placements == (Shard(1),)
+    y.square().sum().backward()
+    close(gradients(model), gradients(plain))
+
+
+@on(2)
+def clipping_with_partial_gradients(mesh: DeviceMesh) -> None:
+    x = randn(3, 8, N, seed=1)
+    plain, model = Block(), in_parallel(Block(), mesh)
+    plain(x).square().sum().backward()
+    model(x.chunk(2, 1)[mesh.get_local_rank()]).square().sum().backward()
+    assert model.norm.weight.grad.placements == (Partial(),)
+    norms = {"norm": whole(clip_grad_norm_(model.parameters(), 0.5))}
+    close(norms | gradients(model), {"norm": clip_grad_norm_(plain.parameters(), 0.5)} | gradients(plain))
+
+
+def mean_gradients(model: nn.Module, xs: list[Tensor]) -> dict[str, Tensor]:
+    """What ranks with a batch each agree on."""
+    for x in xs:
+        (model(x).float().square().sum() / len(xs)).backward()
+    return gradients(model)
+
+
+@on(2, 4)
+def fully_sharded(mesh: DeviceMesh) -> None:
+    """FSDP2, the norms in their parent's unit and in their own, with and without mixed precision and offload."""
+    xs = [randn(3, 8, N, seed=s) for s in range(mesh.size())]
+    x = xs[mesh.get_local_rank()]
+    expected = mean_gradients(Block(), xs)
+    mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    offload = CPUOffloadPolicy(pin_memory=False)
+    for own in (False, True):
+        for options in ({}, {"mp_policy": mixed}, {"offload_policy": offload}):
+            model = Block()
+            if own:
+                for _, module in norms(model):
+                    fully_shard(module, mesh=mesh, **options)
+            fully_shard(model, mesh=mesh, **options)
+            dtype = torch.bfloat16 if "mp_policy" in options else torch.float32
+            with checked_norms(model, dtype):
+                y = model(x)
+            assert y.dtype == dtype
+            y.float().square().sum().backward()
+            for name, parameter in model.named_parameters():
+                assert parameter.grad.placements == (Shard(0),), name
+                assert parameter.grad.dtype == torch.float32
+            if dtype == torch.float32:
+                close(gradients(model), expected)
+            else:  # the same on each rank, and then the mean of the ranks in fp32
+                close(gradients(model), mixed_gradients(xs))
+
+
+def mixed_gradients(xs: list[Tensor]) -> dict[str, Tensor]:
+    """The mean in fp32 of what a bf16 model gives for each batch."""
+    total: dict[str, Tensor] = {}
+    for x in xs:
+        model = Block().bfloat16()
+        model(x.bfloat16()).float().square().sum().backward()
+        for name, g in gradients(model).items():
+            total[name] = total.get(name, 0) + g.float() / len(xs)
+    return total
+
+
+@on(4)
+def two_ways_at_once(mesh: DeviceMesh) -> None:
+    """FSDP2 over one dimension of the mesh, tensor and sequence parallel over the other; clipping, a step, another."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    xs = [randn(3, 8, N, seed=s) for s in range(2)]
+    own = xs[mesh.get_local_rank("dp")].chunk(2, 1)[mesh.get_local_rank("tp")]
+    plain, model = Block(), in_parallel(Block(), mesh["tp"])
+    for module in (model.norm, model):
+        fully_shard(module, mesh=mesh["dp"])
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, foreach=False) for m in (plain, model)]
+    for _ in range(2):
+        with checked_norms(model):
+            y = model(own)
+        y.square().sum().backward()
+        expected = mean_gradients(plain, xs)
+        close(gradients(model), expected)
+        close(
+            {"norm": whole(clip_grad_norm_(model.parameters(), 1.0))},
+            {"norm": clip_grad_norm_(plain.parameters(), 1.0)},
+        )
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        close(weights(model), weights(plain))
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: whole(p) for name, p in model.named_parameters()}
+
+
+@on(4)
+def saved_and_loaded_otherwise(mesh: DeviceMesh) -> None:
+    """A checkpoint of a 2 × 2 model, loaded into one that FSDP shards over four, and into a plain one."""
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = in_parallel(Block(), square["tp"])
+    fully_shard(model, mesh=square["dp"])
+    x = randn(3, 8, N, seed=1)
+    y = model(x.chunk(2, 1)[square.get_local_rank("tp")]).full_tensor()
+    dcp.save({"model": model.state_dict()}, checkpoint_id="checkpoint")
+    other, plain = Block(), Block()
+    for parameter in [*other.parameters(), *plain.parameters()]:
+        nn.init.zeros_(parameter)
+    fully_shard(other, mesh=mesh)
+    for loaded in (other, plain):
+        state = {"model": loaded.state_dict()}
+        dcp.load(state, checkpoint_id="checkpoint")
+        loaded.load_state_dict(state["model"])
+        for name, w in weights(model).items():
+            assert_same_bits(weights(loaded)[name], w, name)
+        with checked_norms(loaded):
+            close({"y": whole(loaded(x))}, {"y": y})
+
+
+@on(2)
+def data_parallel(mesh: DeviceMesh) -> None:
+    xs = [randn(3, 8, N, seed=s) for s in range(2)]
+    model = nn.parallel.DistributedDataParallel(Block())
+    with checked_norms(model):
+        y = model(xs[mesh.get_local_rank()])
+    y.square().sum().backward()
+    close(gradients(model), mean_gradients(Block(), xs))
+
+
+@on(2)
+def checkpointed(mesh: DeviceMesh) -> None:
+    """Computed again in the backward pass, or kept on the CPU meanwhile: the same bits of every gradient."""
+    own = randn(3, 8, N, seed=1).chunk(2, 1)[mesh.get_local_rank()]
+
+    def run(call: Callable[[nn.Module, Tensor], Tensor]) -> dict[str, Tensor]:
+        model, x = in_parallel(Block(), mesh), own.clone().requires_grad_()
+        with checked_norms(model):
+            call(model, x).square().sum().backward()
+        return gradients(model) | {"x": x.grad}
+
+    def kept(model: nn.Module, x: Tensor) -> Tensor:
+        with torch.autograd.graph.save_on_cpu():
+            return model(x)
+
+    once = run(lambda model, x: model(x))
+    for call in (lambda model, x: checkpoint(model, x, use_reentrant=False), kept):
+        again = run(call)
+        for name, g in once.items():
+            assert_same_bits(again[name], g, name)
+
+
+class StrangersRMSNorm(nn.Module):
+    """A published class."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width))
+        self.eps = 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reference.published(x, self.weight, self.eps, "early", 0.0)
+
+
+@on(2)
+def patched(mesh: DeviceMesh) -> None:
+    """Patched, then sharded; the other way round nothing is replaced, and the report says what to do."""
+
+    def strange() -> nn.Module:
+        model = Block()
+        model.norm, model.middle, model.final = StrangersRMSNorm(N), StrangersRMSNorm(HIDDEN), StrangersRMSNorm(N)
+        return model
+
+    x = randn(3, 8, N, seed=1)
+    model = strange()
+    assert len(rmsnorm.patch(model).proven) == 3
+    in_parallel(model, mesh)
+    with checked_norms(model):
+        model(x.chunk(2, 1)[mesh.get_local_rank()])
+    for own in (False, True):
+        model = strange()
+        rmsnorm.patch(model)
+        if own:
+            fully_shard(model.norm, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        with checked_norms(model):
+            model(x).sum().backward()
+    for shard in (lambda model: in_parallel(model, mesh), lambda model: fully_shard(model, mesh=mesh)):
+        model = strange()
+        shard(model)
+        left = rmsnorm.patch(model).left
+        assert len(left) == 3
+        assert all("patch before it is sharded" in v.reason for v in left), left
+
+
+# --- mistakes and faults -------------------------------------------------------------------------------------
+
+
+@on(2)
+def mistakes(mesh: DeviceMesh) -> None:
+    """A message on every rank, which names the placements and what to do; then the group still works."""
+    other = init_device_mesh("cpu", (2, 1))
+    x, residual, w, *_ = (t.detach() for t in drawn((4, 6, 32), torch.float32, torch.float32))
+    rows, columns, every = (spread(x, mesh, p) for p in (Shard(1), Shard(2), Replicate()))
+    w_every, w_columns = spread(w, mesh, Replicate()), spread(w, mesh, Shard(0))
+    table: list[tuple[tuple[Any, ...], list[str]]] = [
+        ((rows, w), ["weight is a plain tensor", "Shard(dim=1)", "distribute_tensor(weight", "parallelize_module"]),
+        ((x, w_columns), ["x is a plain tensor", "Shard(dim=0)", "distribute_tensor(x", "fully_shard"]),
+        ((every, w_columns), ["weight has placements (Shard(dim=0),)", "x has (Replicate(),)", "redistribute"]),
+        ((rows, w_columns), ["weight has placements (Shard(dim=0),)", "x has (Shard(dim=1),)", "redistribute"]),
+        ((rows, spread(w, other, Replicate(), Replicate())), ["weight is on the mesh", "the mesh of x", "on one mesh"]),
+        ((rows, DTensor.from_local(w, mesh, [Partial()])), ["weight has placements (Partial(sum),)", "redistribute"]),
+        ((columns, rows, w_every), ["residual has placements (Shard(dim=1),)", "Shard(dim=2)", "residual.redistribute"]),
+        ((rows, residual, w_every), ["residual is a plain tensor", "Shard(dim=1)", "distribute_tensor(residual"]),
+    ]  # fmt: skip
+    for arguments, words in table:
+        call = rmsnorm.rms_norm if len(arguments) == 2 else rmsnorm.add_rms_norm
+        with pytest.raises(ValueError, match=rf"^\[{call.__name__}\] ") as raised:
+            call(*arguments)
+        assert all(word in str(raised.value) for word in words), raised.value
+    sharded = fully_shard(Block(), mesh=mesh)
+    with pytest.raises(ValueError, match="call of the module"):
+        sharded.norm(x.view(-1, 8, 96)[..., :N])
+    same(rmsnorm.rms_norm(columns, w_columns), rmsnorm.rms_norm(x, w), "after", Shard(2))
+
+
+def fault(case: Case) -> Case:
+    FAULTS[case.__name__] = case
+    return case
+
+
+@fault
+def a_rank_dies(mesh: DeviceMesh) -> None:
+    x, w = spread(randn(4, 64), mesh, Shard(1)).requires_grad_(), spread(randn(64), mesh, Shard(0))
+    y = rmsnorm.rms_norm(x, w)
+    if mesh.get_local_rank() == 1:
+        os._exit(3)
+    y.backward(spread(randn(4, 64), mesh, Shard(1)))
+
+
+@fault
+def a_rank_hangs(mesh: DeviceMesh) -> None:
+    x, w = spread(randn(4, 64), mesh, Shard(1)), spread(randn(64), mesh, Shard(0))
+    if mesh.get_local_rank() == 1:
+        time.sleep(60)
+    rmsnorm.rms_norm(x, w)
+
+
+@fault
+def a_rank_dies_while_saving(mesh: DeviceMesh) -> None:
+    model = fully_shard(Block(), mesh=mesh)
+    if mesh.get_local_rank() == 1:
+        torch.save = lambda *_, **__: os._exit(3)
+    dcp.save({"model": model.state_dict()}, checkpoint_id="checkpoint")
+
+
 # --- running a group -----------------------------------------------------------------------------------------
 
 
@@ -323,6 +708,20 @@ def run_rank(rank: int, world: int, folder: Path, names: list[str]) -> None:
         print(f"passed {name} {time.perf_counter() - start:.1f}", flush=True)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def run_fault(rank: int, folder: Path, name: str) -> None:
+    """Two ranks whose group gives up after five seconds."""
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=5))
+    mesh = init_device_mesh("cpu", (2,))
+    os.chdir(folder)
+    start = time.perf_counter()
+    try:
+        FAULTS[name](mesh)
+    except BaseException as error:
+        print(f"ended after {time.perf_counter() - start:.1f} s: {error}", flush=True)
+        os._exit(1)
 
 
 def start(rank: int, world: int, folder: Path, *names: str) -> "subprocess.Popen[str]":
@@ -358,5 +757,24 @@ def test_on_every_rank(world: int, name: str) -> None:
         assert f"\npassed {name} " in "\n" + output, f"rank {rank}:\n{output}"
 
 
-if __name__ == "__main__":
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_of_one_rank_ends_the_other(name: str, tmp_path: Path) -> None:
+    processes = [start(r, 2, tmp_path, name) for r in range(2)]
+    try:
+        output = finish(processes[:1], 60)[0]
+    finally:
+        processes[1].kill()
+        processes[1].communicate()
+    assert "\nended after " in "\n" + output, output
+    assert processes[0].returncode == 1
+    assert float(output.split("ended after ")[1].split()[0]) < 15, output
+    if "saving" in name:
+        assert (tmp_path / "checkpoint").exists()
+        with pytest.raises(CheckpointException, match="metadata"):
+            dcp.load({"model": Block().state_dict()}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
+
+
+if __name__ == "__main__" and sys.argv[4] in FAULTS:
+    run_fault(int(sys.argv[1]), Path(sys.argv[3]), sys.argv[4])
+elif __name__ == "__main__":
     run_rank(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
