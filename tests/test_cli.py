@@ -50,6 +50,7 @@ def test_a_command_error_is_one_line_and_exit_code_2(monkeypatch, capsys) -> Non
     ("arguments", "text"),
     [
         (("verify", "--device", "nowhere"), "device 'nowhere' cannot be used"),
+        (("verify", "--world", "0"), "--world 0: give a number of ranks"),
         (("report", "deepseek-nothing"), "deepseek-nothing"),
         (("verify", "--json", "/nowhere/at/all.json"), "there is no folder"),
     ],

@@ -11,7 +11,7 @@ import rmsnorm
 ROOT = Path(rmsnorm.__file__).parent
 ORDER = [
     "errors", "spec", "machine", "reference", "kernels", "distributed", "ops", "module", "measure", "proof",
-    "models", "verify", "bench", "report", "cli",
+    "models", "verify", "world", "bench", "report", "cli",
 ]  # fmt: skip
 KERNELS = ["rows", "threads", "launch", "cpu", "gpu"]
 

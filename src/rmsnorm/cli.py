@@ -35,12 +35,18 @@ def _app() -> Any:
     def verify(
         device: Device = None,
         quick: Annotated[bool, typer.Option("--quick", help="A sixth of the sweep, in under a minute.")] = False,
+        world: Annotated[int | None, typer.Option(help="Shard every case over so many ranks, started here.")] = None,
         json: Json = None,
     ) -> None:
         """Hold the kernels to the contract, over more than 10⁸ outputs."""
-        from rmsnorm.verify import verify as run
+        if world is None:
+            from rmsnorm.verify import verify as run
 
-        _run(lambda progress: run(device, quick, progress), json)
+            _run(lambda progress: run(device, quick, progress), json)
+        else:
+            from rmsnorm.world import verify_on_ranks
+
+            _run(lambda progress: verify_on_ranks(world, device, quick, progress), json)
 
     @app.command()
     def bench(

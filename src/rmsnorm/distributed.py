@@ -54,11 +54,11 @@ def _forward(
         y, s, rstd = torch.ops.rmsnorm.forward.default(x, residual, w, eps, cast, offset, with_rstd)
     nothing = (Replicate(),) * mesh.ndim
     return (
-        _global(y, mesh, layout, shape),
-        _global(s, mesh, layout, shape) if residual is not None else _global(s, mesh, nothing, s.shape),
-        _global(rstd, mesh, _of_rows(layout, last), shape[:-1])
+        as_whole(y, mesh, layout, shape),
+        as_whole(s, mesh, layout, shape) if residual is not None else as_whole(s, mesh, nothing, s.shape),
+        as_whole(rstd, mesh, _of_rows(layout, last), shape[:-1])
         if with_rstd
-        else _global(x.new_empty(0), mesh, nothing, (0,)),
+        else as_whole(x.new_empty(0), mesh, nothing, (0,)),
     )
 
 
@@ -78,8 +78,8 @@ def _backward(
     nothing = (Replicate(),) * mesh.ndim
     of_dw = tuple(Shard(0) if p == Shard(last) else Partial() if _dim(p) is not None else p for p in layout)
     return (
-        _global(dx, mesh, layout, shape) if need_dx else _global(dx, mesh, nothing, (0,)),
-        _global(dw, mesh, of_dw, shape[-1:]) if need_dw and w is not None else _global(dw, mesh, nothing, (0,)),
+        as_whole(dx, mesh, layout, shape) if need_dx else as_whole(dx, mesh, nothing, (0,)),
+        as_whole(dw, mesh, of_dw, shape[-1:]) if need_dw and w is not None else as_whole(dw, mesh, nothing, (0,)),
     )
 
 
@@ -137,7 +137,8 @@ def _local(t: DTensor | None, layout: Layout) -> Tensor | None:
     return (t if t.placements == layout else t.redistribute(placements=layout)).to_local()
 
 
-def _global(t: Tensor, mesh: Any, layout: Layout, shape: Sequence[int]) -> DTensor:
+def as_whole(t: Tensor, mesh: Any, layout: Layout, shape: Sequence[int]) -> DTensor:
+    """The DTensor of that shape of which this rank holds t."""
     stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     return DTensor.from_local(t, mesh, layout, run_check=False, shape=torch.Size(shape), stride=stride)
 
@@ -146,7 +147,7 @@ def _over_ranks(S: Tensor, mesh: Any, layout: Layout, shape: Sequence[int]) -> A
     """The sums over whole rows, from those over each rank's columns: the one all-reduce."""
     last = len(shape) - 1
     partial = tuple(Partial() if p == Shard(last) else p for p in layout)
-    return _local(_global(S, mesh, partial, shape[:-1]), _of_rows(layout, last))
+    return _local(as_whole(S, mesh, partial, shape[:-1]), _of_rows(layout, last))
 
 
 # --- the arithmetic of a row in parts, opaque to a compiler -----------------------------------------------------

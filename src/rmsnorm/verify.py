@@ -73,6 +73,7 @@ class Case:
     form: str = "contiguous"
     eps: float = 1e-6
     residual: torch.dtype | None = None
+    sharding: str = ""  # how it lies on the ranks, one of `world.LAYOUTS`
 
     @property
     def outputs(self) -> int:
@@ -199,16 +200,18 @@ _NOT_FINITE, _ON_BOUNDARY, _ORTHOGONAL = "NaN, inf, zeros, largest", "S on a bou
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class Inputs:
+    """What one call is given."""
+
     x: Tensor
     residual: Tensor | None
     w: Tensor | None
     dy: Tensor
     ds: Tensor | None
 
-    def map(self, change: Callable[[Tensor, bool], Tensor]) -> "_Inputs":
+    def map(self, change: Callable[[Tensor, bool], Tensor]) -> "Inputs":
         """The same with each tensor changed; the flag says whether it is a gradient."""
-        return _Inputs(
+        return Inputs(
             change(self.x, False),
             None if self.residual is None else change(self.residual, False),
             self.w,
@@ -217,7 +220,7 @@ class _Inputs:
         )
 
 
-def _draw(case: Case, seed: int) -> _Inputs:
+def _draw(case: Case, seed: int) -> Inputs:
     """Random (M, N) tensors on the CPU: the same for every device.
 
     The rows' sizes span 2⁻⁶ … 2³, so that eps counts in some; dy goes along, so that every row counts in dx.
@@ -238,7 +241,7 @@ def _draw(case: Case, seed: int) -> _Inputs:
         _orthogonalize(x, w, dy, generator)
     residual = None if case.residual is None else (normal() * size).to(case.residual)
     y_dtype = torch.promote_types(case.s, case.w) if case.w is not None and case.cast == "early" else case.s
-    return _Inputs(
+    return Inputs(
         x.to(case.x),
         residual,
         None if w is None else w.to(case.w),
@@ -282,7 +285,7 @@ def _orthogonalize(x: Tensor, w: Tensor, dy: Tensor, generator: torch.Generator)
     x[:, two], w[two], dy[:, two] = x[:, one], w[one], -dy[:, one]
 
 
-def _placed(inputs: _Inputs, form: str, device: torch.device) -> _Inputs:
+def _placed(inputs: Inputs, form: str, device: torch.device) -> Inputs:
     """On the device, and only then in the form: a move of a strided tensor would make it contiguous."""
     values, gradients = _FORMS.get(form, _FORMS["contiguous"])
     there = dataclasses.replace(inputs, w=None if inputs.w is None else inputs.w.to(device))
@@ -319,9 +322,10 @@ class Tally:
     """What was counted in some cases.
 
     outputs: elements of y. differing: of y, of x + residual and of dx, those whose bits are not exact's; from_cpu:
-    those that are not the CPU's. unsteady: elements of dw that change from run to run. rows, close: of the rows,
-    those where Σ x² or Σ g·xh lies so near a rounding boundary that the order of an fp64 sum could tell.
-    eager_too_far: cases that are more ulp from eager's than their spec allows. off_in_row: constructed rows only.
+    those that are not the CPU's. unsteady: elements of dw that change from run to run, or are astray on a rank.
+    rows, close: of the rows, those where Σ x² or Σ g·xh lies so near a rounding boundary that the order of an fp64
+    sum could tell. eager_too_far: cases that are more ulp from eager's than their spec allows. off_in_row:
+    constructed rows only.
     """
 
     outputs: int = 0
@@ -399,14 +403,18 @@ def eager(x: Tensor, w: Tensor | None, eps: float, cast: str, offset: float) -> 
 
 
 @dataclass(frozen=True)
-class _Outcome:
+class Outcome:
+    """What one call gave. astray: elements of a rank's part of dw that its own rows alone do not give; dw is None
+    where it stays in such parts, because their rounding is the ranks' doing."""
+
     y: Tensor
     s: Tensor | None
     dx: Tensor
     d_residual: Tensor | None
     dw: Tensor | None
+    astray: int = 0
 
-    def pairs(self, other: "_Outcome") -> Iterator[tuple[Tensor, Tensor]]:
+    def pairs(self, other: "Outcome") -> Iterator[tuple[Tensor, Tensor]]:
         """Ours and the other's of all that must be the same in bits: everything but dw."""
         for name in ("y", "s", "dx", "d_residual"):
             a, b = getattr(self, name), getattr(other, name)
@@ -414,7 +422,7 @@ class _Outcome:
                 yield a, b
 
 
-def _ours(inputs: _Inputs, case: Case) -> _Outcome:
+def run_whole(inputs: Inputs, case: Case) -> Outcome:
     """Through the public API."""
     x = inputs.x.detach().requires_grad_()
     w = None if inputs.w is None else inputs.w.detach().requires_grad_()
@@ -422,14 +430,14 @@ def _ours(inputs: _Inputs, case: Case) -> _Outcome:
     if inputs.residual is None or inputs.ds is None:
         y = rms_norm(x, w, case.eps, cast=case.cast, offset=case.offset)
         dx, *dw = torch.autograd.grad(y, into, inputs.dy)
-        return _Outcome(y.detach(), None, dx, None, dw[0] if dw else None)
+        return Outcome(y.detach(), None, dx, None, dw[0] if dw else None)
     residual = inputs.residual.detach().requires_grad_()
     y, s = add_rms_norm(x, residual, w, case.eps, cast=case.cast, offset=case.offset)
     dx, d_residual, *dw = torch.autograd.grad([y, s], [x, residual, *into[1:]], [inputs.dy, inputs.ds])
-    return _Outcome(y.detach(), s.detach(), dx, d_residual, dw[0] if dw else None)
+    return Outcome(y.detach(), s.detach(), dx, d_residual, dw[0] if dw else None)
 
 
-def _exact(inputs: _Inputs, case: Case) -> tuple[_Outcome, Tensor]:
+def _exact(inputs: Inputs, case: Case) -> tuple[Outcome, Tensor]:
     """The reference's outcome on the same device, and its rstd."""
     y, s, rstd = reference.forward(
         inputs.x, inputs.residual, inputs.w, case.eps, case.cast, case.offset, with_rstd=True
@@ -440,11 +448,11 @@ def _exact(inputs: _Inputs, case: Case) -> tuple[_Outcome, Tensor]:
     dx, dw = reference.backward(inputs.dy, inputs.ds, rows, inputs.w, rstd, case.cast, case.offset, True, need_dw)
     assert dx is not None
     d_residual = None if case.residual is None else dx.to(case.residual)
-    return _Outcome(y, s, dx.to(case.x), d_residual, dw), rstd
+    return Outcome(y, s, dx.to(case.x), d_residual, dw), rstd
 
 
 def _derived(
-    formula: Callable[[Tensor, Tensor | None], Tensor], inputs: _Inputs, rows: Tensor, wide: bool
+    formula: Callable[[Tensor, Tensor | None], Tensor], inputs: Inputs, rows: Tensor, wide: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(y, dx, dw) that autograd gives for a formula at the rows that are normalized; in fp64 throughout if wide."""
     rows = (rows.double() if wide else rows).detach().requires_grad_()
@@ -454,22 +462,29 @@ def _derived(
     return y.detach(), dx if inputs.ds is None else dx + inputs.ds.to(dx.dtype), dw[0] if dw else None
 
 
-def compare(case: Case, seed: int, device: torch.device) -> Tally:
-    """Draw a case, run it, and count what is not as it should be."""
+Run = Callable[[Inputs, Case], Outcome]
+
+
+def compare(case: Case, seed: int, device: torch.device, run: Run = run_whole, counts: bool = True) -> Tally:
+    """Draw a case, run it, and count what is not as it should be; or only take part, where another rank counts."""
     drawn = _draw(case, seed)
     inputs = _placed(drawn, case.form, device)
-    ours = _ours(inputs, case)
+    ours = run(inputs, case)
+    unsteady = ours.astray
+    if ours.dw is not None:
+        again = [run(inputs, case).dw]
+        with _another_thread_count():
+            again.append(run(inputs, case).dw)
+        unsteady += sum(differing(ours.dw, dw) for dw in again if dw is not None) if counts else 0
+    if not counts:
+        return Tally(unsteady=unsteady)
     exact, rstd = _exact(inputs, case)
     rows = inputs.x if exact.s is None else exact.s
-    tally = Tally(case.outputs, sum(differing(a, b) for a, b in ours.pairs(exact)), rows=case.M)
+    different = sum(differing(a, b) for a, b in ours.pairs(exact))
+    tally = Tally(case.outputs, different, unsteady=unsteady, rows=case.M)
     if device.type != "cpu":
-        on_cpu = _ours(_placed(drawn, case.form, torch.device("cpu")), case)
+        on_cpu = run_whole(_placed(drawn, case.form, torch.device("cpu")), case)
         tally = dataclasses.replace(tally, from_cpu=sum(differing(a.cpu(), b) for a, b in ours.pairs(on_cpu)))
-    if ours.dw is not None:
-        again = [_ours(inputs, case).dw]
-        with _another_thread_count():
-            again.append(_ours(inputs, case).dw)
-        tally = dataclasses.replace(tally, unsteady=sum(differing(ours.dw, dw) for dw in again if dw is not None))
     if case.outputs == 0 or case.form == _NOT_FINITE:
         return tally
     xh = rows.float() * rstd.unsqueeze(-1)
@@ -540,7 +555,7 @@ def judge(plan: Plan, tally: Tally) -> Row:
     case = plan.cases[0]
     faults = []
     if tally.unsteady:
-        faults.append(f"{tally.unsteady} numbers of dw change from run to run or with the thread count")
+        faults.append(f"{tally.unsteady} numbers of dw change from run to run, with the thread count or with the rank")
     if plan.section == "constructed":
         if tally.off_in_row > CONSTRUCTED_ULP:
             faults.append(f"off by {tally.off_in_row:.3g} ulp of the row's largest number")
@@ -618,6 +633,7 @@ class Result:
     seconds: float
     machine: dict[str, Any]
     rows: tuple[Row, ...]
+    world: int = 1  # ranks
 
     @property
     def ok(self) -> bool:
@@ -635,6 +651,7 @@ class Result:
             "ok": self.ok,
             "outputs": self.outputs,
             "device": self.device,
+            "world": self.world,
             "kernel": self.kernel,
             "quick": self.quick,
             "seconds": round(self.seconds, 1),
@@ -647,21 +664,31 @@ class Result:
         return _table(self)
 
 
-def verify_rows(
-    plans: list[Plan], device: torch.device, progress: Progress = lambda done, total, what: None
-) -> tuple[Row, ...]:
-    """Run and judge these rows, and those of each dtype together. progress counts outputs."""
+def count(plans: list[Plan], one: Callable[[Case, int], Tally], progress: Progress) -> list[Tally]:
+    """What `one`, given each case and its seed, counts for each plan. progress counts outputs."""
     total, done, tallies = sum(case.outputs for plan in plans for case in plan.cases), 0, []
     for i, plan in enumerate(plans):
         tally = Tally()
         for j, case in enumerate(plan.cases):
             progress(done, total, plan.name)
-            tally += compare(case, seed=1000 * i + j, device=device)
+            tally += one(case, 1000 * i + j)
             done += case.outputs
         tallies.append(tally)
     progress(done, total, "done")
+    return tallies
+
+
+def judge_rows(plans: list[Plan], tallies: list[Tally]) -> tuple[Row, ...]:
+    """Judge each plan, and those of each dtype together."""
     pairs = [*zip(plans, tallies, strict=True), *_together(plans, tallies)]
     return tuple(judge(plan, tally) for plan, tally in pairs)
+
+
+def verify_rows(
+    plans: list[Plan], device: torch.device, progress: Progress = lambda done, total, what: None
+) -> tuple[Row, ...]:
+    """Run these plans on one process, and judge them."""
+    return judge_rows(plans, count(plans, lambda case, seed: compare(case, seed, device), progress))
 
 
 def verify(
@@ -710,7 +737,7 @@ def _table(result: Result) -> "Table":
     from rich.table import Table
 
     on_gpu = result.device != "cpu"
-    how = "quick sweep" if result.quick else "full sweep"
+    how = ("quick sweep" if result.quick else "full sweep") + (f", {result.world} ranks" if result.world > 1 else "")
     verdict = "[green]green[/]" if result.ok else "[red]RED[/]"
     table = Table(
         title=f"{verdict}: {how}, {result.outputs:,} outputs in {result.seconds:.0f} s on {result.kernel}",
