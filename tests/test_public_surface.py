@@ -11,7 +11,7 @@ import rmsnorm
 ROOT = Path(rmsnorm.__file__).parent
 ORDER = [
     "errors", "spec", "machine", "reference", "kernels", "distributed", "ops", "module", "measure", "proof",
-    "models", "verify", "world", "bench", "report", "cli",
+    "models", "cost", "verify", "world", "bench", "report", "cli",
 ]  # fmt: skip
 KERNELS = ["rows", "threads", "launch", "cpu", "gpu"]
 
@@ -21,6 +21,10 @@ SIGNATURES = {
     "RMSNorm": "hidden_size, eps=1e-06, *, cast='early', offset=0.0, elementwise_affine=True, device=None, dtype=None",
     "DeepseekV2RMSNorm": "hidden_size, eps=1e-06",
     "patch": "model, *, strict=True",
+    "cost": "shape, dtype=torch.bfloat16, weight_dtype=None, *, implementation='ours', phase='inference', device='cpu', "
+    "cast='early', offset=0.0, elementwise_affine=True, master=False, threads=None",
+    "Cost": "flops, read, written, kernels, saved, peak, least, parameters, gradients, optimizer, derived, terms",
+    "patch": "model",
     "unpatch": "model",
     "explain": "x, weight=None, residual=None, *, cast='early', offset=0.0",
     "warmup": "device='cpu', dtypes=(torch.float32, torch.bfloat16, torch.float16), weight_dtypes=None, hidden_size=128",

@@ -1,5 +1,6 @@
 """RMSNorm for PyTorch: the Definition's bits, the same bits everywhere, at the speed of memory."""
 
+from rmsnorm.cost import Cost, cost, register_flops
 from rmsnorm.models import Report, patch, unpatch
 from rmsnorm.module import DeepseekV2RMSNorm, RMSNorm
 from rmsnorm.ops import add_rms_norm, explain, rms_norm, warmup
@@ -7,13 +8,17 @@ from rmsnorm.ops import add_rms_norm, explain, rms_norm, warmup
 __version__ = "0.1.0"
 
 __all__ = [
+    "Cost",
     "DeepseekV2RMSNorm",
     "RMSNorm",
     "Report",
     "add_rms_norm",
+    "cost",
     "explain",
     "patch",
     "rms_norm",
     "unpatch",
     "warmup",
 ]
+
+register_flops()
