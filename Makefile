@@ -23,6 +23,7 @@ test: $(STAMP)
 test-gpu: $(STAMP)
 	$(BIN)/rmsnorm verify --device cuda
 	$(BIN)/python tests/gpu_check.py
+	$(BIN)/python tests/gpu_cost_check.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

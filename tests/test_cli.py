@@ -52,6 +52,8 @@ def test_a_command_error_is_one_line_and_exit_code_2(monkeypatch, capsys) -> Non
         (("verify", "--device", "nowhere"), "device 'nowhere' cannot be used"),
         (("verify", "--world", "0"), "--world 0: give a number of ranks"),
         (("report", "deepseek-nothing"), "deepseek-nothing"),
+        (("cost", "deepseek-nothing"), "deepseek-nothing"),
+        (("cost", "deepseek-ocr", "--gpu", "abacus"), "h200, h100"),
         (("verify", "--json", "/nowhere/at/all.json"), "there is no folder"),
     ],
 )

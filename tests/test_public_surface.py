@@ -10,8 +10,8 @@ import rmsnorm
 
 ROOT = Path(rmsnorm.__file__).parent
 ORDER = [
-    "errors", "spec", "machine", "reference", "kernels", "distributed", "ops", "module", "measure", "proof",
-    "models", "cost", "verify", "world", "bench", "report", "cli",
+    "errors", "spec", "hardware", "machine", "reference", "kernels", "distributed", "ops", "module", "measure",
+    "proof", "models", "cost", "predict", "verify", "world", "bench", "report", "cli",
 ]  # fmt: skip
 KERNELS = ["rows", "threads", "launch", "cpu", "gpu"]
 
@@ -24,7 +24,6 @@ SIGNATURES = {
     "cost": "shape, dtype=torch.bfloat16, weight_dtype=None, *, implementation='ours', phase='inference', device='cpu', "
     "cast='early', offset=0.0, elementwise_affine=True, master=False, threads=None",
     "Cost": "flops, read, written, kernels, saved, peak, least, parameters, gradients, optimizer, derived, terms",
-    "patch": "model",
     "unpatch": "model",
     "explain": "x, weight=None, residual=None, *, cast='early', offset=0.0",
     "warmup": "device='cpu', dtypes=(torch.float32, torch.bfloat16, torch.float16), weight_dtypes=None, hidden_size=128",

@@ -74,6 +74,22 @@ def _app() -> Any:
 
         _run(lambda progress: run(target, out, progress, device=device, tokens=tokens, seconds=seconds), json)
 
+    @app.command()
+    def cost(
+        target: Annotated[
+            str, typer.Argument(metavar="CONFIG.json|PRESET", help="A model's configuration, or a preset.")
+        ],
+        batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+        seq: Annotated[int, typer.Option(help="Tokens of each.")] = 8192,
+        dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+        gpu: Annotated[str | None, typer.Option(help="Predict times for it, h200 for example.")] = None,
+        json: Json = None,
+    ) -> None:
+        """Count what a model's norms cost, from its configuration alone."""
+        from rmsnorm.predict import main as run
+
+        _run(lambda progress: run(target, progress, batch=batch, seq=seq, dtype=dtype, gpu=gpu), json)
+
     return app
 
 

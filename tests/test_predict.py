@@ -1,0 +1,282 @@
+"""`rmsnorm cost`: a model's norms from its configuration alone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rmsnorm import cost, predict
+from rmsnorm.errors import CommandError
+from rmsnorm.hardware import GPUS
+
+# As DeepSeek-OCR's own config.json has it: a model_type that transformers does not know, code of its own, and the
+# decoder's fields in language_config, without a model_type there.
+OCR: dict[str, Any] = {
+    "architectures": ["DeepseekOCRForCausalLM"],
+    "auto_map": {"AutoConfig": "modeling_deepseekocr.DeepseekOCRConfig", "AutoModel": "no_such_file.Nothing"},
+    "model_type": "deepseek_vl_v2",
+    "language_config": {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV2ForCausalLM"},
+        "first_k_dense_replace": 1,
+        "hidden_size": 1280,
+        "intermediate_size": 6848,
+        "kv_lora_rank": None,
+        "max_position_embeddings": 8192,
+        "moe_intermediate_size": 896,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "num_attention_heads": 10,
+        "num_experts_per_tok": 6,
+        "num_hidden_layers": 12,
+        "num_key_value_heads": 10,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 0,
+        "qk_rope_head_dim": 0,
+        "topk_method": "greedy",
+        "torch_dtype": "bfloat16",
+        "use_mla": False,
+        "v_head_dim": 0,
+        "vocab_size": 129280,
+    },
+    "projector_config": {"model_type": "mlp_projector", "n_embed": 1280},
+    "vision_config": {"model_type": "vision", "mlp_ratio": 3.7362},
+    "torch_dtype": "bfloat16",
+}
+QWEN3 = {
+    "model_type": "qwen3",
+    "hidden_size": 96,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 32,
+    "vocab_size": 64,
+}
+
+
+def count(target: str, **options: Any) -> predict.Result:
+    options = {"batch": 1, "seq": 64, "dtype": "bfloat16", "gpu": None} | options
+    return predict.main(target, lambda *_: None, **options)
+
+
+def written(folder: Path, content: Any) -> str:
+    path = folder / "config.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("preset", "norms", "parameters"),
+    [
+        ("deepseek-ocr", 25, 32_000),
+        ("deepseek-v2-lite", 82, 126_464),
+        ("deepseek-v2", 241, 742_400),
+        ("deepseek-v3", 245, 1_006_592),
+        ("deepseek-ocr-40-layers", 81, 103_680),
+    ],
+)
+def test_presets(preset, norms, parameters) -> None:
+    result = count(preset)
+    assert (result.count, result.norm_parameters) == (norms, parameters)
+    assert all(g.spec is not None for g in result.norms)
+    assert result.weight.parameters == 2 * parameters
+    assert result.weight.optimizer == 4 * parameters + 4 * norms
+    assert result.optimizer_master == 12 * parameters + 4 * norms
+    assert set(predict.PRESETS) == {
+        "deepseek-ocr", "deepseek-v2-lite", "deepseek-v2", "deepseek-v3", "deepseek-ocr-40-layers",
+    }  # fmt: skip
+
+
+def test_deepseek_ocr_s_own_configuration_is_read_without_its_code(tmp_path) -> None:
+    own, preset = count(written(tmp_path, OCR), gpu="h200"), count("deepseek-ocr", gpu="h200")
+    assert (own.count, own.norm_parameters) == (25, 32_000)
+    assert (own.training, own.matmul_flops, own.parameters) == (preset.training, preset.matmul_flops, preset.parameters)
+    assert own.notes == ("deepseek_vl_v2: its language_config alone is counted",)
+    assert count(str(tmp_path)).count == 25  # the folder will do
+
+
+def test_a_language_config_with_mla_is_deepseek_v2(tmp_path) -> None:
+    mla = {"use_mla": True, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+    result = count(written(tmp_path, OCR | {"language_config": OCR["language_config"] | mla}))
+    assert (result.count, result.norm_parameters) == (25 + 12, 32_000 + 12 * 512)
+
+
+def test_norms_of_queries_and_keys_run_once_a_head(tmp_path) -> None:
+    result = count(written(tmp_path, QWEN3), batch=2, seq=5)
+    found = {(g.first.rpartition(".")[2], g.count, g.rows, g.width) for g in result.norms}
+    assert found == {("q_norm", 2, 60, 32), ("k_norm", 2, 30, 32), ("input_layernorm", 5, 10, 96)}
+    assert result.norm_parameters == 4 * 32 + 5 * 96
+
+
+def test_what_a_norm_computes_is_proven_not_assumed(tmp_path) -> None:
+    gemma = {k: v for k, v in QWEN3.items() if k != "model_type"} | {"model_type": "gemma", "head_dim": 16}
+    (group,) = count(written(tmp_path, gemma)).norms
+    assert group.spec is not None
+    assert (group.spec.cast, group.spec.offset) == ("late", 1.0)
+
+
+def test_totals_are_sums_of_cost(tmp_path) -> None:
+    result = count(written(tmp_path, QWEN3), batch=2, seq=5, gpu="h100", dtype="float16")
+    for name in predict.COMPARED:
+        shapes = {(60, 32): 2, (30, 32): 2, (10, 96): 5}
+        options: Any = {"implementation": name, "device": "cuda"}
+        costs = [
+            (n, cost(shape, torch.float16, phase=phase, **options))
+            for shape, n in shapes.items()
+            for phase in ("forward", "backward")
+        ]
+        total = result.training[name]
+        assert total.flops == sum(n * c.flops for n, c in costs)
+        assert total.bytes == sum(n * c.moved for n, c in costs)
+        assert total.kernels == sum(n * c.kernels for n, c in costs)
+        assert 2 * total.saved == sum(n * c.saved for n, c in costs)
+        assert total.peak == max(c.peak for _, c in costs)
+        h100 = 0.75 * GPUS["h100"].bandwidth
+        assert total.seconds == pytest.approx(sum(n * max(c.moved / h100, c.kernels * 5e-6) for n, c in costs))
+
+
+def test_matrix_products_of_a_dense_model(tmp_path) -> None:
+    """Each layer: q 96·192, k and v 96·96 each, o 192·96, three of 96·128; the head 96·64; scores and sums, causal."""
+    a_token = 2 * (96 * 192 + 2 * 96 * 96 + 192 * 96 + 3 * 96 * 128) + 96 * 64
+    attention = 2 * 6 * (32 + 32) * 5 * 5 * 2
+    assert count(written(tmp_path, QWEN3), batch=2, seq=5).matmul_flops == 2 * 2 * 5 * a_token + attention
+
+
+def test_of_experts_only_those_used_count() -> None:
+    """DeepSeek-V3 uses 37 of its 671 billion parameters a token, one of them (vocabulary × width) to look up."""
+    result = count("deepseek-v3", seq=1)
+    assert 36e9 < result.matmul_flops / 2 < 38e9
+
+
+def test_amdahl() -> None:
+    result = count("deepseek-ocr", seq=8192, gpu="H200")
+    shares, rest = result.amdahl(True), result.step_seconds(True)
+    assert shares is not None
+    assert rest is not None
+    eager, ours = (result.training[name].seconds for name in ("eager", "ours"))
+    assert shares == pytest.approx((eager / (rest + eager), (eager - ours) / (rest + eager)))
+    assert 0 < shares[1] < shares[0] < 1
+    assert count("deepseek-ocr").amdahl(True) is None
+    assert count("deepseek-ocr", gpu="h200", dtype="float32").amdahl(True) is None
+
+
+def text(result: predict.Result) -> str:
+    from rich.console import Console
+
+    console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(result.table())
+    return console.export_text()
+
+
+def test_the_table_says_what_it_is(tmp_path) -> None:
+    plain, predicted = count("deepseek-ocr"), count("deepseek-ocr", gpu="l4")
+    assert "25 norms, 32,000 parameters" in text(plain)
+    assert "on cpu: as traced" in text(plain)
+    assert "--gpu with one of h200" in text(plain)
+    assert "ms, predicted" not in text(plain)
+    shown = text(predicted)
+    assert predicted.derived is cost((1, 1), device="cuda").derived
+    assert ("on cuda: derived" in shown) is predicted.derived
+    assert "predicted to save" not in text(plain)
+    for part in (
+        "predicted to save",
+        "training: norms are",
+        "at most",
+        "75% of 0.3 TB/s",
+        "NVIDIA L4 datasheet",
+        "has little fp64",
+    ):
+        assert part in shown
+    for result in (plain, predicted):
+        assert json.loads(json.dumps(result.to_json()))["norms"] == 25
+
+
+def test_no_tokens_cost_nothing() -> None:
+    for options in ({"batch": 0}, {"seq": 0}):
+        result = count("deepseek-ocr", gpu="h200", **options)
+        for totals in (*result.inference.values(), *result.training.values()):
+            assert (totals.flops, totals.bytes, totals.kernels, totals.saved, totals.peak) == (0,) * 5
+            assert totals.seconds == 0
+        assert (result.matmul_flops, result.amdahl(True)) == (0, None)
+        assert result.norm_parameters == 32_000
+        text(result)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("not json", "is no JSON"),
+        ("[1, 2]", "holds no JSON object"),
+        ({}, "has no model_type"),
+        ({"model_type": "llama"}, "has no hidden_size"),
+        ({"model_type": "llama", "hidden_size": 64}, "has no num_hidden_layers"),
+        ({"model_type": "frobnicator", "hidden_size": 64}, "does not know the architecture 'frobnicator'"),
+        ({"model_type": "frobnicator", "auto_map": {"AutoConfig": "evil.Config"}}, "does not know the architecture"),
+        ({"model_type": "deepseek_vl_v2", "language_config": {}}, "has no model_type"),
+        ({"model_type": "llama", "hidden_size": "wide", "num_hidden_layers": 2}, "cannot read this llama"),
+        ({"model_type": "llama", "hidden_size": 7, "num_hidden_layers": 2}, "cannot read this llama"),
+        ({"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2}, "GPT2Model has no RMSNorm"),
+    ],
+)
+def test_a_configuration_that_will_not_do_is_one_line(content, words, tmp_path) -> None:
+    with pytest.raises(CommandError) as raised:
+        count(written(tmp_path, content))
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "words"),
+    [
+        ("deepseek-r9", {}, "deepseek-ocr, deepseek-ocr-40-layers, deepseek-v2-lite"),
+        ("deepseek-ocr", {"gpu": "h9000"}, "expected one of h200, h100"),
+        ("deepseek-ocr", {"dtype": "int4"}, "expected bfloat16, float16, float32"),
+        ("deepseek-ocr", {"batch": -1}, "--batch is -1"),
+        ("deepseek-ocr", {"seq": -8}, "--seq is -8"),
+    ],
+)
+def test_wrong_calls_say_what_is_known(target, options, words) -> None:
+    with pytest.raises(CommandError) as raised:
+        count(target, **options)
+    assert words in str(raised.value)
+
+
+def test_without_transformers_it_says_what_to_install(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(CommandError, match=r"pip install 'rmsnorm\[hf\]'"):
+        count("deepseek-ocr")
+
+
+def test_the_command_allocates_nothing_and_asks_nothing(tmp_path) -> None:
+    """671 billion parameters in 2 GiB of address space beyond what the imports take; no answer is there to be read."""
+    code = (
+        "import resource, sys, torch, transformers\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30),) * 2)\n"
+        "from rmsnorm.cli import main\n"
+        "sys.argv = ['rmsnorm', 'cost', sys.argv[1], '--json', '-']\n"
+        "main()"
+    )
+    unknown = written(tmp_path, OCR | {"language_config": {"model_type": "frobnicator"}})
+    good, bad = (
+        subprocess.run(
+            [sys.executable, "-c", code, target],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        for target in ("deepseek-v3", unknown)
+    )
+    assert (good.returncode, good.stderr.strip()) == (0, "")
+    assert json.loads(good.stdout)["norms"] == 245
+    assert bad.returncode == 2
+    assert bad.stdout == ""
+    assert "does not know the architecture 'frobnicator'" in " ".join(bad.stderr.split())
