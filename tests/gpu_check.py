@@ -358,7 +358,7 @@ def memory(tally: Tally) -> None:
         tally.true(bytes_ == expected, f"backward, needs {needs}: {bytes_} bytes, expected {expected}")
     launched: list[Any] = []
     run = gpu._run
-    gpu._run = lambda kernel, *rest: (launched.append(kernel), run(kernel, *rest))
+    gpu._run = lambda call, pointers: (launched.append(call.kernel), run(call, pointers))
     try:
         gpu.backward(x, None, x, w, rstd, "early", 0.0, True, False)
         tally.true(len(launched) == 1, "a frozen weight costs a second kernel")

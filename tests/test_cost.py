@@ -251,42 +251,50 @@ def test_cuda_has_no_scratch_for_casts_and_numbers() -> None:
     assert on_cuda.peak == on_cpu.peak - 4 * 8  # the weight in fp32
 
 
+def whole(M: int, tile: int) -> int:
+    return -(-M // tile) * tile
+
+
 def test_ours_on_cuda_follows_the_launch_configuration() -> None:
     """Kernels, and what they exchange: fp32 sums of dw for each chunk, and 8 bytes for each part of a shared row."""
     M, e = 4096, 2
     seen = set()
     for N in (3, 1280, 7168, 16384, 16385, 32768, 262144, 500000):
         forward, backward = (cost((M, N), device="cuda", phase=phase) for phase in ("forward", "backward"))
-        parts = launch.forward(N, e).parts
-        shares = 8 * M * parts if parts > 1 else 0
+        config = launch.forward(N, e, launch.Gpu())
+        parts = config.parts
+        shares = 8 * whole(M, config.rows) * parts if parts > 1 else 0
         seen.add(min(parts, 2))
         assert forward.kernels == (2 if shares else 1)
         assert forward.moved == forward.least + 3 * shares  # filled, then written and read
         assert forward.peak == M * N * e + 4 * M + shares
 
-        config = launch.backward(M, N, e, 2 * e, e, True, 99 << 10)
-        shares = 8 * M * config.parts if config.parts > 1 else 0
+        config = launch.backward(M, N, e, 2 * e, True, launch.Gpu())
+        shares = 8 * whole(M, config.chunk) * config.parts if config.parts > 1 else 0
         alone = config.parts == 0
-        chunk = launch.dw_alone(M, N, 2 * e, 99 << 10).chunk if alone else config.chunk
+        chunk = launch.dw_alone(M, N, 2 * e, launch.Gpu()).chunk if alone else config.chunk
         partials = -(-M // chunk) * N * 4
         assert backward.kernels == (3 if alone else 2) + bool(shares)
         again = 2 * M * N * e + 4 * M if alone else 0  # dy, x and rstd, for dw
         assert backward.moved == backward.least + 2 * partials + again + 3 * shares
         assert backward.peak == 2 * M * N * e + 4 * M + partials + N * e + shares  # y, dx, rstd, dw
         without = cost((M, N), device="cuda", phase="backward", elementwise_affine=False)
+        config = launch.backward(M, N, e, 2 * e, False, launch.Gpu())
+        shares = 8 * whole(M, config.chunk) * config.parts if config.parts > 1 else 0
         assert without.kernels == 1 + bool(shares)
         assert without.moved == without.least + 3 * shares
     assert seen == {0, 1, 2}
 
 
-def test_no_count_depends_on_the_shared_memory_of_a_gpu() -> None:
+def test_no_count_depends_on_the_gpu() -> None:
+    gpus = [launch.Gpu(*of) for of in itertools.product((0, 99 << 10, 227 << 10), (64, 132), (8, 9, 12))]
     for M, N in itertools.product((1, 4096, 1 << 20), (3, 500, 1280, 7168, 16384, 65536)):
         for size, loaded in ((2, 4), (2, 6), (4, 8), (4, 12)):
             for make in (
-                lambda shared: launch.backward(M, N, size, loaded, size, True, shared),
-                lambda shared: launch.dw_alone(M, N, loaded, shared),
+                lambda gpu: launch.backward(M, N, size, loaded, True, gpu),
+                lambda gpu: launch.dw_alone(M, N, loaded, gpu),
             ):
-                assert len({(c.parts, c.chunk) for c in map(make, (0, 99 << 10, 227 << 10))}) == 1, (M, N)
+                assert len({(c.parts, c.chunk) for c in map(make, gpus)}) == 1, (M, N)
 
 
 def test_the_launches_are_those_of_the_kernels(monkeypatch) -> None:
@@ -303,10 +311,12 @@ def test_the_launches_are_those_of_the_kernels(monkeypatch) -> None:
 
         return wrapped
 
-    # All arguments but the last of the backward's, the shared memory.
-    for name, used in (("forward", 2), ("backward", 6), ("dw_alone", 3)):
+    # All arguments but the GPU.
+    for name, used in (("forward", 2), ("backward", 5), ("dw_alone", 3)):
         monkeypatch.setattr(launch, name, spy(name, used))
     monkeypatch.setattr(gpu, "_run", lambda *_: None)
+    for plan in (gpu._forward_call, gpu._backward_calls):  # what was asked before is not asked again
+        plan.cache_clear()
     for (x, w), N, adds in itertools.product(DTYPES, (7, 1280, 12000, 40000), (False, True)):
         asked.clear()
         rows = torch.empty(33, N, dtype=x)

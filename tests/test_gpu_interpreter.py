@@ -123,12 +123,13 @@ def check(
 @contextmanager
 def settings(**values: int) -> Iterator[None]:
     """Other thresholds in launch.py, so that a small row takes the path of a wide one."""
-    from rmsnorm.kernels import launch
+    from rmsnorm.kernels import gpu, launch
 
     def put(numbers: dict[str, int]) -> None:
         for name, value in numbers.items():
             setattr(launch, name, value)
-        for function in (launch.forward, launch.backward, launch.dw_alone, launch.sum_partials):
+        plans = (gpu._forward_call, gpu._backward_calls)
+        for function in (launch.forward, launch.backward, launch.dw_alone, launch.sum_partials, *plans):
             function.cache_clear()
 
     before = {name: getattr(launch, name) for name in values}

@@ -17,18 +17,19 @@ WIDTHS = [*range(1, 1025), *(2**k + d for k in range(10, 20) for d in (-1, 0, 1)
 ROWS = (1, 2, 5, 64, 263, 264, 265, 1000, 8192, 65536, 2**31 + 11)
 
 
-SHARED = 227 << 10
+H200 = launch.Gpu(227 << 10, 132, 9)
 
 
 def every_launch() -> list[tuple[int | None, int, Launch]]:
     """(M or None where it plays no part, N, configuration)."""
     found: list[tuple[int | None, int, Launch]] = []
     for N in WIDTHS:
-        found += [(None, N, launch.forward(N, 2)), (None, N, launch.forward(N, 4)), (None, N, launch.sum_partials(N))]
+        found += [(None, N, launch.forward(N, 2, H200)), (None, N, launch.forward(N, 4, H200))]
+        found.append((None, N, launch.sum_partials(N)))
         for M, itemsize in itertools.product(ROWS, (2, 4)):
             for with_dw in (False, True):
-                found.append((M, N, launch.backward(M, N, itemsize, 2 * itemsize, itemsize, with_dw, SHARED)))
-            found.append((M, N, launch.dw_alone(M, N, 2 * itemsize, SHARED)))
+                found.append((M, N, launch.backward(M, N, itemsize, 2 * itemsize, with_dw, H200)))
+            found.append((M, N, launch.dw_alone(M, N, 2 * itemsize, H200)))
     return found
 
 
@@ -36,12 +37,12 @@ def test_module_imports_nothing_but_the_standard_library() -> None:
     tree = ast.parse(Path(launch.__file__).read_text())
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
-    assert names == {"dataclasses", "functools"}
+    assert names == {"dataclasses", "functools", "typing"}
 
 
 def test_configuration_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        launch.forward(1280, 2).warps = 2  # type: ignore[misc]
+        launch.forward(1280, 2, H200).warps = 2  # type: ignore[misc]
 
 
 def test_tiles_are_what_a_kernel_can_hold() -> None:
@@ -58,17 +59,18 @@ def test_tiles_are_what_a_kernel_can_hold() -> None:
 
 def test_a_row_is_held_by_one_program_or_by_few_or_walked_over() -> None:
     for N, itemsize in itertools.product(WIDTHS, (2, 4)):
-        forward = launch.forward(N, itemsize)
-        backward = launch.backward(8192, N, itemsize, 2 * itemsize, itemsize, True, SHARED)
-        assert 0 <= forward.parts <= launch.MOST_PARTS
+        forward = launch.forward(N, itemsize, H200)
+        backward = launch.backward(8192, N, itemsize, 2 * itemsize, True, H200)
         for config, widest in ((forward, launch.FORWARD_WIDEST), (backward, launch.BACKWARD_WIDEST)):
             width = config.pieces * config.block_n
             if widest >= N:
                 assert config.parts == 1
                 assert width >= N
             else:
-                assert config.rows == 1
                 assert config.parts == 0 or (config.parts - 1) * width < N <= config.parts * width
+                assert 0 <= config.parts <= launch.MOST_PARTS
+                # gpu._whole: one lane of every warp asks for each share.
+                assert config.rows * launch.power_of_two(config.parts) <= 32
 
 
 def test_chunks_cover_the_rows_once_and_their_sums_are_short() -> None:
@@ -82,27 +84,38 @@ def test_chunks_cover_the_rows_once_and_their_sums_are_short() -> None:
         assert chunks <= max(2 * launch.PROGRAMS, M // config.rows // launch.LONGEST_SUM * 4), (M, N, config)
 
 
-def test_chunks_depend_on_neither_dtype_nor_anything_but_m_and_n() -> None:
-    for M, N in itertools.product(ROWS, (1, 64, 1280, 8192)):
+def test_chunks_depend_on_shapes_and_dtypes_and_not_on_the_gpu() -> None:
+    for M, N, itemsize in itertools.product(ROWS, (1, 64, 1280, 8192, 16384, 131072), (2, 4)):
         chunks = {
-            launch.backward(M, N, itemsize, loaded, itemsize, True, shared).chunk
-            for itemsize, loaded, shared in ((2, 4, SHARED), (2, 6, 99 << 10), (4, 8, SHARED), (2, 6, SHARED))
+            launch.backward(M, N, itemsize, loaded, True, launch.Gpu(*gpu)).chunk
+            for loaded in (2 * itemsize, 3 * itemsize)
+            for gpu in itertools.product((99 << 10, 227 << 10), (64, 132, 148), (8, 9, 10))
         }
         assert len(chunks) == 1
-        assert len({launch.dw_alone(M, N, loaded, SHARED).chunk for loaded in (4, 6, 8)}) == 1
+        assert len({launch.dw_alone(M, N, loaded, H200).chunk for loaded in (4, 6, 8)}) == 1
+
+
+def test_programs_that_wait_for_each_other_have_room_on_the_gpu() -> None:
+    for N, itemsize, multiprocessors in itertools.product(WIDTHS, (2, 4), (1, 8, 16, 46, 63, 64, 132)):
+        gpu = launch.Gpu(99 << 10, multiprocessors, 9)
+        for config in (
+            launch.forward(N, itemsize, gpu),
+            launch.backward(8192, N, itemsize, 2 * itemsize, True, gpu),
+        ):
+            assert config.parts <= 1 or config.parts * launch.ROOM <= multiprocessors
 
 
 def test_loads_ahead_fit_into_shared_memory() -> None:
-    for N, shared in itertools.product(WIDTHS, (99 << 10, SHARED)):
-        config = launch.backward(8192, N, 2, 4, 2, True, shared)
+    for N, shared in itertools.product(WIDTHS, (99 << 10, 227 << 10)):
+        config = launch.backward(8192, N, 2, 4, True, launch.Gpu(shared))
         tile = config.rows * config.pieces * config.block_n * 4
         assert (config.stages - 1) * tile <= shared
         assert config.stages == 1 or N % 16 == 0
 
 
 def test_thousands_of_widths_do_not_mean_thousands_of_kernels() -> None:
-    assert len({launch.forward(N, 2) for N in range(1, 40000)}) <= 32
-    kernels = {tuple(launch.backward(8192, N, 2, 4, 2, True, SHARED).constants.values()) for N in range(1, 20000)}
+    assert len({launch.forward(N, 2, H200) for N in range(1, 40000)}) <= 32
+    kernels = {tuple(launch.backward(8192, N, 2, 4, True, H200).constants.values()) for N in range(1, 20000)}
     assert len(kernels) <= 64
 
 

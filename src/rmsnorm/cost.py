@@ -650,26 +650,25 @@ def _our_backward_cuda(t: _Tape, c: _Case, flops: int, inputs: list[_Array | Non
     t.free(partials, shares)
 
 
-# What is read off a launch: how many programs share a row, and over how many chunks of rows dw is summed. Neither
-# depends on how much shared memory there is, which only says how many tiles are under way at once.
-_SHARED = 0
+# What is read off a launch: how many programs share a row, and over how many chunks of rows dw is summed. Both are the
+# same on every GPU with `launch.ROOM` for the programs that share a row; the few smaller ones walk over wide rows.
+_GPU = launch.Gpu()
 
 
 def _forward_launch(c: _Case) -> Launch:
-    return launch.forward(c.N, c.x.itemsize)
+    return launch.forward(c.N, c.x.itemsize, _GPU)
 
 
 def _backward_launch(c: _Case) -> Launch:
     loaded = c.y.itemsize + (2 if c.adds else 1) * c.x.itemsize
-    w_itemsize = 0 if c.w is None else c.w.itemsize
-    return launch.backward(c.M, c.N, c.x.itemsize, loaded, w_itemsize, c.w is not None, _SHARED)
+    return launch.backward(c.M, c.N, c.x.itemsize, loaded, c.w is not None, _GPU)
 
 
 def _dw_launch(c: _Case) -> Launch | None:
     """Of the kernel that sums dw alone; None where the other one does it, or nothing is to be summed."""
     if c.w is None or _backward_launch(c).parts > 0:
         return None
-    return launch.dw_alone(c.M, c.N, c.y.itemsize + c.x.itemsize, _SHARED)
+    return launch.dw_alone(c.M, c.N, c.y.itemsize + c.x.itemsize, _GPU)
 
 
 def _chunks(c: _Case, config: Launch) -> int:
@@ -680,7 +679,8 @@ def _shares(t: _Tape, c: _Case, config: Launch) -> _Array | None:
     """Where the programs that share a row exchange their sums: 8 bytes a program and row, filled before."""
     if config.parts < 2:
         return None
-    shares = t.new(c.M * config.parts, torch.int64)
+    chunk = max(config.rows, config.chunk)
+    shares = t.new(-(-c.M // chunk) * chunk * config.parts, torch.int64)
     t.run("fill", 0, [], [shares])
     return shares
 

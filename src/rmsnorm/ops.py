@@ -147,7 +147,7 @@ def _chosen(device_type: str, *dtypes: torch.dtype | None) -> tuple[ModuleType, 
 def _choose(x: Tensor, residual: Tensor | None, w: Tensor | None) -> tuple[ModuleType, str]:
     """Who computes for these tensors, and why not a kernel where it is the reference."""
     return _chosen(
-        "cpu" if x.is_cpu else x.device.type,
+        "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type,
         x.dtype,
         None if residual is None else residual.dtype,
         None if w is None else w.dtype,
@@ -223,7 +223,7 @@ def _norm(
     if torch.is_grad_enabled() and (
         x.requires_grad or (w is not None and w.requires_grad) or (residual is not None and residual.requires_grad)
     ):
-        outputs = _Norm.apply(x, residual, w, eps, cast, offset)  # type: ignore[no-untyped-call]
+        outputs = _Norm.apply(x, residual, w, eps, cast, offset, plain)  # type: ignore[no-untyped-call]
         return (outputs,) if residual is None else outputs
     return _forward(x, residual, w, eps, cast, offset, False, plain)
 
@@ -251,9 +251,10 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        y, s, rstd = _forward(x, residual, w, eps, cast, offset, True, _plain(x, residual, w))
+        ctx: Any, x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float,
+        plain: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        y, s, rstd = _forward(x, residual, w, eps, cast, offset, True, plain)
         ctx.save_for_backward(x if s is None else s, w, rstd)
         ctx.set_materialize_grads(False)
         ctx.cast, ctx.offset = cast, offset
@@ -264,7 +265,7 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None = None) -> tuple[Tensor | None, ...]:
         # Grad mode here means create_graph: then the gradient must stay tied to its inputs, to raise if it is used.
         tied = torch.is_grad_enabled() or forward_ad._current_level >= 0
-        return _gradients(ctx, dy, ds, _Backward.apply if tied else _backward)
+        return *_gradients(ctx, dy, ds, _Backward.apply if tied else _backward), None
 
 
 class _TransformedNorm(torch.autograd.Function):

@@ -7,6 +7,7 @@ is one too. What is absent is passed as None, and its code is not compiled.
 """
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rmsnorm.kernels import launch
-from rmsnorm.kernels.launch import Launch
+from rmsnorm.kernels.launch import Gpu, Launch
 from rmsnorm.kernels.rows import Walk, walk, walked
 
 NAME = "gpu kernel (Triton)"
@@ -53,36 +54,67 @@ def _rstd(S, N, eps):
 
 
 @triton.jit
-def _output(h, w, n, N, offset, X: tl.constexpr, Y: tl.constexpr, EARLY: tl.constexpr):
+def _cast(h, X: tl.constexpr):
+    """h rounded to the dtype X, and back to fp32."""
+    if X == tl.bfloat16:  # noqa: SIM300
+        # Triton rounds one by one, with an instruction of a sixteenth of the others' rate; here two at a time.
+        h = tl.inline_asm_elementwise(
+            "{ .reg .b32 two; cvt.rn.bf16x2.f32 two, $3, $2; shl.b32 $0, two, 16; and.b32 $1, two, 0xffff0000; }",
+            "=r,=r,r,r", [h], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        h = h.to(X).to(tl.float32)
+    return h
+
+
+@triton.jit
+def _output(h, w, offset, X: tl.constexpr, Y: tl.constexpr, EARLY: tl.constexpr):
     """y from h = x·rstd, for x of dtype X and y of dtype Y."""
     if w is None:
         y = h.to(X)
     elif EARLY:
-        y = (_load(w + n, n < N) * h.to(X).to(tl.float32)).to(Y)
+        y = (w.to(tl.float32) * _cast(h, X)).to(Y)
     else:
-        y = ((_load(w + n, n < N) + offset) * h).to(Y)
+        y = ((w.to(tl.float32) + offset) * h).to(Y)
     return y
 
 
 @triton.jit
-def _scale(w, n, N, offset):
-    """What dy is multiplied by: the weight plus the offset; 1, which changes no bit, without a weight."""
-    return 1.0 if w is None else _load(w + n, n < N) + offset
+def _times_scale(dy, w, offset, EARLY: tl.constexpr):
+    """dy times what x·rstd was multiplied by: the weight plus the offset, or nothing."""
+    g = dy.to(tl.float32)
+    if w is not None:
+        g = g * (w.to(tl.float32) if EARLY else w.to(tl.float32) + offset)
+    return g
+
+
+@triton.jit
+def _mean(S, N):
+    """S / N in fp64, correctly rounded, and then in fp32.
+
+    In a loop this is faster than `/`: 1 / N is taken once, and the remainder, exact since N has few digits, mends the
+    quotient (Markstein).
+    """
+    width = tl.full(S.shape, N, tl.float64)
+    inverse = 1.0 / width
+    q = S * inverse
+    mended = tl.fma(tl.fma(-q, width, S), inverse, q)
+    return tl.where(tl.abs(S) < float("inf"), mended, S).to(tl.float32)
 
 
 @triton.jit
 def _whole(S, shares, part, parts, PARTS: tl.constexpr):
-    """The sum over a row whose `parts` programs each hold a share: hand in one's own, wait for the others.
+    """The sums over rows whose `parts` programs each hold a share: hand in one's own, wait for the others.
 
     A share is one 8-byte store and needs no fence; -1, a NaN that no arithmetic makes, means that it is still missing.
     The programs of a row have consecutive numbers and are few, so all of them run at once and none waits for ever.
     """
     tl.atomic_xchg(shares + part, S.to(tl.int64, bitcast=True), sem="relaxed")
-    p = tl.arange(0, PARTS)
+    p = tl.arange(0, PARTS)[None, :]
     found = tl.load(shares + p, p < parts, 0, volatile=True)
     while tl.sum((found == -1).to(tl.int32)) > 0:
         found = tl.load(shares + p, p < parts, 0, volatile=True)
-    return tl.sum(found.to(tl.float64, bitcast=True))
+    return tl.sum(found.to(tl.float64, bitcast=True), axis=1, keep_dims=True)
 
 
 # A row is held in PIECES of BLOCK_N columns, so that a width far from a power of two leaves few threads idle.
@@ -118,14 +150,15 @@ def _forward_block(
         squares = tl.fma(d, d, squares)  # the square is exact, so fusing changes nothing
     S = tl.sum(squares, axis=1, keep_dims=True)
     if PARTS > 1:
-        S = _whole(tl.sum(S), shares + tile.to(tl.int64) * parts, part, parts, PARTS)
+        S = _whole(S, shares + m * parts, part, parts, PARTS)
     r = _rstd(S, N, eps)
     if rstd is not None:
         tl.store(rstd + m, r, m < M)
     for k in tl.static_range(PIECES):
         n = first + k * BLOCK_N
         h = row[k].to(tl.float32) * r
-        out = _output(h, w, n, N, offset, x.dtype.element_ty, y.dtype.element_ty, EARLY)
+        weight = None if w is None else tl.load(w + n, n < N, 0.0)
+        out = _output(h, weight, offset, x.dtype.element_ty, y.dtype.element_ty, EARLY)
         tl.store(y + m * N + n, out, (m < M) & (n < N))
 
 
@@ -156,71 +189,104 @@ def _forward_loop(
     for first in range(0, N.to(tl.int64), BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         h = _load(rows + n, n < N) * r
-        tl.store(y + m * N + n, _output(h, w, n, N, offset, x.dtype.element_ty, y.dtype.element_ty, EARLY), n < N)
+        weight = None if w is None else tl.load(w + n, n < N, 0.0)
+        tl.store(y + m * N + n, _output(h, weight, offset, x.dtype.element_ty, y.dtype.element_ty, EARLY), n < N)
+
+
+@triton.jit
+def _inside(n, N, k, PIECES: tl.constexpr, PARTS: tl.constexpr):
+    """Which columns of piece k the row has: if one program holds a row, only its last piece can end early."""
+    return n < N if PARTS > 1 or k == PIECES - 1 else n >= 0
+
+
+@triton.jit
+def _load_rows(
+    dy, x, rstd, m, n, M, N, sizes, dy_steps, x_steps,
+    STRIDED: tl.constexpr, PARTS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The pieces of dy and x, and rstd; zero below the last row."""
+    dy_row = ()
+    x_row = ()
+    for k in tl.static_range(PIECES):
+        inside = (m < M) & _inside(n + k * BLOCK_N, N, k, PIECES, PARTS)
+        dy_row += (tl.load(dy + _start(m, sizes, dy_steps, STRIDED) + n + k * BLOCK_N, inside, 0.0),)
+        x_row += (tl.load(x + _start(m, sizes, x_steps, STRIDED) + n + k * BLOCK_N, inside, 0.0),)
+    return dy_row, x_row, tl.load(rstd + m, m < M, 0.0)
 
 
 @triton.jit(do_not_specialize=["M", "chunk"])
 def _backward_block(
-    dy, ds, x, w, rstd, dx, partials, M, N, chunk, sizes, dy_steps, ds_steps, x_steps, offset,
-    EARLY: tl.constexpr, STRIDED: tl.constexpr,
-    ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    dy, ds, x, w, rstd, dx, partials, shares, M, N, parts, chunk, sizes, dy_steps, ds_steps, x_steps, offset,
+    EARLY: tl.constexpr, STRIDED: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """dx of a chunk of rows, ROWS whole rows at a time, and the chunk's share of dw."""
-    begin = tl.program_id(0).to(tl.int64) * chunk
-    n = tl.arange(0, BLOCK_N)[None, :]
+    """dx of a chunk of rows, ROWS at a time, and the chunk's share of dw; with PARTS > 1, of one part of each row.
+
+    The next rows are loaded while these are worked on: into shared memory by STAGES, or into registers by AHEAD.
+    """
+    tile, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    n = part * (PIECES * BLOCK_N) + tl.arange(0, BLOCK_N)[None, :]
+    m = tile.to(tl.int64) * chunk + tl.arange(0, ROWS)[:, None]
     dw = ()
-    for _ in tl.static_range(PIECES):
+    weight = ()
+    for k in tl.static_range(PIECES):
         dw += (tl.zeros([ROWS, BLOCK_N], tl.float32),)
-    for first in tl.range(0, chunk, ROWS, num_stages=STAGES):
-        m = begin + first + tl.arange(0, ROWS)[:, None]
-        r = tl.load(rstd + m, m < M, 0.0)
-        dy_row = ()
-        x_row = ()
-        for k in tl.static_range(PIECES):
-            inside = (m < M) & (n + k * BLOCK_N < N)
-            dy_row += (tl.load(dy + _start(m, sizes, dy_steps, STRIDED) + n + k * BLOCK_N, inside, 0.0),)
-            x_row += (tl.load(x + _start(m, sizes, x_steps, STRIDED) + n + k * BLOCK_N, inside, 0.0),)
+        if w is not None:
+            weight += (tl.load(w + n + k * BLOCK_N, n + k * BLOCK_N < N, 0.0),)
+    if AHEAD:
+        rows = _load_rows(dy, x, rstd, m, n, M, N, sizes, dy_steps, x_steps, STRIDED, PARTS, PIECES, BLOCK_N)
+    for _ in tl.range(0, chunk, ROWS, num_stages=STAGES):
+        if AHEAD:
+            dy_row, x_row, r = rows
+            rows = _load_rows(dy, x, rstd, m + ROWS, n, M, N, sizes, dy_steps, x_steps, STRIDED, PARTS, PIECES, BLOCK_N)
+        else:
+            dy_row, x_row, r = _load_rows(
+                dy, x, rstd, m, n, M, N, sizes, dy_steps, x_steps, STRIDED, PARTS, PIECES, BLOCK_N
+            )
         products = tl.zeros([ROWS, BLOCK_N], tl.float64)
         for k in tl.static_range(PIECES):
-            xh = _xh(x_row[k], r, (m < M) & (n + k * BLOCK_N < N))
-            g = dy_row[k].to(tl.float32) * _scale(w, n + k * BLOCK_N, N, offset)
+            xh = _xh(x_row[k], r, _inside(n + k * BLOCK_N, N, k, PIECES, PARTS))
+            g = _times_scale(dy_row[k], None if w is None else weight[k], offset, EARLY)
             products += (g * xh).to(tl.float64)
-        S = tl.sum(products, axis=1, keep_dims=True) + 0.0  # +0.0, never -0.0
-        c = (S / N).to(tl.float32)
+        S = tl.sum(products, axis=1, keep_dims=True)
+        if PARTS > 1:
+            S = _whole(S, shares + m * parts, part, parts, PARTS)
+        c = _mean(S + 0.0, N)  # +0.0, never -0.0
         summed = ()
         for k in tl.static_range(PIECES):
-            inside = (m < M) & (n + k * BLOCK_N < N)
+            inside = _inside(n + k * BLOCK_N, N, k, PIECES, PARTS)
             xh = _xh(x_row[k], r, inside)
-            g = dy_row[k].to(tl.float32) * _scale(w, n + k * BLOCK_N, N, offset)
+            g = _times_scale(dy_row[k], None if w is None else weight[k], offset, EARLY)
             dx_row = r * (g - xh * c)
             if ds is not None:
-                dx_row += _load(ds + _start(m, sizes, ds_steps, STRIDED) + n + k * BLOCK_N, inside)
-            tl.store(dx + m * N + n + k * BLOCK_N, dx_row.to(dx.dtype.element_ty), inside)
+                dx_row += _load(ds + _start(m, sizes, ds_steps, STRIDED) + n + k * BLOCK_N, (m < M) & inside)
+            tl.store(dx + m * N + n + k * BLOCK_N, dx_row.to(dx.dtype.element_ty), (m < M) & inside)
             summed += (dw[k] + _dw(dy_row[k].to(tl.float32), xh, x.dtype.element_ty, EARLY),)
         dw = summed
+        m += ROWS
     if partials is not None:
         for k in tl.static_range(PIECES):
             share = tl.sum(dw[k].to(tl.float64), axis=0, keep_dims=True).to(tl.float32)
-            tl.store(partials + tl.program_id(0).to(tl.int64) * N + n + k * BLOCK_N, share, n + k * BLOCK_N < N)
+            tl.store(partials + tile.to(tl.int64) * N + n + k * BLOCK_N, share, n + k * BLOCK_N < N)
 
 
 @triton.jit
 def _xh(x, r, inside):
-    """x·rstd, and zero outside of the rows, where 0·inf would be NaN."""
+    """x·rstd, and zero beyond the row's end, where 0·inf would be NaN."""
     return tl.where(inside, x.to(tl.float32) * r, 0.0)
 
 
 @triton.jit
 def _dw(dy, xh, X: tl.constexpr, EARLY: tl.constexpr):
     """What one element adds to dw."""
-    h = xh.to(X).to(tl.float32) if EARLY else xh
+    h = _cast(xh, X) if EARLY else xh
     return dy * h
 
 
 @triton.jit(do_not_specialize=["M"])
 def _backward_loop(
     dy, ds, x, w, rstd, dx, M, N, sizes, dy_steps, ds_steps, x_steps, offset,
-    STRIDED: tl.constexpr, BLOCK_N: tl.constexpr,
+    EARLY: tl.constexpr, STRIDED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dx of one row a program, in pieces: read once for the sum and again for dx."""
     m = tl.program_id(0).to(tl.int64)
@@ -230,14 +296,14 @@ def _backward_loop(
     products = tl.zeros([BLOCK_N], tl.float64)
     for first in range(0, N.to(tl.int64), BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
-        xh = tl.where(n < N, _load(x + n, n < N) * r, 0.0)
-        g = _load(dy + n, n < N) * _scale(w, n, N, offset)
+        xh = _xh(_load(x + n, n < N), r, n < N)
+        g = _times_scale(_load(dy + n, n < N), None if w is None else _load(w + n, n < N), offset, EARLY)
         products += (g * xh).to(tl.float64)
     c = (tl.sum(products, axis=0) / N).to(tl.float32)
     for first in range(0, N.to(tl.int64), BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         xh = _load(x + n, n < N) * r
-        g = _load(dy + n, n < N) * _scale(w, n, N, offset)
+        g = _times_scale(_load(dy + n, n < N), None if w is None else _load(w + n, n < N), offset, EARLY)
         dx_row = r * (g - xh * c)
         if ds is not None:
             dx_row += _load(ds + _start(m, sizes, ds_steps, STRIDED) + n, n < N)
@@ -300,24 +366,15 @@ def forward(
         total = (x + residual).contiguous()
         y, _, rstd = forward(total, None, w, eps, cast, offset, with_rstd)
         return y, total, rstd
-    early = cast == "early"
     rows, (x, *others) = walked(walk, x) if residual is None else walked(walk, x, residual)
-    M, N = rows.M, rows.N
-    y = torch.empty(x.shape, dtype=_y_dtype(x, w, early), device=x.device)
-    s = torch.empty(x.shape, dtype=x.dtype, device=x.device) if others else None
+    call = _forward_call(rows, x.get_device(), x.dtype, _dtype(w), bool(others), with_rstd, eps, cast, offset)
+    y = _empty_like(x, _y_dtype(x.dtype, _dtype(w), cast))
+    s = _empty_like(x, x.dtype) if others else None
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) if with_rstd else None
-    config = launch.forward(N, x.element_size())
     pointers = (x, others[0] if others else None, _contiguous(w), y, s, rstd)
-    places = (rows.sizes, rows.steps[0], rows.steps[-1], float(eps), float(offset) or -0.0)
-    if config.parts == 0:
-        _run(_forward_loop, (M,), config, rows, pointers, (M, N, *places), (early, rows.strided))
-        return y, s, rstd
-    shares = None
-    if config.parts > 1:
-        shares = torch.full((M, config.parts), -1, dtype=torch.int64, device=x.device)
-    flags = (early, rows.strided, launch.power_of_two(config.parts))
-    grid = (_cdiv(M, config.rows) * config.parts,)
-    _run(_forward_block, grid, config, rows, (*pointers, shares), (M, N, config.parts, *places), flags)
+    if call.config.parts > 0:
+        pointers = (*pointers, _shares(call, x))
+    _run(call, pointers)
     return y, s, rstd
 
 
@@ -333,111 +390,162 @@ def backward(
     need_dw: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """As `reference.backward`; dw is summed in fp32 over a few tens of rows at a time, and in fp64 over those sums."""
-    early, offset = cast == "early", float(offset) or -0.0
     need_dw = need_dw and w is not None
-    tensors = [dy.to(_y_dtype(x, w, early)), x]
+    tensors = [dy.to(_y_dtype(x.dtype, _dtype(w), cast)), x]
     if need_dx and ds is not None:
         tensors.append(ds.to(x.dtype))
     rows, (dy, x, *others) = walked(walk, *tensors)
-    M, N, sizes = rows.M, rows.N, rows.sizes
-    dy_steps, x_steps = rows.steps[:2]
     rstd = rstd.contiguous()
-    loaded = dy.element_size() + x.element_size() + (x.element_size() if others else 0)
-    shared = _shared_memory(x.get_device())
-    dx = partials = None
-    if need_dx:
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    of_dx, of_dw, of_sum = _backward_calls(
+        rows, x.get_device(), dy.dtype, x.dtype, _dtype(w), bool(others), need_dx, need_dw, cast, offset
+    )
+    dx = dw = partials = None
+    if of_sum is not None:
+        partials = torch.empty(of_sum.numbers, dtype=torch.float32, device=x.device)
+    if of_dx is not None:
+        dx = _empty_like(x, x.dtype)
         pointers = (dy, others[0] if others else None, x, _contiguous(w), rstd, dx)
-        w_itemsize = 0 if w is None else w.element_size()
-        config = launch.backward(M, N, x.element_size(), loaded, w_itemsize, need_dw, shared)
-        chunks = _cdiv(M, config.chunk)
-        places = (sizes, dy_steps, rows.steps[-1], x_steps, offset)
-        if config.parts == 0:
-            _run(_backward_loop, (chunks,), config, rows, pointers, (M, N, *places), (rows.strided,))
-        else:
-            partials = _partials(chunks, x) if need_dw else None
-            numbers = (M, N, config.chunk, *places)
-            _run(_backward_block, (chunks,), config, rows, (*pointers, partials), numbers, (early, rows.strided))
-    if w is None or not need_dw:
-        return dx, None
-    if partials is None:
-        config = launch.dw_alone(M, N, dy.element_size() + x.element_size(), shared)
-        chunks = _cdiv(M, config.chunk)
-        partials = _partials(chunks, x)
-        grid = (_cdiv(N, config.block_n), chunks)
-        places = (sizes, dy_steps, x_steps)
-        _run(
-            _dw_alone, grid, config, rows, (dy, x, rstd, partials), (M, N, config.chunk, *places), (early, rows.strided)
-        )
-    dw = torch.empty(N, dtype=w.dtype, device=x.device)
-    config = launch.sum_partials(N)
-    _run(_sum_partials, (_cdiv(N, config.block_n),), config, rows, (partials, dw), (partials.shape[0], N), ())
+        if of_dx.config.parts > 0:
+            pointers = (*pointers, None if of_dw is not None else partials, _shares(of_dx, x))
+        _run(of_dx, pointers)
+    if of_dw is not None:
+        _run(of_dw, (dy, x, rstd, partials))
+    if of_sum is not None and w is not None:
+        dw = torch.empty_like(w, memory_format=torch.contiguous_format)
+        _run(of_sum, (partials, dw))
     return dx, dw
 
 
-# What a launch was compiled to, by all that Triton specialises on: the walk stands for every shape and stride.
-_compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-_MOST_COMPILED = 4096
+@dataclass(eq=False)
+class _Call:
+    """A kernel with all that it is launched with but its tensors, which are of one kind: shapes, strides and dtypes.
 
-
-def _run(
-    kernel: Any, grid: tuple[int, ...], config: Launch, rows: Walk,
-    pointers: tuple[Tensor | None, ...], numbers: tuple[Any, ...], flags: tuple[Any, ...],
-) -> None:  # fmt: skip
-    """Launch on the device of the first tensor, on its current stream; nothing if there is nothing to do.
-
-    pointers, numbers, flags: the kernel's arguments in their order, flags without what the configuration holds. The
-    first launch of its kind goes through Triton, which compiles. The next ones call what was compiled: to find out
-    again what is known takes Triton longer than a small norm. Triton's own hooks for profilers are not called then.
+    numbers, flags: the arguments that follow the tensors, in their order, without what the configuration holds.
+    compiled: what calls the compiled kernel, the grid, and what it wants before and after the tensors.
     """
-    if 0 in grid:
-        return
-    device, bits = pointers[0].get_device(), 0  # type: ignore[union-attr]
-    addresses: list[int | None] = []
-    dtypes: list[torch.dtype | None] = []
-    for t in pointers:
-        if t is None:
-            addresses.append(None)
-            dtypes.append(None)
+
+    kernel: Any
+    grid: tuple[int, ...]
+    config: Launch
+    numbers: tuple[Any, ...]
+    flags: tuple[Any, ...]
+    device: int
+    compiled: tuple[Any, ...] | None = None
+
+
+_MOST_CALLS = 4096
+
+
+@functools.lru_cache(_MOST_CALLS)
+def _forward_call(
+    rows: Walk, device: int, x: torch.dtype, w: torch.dtype | None, with_residual: bool, with_rstd: bool,
+    eps: float, cast: str, offset: float,
+) -> _Call:  # fmt: skip
+    """Every argument makes another kernel, or another argument of it."""
+    config = launch.forward(rows.N, x.itemsize, _gpu(device))
+    places = (rows.sizes, rows.steps[0], rows.steps[-1], float(eps), float(offset) or -0.0)
+    flags = (cast == "early", rows.strided)
+    if config.parts == 0:
+        return _Call(_forward_loop, (rows.M,), config, (rows.M, rows.N, *places), flags, device)
+    grid = (_cdiv(rows.M, config.rows) * config.parts,)
+    numbers = (rows.M, rows.N, config.parts, *places)
+    return _Call(_forward_block, grid, config, numbers, (*flags, launch.power_of_two(config.parts)), device)
+
+
+@functools.lru_cache(_MOST_CALLS)
+def _backward_calls(
+    rows: Walk, device: int, dy: torch.dtype, x: torch.dtype, w: torch.dtype | None, with_ds: bool,
+    need_dx: bool, need_dw: bool, cast: str, offset: float,
+) -> tuple[_Call | None, _Call | None, _Call | None]:  # fmt: skip
+    """The kernels of dx, of dw where the first does not compute it besides, and of the sum of its shares."""
+    M, N, gpu = rows.M, rows.N, _gpu(device)
+    of_dx = of_dw = of_sum = None
+    flags, offset = (cast == "early", rows.strided), float(offset) or -0.0
+    dy_steps, x_steps, ds_steps = rows.steps[0], rows.steps[1], rows.steps[-1]
+    chunk = 0
+    if need_dx:
+        loaded = dy.itemsize + x.itemsize * (2 if with_ds else 1)
+        config = launch.backward(M, N, x.itemsize, loaded, need_dw, gpu)
+        places = (rows.sizes, dy_steps, ds_steps, x_steps, offset)
+        if config.parts == 0:
+            of_dx = _Call(_backward_loop, (M,), config, (M, N, *places), flags, device)
         else:
-            address = t.data_ptr()
-            bits |= address
-            addresses.append(address)
-            dtypes.append(t.dtype)
+            chunk = config.chunk
+            grid = (_cdiv(M, chunk) * config.parts,)
+            numbers = (M, N, config.parts, chunk, *places)
+            flags_of_dx = (*flags, launch.power_of_two(config.parts))
+            of_dx = _Call(_backward_block, grid, config, numbers, flags_of_dx, device)
+    if need_dw:
+        if not chunk:
+            config = launch.dw_alone(M, N, dy.itemsize + x.itemsize, gpu)
+            chunk = config.chunk
+            grid = (_cdiv(N, config.block_n), _cdiv(M, chunk))
+            of_dw = _Call(_dw_alone, grid, config, (M, N, chunk, rows.sizes, dy_steps, x_steps), flags, device)
+        config = launch.sum_partials(N)
+        of_sum = _Call(_sum_partials, (_cdiv(N, config.block_n),), config, (_cdiv(M, chunk), N), (), device)
+    return of_dx, of_dw, of_sum
+
+
+def _run(call: _Call, pointers: tuple[Tensor | None, ...]) -> None:
+    """Launch on the current stream of the call's device; nothing if there is nothing to do.
+
+    The first launch goes through Triton, which compiles. The next ones call what was compiled: to find out again what
+    is known takes Triton longer than a small norm. Triton's own hooks for profilers are not called then.
+    """
+    addresses = [None if t is None else t.data_ptr() for t in pointers]
+    bits = 0
+    for address in addresses:
+        bits |= address or 0
     aligned = bits & 15 == 0
-    key = (kernel.__name__, device, rows, flags, *dtypes)
-    ready = _compiled.get(key) if aligned else None
-    if ready is not None and torch._C._cuda_getDevice() == device:
-        run, function, metadata, constants = ready
-        x, y, *_ = (*grid, 1)
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        run(x, y, 1, stream, function, metadata, None, None, None, *addresses, *numbers, *constants)
+    if call.compiled is not None and aligned and torch._C._cuda_getDevice() == call.device:
+        run, (x, y, *_), launched, following = call.compiled
+        run(x, y, 1, torch._C._cuda_getCurrentRawStream(call.device), *launched, *addresses, *following)
         return
-    names = kernel.arg_names[len(pointers) + len(numbers) :]
-    values = dict(zip(names, flags, strict=False))
-    values |= {name: value for name, value in config.constants.items() if name in names}
+    if 0 in call.grid:
+        return
+    names = call.kernel.arg_names[len(pointers) + len(call.numbers) :]
+    flags = dict(zip(names, call.flags, strict=False))
+    flags |= {name: value for name, value in call.config.constants.items() if name in names}
     with torch.cuda.device_of(pointers[0]):
-        found = kernel[grid](*pointers, *numbers, **values, num_warps=config.warps, enable_fp_fusion=False)
+        found = call.kernel[call.grid](
+            *pointers, *call.numbers, **flags, num_warps=call.config.warps, enable_fp_fusion=False
+        )
     if aligned and found is not None:  # nothing comes back from the interpreter
-        if len(_compiled) >= _MOST_COMPILED:
-            _compiled.clear()
-        constants = tuple(values[name] for name in names)
-        _compiled[key] = (found.run, found.function, found.packed_metadata, constants)
+        launched = (found.function, found.packed_metadata, None, None, None)
+        following = (*call.numbers, *(flags[name] for name in names))
+        call.compiled = (found.run, (*call.grid, 1), launched, following)
 
 
 @functools.cache
-def _shared_memory(device: int) -> int:
-    """Bytes of shared memory that one program may have; what every GPU that the kernels take has, without a device."""
-    found = torch.cuda.get_device_properties(device) if device >= 0 else None
-    return int(getattr(found, "shared_memory_per_block_optin", 99 << 10))
+def _gpu(device: int) -> Gpu:
+    """The GPU with this number; without one, as for tensors without memory, a typical one."""
+    if device < 0:
+        return Gpu()
+    found = torch.cuda.get_device_properties(device)
+    shared_memory = int(found.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+    return Gpu(shared_memory, found.multi_processor_count, found.major)
 
 
-def _y_dtype(x: Tensor, w: Tensor | None, early: bool) -> torch.dtype:
-    return torch.promote_types(x.dtype, w.dtype) if early and w is not None else x.dtype
+def _y_dtype(x: torch.dtype, w: torch.dtype | None, cast: str) -> torch.dtype:
+    return x if w is None or w is x or cast == "late" else torch.promote_types(x, w)
 
 
-def _partials(chunks: int, x: Tensor) -> Tensor:
-    return torch.empty(chunks, x.shape[-1], dtype=torch.float32, device=x.device)
+def _dtype(w: Tensor | None) -> torch.dtype | None:
+    return None if w is None else w.dtype
+
+
+def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous, of the shape of x: the quickest way that torch has."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _shares(call: _Call, x: Tensor) -> Tensor | None:
+    """Where the programs that share rows exchange their sums; see `_whole`."""
+    if call.config.parts == 1:
+        return None
+    programs_of_rows = call.grid[0] // call.config.parts
+    rows = programs_of_rows * max(call.config.rows, call.config.chunk)
+    return torch.full((rows, call.config.parts), -1, dtype=torch.int64, device=x.device)
 
 
 def _contiguous(w: Tensor | None) -> Tensor | None:

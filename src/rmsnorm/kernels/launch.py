@@ -1,20 +1,21 @@
 """How the GPU kernels are launched: pure data from shapes and sizes, with nothing to import and nothing measured.
 
 No bit of y or dx depends on it, since every sum over a row is in fp64. The chunks of rows that dw is summed over
-come from M and N alone, never from the machine, so dw is the same on every GPU.
+come from M, N and the dtype of x, so dw is the same on every GPU that has room for programs that share rows (`ROOM`).
 
 Where a threshold comes from a measurement, it is the best of those tried on an H200 (benchmarks/LOG.md).
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-# Columns of a row that one program holds in registers: without spills to here (ptxas, sm_80 to sm_100).
-FORWARD_WIDEST, BACKWARD_WIDEST = 16384, 16384
-# Programs that share a wider row. All of them must run at once: 16 do on any GPU, also beside many other kernels.
-MOST_PARTS = 16
-# A row that is wider still is walked over in pieces of this many columns, 16 elements a thread.
-PIECE = 8192
+# Columns of a row that one program holds in registers without spills (ptxas, sm_80 to sm_100).
+FORWARD_WIDEST, BACKWARD_WIDEST = 16384, 8192
+# Programs that share a wider row, of which all must run at once, also beside other kernels that wait for theirs: only
+# on a GPU with room for this many times as many. Elsewhere one program walks over a row that is wider.
+MOST_PARTS, ROOM = 16, 4
+PIECE = 8192  # columns that a walk takes at once, 16 elements a thread
 # Elements a program holds at once if the rows are narrow. With more rows, what is done once a row (an fp64 division,
 # an address in 64 bits) fills the registers: 256 rows of 4 columns spill.
 TILE, MOST_ROWS = 2048, 64
@@ -24,6 +25,25 @@ PROGRAMS = 264
 LONGEST_SUM = 64
 # Columns of the kernel that computes dw alone.
 COLUMNS = 1024
+# How the backward pass holds whole rows, by the bytes of a number and the most columns: rows, block_n, warps.
+_BACKWARD = {
+    2: {1024: (2, 512, 2), 1536: (2, 256, 2), 2048: (2, 1024, 4), 6144: (1, 1024, 4), 8192: (1, 2048, 8)},
+    4: {1536: (2, 512, 4), 2048: (2, 1024, 8), 6144: (1, 1024, 8), 8192: (1, 2048, 16)},
+}
+# How programs share a row, the narrowest rows first, by the bytes of a number: rows, pieces, block_n, warps. Rows times
+# programs must not exceed 32, a warp: `gpu._whole` asks one lane of every warp for each share.
+_SHARED = {
+    2: ((1, 4, 1024, 4), (1, 4, 2048, 8)),
+    4: ((2, 2, 1024, 4), (1, 4, 1024, 4), (1, 4, 2048, 8)),
+}
+
+
+class Gpu(NamedTuple):
+    """What a launch depends on of a GPU; as it stands, of a typical one."""
+
+    shared_memory: int = 99 << 10  # bytes that one program may have, where the loads of the next tiles arrive
+    multiprocessors: int = 132
+    capability: int = 9  # the first of its two numbers
 
 
 @dataclass(frozen=True)
@@ -39,70 +59,79 @@ class Launch:
     pieces: int = 1
     parts: int = 1
     stages: int = 1
+    ahead: bool = False
     chunk: int = 1
 
     @property
     def constants(self) -> dict[str, int]:
         """By the names that the kernels have for them."""
-        return {"ROWS": self.rows, "PIECES": self.pieces, "BLOCK_N": self.block_n, "STAGES": self.stages}
+        return {
+            "ROWS": self.rows,
+            "PIECES": self.pieces,
+            "BLOCK_N": self.block_n,
+            "STAGES": self.stages,
+            "AHEAD": self.ahead,
+        }
 
 
 @functools.lru_cache(4096)
-def forward(N: int, itemsize: int) -> Launch:
+def forward(N: int, itemsize: int, gpu: Gpu) -> Launch:
     """Whole rows of up to four pieces, 16 bytes a thread and piece; wider ones shared between programs."""
     if N > FORWARD_WIDEST:
-        for block_n, pieces, bytes_a_thread in ((1024, 4, 16), (2048, 4, 32), (2048, 8, 16)):
-            parts = -(-N // (block_n * pieces))
-            if parts <= MOST_PARTS:
-                warps = _warps(block_n * itemsize, bytes_a_thread if itemsize == 2 else 16 * itemsize)
-                return Launch(block_n, warps, pieces=pieces, parts=parts)
-        return Launch(PIECE, 16, parts=0)
+        eight = (1, 8, 2048, 8 if itemsize == 2 else 16)
+        return _shared(N, (*_SHARED[itemsize], eight), gpu) or Launch(PIECE, 16, parts=0)
     if N <= 256:
         block_n, rows = _narrow(N)
         return Launch(block_n, _warps(rows * block_n, 16), rows)
     block_n = max(256, power_of_two(-(-N // 4)))
-    rows = 4 if N <= 512 else 1
-    return Launch(block_n, _warps(rows * block_n * itemsize, 32 if rows > 1 else 16), rows, pieces=-(-N // block_n))
+    rows, a_thread = (1, 16) if N > 512 else (8, 32) if itemsize == 2 else (2, 64)
+    return Launch(block_n, _warps(rows * block_n * itemsize, a_thread), rows, pieces=-(-N // block_n))
 
 
 @functools.lru_cache(4096)
-def backward(M: int, N: int, itemsize: int, loaded: int, w_itemsize: int, with_dw: bool, shared: int) -> Launch:
+def backward(M: int, N: int, itemsize: int, loaded: int, with_dw: bool, gpu: Gpu) -> Launch:
     """As `forward`; with dw a program holds its share of dw over a chunk of many tiles.
 
-    itemsize: bytes of one number of x; loaded: of one of each tensor of rows that is read; w_itemsize: of a weight.
-    shared: bytes of shared memory that a program may have, where the loads of the next tiles arrive.
+    itemsize: bytes of one number of x; loaded: of one of each tensor of rows that is read.
     """
-    widest = BACKWARD_WIDEST // 2 if loaded > 8 else BACKWARD_WIDEST
-    if widest < N:
-        return Launch(PIECE, 16, parts=0)
-    if N <= 512:
+    if N > BACKWARD_WIDEST:
+        config = _shared(N, _SHARED[itemsize], gpu)
+        if config is None:
+            return Launch(PIECE, 16, parts=0)
+        if not with_dw:
+            return replace(config, chunk=config.rows)
+        # Twice as many programs as run at once, so that few of them wait for one that has not begun.
+        programs = 8 * PROGRAMS // (config.warps * config.parts)
+        ahead = N % 16 == 0 and gpu.capability >= 9  # elsewhere the registers do not suffice
+        return replace(config, ahead=ahead, chunk=_chunk(M, programs, config.rows))
+    if N <= 256:
         block_n, rows = _narrow(N)
+        warps = _warps(rows * block_n, 16)
     else:
-        block_n, rows = (512 if N <= 1536 else 1024 if N <= 7168 else 2048), (2 if N <= 2048 and N % 16 == 0 else 1)
+        rows, block_n, warps = next(tile for widest, tile in _BACKWARD[itemsize].items() if widest >= N)
+        rows = rows if N % 16 == 0 else 1
     pieces = -(-N // block_n)
-    warps = _warps(rows * block_n, 16) if N <= 512 else _warps(block_n * itemsize, 16)
     if not with_dw:
         return Launch(block_n, warps, rows, pieces, chunk=rows)
-    programs = PROGRAMS if N <= 8192 else PROGRAMS // 2
-    stages = 1  # what is not aligned cannot be loaded ahead into shared memory, only into registers that are not there
+    # Eight warps of each multiprocessor of an H200.
+    programs = PROGRAMS * 4 // min(max(warps, 2), 8)
+    stages = 1  # what is not aligned cannot be loaded ahead into shared memory
     if N % 16 == 0:
-        # The weight is loaded ahead with each tile, and is held twice besides.
-        w_bytes = pieces * block_n * w_itemsize
-        tile_bytes = rows * pieces * block_n * loaded + w_bytes
-        most = 4 if N <= 1536 else 3
-        stages = _stages(tile_bytes, shared * PROGRAMS // programs // 2 - 2 * w_bytes, most)
+        tile_bytes = rows * pieces * block_n * loaded
+        most = 4 if N <= 512 else 3
+        stages = _stages(tile_bytes, gpu.shared_memory * PROGRAMS // programs // 2, most)
         if stages == 1:  # rather one program at a time than no loads ahead
-            stages = _stages(tile_bytes, shared - 2 * w_bytes, most)
+            stages = _stages(tile_bytes, gpu.shared_memory, most)
     return Launch(block_n, warps, rows, pieces, stages=stages, chunk=_chunk(M, programs, rows))
 
 
 @functools.lru_cache(4096)
-def dw_alone(M: int, N: int, loaded: int, shared: int) -> Launch:
+def dw_alone(M: int, N: int, loaded: int, gpu: Gpu) -> Launch:
     """A program walks over a chunk of rows, block_n columns of it: any N, nothing is summed along the row."""
     block_n = min(power_of_two(N), COLUMNS)
     rows = min(TILE // block_n, MOST_ROWS)
     programs = max(1, 2 * PROGRAMS // -(-N // block_n))
-    stages = _stages(rows * block_n * loaded, shared // 4, 3) if N % 16 == 0 else 1
+    stages = _stages(rows * block_n * loaded, gpu.shared_memory // 4, 3) if N % 16 == 0 else 1
     return Launch(block_n, 4, rows, stages=stages, chunk=_chunk(M, programs, rows))
 
 
@@ -117,6 +146,15 @@ def power_of_two(N: int) -> int:
     return 1 << (N - 1).bit_length()
 
 
+def _shared(N: int, tiles: tuple[tuple[int, int, int, int], ...], gpu: Gpu) -> Launch | None:
+    """Of the smallest tiles that few enough programs need; None if the row is too wide, or the GPU too small."""
+    for rows, pieces, block_n, warps in tiles:
+        parts = -(-N // (block_n * pieces))
+        if parts <= MOST_PARTS and ROOM * parts <= gpu.multiprocessors:
+            return Launch(block_n, warps, rows, pieces, parts)
+    return None
+
+
 def _narrow(N: int) -> tuple[int, int]:
     """Columns and rows of a tile of several rows."""
     block_n = power_of_two(N)
@@ -127,9 +165,9 @@ def _warps(size: int, a_thread: int) -> int:
     return min(max(1, size // (32 * a_thread)), 16)
 
 
-def _stages(tile_bytes: int, shared: int, most: int) -> int:
+def _stages(tile_bytes: int, available: int, most: int) -> int:
     """How many tiles are under way at once: one in registers, the others in shared memory."""
-    return min(most, 1 + max(0, shared - 1024) // tile_bytes)
+    return min(most, 1 + max(0, available - 1024) // tile_bytes)
 
 
 def _chunk(M: int, programs: int, rows: int) -> int:
