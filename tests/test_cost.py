@@ -261,7 +261,7 @@ def test_ours_on_cuda_follows_the_launch_configuration() -> None:
     seen = set()
     for N in (3, 1280, 7168, 16384, 16385, 32768, 262144, 500000):
         forward, backward = (cost((M, N), device="cuda", phase=phase) for phase in ("forward", "backward"))
-        config = launch.forward(N, e, launch.Gpu())
+        config = launch.forward(N, e, False, launch.Gpu())
         parts = config.parts
         shares = 8 * whole(M, config.rows) * parts if parts > 1 else 0
         seen.add(min(parts, 2))
@@ -312,7 +312,7 @@ def test_the_launches_are_those_of_the_kernels(monkeypatch) -> None:
         return wrapped
 
     # All arguments but the GPU.
-    for name, used in (("forward", 2), ("backward", 5), ("dw_alone", 3)):
+    for name, used in (("forward", 3), ("backward", 5), ("dw_alone", 3)):
         monkeypatch.setattr(launch, name, spy(name, used))
     monkeypatch.setattr(gpu, "_run", lambda *_: None)
     for plan in (gpu._forward_call, gpu._backward_calls):  # what was asked before is not asked again

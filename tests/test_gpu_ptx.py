@@ -28,9 +28,9 @@ from rmsnorm.kernels.launch import Gpu  # noqa: E402
 CAPABILITIES = (80, 90, 100)
 # Bytes a program may have of the smallest shared memory among GPUs of capability 8.0 and up (8.6, 8.9, 12.0).
 SHARED_MEMORY = 99 * 1024
-# Bytes, stores and loads, that ptxas may put aside of numbers that live from before a loop to after it: in two of the
-# specialisations below, fp32 with a residual at 4096 columns and the widest rows of fp32, nothing elsewhere.
-SPILLED = 32
+# Bytes, stores and loads, that ptxas may put aside of numbers that live from before a loop to after it, in the few
+# specialisations that fill all 255 registers: most in fp32 with a residual at 131,072 columns.
+SPILLED = 80
 # Every block size that launch.py chooses, and rows wider than its widest block.
 WIDTHS = (*(2**k for k in range(15)), 1280, 2880, 7168, 32768, 131072, 262144, 300000)
 

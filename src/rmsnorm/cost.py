@@ -656,7 +656,7 @@ _GPU = launch.Gpu()
 
 
 def _forward_launch(c: _Case) -> Launch:
-    return launch.forward(c.N, c.x.itemsize, _GPU)
+    return launch.forward(c.N, c.x.itemsize, c.adds, _GPU)
 
 
 def _backward_launch(c: _Case) -> Launch:

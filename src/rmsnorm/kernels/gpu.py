@@ -201,17 +201,29 @@ def _inside(n, N, k, PIECES: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def _load_rows(
-    dy, x, rstd, m, n, M, N, sizes, dy_steps, x_steps,
+    t, m, n, M, N, sizes, steps,
     STRIDED: tl.constexpr, PARTS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The pieces of dy and x, and rstd; zero below the last row."""
-    dy_row = ()
-    x_row = ()
+    """The pieces of rows of t; zero below the last row."""
+    row = ()
     for k in tl.static_range(PIECES):
         inside = (m < M) & _inside(n + k * BLOCK_N, N, k, PIECES, PARTS)
-        dy_row += (tl.load(dy + _start(m, sizes, dy_steps, STRIDED) + n + k * BLOCK_N, inside, 0.0),)
-        x_row += (tl.load(x + _start(m, sizes, x_steps, STRIDED) + n + k * BLOCK_N, inside, 0.0),)
-    return dy_row, x_row, tl.load(rstd + m, m < M, 0.0)
+        row += (tl.load(t + _start(m, sizes, steps, STRIDED) + n + k * BLOCK_N, inside, 0.0),)
+    return row
+
+
+@triton.jit
+def _load_tile(
+    dy, x, ds, rstd, m, n, M, N, sizes, dy_steps, x_steps, ds_steps, TENSORS: tl.constexpr,
+    STRIDED: tl.constexpr, PARTS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """rstd and the rows of the first TENSORS of dy, x and ds; () for what is not there."""
+    dy_row = _load_rows(dy, m, n, M, N, sizes, dy_steps, STRIDED, PARTS, PIECES, BLOCK_N)
+    x_row = _load_rows(x, m, n, M, N, sizes, x_steps, STRIDED, PARTS, PIECES, BLOCK_N)
+    ds_row = ()
+    if ds is not None and TENSORS == 3:
+        ds_row = _load_rows(ds, m, n, M, N, sizes, ds_steps, STRIDED, PARTS, PIECES, BLOCK_N)
+    return tl.load(rstd + m, m < M, 0.0), dy_row, x_row, ds_row
 
 
 @triton.jit(do_not_specialize=["M", "chunk"])
@@ -222,27 +234,49 @@ def _backward_block(
 ):  # fmt: skip
     """dx of a chunk of rows, ROWS at a time, and the chunk's share of dw; with PARTS > 1, of one part of each row.
 
-    The next rows are loaded while these are worked on: into shared memory by STAGES, or into registers by AHEAD.
+    The next tile is loaded while this one is worked on: into shared memory by STAGES, or the first AHEAD of dy, x and
+    ds into registers.
     """
-    tile, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    program, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     n = part * (PIECES * BLOCK_N) + tl.arange(0, BLOCK_N)[None, :]
-    m = tile.to(tl.int64) * chunk + tl.arange(0, ROWS)[:, None]
+    m = program.to(tl.int64) * chunk + tl.arange(0, ROWS)[:, None]
     dw = ()
     weight = ()
     for k in tl.static_range(PIECES):
         dw += (tl.zeros([ROWS, BLOCK_N], tl.float32),)
         if w is not None:
             weight += (tl.load(w + n + k * BLOCK_N, n + k * BLOCK_N < N, 0.0),)
-    if AHEAD:
-        rows = _load_rows(dy, x, rstd, m, n, M, N, sizes, dy_steps, x_steps, STRIDED, PARTS, PIECES, BLOCK_N)
+    if AHEAD > 0:
+        tile = _load_tile(
+            dy, x, ds, rstd, m, n, M, N, sizes, dy_steps, x_steps, ds_steps, AHEAD, STRIDED, PARTS, PIECES, BLOCK_N
+        )
     for _ in tl.range(0, chunk, ROWS, num_stages=STAGES):
-        if AHEAD:
-            dy_row, x_row, r = rows
-            rows = _load_rows(dy, x, rstd, m + ROWS, n, M, N, sizes, dy_steps, x_steps, STRIDED, PARTS, PIECES, BLOCK_N)
-        else:
-            dy_row, x_row, r = _load_rows(
-                dy, x, rstd, m, n, M, N, sizes, dy_steps, x_steps, STRIDED, PARTS, PIECES, BLOCK_N
+        if AHEAD == 0:
+            tile = _load_tile(
+                dy,
+                x,
+                ds,
+                rstd,
+                m,
+                n,
+                M,
+                N,
+                sizes,
+                dy_steps,
+                x_steps,
+                ds_steps,
+                3 if STAGES > 1 else 2,
+                STRIDED,
+                PARTS,
+                PIECES,
+                BLOCK_N,
             )
+        r, dy_row, x_row, ds_row = tile
+        if AHEAD > 0:
+            tile = _load_tile(
+                dy, x, ds, rstd, m + ROWS, n, M, N, sizes, dy_steps, x_steps, ds_steps, AHEAD,
+                STRIDED, PARTS, PIECES, BLOCK_N,
+            )  # fmt: skip
         products = tl.zeros([ROWS, BLOCK_N], tl.float64)
         for k in tl.static_range(PIECES):
             xh = _xh(x_row[k], r, _inside(n + k * BLOCK_N, N, k, PIECES, PARTS))
@@ -252,6 +286,8 @@ def _backward_block(
         if PARTS > 1:
             S = _whole(S, shares + m * parts, part, parts, PARTS)
         c = _mean(S + 0.0, N)  # +0.0, never -0.0
+        if ds is not None and AHEAD < 3 and STAGES == 1:  # not before, which takes more registers than there are
+            ds_row = _load_rows(ds, m, n, M, N, sizes, ds_steps, STRIDED, PARTS, PIECES, BLOCK_N)
         summed = ()
         for k in tl.static_range(PIECES):
             inside = _inside(n + k * BLOCK_N, N, k, PIECES, PARTS)
@@ -259,7 +295,7 @@ def _backward_block(
             g = _times_scale(dy_row[k], None if w is None else weight[k], offset, EARLY)
             dx_row = r * (g - xh * c)
             if ds is not None:
-                dx_row += _load(ds + _start(m, sizes, ds_steps, STRIDED) + n + k * BLOCK_N, (m < M) & inside)
+                dx_row += ds_row[k].to(tl.float32)
             tl.store(dx + m * N + n + k * BLOCK_N, dx_row.to(dx.dtype.element_ty), (m < M) & inside)
             summed += (dw[k] + _dw(dy_row[k].to(tl.float32), xh, x.dtype.element_ty, EARLY),)
         dw = summed
@@ -267,7 +303,7 @@ def _backward_block(
     if partials is not None:
         for k in tl.static_range(PIECES):
             share = tl.sum(dw[k].to(tl.float64), axis=0, keep_dims=True).to(tl.float32)
-            tl.store(partials + tile.to(tl.int64) * N + n + k * BLOCK_N, share, n + k * BLOCK_N < N)
+            tl.store(partials + program.to(tl.int64) * N + n + k * BLOCK_N, share, n + k * BLOCK_N < N)
 
 
 @triton.jit
@@ -442,7 +478,7 @@ def _forward_call(
     eps: float, cast: str, offset: float,
 ) -> _Call:  # fmt: skip
     """Every argument makes another kernel, or another argument of it."""
-    config = launch.forward(rows.N, x.itemsize, _gpu(device))
+    config = launch.forward(rows.N, x.itemsize, with_residual, _gpu(device))
     places = (rows.sizes, rows.steps[0], rows.steps[-1], float(eps), float(offset) or -0.0)
     flags = (cast == "early", rows.strided)
     if config.parts == 0:

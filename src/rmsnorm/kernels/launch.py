@@ -28,7 +28,7 @@ COLUMNS = 1024
 # How the backward pass holds whole rows, by the bytes of a number and the most columns: rows, block_n, warps.
 _BACKWARD = {
     2: {1024: (2, 512, 2), 1536: (2, 256, 2), 2048: (2, 1024, 4), 6144: (1, 1024, 4), 8192: (1, 2048, 8)},
-    4: {1536: (2, 512, 4), 2048: (2, 1024, 8), 6144: (1, 1024, 8), 8192: (1, 2048, 16)},
+    4: {1024: (2, 512, 4), 1536: (2, 256, 2), 2048: (2, 1024, 8), 6144: (1, 1024, 8), 8192: (1, 2048, 16)},
 }
 # How programs share a row, the narrowest rows first, by the bytes of a number: rows, pieces, block_n, warps. Rows times
 # programs must not exceed 32, a warp: `gpu._whole` asks one lane of every warp for each share.
@@ -59,7 +59,7 @@ class Launch:
     pieces: int = 1
     parts: int = 1
     stages: int = 1
-    ahead: bool = False
+    ahead: int = 0
     chunk: int = 1
 
     @property
@@ -75,9 +75,10 @@ class Launch:
 
 
 @functools.lru_cache(4096)
-def forward(N: int, itemsize: int, gpu: Gpu) -> Launch:
+def forward(N: int, itemsize: int, with_residual: bool, gpu: Gpu) -> Launch:
     """Whole rows of up to four pieces, 16 bytes a thread and piece; wider ones shared between programs."""
-    if N > FORWARD_WIDEST:
+    widest = FORWARD_WIDEST * 3 // 4 if with_residual else FORWARD_WIDEST
+    if widest < N:
         eight = (1, 8, 2048, 8 if itemsize == 2 else 16)
         return _shared(N, (*_SHARED[itemsize], eight), gpu) or Launch(PIECE, 16, parts=0)
     if N <= 256:
@@ -98,11 +99,10 @@ def backward(M: int, N: int, itemsize: int, loaded: int, with_dw: bool, gpu: Gpu
         config = _shared(N, _SHARED[itemsize], gpu)
         if config is None:
             return Launch(PIECE, 16, parts=0)
-        if not with_dw:
-            return replace(config, chunk=config.rows)
-        # Twice as many programs as run at once, so that few of them wait for one that has not begun.
-        programs = 8 * PROGRAMS // (config.warps * config.parts)
-        ahead = N % 16 == 0 and gpu.capability >= 9  # elsewhere the registers do not suffice
+        # Twice as many rows as have all of their programs running at once: eight warps of each multiprocessor.
+        programs = 2 * (PROGRAMS * 4 // config.warps // config.parts)
+        # The registers do not suffice elsewhere: ptxas finds fewer than are there, or the loads are narrow.
+        ahead = 0 if N % 16 or gpu.capability < 9 else 3 if loaded <= 8 else 2
         return replace(config, ahead=ahead, chunk=_chunk(M, programs, config.rows))
     if N <= 256:
         block_n, rows = _narrow(N)
