@@ -19,7 +19,7 @@ from rmsnorm.measure import Timing
 
 M, N = 48, 320
 QUIET = {"error": "not asked for"}
-EAGER = tuple(p for p in bench.PROVIDERS if not p.compiled)
+EAGER = tuple(p for p in bench.PROVIDERS if not p.compiled and not p.package)
 
 
 @pytest.fixture
@@ -62,12 +62,17 @@ def test_moved_bytes(dtype: torch.dtype) -> None:
     def size(*tensors: Tensor) -> int:
         return sum(t.numel() * t.element_size() for t in tensors)
 
+    def moved(mode: str) -> int:
+        return bench.moved_bytes(Case(M, N, dtype, mode))
+
     x = torch.empty(M, N, dtype=dtype)
     w, rstd = torch.empty(N, dtype=dtype), torch.empty(M)
-    forward = size(x, w, x)  # reads x and w, writes y
-    assert bench.moved_bytes(M, N, dtype.itemsize, FORWARD) == forward
     backward = size(x, x, w, rstd) + size(x, w)  # reads dy, x, w and rstd, writes dx and dw
-    assert bench.moved_bytes(M, N, dtype.itemsize, TRAINING) == forward + size(rstd) + backward
+    assert moved(FORWARD) == size(x, w, x)  # reads x and w, writes y
+    assert moved(bench.BACKWARD) == backward
+    assert moved(TRAINING) == size(x, w, x, rstd) + backward
+    assert moved(bench.ADD_FORWARD) == size(x, x, w) + size(x, x)
+    assert moved(bench.ADD_BACKWARD) == backward + size(x)  # and ds
 
 
 def test_the_cases() -> None:
@@ -77,8 +82,30 @@ def test_the_cases() -> None:
     assert {c.dtype for c in full} - {c.dtype for c in quick} == {torch.float16}
     shapes = {(rows, 1280) for rows in (1, 64, 512, 2048, 4096, 8192)} | {(2048, 4096)}
     assert {(c.M, c.N) for c in full} == shapes
-    gpu = {(c.M, c.N) for c in bench.cases("cuda", quick=False)}
-    assert {(8192, 1280), (65536, 1280), (512, 262144)} <= gpu
+    gpu = list(bench.cases("cuda", quick=False))
+    assert {(8192, 1280), (65536, 1280), (512, 262144)} <= {(c.M, c.N) for c in gpu}
+    assert {c.mode for c in gpu} == {FORWARD, bench.BACKWARD, bench.ADD_FORWARD, bench.ADD_BACKWARD}
+
+
+@pytest.mark.parametrize("mode", [bench.BACKWARD, bench.ADD_FORWARD, bench.ADD_BACKWARD])
+def test_the_modes_of_a_gpu_run_on_a_cpu_too(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "PROVIDERS", EAGER)
+    monkeypatch.setattr(bench, "_QUICK_SECONDS", 0.01)
+    case = Case(M, N, torch.bfloat16, mode)
+    row = bench._measure(case, torch.device("cpu"), quick=True)
+    assert row.red == ""
+    assert all(m.timing for m in row.providers.values())
+    assert row.providers["Definition"].differs == 0
+
+    def wrong(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        y, s = rmsnorm.add_rms_norm(x, residual, w, bench.EPS)
+        return y, (s + 0.5 * (s - s.detach()) if mode == bench.ADD_BACKWARD else s + 1)
+
+    broken = tuple(dataclasses.replace(p, add=wrong) if p.name == "ours" else p for p in EAGER)
+    monkeypatch.setattr(bench, "PROVIDERS", broken)
+    row = bench._measure(case, torch.device("cpu"), quick=True)
+    assert bool(row.red) == case.adds
+    assert (row.providers["ours"].timing is None) == case.adds
 
 
 @pytest.mark.usefixtures("small")
@@ -168,7 +195,7 @@ def timing(us: float) -> Timing:
 
 def result_of(device: str, *rows: Row) -> bench.Result:
     facts = machine.describe("cpu") | {"device": device}
-    return bench.Result(facts, "a kernel", False, rows, QUIET, 1.0)
+    return bench.Result(facts, "a kernel", False, rows, QUIET, {}, 1.0)
 
 
 def test_bounds_take_the_minimum_on_a_cpu() -> None:
@@ -200,11 +227,12 @@ def test_bounds_of_one_row() -> None:
     assert [(h.met, round(h.measured, 3)) for h in held] == [(False, 2.98), (True, 1.0)]
 
 
-def test_bounds_take_the_median_on_a_gpu_up_to_a_width() -> None:
-    providers = {"ours": Measured(timing(10.0)), "copy": Measured(Timing(100, 1e-6, 17e-6, 1e-6, 2e-5))}
-    rows = [Row(Case(m, n, torch.bfloat16, FORWARD), "", providers) for m, n in ((8192, 16384), (1024, 131072))]
+def test_bounds_take_the_median_on_a_gpu() -> None:
+    providers = {"ours": Measured(timing(10.0)), "copy": Measured(Timing(100, 1e-6, 18.6e-6, 1e-6, 2e-5))}
+    shapes = ((8192, 1280), (8192, 16384), (1024, 131072))
+    rows = [Row(Case(m, n, torch.bfloat16, FORWARD), "", providers) for m, n in shapes]
     held = result_of("cuda", *rows).bounds()
-    assert [(h.met, round(h.measured, 3)) for h in held] == [(True, 0.85)]
+    assert [(h.met, round(h.measured, 3)) for h in held] == [(False, 0.93), (True, 0.93)]  # small ones are not held
 
 
 def test_the_first_call_is_measured_in_new_processes() -> None:

@@ -3,15 +3,19 @@
 Providers are a table and every one of them goes through the same loop. To add one, add a line to `PROVIDERS`.
 """
 
+import contextlib
+import functools
 import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +28,15 @@ from rmsnorm import machine, measure, reference
 from rmsnorm.measure import Progress, Timing
 
 EPS = 1e-6
-FORWARD, TRAINING = "forward", "forward+backward"
+FORWARD, BACKWARD, TRAINING = "forward", "backward", "forward+backward"
+ADD_FORWARD, ADD_BACKWARD = "add + norm, forward", "add + norm, backward"
+_NO_GRAD = "forward, no_grad"
 _QUICK_SECONDS, _QUICK_FEWEST = 0.4, 5
+_SAMPLES = (100, 31)  # on a CPU, on a GPU
 
 Norm = Callable[[Tensor, Tensor], Tensor]
+AddNorm = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Run = Callable[..., tuple[Tensor, ...]]
 
 
 def definition(x: Tensor, w: Tensor) -> Tensor:
@@ -43,7 +52,7 @@ def definition(x: Tensor, w: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """M rows of N, one dtype for x and w; mode is FORWARD or TRAINING."""
+    """M rows of N, one dtype for x and w; mode is one of the five above."""
 
     M: int
     N: int
@@ -54,57 +63,136 @@ class Case:
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
+    @property
+    def adds(self) -> bool:
+        return self.mode in (ADD_FORWARD, ADD_BACKWARD)
+
+    @property
+    def tensors(self) -> int:
+        """Tensors of M x N that must be read or written."""
+        return {FORWARD: 2, BACKWARD: 3, TRAINING: 5, ADD_FORWARD: 4, ADD_BACKWARD: 4}[self.mode]
+
 
 @dataclass(frozen=True)
 class Provider:
-    """norm: (x, w) -> y, or None for a copy of as many bytes. equal: it computes the Definition, up to rounding."""
+    """norm: (x, w) -> y, or None for a copy of as many bytes. equal: it computes the Definition, up to rounding.
+
+    add: (x, residual, w) -> (y, x + residual); the sum and then norm, where there is none. package: what must be
+    importable; providers whose package is not there are left out.
+    """
 
     name: str
     norm: Norm | None
     compiled: bool = False
     equal: bool = True
+    add: AddNorm | None = None
+    package: str = ""
+
+
+def _liger(x: Tensor, w: Tensor) -> Tensor:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    y: Tensor = LigerRMSNormFunction.apply(x, w, EPS, 0.0, "llama", False)
+    return y
+
+
+def _liger_add(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+
+    y, s = LigerFusedAddRMSNormFunction.apply(x, residual, w, EPS, 0.0, "llama", False)
+    return y, s
+
+
+def _quack(x: Tensor, w: Tensor) -> Tensor:
+    from quack.rmsnorm import rmsnorm as norm
+
+    y: Tensor = norm(x, w, eps=EPS)
+    return y
+
+
+def _quack_add(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    from quack.rmsnorm import rmsnorm as norm
+
+    y, s = norm(x, w, residual=residual, eps=EPS, prenorm=True)
+    return y, s
+
+
+def _flashinfer(x: Tensor, w: Tensor) -> Tensor:
+    from flashinfer.norm import rmsnorm as norm
+
+    y: Tensor = norm(x, w, EPS)
+    return y
+
+
+def _fla(x: Tensor, w: Tensor) -> Tensor:
+    from fla.modules.norm.layernorm import rms_norm as norm
+
+    y: Tensor = norm(x, w, None, eps=EPS)
+    return y
+
+
+def _fla_add(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    from fla.modules.norm.layernorm import rms_norm as norm
+
+    y, s = norm(x, w, None, residual=residual, eps=EPS, prenorm=True)
+    return y, s
 
 
 PROVIDERS = (
-    Provider("ours", lambda x, w: rmsnorm.rms_norm(x, w, EPS)),
+    Provider("ours", lambda x, w: rmsnorm.rms_norm(x, w, EPS), add=lambda x, r, w: rmsnorm.add_rms_norm(x, r, w, EPS)),
     Provider("copy", None),
     Provider("Definition", definition),
     Provider("F.rms_norm", lambda x, w: F.rms_norm(x, (x.shape[-1],), w, EPS)),
     Provider("LayerNorm", lambda x, w: F.layer_norm(x, (x.shape[-1],), w, None, EPS), equal=False),
     Provider("torch.compile", definition, compiled=True),
+    Provider("Liger", _liger, add=_liger_add, package="liger_kernel"),
+    Provider("QuACK", _quack, add=_quack_add, package="quack"),
+    Provider("FlashInfer", _flashinfer, package="flashinfer"),
+    Provider("fla", _fla, add=_fla_add, package="fla"),
 )
+
+
+def providers(device_type: str) -> tuple[Provider, ...]:
+    """Those that can be imported; packages of others have kernels for GPUs only."""
+    return tuple(p for p in PROVIDERS if not p.package or (device_type == "cuda" and find_spec(p.package) is not None))
+
 
 Shapes = tuple[tuple[int, int], ...]
 _CPU_SHAPES: Shapes = ((1, 1280), (64, 1280), (512, 1280), (2048, 1280), (4096, 1280), (8192, 1280), (2048, 4096))
 _CPU_SHAPES_QUICK: Shapes = ((1, 1280), (512, 1280), (8192, 1280))
 _CUDA_SHAPES: Shapes = (
-    (16, 1280), (8192, 1280), (65536, 1280), (8192, 512), (16384, 2048), (16384, 4096), (16384, 7168),
+    (8192, 1280), (65536, 512), (65536, 1280), (16384, 2048), (16384, 2880), (16384, 4096), (8192, 5120), (16384, 7168),
     (8192, 16384), (4096, 32768), (2048, 65536), (1024, 131072), (512, 262144),
 )  # fmt: skip
-_CUDA_SHAPES_QUICK: Shapes = ((16, 1280), (8192, 1280), (16384, 7168))
+# Enough for what differs from the others only in the residual, or from bf16 only in the format of its 16 bits.
+_CUDA_SHAPES_QUICK: Shapes = ((8192, 1280), (65536, 1280), (16384, 4096), (16384, 7168))
 
 
 def cases(device_type: str, quick: bool) -> Iterator[Case]:
     """The cases of a run, in the order in which they are measured."""
-    if device_type == "cuda":
-        shapes = _CUDA_SHAPES_QUICK if quick else _CUDA_SHAPES
-    else:
-        shapes = _CPU_SHAPES_QUICK if quick else _CPU_SHAPES
     dtypes = (torch.bfloat16, torch.float32) if quick else (torch.bfloat16, torch.float32, torch.float16)
-    for dtype, mode, (M, N) in itertools.product(dtypes, (FORWARD, TRAINING), shapes):
-        yield Case(M, N, dtype, mode)
+    if device_type != "cuda":
+        shapes = _CPU_SHAPES_QUICK if quick else _CPU_SHAPES
+        for dtype, mode, (M, N) in itertools.product(dtypes, (FORWARD, TRAINING), shapes):
+            yield Case(M, N, dtype, mode)
+        return
+    for dtype, mode in itertools.product(dtypes, (FORWARD, BACKWARD, ADD_FORWARD, ADD_BACKWARD)):
+        few = quick or mode in (ADD_FORWARD, ADD_BACKWARD) or dtype == torch.float16
+        for M, N in _CUDA_SHAPES_QUICK if few else _CUDA_SHAPES:
+            yield Case(M, N, dtype, mode)
 
 
-def moved_bytes(M: int, N: int, element: int, mode: str) -> int:
-    """What a norm that touches nothing twice must move; `element`: bytes of one of x, w, y, dy, dx, dw.
-
-    Forward: x, w, y. Forward and backward: x, w, y and the fp32 rstd written; then dy, x, w and rstd read, dx and
-    dw written.
-    """
-    rows, columns = M * N * element, N * element
-    if mode == FORWARD:
-        return 2 * rows + columns
-    return 5 * rows + 3 * columns + 2 * 4 * M
+def moved_bytes(case: Case) -> int:
+    """What nothing that computes this can avoid to read and write; see `rmsnorm.cost`."""
+    implementation: Any = "ours+residual" if case.adds else "ours"
+    phases: dict[str, tuple[Any, ...]] = {
+        FORWARD: ("inference",), ADD_FORWARD: ("inference",), TRAINING: ("forward", "backward")
+    }  # fmt: skip
+    shape = (case.M, case.N)
+    return sum(
+        rmsnorm.cost(shape, case.dtype, implementation=implementation, phase=phase).least
+        for phase in phases.get(case.mode, ("backward",))
+    )
 
 
 # --- what is held against it ---------------------------------------------------------------------------------
@@ -131,8 +219,18 @@ _CPU_BOUNDS = (
 )
 _CPU_ROW_BOUND = Bound(FORWARD, "F.rms_norm", 3)
 _CPU_ROW_SECONDS = 5e-6
-_CUDA_BOUND = Bound(FORWARD, "copy", 0.85)
 _CUDA_WIDEST = 16384
+
+
+def _cuda_bounds(case: Case) -> tuple[Bound, ...]:
+    """Shares of a copy's speed, and of the fastest peer's."""
+    wide = case.N > _CUDA_WIDEST
+    copy = {FORWARD: 1 / 1.10 if wide else 1 / 1.05, ADD_FORWARD: 1 / 1.05}.get(case.mode)
+    if case.mode == BACKWARD:
+        copy = 1 / 1.30 if wide or case.N < 1024 else 1 / 1.10
+    small = case.M * case.N < 1 << 25
+    bounds = () if copy is None or small or case.N > 262144 else (Bound(case.mode, "copy", copy),)
+    return (*bounds, Bound(FORWARD, "QuACK", 0.98), Bound(case.mode, "LayerNorm", 1))
 
 
 @dataclass(frozen=True)
@@ -195,6 +293,7 @@ class Result:
     quick: bool
     rows: tuple[Row, ...]
     first_call: dict[str, Any]
+    host: dict[str, dict[str, float]]
     seconds: float
 
     @property
@@ -212,7 +311,7 @@ class Result:
             where = f"{case.dtype_name} {case.M} x {case.N} {case.mode}"
             wanted: tuple[Bound, ...] = ()
             if self.cuda:
-                wanted = (_CUDA_BOUND,) if case.N <= _CUDA_WIDEST and case.M > 16 else ()
+                wanted = _cuda_bounds(case)
             elif case.dtype != torch.float16:
                 wanted = {_BIG: _CPU_BOUNDS, _ROW: (_CPU_ROW_BOUND,)}.get((case.M, case.N), ())
             for bound in wanted:
@@ -234,17 +333,18 @@ class Result:
             "seconds": round(self.seconds, 1),
             "figure": "median_us, L2 overwritten before every call" if self.cuda else "min_us",
             "first_call": self.first_call,
+            "host_us_of_16_x_1280": self.host,
             "cases": [
                 {
                     "M": row.case.M,
                     "N": row.case.N,
                     "dtype": row.case.dtype_name,
                     "mode": row.case.mode,
-                    "moved_bytes": moved_bytes(row.case.M, row.case.N, row.case.dtype.itemsize, row.case.mode),
+                    "moved_bytes": moved_bytes(row.case),
                     "check": row.red or "green",
                     "copy_over_ours": row.ratio("copy", self.cuda),
                     "definition_over_ours": row.ratio("Definition", self.cuda),
-                    "providers": {name: m.to_json() for name, m in row.providers.items()},
+                    "providers": {name: m.to_json() | self._speed(row, name) for name, m in row.providers.items()},
                 }
                 for row in self.rows
             ],
@@ -262,22 +362,34 @@ class Result:
         parts: list[Any] = [Text(machine.headline(self.facts)), Text(f"ours: {self.kernel}")]
         which = "median" if self.cuda else "minimum"
         for (dtype, mode), group in itertools.groupby(self.rows, lambda row: (row.case.dtype_name, row.case.mode)):
-            names = [p.name for p in PROVIDERS]
+            names = [p.name for p in providers(self.facts["device"])]
             table = Table(title=f"{mode}, {dtype}: {which} us (≠: share of outputs that are not the Definition's bits)")
             table.add_column("M x N")
             for name in names:
                 table.add_column(name, justify="right")
             table.add_column("copy / ours", justify="right")
             table.add_column("Definition / ours", justify="right")
+            table.add_column("ours GB/s", justify="right")
             if mode == TRAINING:
                 table.add_column("saved: ours, Definition (MB)", justify="right")
             for row in group:
                 cells = [self._cell(row, name) for name in names]
                 cells += [_times(row.ratio(peer, self.cuda)) for peer in ("copy", "Definition")]
+                speed = self._speed(row, "ours").get("gb_per_s")
+                cells.append("-" if speed is None else f"{speed:.0f}")
                 if mode == TRAINING:
                     saved = [row.providers[name].saved for name in ("ours", "Definition")]
                     cells.append(", ".join("-" if s is None else f"{s / 1e6:.2f}" for s in saved))
                 table.add_row(f"{row.case.M} x {row.case.N}", *cells)
+            parts.append(table)
+        if self.host:
+            table = Table(title="Host time of a call on 16 x 1280, bf16: median us, the GPU not waited for")
+            table.add_column("")
+            kinds = list(next(iter(self.host.values())))
+            for kind in kinds:
+                table.add_column(kind, justify="right")
+            for name, times in self.host.items():
+                table.add_row(name, *(f"{times[kind]:.1f}" if kind in times else "-" for kind in kinds))
             parts.append(table)
         table = Table(title="Bounds (said, not asserted)")
         for column in ("ratio", "measured", "at least", ""):
@@ -294,10 +406,17 @@ class Result:
             parts.append(Text("ours has the exact bits in every case; where it is ≠, the Definition's own sum is off"))
         return Group(*parts)
 
+    def _speed(self, row: Row, name: str) -> dict[str, float]:
+        """What must be moved over the time, and the share of a copy's speed."""
+        seconds, copy = row.time(name, self.cuda), row.time("copy", self.cuda)
+        if seconds is None or copy is None:
+            return {}
+        return {"gb_per_s": moved_bytes(row.case) / seconds / 1e9, "share_of_copy": copy / seconds}
+
     def _cell(self, row: Row, name: str) -> Any:
         from rich.text import Text
 
-        measured = row.providers[name]
+        measured = row.providers.get(name, Measured(None, "-"))
         seconds = row.time(name, self.cuda)
         if seconds is None:
             return Text(measured.reason, "red")
@@ -342,47 +461,48 @@ def main(device: str | None, quick: bool, out: Path | None, progress: Progress) 
     todo = list(cases(where.type, quick))
     progress(0, 1 + len(todo), "the first call, in new processes")
     first_call = _first_call(where)
-    rows = []
+    host = _host(where) if where.type == "cuda" else {}
+    x = torch.ones(2, 1280, dtype=torch.bfloat16, device=where)
+    result = Result(facts, rmsnorm.explain(x, x[0]), quick, (), first_call, host, 0.0)
     for number, case in enumerate(todo, 1):
         progress(number, 1 + len(todo), f"{case.dtype_name} {case.M} x {case.N} {case.mode}")
-        rows.append(_measure(case, where, quick))
-    x = torch.ones(2, 1280, dtype=torch.bfloat16, device=where)
-    kernel = rmsnorm.explain(x, x[0])
-    seconds = time.perf_counter() - start
-    result = Result(facts, kernel, quick, tuple(rows), first_call, seconds)
-    if out is not None:
-        measure.write_json(out / f"bench-{where.type}.json", result.to_json())
+        row = _measure(case, where, quick)
+        result = replace(result, rows=(*result.rows, row), seconds=time.perf_counter() - start)
+        if out is not None:  # after each case, so that what ends the run early takes nothing away
+            measure.write_json(out / f"bench-{where.type}.json", result.to_json())
     return result
 
 
 def _measure(case: Case, device: torch.device, quick: bool) -> Row:
     generator = torch.Generator("cpu").manual_seed(case.M * 7919 + case.N)
-    x, dy = (torch.randn(case.M, case.N, generator=generator).to(device, case.dtype) for _ in range(2))
+    x, dy, *others = (
+        torch.randn(case.M, case.N, generator=generator).to(device, case.dtype) for _ in range(4 if case.adds else 2)
+    )
     w = (torch.rand(case.N, generator=generator) + 0.5).to(device, case.dtype)
-    training = case.mode == TRAINING
-    if training:
-        x.requires_grad_()
-        w.requires_grad_()
+    inputs = (x, *others[:1], w)
+    cotangents = (dy, *others[1:])
+    if case.mode not in (FORWARD, ADD_FORWARD):
+        for t in inputs:
+            t.requires_grad_()
     with torch.no_grad():
-        expected = definition(x, w)
+        expected = definition(x + others[0] if case.adds else x, w)
 
     calls: dict[str, Callable[[], object]] = {}
     found: dict[str, Measured] = {}
     red = ""
-    for provider in PROVIDERS:
-        name, norm = provider.name, provider.norm
-        if norm is None:
+    for provider in providers(device.type):
+        name = provider.name
+        if provider.norm is None:
             calls[name], found[name] = _copy(case, device), Measured(None)
             continue
         try:
-            if provider.compiled:
-                norm = _compile(norm)
+            run = _runner(provider, case)
             if name == "ours":
-                red = _wrong(norm, x, w, dy, training)
-            y = norm(x, w)
+                red = _wrong(run, inputs, cotangents)
+            y, *_ = run(*inputs)
             differs = measure.differing(y, expected)[0] / y.numel() if provider.equal else None
-            saved = _saved(norm, x, w) if training else None
-            call = _call(norm, x, w, dy, training)
+            saved = _saved(run, inputs) if case.mode == TRAINING else None
+            call = _call(run, case, inputs, cotangents)
             call()
         except Exception as error:  # noqa: BLE001  # a peer that cannot run here is a line in the table
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -395,50 +515,124 @@ def _measure(case: Case, device: torch.device, quick: bool) -> Row:
         del y
     del expected
 
-    timings = measure.interleave(calls, device, fewest=_QUICK_FEWEST, seconds=_QUICK_SECONDS if quick else None)
+    timings = measure.interleave(
+        calls,
+        device,
+        samples=_SAMPLES[device.type == "cuda"],
+        fewest=_QUICK_FEWEST,
+        seconds=_QUICK_SECONDS if quick else None,
+    )
     return Row(case, red, {name: replace(m, timing=timings.get(name)) for name, m in found.items()})
 
 
-def _compile(norm: Norm) -> Norm:
+def _runner(provider: Provider, case: Case) -> Run:
+    """What computes the outputs of the case, (y,) or (y, s), from (x, w) or (x, residual, w)."""
+    norm, add = provider.norm, provider.add
+    assert norm is not None
+
+    def plain(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        return (norm(x, w),)
+
+    def added(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        if add is not None:
+            return add(x, residual, w)
+        s = x + residual
+        return norm(s, w), s
+
+    run: Run = added if case.adds else plain
+    return _compile(run) if provider.compiled else run
+
+
+def _compile(run: Run) -> Run:
     torch._dynamo.reset()  # each case compiles anew, for its own shape, as a model of fixed shapes would
-    return torch.compile(norm, fullgraph=True, dynamic=False)
+    from torch._functorch import config
+
+    config.donated_buffer = False  # the backward pass alone is measured on a graph that is kept
+    return torch.compile(run, fullgraph=True, dynamic=False)
 
 
-def _saved(norm: Norm, x: Tensor, w: Tensor) -> int:
-    with measure.saved_for_backward([w]) as saved:
-        y = norm(x, w)  # held until it is counted
+def _saved(run: Run, inputs: tuple[Tensor, ...]) -> int:
+    with measure.saved_for_backward([inputs[-1]]) as saved:
+        outputs = run(*inputs)  # held until it is counted
         count = saved()
-    del y
+    del outputs
     return count
 
 
-def _call(norm: Norm, x: Tensor, w: Tensor, dy: Tensor, training: bool) -> Callable[[], object]:
-    if training:
-        return lambda: torch.autograd.grad(norm(x, w), (x, w), dy)
-    return lambda: norm(x, w)
+def _call(run: Run, case: Case, inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> Callable[[], object]:
+    if case.mode in (FORWARD, ADD_FORWARD):
+        return lambda: run(*inputs)
+    if case.mode == TRAINING:
+        return lambda: torch.autograd.grad(run(*inputs), inputs, cotangents)
+    outputs = run(*inputs)
+    return lambda: torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True)
 
 
 def _copy(case: Case, device: torch.device) -> Callable[[], object]:
-    """y.copy_(x) of as many elements as the norm has to move: one tensor to another, and 5 tensors when training."""
-    tensors = 2 if case.mode == FORWARD else 5
-    source = torch.ones(case.M * case.N * tensors // 2, dtype=case.dtype, device=device)
+    """y.copy_(x) of as many elements as the norm has to move."""
+    source = torch.ones(case.M * case.N * case.tensors // 2, dtype=case.dtype, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
 
-def _wrong(norm: Norm, x: Tensor, w: Tensor, dy: Tensor, training: bool) -> str:
-    """What differs in bits from the reference on this very input; empty if nothing does."""
-    y_wanted, _, rstd = reference.forward(x.detach(), None, w.detach(), EPS, "early", 0.0, with_rstd=True)
-    y = norm(x, w)
-    pairs = {"y": (y, y_wanted)}
-    if training:
+def _wrong(run: Run, inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> str:
+    """What differs in bits from the reference on these very inputs; empty if nothing does."""
+    x, *residual, w = (t.detach() for t in inputs)
+    y, s, rstd = reference.forward(x, residual[0] if residual else None, w, EPS, "early", 0.0, with_rstd=True)
+    outputs = run(*inputs)
+    pairs = {"y": (outputs[0], y)}
+    if s is not None:
+        pairs["s"] = (outputs[1], s)
+    if any(t.requires_grad for t in inputs):
         assert rstd is not None
-        dx = torch.autograd.grad(y, x, dy)[0]
-        wanted = reference.backward(dy, None, x.detach(), w.detach(), rstd, "early", 0.0, True, False)[0]
+        dx = torch.autograd.grad(outputs, inputs[0], cotangents)[0]
+        dy, ds = (*cotangents, None)[:2]
+        assert dy is not None
+        wanted = reference.backward(dy, ds, x if s is None else s, w, rstd, "early", 0.0, True, False)[0]
         assert wanted is not None
         pairs["dx"] = (dx, wanted)
     wrong = {name: measure.differing(*pair)[0] for name, pair in pairs.items()}
     return ", ".join(f"{count} of {y.numel()} {name} differ" for name, count in wrong.items() if count)
+
+
+# --- the host's part -----------------------------------------------------------------------------------------
+
+_HOST_CALLS, _HOST_ROUNDS = 50, 21
+
+
+def _host(device: torch.device) -> dict[str, dict[str, float]]:
+    """Microseconds that a call keeps the host busy, by provider: the median of rounds of calls that a GPU follows."""
+    x, dy = (torch.randn(16, 1280, device=device).bfloat16() for _ in range(2))
+    w = torch.randn(1280, device=device).bfloat16()
+    xg, wg = x.clone().requires_grad_(), w.clone().requires_grad_()
+    calls: dict[tuple[str, str], Callable[[], object]] = {}
+    for provider in providers(device.type):
+        if provider.norm is None:
+            continue
+        with contextlib.suppress(Exception):  # the tables say why a provider cannot run
+            run = _runner(provider, Case(16, 1280, x.dtype, FORWARD))
+            run(x, w)
+            calls[provider.name, _NO_GRAD] = functools.partial(run, x, w)
+            y = run(xg, wg)
+            _call(run, Case(16, 1280, x.dtype, BACKWARD), (xg, wg), (dy,))()
+            calls[provider.name, FORWARD] = functools.partial(run, xg, wg)
+            calls[provider.name, BACKWARD] = functools.partial(
+                torch.autograd.grad, y, (xg, wg), (dy,), retain_graph=True
+            )
+    taken: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+    for _ in range(_HOST_ROUNDS):
+        for (name, kind), call in calls.items():
+            with torch.set_grad_enabled(kind != _NO_GRAD):
+                torch.cuda.synchronize(device)
+                start = time.perf_counter()
+                for _ in range(_HOST_CALLS):
+                    call()
+                taken[name, kind].append((time.perf_counter() - start) / _HOST_CALLS)
+    torch.cuda.synchronize(device)
+    found: dict[str, dict[str, float]] = {}
+    for (name, kind), seconds in taken.items():
+        found.setdefault(name, {})[kind] = statistics.median(seconds) * 1e6
+    return found
 
 
 # --- the first call ------------------------------------------------------------------------------------------
