@@ -621,7 +621,7 @@ class StrangersRMSNorm(nn.Module):
 
 @on(2)
 def patched(mesh: DeviceMesh) -> None:
-    """Patched, then sharded; the other way round nothing is replaced, and the report says what to do."""
+    """Patched, then sharded; the other way round nothing is replaced, and the message says what to do."""
 
     def strange() -> nn.Module:
         model = Block()
@@ -645,9 +645,10 @@ def patched(mesh: DeviceMesh) -> None:
     for shard in (lambda model: in_parallel(model, mesh), lambda model: fully_shard(model, mesh=mesh)):
         model = strange()
         shard(model)
-        left = rmsnorm.patch(model).left
-        assert len(left) == 3
-        assert all("patch before it is sharded" in v.reason for v in left), left
+        norms = [model.norm, model.middle, model.final]
+        with pytest.raises(RuntimeError, match=r"is sharded \(a DTensor\); the order that works: patch, then"):
+            rmsnorm.patch(model)
+        assert norms == [model.norm, model.middle, model.final], "something was replaced"
 
 
 # --- mistakes and faults -------------------------------------------------------------------------------------
