@@ -205,20 +205,6 @@ def test_the_least_is_every_argument_and_result_once(dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [B, F])
-def test_the_bytes_of_the_benchmark(dtype) -> None:
-    M, N, e = 24, 40, dtype.itemsize
-    for provider in ("copy", "torch.compile"):
-        assert counting.moved_bytes((M, N), dtype, provider, "inference") == 2 * M * N * e + N * e
-        assert counting.moved_bytes((M, N), dtype, provider, "training") == 5 * M * N * e + 3 * N * e + 2 * 4 * M
-    for provider, implementation in (("ours", "ours"), ("Definition", "eager"), ("F.rms_norm", "F.rms_norm")):
-        for device in ("cpu", "cuda"):
-            options: Any = {"implementation": implementation, "device": device}
-            phases = [cost((M, N), dtype, phase=phase, **options).moved for phase in counting.PHASES]
-            assert counting.moved_bytes((M, N), dtype, provider, "inference", device) == phases[0]
-            assert counting.moved_bytes((M, N), dtype, provider, "training", device) == phases[1] + phases[2]
-
-
-@pytest.mark.parametrize("dtype", [B, F])
 @pytest.mark.parametrize("make", [nn.RMSNorm, nn.LayerNorm])
 def test_parameters_and_adamw_s_state(dtype, make) -> None:
     layer = make(48).to(dtype)

@@ -137,28 +137,6 @@ def cost(
     )
 
 
-# The providers of `rmsnorm bench` whose code is counted, by their names there.
-_COUNTED: dict[str, Implementation] = {"ours": "ours", "Definition": "eager", "F.rms_norm": "F.rms_norm"}
-
-
-def moved_bytes(
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    provider: str,
-    phase: Literal["inference", "training"],
-    device: str = "cpu",
-) -> int:
-    """Bytes that a provider of `rmsnorm bench` reads and writes; training is forward and backward.
-
-    shape, dtype: of x, and the dtype of the weight too. Of a provider whose code is not counted (a copy, what a
-    compiler makes) it is what nothing can avoid moving. Raises as `cost` does.
-    """
-    implementation = _COUNTED.get(provider, "ours")
-    phases: tuple[Phase, ...] = ("inference",) if phase == "inference" else ("forward", "backward")
-    costs = [cost(shape, dtype, implementation=implementation, phase=each, device=device) for each in phases]
-    return sum(c.moved if provider in _COUNTED else c.least for c in costs)
-
-
 @dataclass(frozen=True)
 class _Case:
     M: int
