@@ -117,6 +117,14 @@ def _whole(S, shares, part, parts, PARTS: tl.constexpr):
     return tl.sum(found.to(tl.float64, bitcast=True), axis=1, keep_dims=True)
 
 
+@triton.jit
+def _packed(row):
+    """The row as memory has it. Without this its fp32 copy is kept over a wait, in twice the registers."""
+    if row.dtype.primitive_bitwidth == 16:
+        row = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [row], dtype=row.dtype, is_pure=True, pack=2)
+    return row
+
+
 # A row is held in PIECES of BLOCK_N columns, so that a width far from a power of two leaves few threads idle.
 
 
@@ -151,6 +159,10 @@ def _forward_block(
     S = tl.sum(squares, axis=1, keep_dims=True)
     if PARTS > 1:
         S = _whole(S, shares + m * parts, part, parts, PARTS)
+        packed = ()
+        for k in tl.static_range(PIECES):
+            packed += (_packed(row[k]),)
+        row = packed
     r = _rstd(S, N, eps)
     if rstd is not None:
         tl.store(rstd + m, r, m < M)

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 # Columns of a row that one program holds in registers without spills (ptxas, sm_80 to sm_100).
 FORWARD_WIDEST, BACKWARD_WIDEST = 16384, 8192
-# Programs that share a wider row, of which all must run at once, also beside other kernels that wait for theirs: only
-# on a GPU with room for this many times as many. Elsewhere one program walks over a row that is wider.
-MOST_PARTS, ROOM = 16, 4
+# All programs that share a wider row must run at once, also beside other kernels that wait for theirs: only on a GPU
+# with room for this many times as many. Elsewhere one program walks over a row that is wider.
+ROOM = 4
 PIECE = 8192  # columns that a walk takes at once, 16 elements a thread
 # Elements a program holds at once if the rows are narrow. With more rows, what is done once a row (an fp64 division,
 # an address in 64 bits) fills the registers: 256 rows of 4 columns spill.
@@ -27,14 +27,24 @@ LONGEST_SUM = 64
 COLUMNS = 1024
 # How the backward pass holds whole rows, by the bytes of a number and the most columns: rows, block_n, warps.
 _BACKWARD = {
-    2: {1024: (2, 512, 2), 1536: (2, 256, 2), 2048: (2, 1024, 4), 6144: (1, 1024, 4), 8192: (1, 2048, 8)},
-    4: {1024: (2, 512, 4), 1536: (2, 256, 2), 2048: (2, 1024, 8), 6144: (1, 1024, 8), 8192: (1, 2048, 16)},
+    2: {
+        1024: (2, 512, 2), 1280: (2, 256, 2), 1536: (2, 512, 4), 2048: (2, 1024, 4), 5120: (1, 1024, 4),
+        8192: (1, 2048, 8),
+    },
+    4: {
+        1024: (2, 512, 4), 1280: (2, 256, 2), 1536: (2, 512, 4), 2048: (2, 1024, 8), 3072: (1, 1024, 8),
+        4096: (1, 2048, 16), 5120: (1, 1024, 8), 8192: (1, 2048, 16),
+    },
+}  # fmt: skip
+# How programs share a row, by the same: rows, pieces, block_n, warps. Rows times programs must not exceed 32, a warp:
+# `gpu._whole` asks one lane of every warp for each share.
+_FORWARD_SHARED = {
+    2: {65536: (1, 4, 1024, 4), 524288: (1, 16, 1024, 4)},
+    4: {32768: (2, 2, 1024, 4), 65536: (1, 4, 1024, 4), 262144: (1, 8, 1024, 4)},
 }
-# How programs share a row, the narrowest rows first, by the bytes of a number: rows, pieces, block_n, warps. Rows times
-# programs must not exceed 32, a warp: `gpu._whole` asks one lane of every warp for each share.
-_SHARED = {
-    2: ((1, 4, 1024, 4), (1, 4, 2048, 8)),
-    4: ((2, 2, 1024, 4), (1, 4, 1024, 4), (1, 4, 2048, 8)),
+_BACKWARD_SHARED = {
+    2: {65536: (1, 4, 1024, 4), 262144: (1, 4, 2048, 8)},
+    4: {32768: (2, 2, 1024, 4), 131072: (1, 4, 1024, 4), 262144: (1, 8, 1024, 8)},
 }
 
 
@@ -79,8 +89,7 @@ def forward(N: int, itemsize: int, with_residual: bool, gpu: Gpu) -> Launch:
     """Whole rows of up to four pieces, 16 bytes a thread and piece; wider ones shared between programs."""
     widest = FORWARD_WIDEST * 3 // 4 if with_residual else FORWARD_WIDEST
     if widest < N:
-        eight = (1, 8, 2048, 8 if itemsize == 2 else 16)
-        return _shared(N, (*_SHARED[itemsize], eight), gpu) or Launch(PIECE, 16, parts=0)
+        return _shared(N, _FORWARD_SHARED[itemsize], gpu)
     if N <= 256:
         block_n, rows = _narrow(N)
         return Launch(block_n, _warps(rows * block_n, 16), rows)
@@ -96,13 +105,14 @@ def backward(M: int, N: int, itemsize: int, loaded: int, with_dw: bool, gpu: Gpu
     itemsize: bytes of one number of x; loaded: of one of each tensor of rows that is read.
     """
     if N > BACKWARD_WIDEST:
-        config = _shared(N, _SHARED[itemsize], gpu)
-        if config is None:
-            return Launch(PIECE, 16, parts=0)
+        config = _shared(N, _BACKWARD_SHARED[itemsize], gpu)
+        if config.parts == 0:
+            return config
         # Twice as many rows as have all of their programs running at once: eight warps of each multiprocessor.
         programs = 2 * (PROGRAMS * 4 // config.warps // config.parts)
-        # The registers do not suffice elsewhere: ptxas finds fewer than are there, or the loads are narrow.
-        ahead = 0 if N % 16 or gpu.capability < 9 else 3 if loaded <= 8 else 2
+        # The registers do not suffice elsewhere: for three tensors of fp32, where ptxas finds fewer than are there, or
+        # where the loads are narrow.
+        ahead = 0 if N % 16 or gpu.capability < 9 or loaded > 8 else 3
         return replace(config, ahead=ahead, chunk=_chunk(M, programs, config.rows))
     if N <= 256:
         block_n, rows = _narrow(N)
@@ -146,13 +156,16 @@ def power_of_two(N: int) -> int:
     return 1 << (N - 1).bit_length()
 
 
-def _shared(N: int, tiles: tuple[tuple[int, int, int, int], ...], gpu: Gpu) -> Launch | None:
-    """Of the smallest tiles that few enough programs need; None if the row is too wide, or the GPU too small."""
-    for rows, pieces, block_n, warps in tiles:
+def _shared(N: int, tiles: dict[int, tuple[int, int, int, int]], gpu: Gpu) -> Launch:
+    """Of the first tiles for rows as wide that the GPU has room for; a walk if there are none."""
+    for widest, (rows, pieces, block_n, warps) in tiles.items():
         parts = -(-N // (block_n * pieces))
-        if parts <= MOST_PARTS and ROOM * parts <= gpu.multiprocessors:
-            return Launch(block_n, warps, rows, pieces, parts)
-    return None
+        if widest >= N and ROOM * parts <= gpu.multiprocessors:
+            if N % 16:  # narrow loads take more registers, and more threads cost them nothing
+                warps *= 2
+            if warps <= 8:
+                return Launch(block_n, warps, rows, pieces, parts)
+    return Launch(PIECE, 16, parts=0)
 
 
 def _narrow(N: int) -> tuple[int, int]:
