@@ -332,6 +332,32 @@ def not_differentiated(mesh: DeviceMesh) -> None:
     torch._dynamo.reset()
 
 
+# In a process of its own, because the rules are learnt once.
+_OPERATORS_FIRST = """
+import sys, torch, rmsnorm
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,))
+rows = distribute_tensor(torch.ones(4, 8), mesh, [Shard(0)])
+w = distribute_tensor(torch.ones(8), mesh, [Replicate()])
+if sys.argv[2] == "forward":
+    out = torch.ops.rmsnorm.forward(rows, None, w, 1e-6, "early", 0.0, True)
+else:
+    rstd = distribute_tensor(torch.ones(4), mesh, [Shard(0)])
+    out = torch.ops.rmsnorm.backward(rows, None, rows, w, rstd, "early", 0.0, True, True)
+assert out[0].placements == (Shard(0),)
+"""
+
+
+@pytest.mark.parametrize("operator", ["forward", "backward"])
+def test_an_operator_called_before_rms_norm_knows_its_rule(operator: str, tmp_path: Path) -> None:
+    arguments = [sys.executable, "-c", _OPERATORS_FIRST, f"{tmp_path}/store", operator]
+    ended = subprocess.run(arguments, text=True, capture_output=True, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
 # --- models --------------------------------------------------------------------------------------------------
 
 N, HIDDEN = 64, 96

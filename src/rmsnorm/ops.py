@@ -428,6 +428,7 @@ def _differentiated(*args: Any) -> bool:
 def _autograd_forward(
     x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float, with_rstd: bool
 ) -> tuple[Tensor, ...]:
+    _learn_sharding()
     if not _differentiated(x, residual, w):
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.rmsnorm.forward.default(x, residual, w, eps, cast, offset, with_rstd)  # type: ignore[no-any-return]
@@ -436,6 +437,7 @@ def _autograd_forward(
 
 
 def _autograd_backward(*args: Any) -> tuple[Tensor, ...]:
+    _learn_sharding()
     if not _differentiated(*args):
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.rmsnorm.backward.default(*args)  # type: ignore[no-any-return]
