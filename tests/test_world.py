@@ -1,6 +1,10 @@
 """verify over ranks that it starts itself; test_distributed.py holds that it is red on code that is wrong."""
 
 import json
+import os
+import signal
+import threading
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +34,28 @@ def test_a_rank_that_fails_ends_it_with_its_message() -> None:
     case = verify.Case(torch.float32, torch.float32, "early", 0.0, 8, 64, eps=-1.0, sharding="columns")
     with pytest.raises(CommandError, match=r"rank \d of 2 failed: ValueError: \[rms_norm\] eps is -1\.0"):
         world.tallies_of_ranks([verify.Plan("form", "wrong", (case,))], 2, "cpu", lambda *step: None)
+
+
+def _killed_while_it_says_how_far_it_is(plans: Any, device: str, steps: Any) -> None:
+    steps._wlock.acquire()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_rank_that_is_killed_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world, "_rank", _killed_while_it_says_how_far_it_is)
+    raised: list[CommandError] = []
+
+    def run() -> None:
+        try:
+            world.tallies_of_ranks([], 1, "cpu", lambda *step: None)
+        except CommandError as error:
+            raised.append(error)
+
+    running = threading.Thread(target=run, daemon=True)  # so that one that hangs is a failure
+    running.start()
+    running.join(25)
+    assert not running.is_alive(), "it waits for ever"
+    assert "rank 0 of 1 failed: Signal 9" in str(raised[0])
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])

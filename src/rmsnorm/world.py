@@ -111,9 +111,8 @@ def tallies_of_ranks(plans: list[Plan], world: int, device: str, progress: Progr
             rank, failure = error.get_first_failure()
             message = failure.message["message"] if isinstance(failure.message, dict) else failure.message
             raise CommandError(f"rank {rank} of {world} failed: {message}") from None
-        finally:
-            steps.put(None)
-            listener.join()
+    steps.put(None)  # not after a failure: a rank that was killed may have taken the queue's lock with it
+    listener.join()
     return [sum(tallies, Tally()) for tallies in zip(*counted.values(), strict=True)]
 
 
