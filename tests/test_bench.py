@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import json
+import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 import rmsnorm
-from rmsnorm import bench, machine
+from rmsnorm import bench, machine, plot
 from rmsnorm.bench import FORWARD, TRAINING, Case, Measured, Provider, Row
 from rmsnorm.errors import CommandError
 from rmsnorm.measure import Timing
@@ -248,3 +250,111 @@ def test_bad_options(device: str, out: str | None, tmp_path: Path) -> None:
     with pytest.raises(CommandError):
         bench.main(device, True, tmp_path / out if out else None, silent)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+WIDTHS = (512, 1280, 4096, 16384)
+
+
+def stored_result(modes: tuple[str, ...] = (FORWARD, bench.BACKWARD), seed: int = 0) -> bench.Result:
+    """Random times of a GPU that nobody has; Apart rounds elsewhere, LayerNorm is another function."""
+    draw = random.Random(seed)
+    differ = {"ours": 5e-6, "copy": None, "Definition": 0.0, "Apart": 0.2, "LayerNorm": None}
+    rows = []
+    for mode in modes:
+        for n in (1, *WIDTHS):
+            found = {name: Measured(timing(draw.uniform(20, 200)), "", share) for name, share in differ.items()}
+            found["QuACK"] = Measured(None, "is not there")
+            rows.append(Row(Case(max(1, 2**25 // n) * 2, n, torch.bfloat16, mode), "", found))
+    rows.append(Row(Case(2**20, 64, torch.float32, FORWARD), "1 of 9 y differ", rows[0].providers))
+    return result_of("cuda", *rows)
+
+
+def write_result(path: Path, result: bench.Result) -> Path:
+    path.write_text(json.dumps(result.to_json()))
+    return path
+
+
+def test_a_result_is_read_back(tmp_path: Path) -> None:
+    result = stored_result()
+    read = bench.main(None, False, None, silent, stored=write_result(tmp_path / "a.json", result))
+    assert not read.ok
+    assert [row.case for row in read.rows] == [row.case for row in result.rows]
+    for was, now in zip(result.rows, read.rows, strict=True):
+        assert now.red == was.red
+        assert now.ratio("copy", cuda=True) == pytest.approx(was.ratio("copy", cuda=True), rel=1e-4)
+    assert json.loads(json.dumps(bench.Result.from_json(read.to_json()).to_json())) == read.to_json()
+    assert "Apart" in shown(read)
+
+
+def test_panels_have_three_widths_of_large_cases() -> None:
+    cases = [{"mode": mode, "dtype": "bfloat16", "M": 2**25 // n, "N": n} for mode in "ab" for n in (512, 64, 2048)]
+    drawn = plot.panels([*cases[:3], *cases[3:5]])
+    assert {key: [case["N"] for case in group] for key, group in drawn.items()} == {("a", "bfloat16"): [64, 512, 2048]}
+    for few in (cases[:2], [*cases[:2], cases[0]], [{**case, "M": case["M"] - 1} for case in cases]):
+        with pytest.raises(CommandError, match="--plot: no mode and dtype has 3 widths"):
+            plot.panels(few)
+
+
+def test_who_is_not_the_definition() -> None:
+    cases = stored_result().to_json()["cases"]
+    assert plot.others(cases) == {"Apart", "LayerNorm"}
+    for case in cases:  # in fp32 it is the sums that differ
+        case["dtype"] = "float32"
+    assert plot.others(cases) == {"LayerNorm"}
+
+
+def test_a_drawing(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    stored = write_result(tmp_path / "a.json", stored_result())
+    for name in ("a.svg", "b.svg", "c.png"):
+        bench.main(None, False, None, silent, stored=stored, drawing=tmp_path / "new" / name)
+    svg = (tmp_path / "new" / "a.svg").read_text()
+    assert svg == (tmp_path / "new" / "b.svg").read_text()
+    assert "<dc:date>" not in svg
+    assert (tmp_path / "new" / "c.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["a.svg", "b.svg", "c.png"]
+    labels = {"ours", "Definition", "Apart (not the Definition)", "LayerNorm (not the Definition)"}
+    panels = {"forward, bfloat16", "backward, bfloat16"}
+    comments = {line.strip().removeprefix("<!-- ").removesuffix(" -->") for line in svg.splitlines() if "<!--" in line}
+    assert labels | panels <= comments
+    assert not {"copy", "QuACK", "forward, float32"} & comments
+    other = write_result(tmp_path / "other.json", stored_result(seed=1))
+    bench.main(None, False, None, silent, stored=other, drawing=tmp_path / "new" / "b.svg")
+    assert svg != (tmp_path / "new" / "b.svg").read_text()
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_what_cannot_be_drawn_is_said_before_anything_is_measured(
+    stored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "_first_call", lambda device: pytest.fail("it was measured"))
+    few = write_result(tmp_path / "few.json", result_of("cpu")) if stored else None
+    device = None if stored else "cpu"
+
+    def drawn(name: str) -> None:
+        bench.main(device, False, None, silent, stored=few, drawing=tmp_path / name)
+
+    for name in ("a.pdf", "svg"):
+        with pytest.raises(CommandError, match=r"--plot .*ends in \.svg or \.png"):
+            drawn(name)
+    with pytest.MonkeyPatch.context() as hidden:
+        hidden.setitem(sys.modules, "matplotlib", None)
+        with pytest.raises(CommandError, match=r"needs matplotlib: pip install 'rmsnorm\[plot\]'"):
+            drawn("a.svg")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CommandError, match="give --plot a folder"):
+        drawn("file/a.svg")
+    with pytest.raises(CommandError, match="no mode and dtype has 3 widths"):
+        drawn("a.svg")
+
+
+def test_what_cannot_be_read_back(tmp_path: Path) -> None:
+    for text in ("", "[]", "{}", '{"verb": "verify", "cases": [3]}'):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(CommandError, match=r"--from .*a\.json: give the JSON of a run"):
+            bench.main(None, False, None, silent, stored=tmp_path / "a.json")
+    with pytest.raises(CommandError, match=r"--from .*b\.json: No such file"):
+        bench.main(None, False, None, silent, stored=tmp_path / "b.json")
+    with pytest.raises(CommandError, match="leave out --device"):
+        bench.main("cpu", False, None, silent, stored=tmp_path / "a.json")

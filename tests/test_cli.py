@@ -55,6 +55,8 @@ def test_a_command_error_is_one_line_and_exit_code_2(monkeypatch, capsys) -> Non
         (("cost", "deepseek-nothing"), "deepseek-nothing"),
         (("cost", "deepseek-ocr", "--gpu", "abacus"), "h200, h100"),
         (("verify", "--json", "/nowhere/at/all.json"), "there is no folder"),
+        (("bench", "--plot", "shares.pdf"), "--plot shares.pdf: give a file that ends in .svg or .png"),
+        (("bench", "--from", "/nowhere/at/all.json"), "--from /nowhere/at/all.json: No such file"),
     ],
 )
 def test_wrong_calls_say_what_to_do(arguments, text, monkeypatch, capsys) -> None:

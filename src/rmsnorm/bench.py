@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rmsnorm
-from rmsnorm import machine, measure, reference
+from rmsnorm import machine, measure, plot, reference
+from rmsnorm.errors import CommandError
 from rmsnorm.measure import Progress, Timing
 
 EPS = 1e-6
@@ -62,6 +63,9 @@ class Case:
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"M": self.M, "N": self.N, "dtype": self.dtype_name, "mode": self.mode}
 
     @property
     def adds(self) -> bool:
@@ -266,6 +270,14 @@ class Measured:
         timing = self.timing.to_json() if self.timing else {"no_time": self.reason}
         return {**timing, "differs_from_definition": self.differs, "saved_bytes": self.saved}
 
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> "Measured":
+        timing, reason = None, stored.get("no_time", "")
+        if "calls" in stored:
+            seconds = (stored[f"{figure}_us"] / 1e6 for figure in ("min", "median", "low", "high"))
+            timing = Timing(stored["calls"], *seconds)
+        return cls(timing, reason, stored["differs_from_definition"], stored["saved_bytes"])
+
 
 @dataclass(frozen=True)
 class Row:
@@ -336,10 +348,7 @@ class Result:
             "host_us_of_16_x_1280": self.host,
             "cases": [
                 {
-                    "M": row.case.M,
-                    "N": row.case.N,
-                    "dtype": row.case.dtype_name,
-                    "mode": row.case.mode,
+                    **row.case.to_json(),
                     "moved_bytes": moved_bytes(row.case),
                     "check": row.red or "green",
                     "copy_over_ours": row.ratio("copy", self.cuda),
@@ -353,6 +362,22 @@ class Result:
             ],
         }
 
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> "Result":
+        """What `to_json` was made of, times to the nanosecond. Raises KeyError for the JSON of anything else."""
+        rows = tuple(
+            Row(
+                Case(case["M"], case["N"], getattr(torch, case["dtype"]), case["mode"]),
+                "" if case["check"] == "green" else case["check"],
+                {name: Measured.from_json(m) for name, m in case["providers"].items()},
+            )
+            for case in stored["cases"]
+        )
+        host = stored.get("host_us_of_16_x_1280", {})
+        return cls(
+            stored["machine"], stored["kernel"], stored["quick"], rows, stored["first_call"], host, stored["seconds"]
+        )
+
     def table(self) -> Any:
         """A rich renderable: a table a mode and dtype, then the bounds."""
         from rich.console import Group
@@ -361,8 +386,9 @@ class Result:
 
         parts: list[Any] = [Text(machine.headline(self.facts)), Text(f"ours: {self.kernel}")]
         which = "median" if self.cuda else "minimum"
-        for (dtype, mode), group in itertools.groupby(self.rows, lambda row: (row.case.dtype_name, row.case.mode)):
-            names = [p.name for p in providers(self.facts["device"])]
+        for (dtype, mode), rows in itertools.groupby(self.rows, lambda row: (row.case.dtype_name, row.case.mode)):
+            group = list(rows)
+            names = list(dict.fromkeys(name for row in group for name in row.providers))
             table = Table(title=f"{mode}, {dtype}: {which} us (≠: share of outputs that are not the Definition's bits)")
             table.add_column("M x N")
             for name in names:
@@ -446,19 +472,53 @@ def _first_call_line(first: dict[str, Any]) -> str:
 # --- measuring -----------------------------------------------------------------------------------------------
 
 
-def main(device: str | None, quick: bool, out: Path | None, progress: Progress) -> Result:
+def main(
+    device: str | None,
+    quick: bool,
+    out: Path | None,
+    progress: Progress,
+    *,
+    drawing: Path | None = None,
+    stored: Path | None = None,
+) -> Result:
     """Measure every provider in every case of the device (the GPU if there is one, by default).
 
     quick: fewer cases, and of slow providers as many calls as fit into a short time. out: a folder into which
-    bench-<device>.json is written. Raises CommandError for a device that is not there and a folder that cannot be
-    written to.
+    bench-<device>.json is written. drawing: a .svg or .png of the shares of a copy. stored: the JSON of a run, taken
+    instead of measuring. Raises CommandError, before anything is measured, for what cannot be had: a device that is
+    not there, a folder that cannot be written to, a drawing of too few cases.
     """
+    if drawing is not None:
+        plot.check(drawing)
+    if stored is not None:
+        if device or quick or out:
+            raise CommandError("--from measures nothing: leave out --device, --quick and --out")
+        result = _load(stored)
+    else:
+        result = _measure_all(device, quick, out, progress, drawing)
+    if drawing is not None:
+        plot.draw(result.to_json(), drawing)
+    return result
+
+
+def _load(path: Path) -> Result:
+    try:
+        return Result.from_json(json.loads(path.read_text()))
+    except OSError as error:
+        raise CommandError(f"--from {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CommandError(f"--from {path}: give the JSON of a run of rmsnorm bench") from None
+
+
+def _measure_all(device: str | None, quick: bool, out: Path | None, progress: Progress, drawing: Path | None) -> Result:
     where = machine.find_device(device)
     if out is not None:
         measure.check_folder(out)
+    todo = list(cases(where.type, quick))
+    if drawing is not None:
+        plot.panels(case.to_json() for case in todo)
     start = time.perf_counter()
     facts = machine.describe(where)
-    todo = list(cases(where.type, quick))
     progress(0, 1 + len(todo), "the first call, in new processes")
     first_call = _first_call(where)
     host = _host(where) if where.type == "cuda" else {}

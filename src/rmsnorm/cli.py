@@ -53,12 +53,14 @@ def _app() -> Any:
         device: Device = None,
         quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and calls.")] = False,
         out: Annotated[Path | None, typer.Option(help="A folder for bench-DEVICE.json.")] = None,
+        plot: Annotated[Path | None, typer.Option(help="Draw the shares of a copy's speed: a .svg or .png.")] = None,
+        stored: Annotated[Path | None, typer.Option("--from", help="Take this JSON, and measure nothing.")] = None,
         json: Json = None,
     ) -> None:
         """Measure this norm beside the others, in one run."""
         from rmsnorm.bench import main as run
 
-        _run(lambda progress: run(device, quick, out, progress), json)
+        _run(lambda progress: run(device, quick, out, progress, drawing=plot, stored=stored), json)
 
     @app.command()
     def report(

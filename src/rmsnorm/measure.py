@@ -152,23 +152,27 @@ def _ordered(t: Tensor) -> Tensor:
     return torch.where(bits < 0, lowest - bits - 1, bits)
 
 
-def check_folder(out: Path) -> None:
+def check_folder(out: Path, argument: str = "--out") -> None:
     """Raise CommandError, before any work is done for it, unless a file could be written into `out`."""
     existing = out
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise CommandError(f"nothing can be written into {out}: give --out a folder that can be written to")
+        raise CommandError(f"nothing can be written into {out}: give {argument} a folder that can be written to")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write it as a whole file or not at all. Raises ValueError for NaN and infinities, which JSON has not."""
+    write_whole(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
     """Write the whole file or none of it: into a file beside it, and then under its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
