@@ -358,3 +358,73 @@ def test_what_cannot_be_read_back(tmp_path: Path) -> None:
         bench.main(None, False, None, silent, stored=tmp_path / "b.json")
     with pytest.raises(CommandError, match="leave out --device"):
         bench.main("cpu", False, None, silent, stored=tmp_path / "a.json")
+
+
+def line_of(fixed: float, bandwidth: float, off: dict[int, float] | None = None) -> bench.Line:
+    """Exact times of the sizes that are measured, but for those that take `off` times as long."""
+    moved = [(rows, bench.moved_bytes(Case(rows, 4096, torch.bfloat16, FORWARD))) for rows in bench._LINE_ROWS]
+    return bench.Line(tuple((rows, b, (fixed + b / bandwidth) * (off or {}).get(rows, 1)) for rows, b in moved))
+
+
+def test_the_sizes_of_the_line() -> None:
+    assert [rows * 4096 for rows in bench._LINE_ROWS] == [2**power for power in range(24, 34)]
+
+
+@pytest.mark.parametrize(("fixed", "bandwidth"), [(5.25e-6, 4.2e12), (0.0, 1e12), (1e-4, 3.3e12)])
+def test_a_line_that_is_exact(fixed: float, bandwidth: float) -> None:
+    found = line_of(fixed, bandwidth).to_json()
+    assert found["fixed_us"] == pytest.approx(fixed * 1e6, abs=1e-9)
+    assert found["gb_per_s"] == pytest.approx(bandwidth / 1e9, rel=1e-9)
+    assert found["greatest_deviation"] < 1e-9
+    assert found["within_5_percent"]
+    for size in found["sizes"]:
+        assert size["bytes"] == 2 * (2 * size["M"] * 4096 + 4096)
+        assert size["line_us"] == pytest.approx(size["median_us"], rel=1e-9)
+
+
+@pytest.mark.parametrize("rows", [bench._LINE_ROWS[0], bench._LINE_ROWS[5], bench._LINE_ROWS[-1]])
+def test_a_line_with_one_size_off(rows: int) -> None:
+    line = line_of(5e-6, 4e12, {rows: 1.3})
+    found = {size["M"]: size["deviation"] for size in line.to_json()["sizes"]}
+    assert min(found, key=found.__getitem__) == rows  # the line lies below the time that is too long
+    assert line.greatest == max(map(abs, found.values())) > 0.05
+    assert not line.to_json()["within_5_percent"]
+
+    def squares(fixed: float, per_byte: float) -> float:
+        return sum(((fixed + per_byte * b) / t - 1) ** 2 for _, b, t in line.measured)
+
+    fixed, per_byte = line.fit
+    least = squares(fixed, per_byte)
+    for near in (0.99, 1.01):
+        assert squares(fixed * near, per_byte) > least
+        assert squares(fixed, per_byte * near) > least
+
+
+def test_a_line_is_measured_and_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_LINE_SECONDS", 0.001)
+    line = bench._line(torch.device("cpu"), (1, 4, 16))
+    assert line is not None
+    for found in line.values():
+        assert [rows for rows, *_ in found.measured] == [1, 4, 16]
+        assert all(seconds > 0 for *_, seconds in found.measured)
+    assert bench._line(torch.device("cpu"), (1, 4)) is None
+    result = dataclasses.replace(result_of("cuda"), line={"ours": line_of(5e-6, 4e12), "copy": line_of(0, 5e12)})
+    read = bench.Result.from_json(json.loads(json.dumps(result.to_json())))
+    assert read.line is not None
+    assert read.line["ours"].fit == pytest.approx((5e-6, 1 / 4e12))
+    table = shown(read)
+    assert "ours: 5.00 us + bytes / 4000 GB/s, off by 0.0% at most: within 5%" in table
+    assert "2097152" in table
+    assert "not within 5%" in line_of(5e-6, 4e12, {4096: 1.3}).summary()
+
+
+def test_the_line_leaves_out_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = 3 * 2 * 2**30  # x, its result and its copy, of 2³⁰ elements
+    for free, largest in ((sizes / 0.8 + 1, 2**30), (sizes, 2**29)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        assert bench._fitting(torch.device("cuda"))[-1] * 4096 == largest
+
+
+@pytest.mark.usefixtures("small")
+def test_no_line_on_a_cpu() -> None:
+    assert bench.main("cpu", True, None, silent).to_json()["line"] is None

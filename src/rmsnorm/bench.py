@@ -298,8 +298,69 @@ class Row:
         return None if theirs is None or ours is None else theirs / ours
 
 
+_LINE_N = 4096
+_LINE_ROWS = tuple((1 << power) // _LINE_N for power in range(24, 34))
+_LINE_WITHIN = 0.05
+_LINE_SECONDS, _LINE_FEWEST = 0.1, 5  # of each size: a few seconds in all
+
+
+@dataclass(frozen=True)
+class Line:
+    """time = fixed + bytes / bandwidth, fitted to measured(M, bytes, seconds)."""
+
+    measured: tuple[tuple[int, int, float], ...]
+
+    @functools.cached_property
+    def fit(self) -> tuple[float, float]:
+        """(the fixed seconds, seconds a byte)."""
+        return measure.fit_line([(moved, seconds) for _, moved, seconds in self.measured])
+
+    @property
+    def greatest(self) -> float:
+        """The greatest deviation of a time from the line, as a share of the time."""
+        return max(abs(self._deviation(moved, seconds)) for _, moved, seconds in self.measured)
+
+    def _deviation(self, moved: int, seconds: float) -> float:
+        fixed, per_byte = self.fit
+        return (fixed + per_byte * moved) / seconds - 1
+
+    def to_json(self) -> dict[str, Any]:
+        fixed, per_byte = self.fit
+        return {
+            "fixed_us": fixed * 1e6,
+            "gb_per_s": 1e-9 / per_byte,
+            "greatest_deviation": self.greatest,
+            "within_5_percent": self.greatest <= _LINE_WITHIN,
+            "sizes": [
+                {
+                    "M": M,
+                    "N": _LINE_N,
+                    "bytes": moved,
+                    "median_us": seconds * 1e6,
+                    "line_us": (fixed + per_byte * moved) * 1e6,
+                    "deviation": self._deviation(moved, seconds),
+                }
+                for M, moved, seconds in self.measured
+            ],
+        }
+
+    def summary(self) -> str:
+        fixed, per_byte = self.fit
+        within = "within" if self.greatest <= _LINE_WITHIN else "not within"
+        return (
+            f"{fixed * 1e6:.2f} us + bytes / {1e-9 / per_byte:.0f} GB/s, off by {self.greatest:.1%} at most: "
+            f"{within} {_LINE_WITHIN:.0%}"
+        )
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> "Line":
+        return cls(tuple((size["M"], size["bytes"], size["median_us"] / 1e6) for size in stored["sizes"]))
+
+
 @dataclass(frozen=True)
 class Result:
+    """line: ours and a copy, forward in bf16, over the bytes moved; None where it is not measured."""
+
     facts: dict[str, Any]
     kernel: str
     quick: bool
@@ -307,6 +368,7 @@ class Result:
     first_call: dict[str, Any]
     host: dict[str, dict[str, float]]
     seconds: float
+    line: dict[str, Line] | None = None
 
     @property
     def ok(self) -> bool:
@@ -346,6 +408,7 @@ class Result:
             "figure": "median_us, L2 overwritten before every call" if self.cuda else "min_us",
             "first_call": self.first_call,
             "host_us_of_16_x_1280": self.host,
+            "line": self.line and {name: line.to_json() for name, line in self.line.items()},
             "cases": [
                 {
                     **row.case.to_json(),
@@ -374,8 +437,17 @@ class Result:
             for case in stored["cases"]
         )
         host = stored.get("host_us_of_16_x_1280", {})
+        lines = stored.get("line")
+        line = lines and {name: Line.from_json(content) for name, content in lines.items()}
         return cls(
-            stored["machine"], stored["kernel"], stored["quick"], rows, stored["first_call"], host, stored["seconds"]
+            stored["machine"],
+            stored["kernel"],
+            stored["quick"],
+            rows,
+            stored["first_call"],
+            host,
+            stored["seconds"],
+            line,
         )
 
     def table(self) -> Any:
@@ -417,6 +489,14 @@ class Result:
             for name, times in self.host.items():
                 table.add_row(name, *(f"{times[kind]:.1f}" if kind in times else "-" for kind in kinds))
             parts.append(table)
+        if self.line:
+            table = Table(title=f"Forward of M x {_LINE_N}, bf16: median us (the line's, its deviation)")
+            for column in ("M", "MB", *self.line):
+                table.add_column(column, justify="right")
+            for sizes in zip(*(line.to_json()["sizes"] for line in self.line.values()), strict=True):
+                figures = (f"{s['median_us']:.4g} ({s['line_us']:.4g}, {s['deviation']:+.1%})" for s in sizes)
+                table.add_row(str(sizes[0]["M"]), f"{sizes[0]['bytes'] / 1e6:.0f}", *figures)
+            parts += [table, *(Text(f"{name}: {line.summary()}") for name, line in self.line.items())]
         table = Table(title="Bounds (said, not asserted)")
         for column in ("ratio", "measured", "at least", ""):
             table.add_column(column)
@@ -522,8 +602,9 @@ def _measure_all(device: str | None, quick: bool, out: Path | None, progress: Pr
     progress(0, 1 + len(todo), "the first call, in new processes")
     first_call = _first_call(where)
     host = _host(where) if where.type == "cuda" else {}
+    line = _line(where, _fitting(where)) if where.type == "cuda" and not quick else None
     x = torch.ones(2, 1280, dtype=torch.bfloat16, device=where)
-    result = Result(facts, rmsnorm.explain(x, x[0]), quick, (), first_call, host, 0.0)
+    result = Result(facts, rmsnorm.explain(x, x[0]), quick, (), first_call, host, 0.0, line)
     for number, case in enumerate(todo, 1):
         progress(number, 1 + len(todo), f"{case.dtype_name} {case.M} x {case.N} {case.mode}")
         row = _measure(case, where, quick)
@@ -693,6 +774,33 @@ def _host(device: torch.device) -> dict[str, dict[str, float]]:
     for (name, kind), seconds in taken.items():
         found.setdefault(name, {})[kind] = statistics.median(seconds) * 1e6
     return found
+
+
+# --- time = fixed + bytes / bandwidth ------------------------------------------------------------------------
+
+
+def _fitting(device: torch.device) -> tuple[int, ...]:
+    """The rows for which x, its result and its copy take at most 80 % of the GPU's free memory."""
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    return tuple(M for M in _LINE_ROWS if 3 * M * _LINE_N * torch.bfloat16.itemsize <= 0.8 * free)
+
+
+def _line(device: torch.device, rows: tuple[int, ...]) -> dict[str, Line] | None:
+    """Ours and a copy, interleaved over all the sizes; None for fewer than three, which no line can miss by much."""
+    if len(rows) < 3:
+        return None
+    x = torch.empty(max(rows), _LINE_N, dtype=torch.bfloat16, device=device).normal_()
+    target, w = torch.empty_like(x), torch.ones(_LINE_N, dtype=x.dtype, device=device)
+    norm = PROVIDERS[0].norm
+    assert norm is not None
+    calls: dict[str, Callable[[], object]] = {}
+    for M in sorted(rows, reverse=True):  # the largest result first, of whose memory the others then are
+        calls[f"ours {M}"] = functools.partial(norm, x[:M], w)
+        calls[f"copy {M}"] = functools.partial(target[:M].copy_, x[:M])
+    timings = measure.interleave(calls, device, samples=_SAMPLES[1], fewest=_LINE_FEWEST, seconds=_LINE_SECONDS)
+    moved = {M: moved_bytes(Case(M, _LINE_N, x.dtype, FORWARD)) for M in rows}
+    return {name: Line(tuple((M, moved[M], timings[f"{name} {M}"].median) for M in rows)) for name in ("ours", "copy")}
 
 
 # --- the first call ------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,19 @@ def interleave(
         for name in due:
             taken[name].append(stopwatch(calls[name], repeats[name]))
     return {name: summarize(times, repeats[name]) for name, times in taken.items()}
+
+
+def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(a, b) of the line a + b·x that minimizes Σ((a + b·x - t) / t)², from (x, t) of at least two different x.
+
+    The errors are relative, or the largest sizes alone would decide.
+    """
+    uu = sum((1 / t) ** 2 for _, t in points)
+    uv = sum(x / t**2 for x, t in points)
+    vv = sum((x / t) ** 2 for x, t in points)
+    u, v = sum(1 / t for _, t in points), sum(x / t for x, t in points)
+    determinant = uu * vv - uv * uv
+    return (u * vv - v * uv) / determinant, (v * uu - u * uv) / determinant
 
 
 def _cpu_stopwatch(call: Callable[[], object], repeats: int) -> float:
