@@ -615,11 +615,12 @@ def _measure_all(device: str | None, quick: bool, out: Path | None, progress: Pr
 
 
 def _measure(case: Case, device: torch.device, quick: bool) -> Row:
-    generator = torch.Generator("cpu").manual_seed(case.M * 7919 + case.N)
+    generator = torch.Generator(device).manual_seed(case.M * 7919 + case.N)
     x, dy, *others = (
-        torch.randn(case.M, case.N, generator=generator).to(device, case.dtype) for _ in range(4 if case.adds else 2)
+        torch.randn(case.M, case.N, generator=generator, device=device).to(case.dtype)
+        for _ in range(4 if case.adds else 2)
     )
-    w = (torch.rand(case.N, generator=generator) + 0.5).to(device, case.dtype)
+    w = (torch.rand(case.N, generator=generator, device=device) + 0.5).to(case.dtype)
     inputs = (x, *others[:1], w)
     cotangents = (dy, *others[1:])
     if case.mode not in (FORWARD, ADD_FORWARD):
