@@ -29,7 +29,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import tolerance  # noqa: E402
-from rmsnorm import add_rms_norm, explain, reference, rms_norm  # noqa: E402
+from rmsnorm import add_rms_norm, explain, machine, reference, rms_norm  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SPECS = (("early", 0.0), ("late", 0.0), ("late", 1.0))
@@ -615,15 +615,12 @@ def run_all(names: list[str]) -> list[dict[str, Any]]:
 
 
 def versions() -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=SOURCE, capture_output=True, text=True, check=False
-    ).stdout.strip()
     try:
         triton = importlib.import_module("triton").__version__
     except Exception as error:  # the checks will say so again
         triton = f"{type(error).__name__}: {error}"
     return {
-        "commit": commit or None,
+        "commit": machine.describe(torch.device("cpu"))["commit"],
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "triton": triton,
