@@ -276,7 +276,7 @@ def write_result(path: Path, result: bench.Result) -> Path:
 
 def test_a_result_is_read_back(tmp_path: Path) -> None:
     result = stored_result()
-    read = bench.main(None, False, None, silent, stored=write_result(tmp_path / "a.json", result))
+    read = bench.main(None, False, None, silent, stored=[write_result(tmp_path / "a.json", result)])
     assert not read.ok
     assert [row.case for row in read.rows] == [row.case for row in result.rows]
     for was, now in zip(result.rows, read.rows, strict=True):
@@ -307,7 +307,7 @@ def test_a_drawing(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     stored = write_result(tmp_path / "a.json", stored_result())
     for name in ("a.svg", "b.svg", "c.png"):
-        bench.main(None, False, None, silent, stored=stored, drawing=tmp_path / "new" / name)
+        bench.main(None, False, None, silent, stored=[stored], drawing=tmp_path / "new" / name)
     svg = (tmp_path / "new" / "a.svg").read_text()
     assert svg == (tmp_path / "new" / "b.svg").read_text()
     assert "<dc:date>" not in svg
@@ -319,7 +319,7 @@ def test_a_drawing(tmp_path: Path) -> None:
     assert labels | panels <= comments
     assert not {"copy", "QuACK", "forward, float32"} & comments
     other = write_result(tmp_path / "other.json", stored_result(seed=1))
-    bench.main(None, False, None, silent, stored=other, drawing=tmp_path / "new" / "b.svg")
+    bench.main(None, False, None, silent, stored=[other], drawing=tmp_path / "new" / "b.svg")
     assert svg != (tmp_path / "new" / "b.svg").read_text()
 
 
@@ -328,7 +328,7 @@ def test_what_cannot_be_drawn_is_said_before_anything_is_measured(
     stored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "_first_call", lambda device: pytest.fail("it was measured"))
-    few = write_result(tmp_path / "few.json", result_of("cpu")) if stored else None
+    few = [write_result(tmp_path / "few.json", result_of("cpu"))] if stored else ()
     device = None if stored else "cpu"
 
     def drawn(name: str) -> None:
@@ -353,11 +353,11 @@ def test_what_cannot_be_read_back(tmp_path: Path) -> None:
     for text in ("", "[]", "{}", '{"verb": "verify", "cases": [3]}'):
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(CommandError, match=r"--from .*a\.json: give the JSON of a run"):
-            bench.main(None, False, None, silent, stored=tmp_path / "a.json")
+            bench.main(None, False, None, silent, stored=[tmp_path / "a.json"])
     with pytest.raises(CommandError, match=r"--from .*b\.json: No such file"):
-        bench.main(None, False, None, silent, stored=tmp_path / "b.json")
+        bench.main(None, False, None, silent, stored=[tmp_path / "b.json"])
     with pytest.raises(CommandError, match="leave out --device"):
-        bench.main("cpu", False, None, silent, stored=tmp_path / "a.json")
+        bench.main("cpu", False, None, silent, stored=[tmp_path / "a.json"])
 
 
 def line_of(fixed: float, bandwidth: float, off: dict[int, float] | None = None) -> bench.Line:
@@ -428,3 +428,64 @@ def test_the_line_leaves_out_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.usefixtures("small")
 def test_no_line_on_a_cpu() -> None:
     assert bench.main("cpu", True, None, silent).to_json()["line"] is None
+
+
+@pytest.mark.usefixtures("small")
+def test_a_run_of_some_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    def part(*dtypes: str, modes: tuple[str, ...] = ()) -> bench.Result:
+        return bench.main("cpu", True, None, silent, dtypes=dtypes, modes=modes)
+
+    def cases(result: bench.Result) -> list[tuple[str, str]]:
+        return [(row.case.dtype_name, row.case.mode) for row in result.rows]
+
+    both = part("float32", "bfloat16", modes=(FORWARD,))
+    assert cases(both) == [("bfloat16", FORWARD), ("float32", FORWARD)]
+    assert both.first_call == QUIET
+    monkeypatch.setattr(bench, "_first_call", lambda device: pytest.fail("another part has measured it"))
+    assert cases(part(modes=(TRAINING,))) == [("bfloat16", TRAINING), ("float32", TRAINING)]
+    one = part("float32")
+    assert cases(one) == [("float32", FORWARD), ("float32", TRAINING)]
+    assert "first call" not in shown(one)
+    with pytest.raises(
+        CommandError, match=r"--dtype 'float16' is not measured in this run: give one of 'bfloat16', 'fl"
+    ):
+        part("float32", "float16")
+    with pytest.raises(CommandError, match=r"--mode 'back' .* 'forward', 'forward\+backward'$"):
+        part(modes=("back",))
+
+
+def test_parts_are_joined(tmp_path: Path) -> None:
+    whole = dataclasses.replace(
+        stored_result(), host={"ours": {"backward": 1.0}}, line={"ours": line_of(5e-6, 4e12), "copy": line_of(0, 5e12)}
+    )
+    rows = whole.rows
+    parts = (
+        dataclasses.replace(whole, rows=rows[:3], host={}, line=None, first_call={}),
+        dataclasses.replace(whole, rows=rows[5:]),
+        dataclasses.replace(whole, rows=rows[3:5], host={}, line=None, first_call={}),
+    )
+    paths = [write_result(tmp_path / f"{i}.json", part) for i, part in enumerate(parts)]
+    joined = bench.main(None, False, None, silent, stored=paths)
+    assert [row.case for row in joined.rows] == [row.case for row in rows]  # a mode's cases are together again
+    assert joined.seconds == 3.0
+    wanted = bench.Result.from_json(whole.to_json())
+    assert dataclasses.replace(joined, seconds=1.0) == wanted
+
+    with pytest.raises(CommandError, match=r"--from .*3\.json: bfloat16 67108864 x 1 forward is in another file too"):
+        bench.main(None, False, None, silent, stored=[*paths, write_result(tmp_path / "3.json", parts[0])])
+
+
+@pytest.mark.parametrize(
+    ("fact", "other"),
+    [("gpu", {"name": "another"}), ("commit", "another"), ("torch", "0.1"), ("device", "cpu"), ("quick", True)],
+)
+def test_parts_of_unlike_runs_are_not_joined(fact: str, other: object, tmp_path: Path) -> None:
+    result = stored_result()
+    facts = (
+        result.facts | {"versions": result.facts["versions"] | {"torch": other}} if fact == "torch" else result.facts
+    )
+    facts = facts | ({fact: other} if fact not in ("torch", "quick") else {})
+    unlike = dataclasses.replace(result, facts=facts, quick=fact == "quick", rows=())
+    paths = [write_result(tmp_path / f"{i}.json", part) for i, part in enumerate((result, unlike))]
+    with pytest.raises(CommandError, match=rf"--from .*1\.json: differs from .*0\.json in {fact}\b"):
+        bench.main(None, False, None, silent, stored=paths)

@@ -56,6 +56,8 @@ def test_a_command_error_is_one_line_and_exit_code_2(monkeypatch, capsys) -> Non
         (("cost", "deepseek-ocr", "--gpu", "abacus"), "h200, h100"),
         (("verify", "--json", "/nowhere/at/all.json"), "there is no folder"),
         (("bench", "--plot", "shares.pdf"), "--plot shares.pdf: give a file that ends in .svg or .png"),
+        (("bench", "--device", "cpu", "--dtype", "int3"), "--dtype 'int3' is not measured in this run: give one of"),
+        (("bench", "--device", "cpu", "--mode", "sideways"), "--mode 'sideways' is not measured"),
         (("bench", "--from", "/nowhere/at/all.json"), "--from /nowhere/at/all.json: No such file"),
     ],
 )

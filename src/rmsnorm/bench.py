@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -63,6 +63,9 @@ class Case:
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
+
+    def __str__(self) -> str:
+        return f"{self.dtype_name} {self.M} x {self.N} {self.mode}"
 
     def to_json(self) -> dict[str, Any]:
         return {"M": self.M, "N": self.N, "dtype": self.dtype_name, "mode": self.mode}
@@ -382,7 +385,6 @@ class Result:
         held = []
         for row in self.rows:
             case = row.case
-            where = f"{case.dtype_name} {case.M} x {case.N} {case.mode}"
             wanted: tuple[Bound, ...] = ()
             if self.cuda:
                 wanted = _cuda_bounds(case)
@@ -391,10 +393,10 @@ class Result:
             for bound in wanted:
                 ratio = row.ratio(bound.peer, self.cuda)
                 if bound.mode == case.mode and ratio is not None:
-                    held.append(Held(f"{where}: {bound.peer} / ours", ratio, bound.at_least))
+                    held.append(Held(f"{case}: {bound.peer} / ours", ratio, bound.at_least))
             ours = row.time("ours", self.cuda)
             if not self.cuda and wanted == (_CPU_ROW_BOUND,) and case.mode == FORWARD and ours is not None:
-                held.append(Held(f"{where}: {_CPU_ROW_SECONDS * 1e6:g} us / ours", _CPU_ROW_SECONDS / ours, 1))
+                held.append(Held(f"{case}: {_CPU_ROW_SECONDS * 1e6:g} us / ours", _CPU_ROW_SECONDS / ours, 1))
         return held
 
     def to_json(self) -> dict[str, Any]:
@@ -504,8 +506,9 @@ class Result:
             verdict = Text("met", "green") if h.met else Text("not met", "red")
             table.add_row(h.what, f"{h.measured:.2f}", f"{h.at_least:g}", verdict)
         parts.append(table)
-        parts.append(Text(_first_call_line(self.first_call)))
-        red = [f"{r.case.dtype_name} {r.case.M} x {r.case.N} {r.case.mode}: {r.red}" for r in self.rows if r.red]
+        if self.first_call:
+            parts.append(Text(_first_call_line(self.first_call)))
+        red = [f"{r.case}: {r.red}" for r in self.rows if r.red]
         if red:
             parts.append(Text("no time is given where our bits are wrong: " + "; ".join(red), "red"))
         else:
@@ -559,23 +562,27 @@ def main(
     progress: Progress,
     *,
     drawing: Path | None = None,
-    stored: Path | None = None,
+    stored: Sequence[Path] = (),
+    dtypes: Sequence[str] = (),
+    modes: Sequence[str] = (),
 ) -> Result:
     """Measure every provider in every case of the device (the GPU if there is one, by default).
 
     quick: fewer cases, and of slow providers as many calls as fit into a short time. out: a folder into which
-    bench-<device>.json is written. drawing: a .svg or .png of the shares of a copy. stored: the JSON of a run, taken
-    instead of measuring. Raises CommandError, before anything is measured, for what cannot be had: a device that is
-    not there, a folder that cannot be written to, a drawing of too few cases.
+    bench-<device>.json is written. drawing: a .svg or .png of the shares of a copy. stored: the JSON of runs,
+    joined and taken instead of measuring. dtypes, modes: only the cases with one of these. What is not a case (the
+    first call, the host's time, the line) is measured where forward in bf16 is, so that parts of a run take it once.
+    Raises CommandError, before anything is measured, for what cannot be had: a device that is not there, a folder that
+    cannot be written to, a dtype or mode that is not measured, a drawing of too few cases, parts that do not fit.
     """
     if drawing is not None:
         plot.check(drawing)
-    if stored is not None:
-        if device or quick or out:
-            raise CommandError("--from measures nothing: leave out --device, --quick and --out")
-        result = _load(stored)
+    if stored:
+        if device or quick or out or dtypes or modes:
+            raise CommandError("--from measures nothing: leave out --device, --quick, --out, --dtype and --mode")
+        result = _join({path: _load(path) for path in stored})
     else:
-        result = _measure_all(device, quick, out, progress, drawing)
+        result = _measure_all(device, quick, out, progress, drawing, dtypes, modes)
     if drawing is not None:
         plot.draw(result.to_json(), drawing)
     return result
@@ -590,23 +597,78 @@ def _load(path: Path) -> Result:
         raise CommandError(f"--from {path}: give the JSON of a run of rmsnorm bench") from None
 
 
-def _measure_all(device: str | None, quick: bool, out: Path | None, progress: Progress, drawing: Path | None) -> Result:
+def _join(parts: Mapping[Path, Result]) -> Result:
+    """One result of the cases of all parts. Raises CommandError for parts of unlike runs, and a case in two of them."""
+    (first, result), *others = parts.items()
+    for path, part in others:
+        unlike = [name for name, fact in _run_facts(result).items() if _run_facts(part).get(name) != fact]
+        if unlike:
+            raise CommandError(f"--from {path}: differs from {first} in {', '.join(unlike)}; join parts of one run")
+        known = {row.case for row in result.rows}
+        for row in part.rows:
+            if row.case in known:
+                raise CommandError(f"--from {path}: {row.case} is in another file too; leave one of them out")
+        result = replace(
+            result,
+            rows=(*result.rows, *part.rows),
+            first_call=result.first_call or part.first_call,
+            host=result.host or part.host,
+            line=result.line or part.line,
+            seconds=result.seconds + part.seconds,
+        )
+    groups = list(dict.fromkeys((row.case.dtype, row.case.mode) for row in result.rows))
+    return replace(result, rows=tuple(sorted(result.rows, key=lambda r: groups.index((r.case.dtype, r.case.mode)))))
+
+
+def _run_facts(result: Result) -> dict[str, Any]:
+    """What the parts of one run share."""
+    facts = result.facts
+    chip = "gpu" if result.cuda else "cpu"
+    return {
+        "device": facts["device"], chip: facts[chip], "torch": facts["versions"]["torch"], "commit": facts["commit"],
+        "quick": result.quick,
+    }  # fmt: skip
+
+
+def _only(todo: list[Case], field: str, values: Sequence[str]) -> list[Case]:
+    """The cases whose dtype or mode, as it is in the JSON, is one of the values; all of them if there are none."""
+    known = list(dict.fromkeys(case.to_json()[field] for case in todo))
+    for value in values:
+        if value not in known:
+            raise CommandError(
+                f"--{field} {value!r} is not measured in this run: give one of {', '.join(map(repr, known))}"
+            )
+    return [case for case in todo if not values or case.to_json()[field] in values]
+
+
+def _measure_all(
+    device: str | None,
+    quick: bool,
+    out: Path | None,
+    progress: Progress,
+    drawing: Path | None,
+    dtypes: Sequence[str],
+    modes: Sequence[str],
+) -> Result:
     where = machine.find_device(device)
     if out is not None:
         measure.check_folder(out)
     todo = list(cases(where.type, quick))
+    todo = _only(_only(todo, "dtype", dtypes), "mode", modes)
     if drawing is not None:
         plot.panels(case.to_json() for case in todo)
     start = time.perf_counter()
     facts = machine.describe(where)
+    besides = any((case.mode, case.dtype) == (FORWARD, torch.bfloat16) for case in todo)
+    cuda = besides and where.type == "cuda"
     progress(0, 1 + len(todo), "the first call, in new processes")
-    first_call = _first_call(where)
-    host = _host(where) if where.type == "cuda" else {}
-    line = _line(where, _fitting(where)) if where.type == "cuda" and not quick else None
+    first_call = _first_call(where) if besides else {}
+    host = _host(where) if cuda else {}
+    line = _line(where, _fitting(where)) if cuda and not quick else None
     x = torch.ones(2, 1280, dtype=torch.bfloat16, device=where)
     result = Result(facts, rmsnorm.explain(x, x[0]), quick, (), first_call, host, 0.0, line)
     for number, case in enumerate(todo, 1):
-        progress(number, 1 + len(todo), f"{case.dtype_name} {case.M} x {case.N} {case.mode}")
+        progress(number, 1 + len(todo), str(case))
         row = _measure(case, where, quick)
         result = replace(result, rows=(*result.rows, row), seconds=time.perf_counter() - start)
         if out is not None:  # after each case, so that what ends the run early takes nothing away

@@ -54,13 +54,21 @@ def _app() -> Any:
         quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and calls.")] = False,
         out: Annotated[Path | None, typer.Option(help="A folder for bench-DEVICE.json.")] = None,
         plot: Annotated[Path | None, typer.Option(help="Draw the shares of a copy's speed: a .svg or .png.")] = None,
-        stored: Annotated[Path | None, typer.Option("--from", help="Take this JSON, and measure nothing.")] = None,
+        stored: Annotated[
+            list[Path] | None, typer.Option("--from", help="Take this JSON, and measure nothing; several are joined.")
+        ] = None,
+        dtype: Annotated[list[str] | None, typer.Option(help="Only this dtype; may be given again.")] = None,
+        mode: Annotated[list[str] | None, typer.Option(help="Only this mode; may be given again.")] = None,
         json: Json = None,
     ) -> None:
         """Measure this norm beside the others, in one run."""
         from rmsnorm.bench import main as run
 
-        _run(lambda progress: run(device, quick, out, progress, drawing=plot, stored=stored), json)
+        def call(progress: Callable[[int, int, str], None]) -> Any:
+            parts, dtypes, modes = stored or (), dtype or (), mode or ()
+            return run(device, quick, out, progress, drawing=plot, stored=parts, dtypes=dtypes, modes=modes)
+
+        _run(call, json)
 
     @app.command()
     def report(
