@@ -7,6 +7,7 @@ any is red. Compiled kernels go to a folder that is removed at the end; nothing 
 
 import argparse
 import bisect
+import gc
 import itertools
 import json
 import os
@@ -26,7 +27,7 @@ sys.path.insert(0, str(SOURCE))
 import torch  # noqa: E402
 
 import rmsnorm  # noqa: E402
-from rmsnorm import measure  # noqa: E402
+from rmsnorm import machine, measure  # noqa: E402
 from trace_cost import Run  # noqa: E402
 
 counting = sys.modules["rmsnorm.cost"]
@@ -66,6 +67,7 @@ def cases() -> list[Case]:
 
 def peak(call: Callable[[], Any]) -> tuple[Any, int, int]:
     """The call's result, and how many bytes were asked for at most and afterwards, beyond what was there before."""
+    gc.collect()  # what an earlier case left in a cycle must not be given back while this one is measured
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_stats()["requested_bytes.all.current"]
@@ -191,6 +193,7 @@ def main() -> int:
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         document = {
+            "commit": machine.describe(torch.device("cpu"))["commit"],
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "triton": version("triton"),
