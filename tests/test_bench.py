@@ -14,14 +14,15 @@ from rich.console import Console
 from torch import Tensor
 
 import rmsnorm
-from rmsnorm import bench, machine, plot
-from rmsnorm.bench import FORWARD, TRAINING, Case, Measured, Provider, Row
+from rmsnorm import bench, machine, peers, plot
+from rmsnorm.bench import FORWARD, TRAINING, Case, Measured, Row
 from rmsnorm.errors import CommandError
 from rmsnorm.measure import Timing
+from rmsnorm.peers import Provider
 
 M, N = 48, 320
 QUIET = {"error": "not asked for"}
-EAGER = tuple(p for p in bench.PROVIDERS if not p.compiled and not p.package)
+EAGER = tuple(p for p in peers.PROVIDERS if not p.compiled and not p.package)
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """One shape, no compiler and no further process: seconds become tenths."""
     monkeypatch.setattr(bench, "_CPU_SHAPES_QUICK", ((M, N),))
     monkeypatch.setattr(bench, "_QUICK_SECONDS", 0.01)
-    monkeypatch.setattr(bench, "PROVIDERS", EAGER)
+    monkeypatch.setattr(peers, "PROVIDERS", EAGER)
     monkeypatch.setattr(bench, "_first_call", lambda device: QUIET)
 
 
@@ -53,10 +54,10 @@ def test_definition_is_the_published_class() -> None:
 
     generator = torch.Generator().manual_seed(1)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        published = DeepseekV2RMSNorm(N, eps=bench.EPS).to(dtype)
+        published = DeepseekV2RMSNorm(N, eps=peers.EPS).to(dtype)
         published.weight.data.copy_(torch.randn(N, generator=generator))
         x = torch.randn(M, N, generator=generator).to(dtype)
-        assert torch.equal(bench.definition(x, published.weight), published(x))
+        assert torch.equal(peers.definition(x, published.weight), published(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -91,7 +92,7 @@ def test_the_cases() -> None:
 
 @pytest.mark.parametrize("mode", [bench.BACKWARD, bench.ADD_FORWARD, bench.ADD_BACKWARD])
 def test_the_modes_of_a_gpu_run_on_a_cpu_too(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "PROVIDERS", EAGER)
+    monkeypatch.setattr(peers, "PROVIDERS", EAGER)
     monkeypatch.setattr(bench, "_QUICK_SECONDS", 0.01)
     case = Case(M, N, torch.bfloat16, mode)
     row = bench._measure(case, torch.device("cpu"), quick=True)
@@ -100,11 +101,11 @@ def test_the_modes_of_a_gpu_run_on_a_cpu_too(mode: str, monkeypatch: pytest.Monk
     assert row.providers["Definition"].differs == 0
 
     def wrong(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        y, s = rmsnorm.add_rms_norm(x, residual, w, bench.EPS)
+        y, s = rmsnorm.add_rms_norm(x, residual, w, peers.EPS)
         return y, (s + 0.5 * (s - s.detach()) if mode == bench.ADD_BACKWARD else s + 1)
 
     broken = tuple(dataclasses.replace(p, add=wrong) if p.name == "ours" else p for p in EAGER)
-    monkeypatch.setattr(bench, "PROVIDERS", broken)
+    monkeypatch.setattr(peers, "PROVIDERS", broken)
     row = bench._measure(case, torch.device("cpu"), quick=True)
     assert bool(row.red) == case.adds
     assert (row.providers["ours"].timing is None) == case.adds
@@ -145,14 +146,14 @@ def test_a_run_on_the_cpu(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small")
 def test_no_time_is_given_where_our_bits_are_wrong(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def norm(x: Tensor, w: Tensor) -> Tensor:
-        y = rmsnorm.rms_norm(x, w, bench.EPS)
+        y = rmsnorm.rms_norm(x, w, peers.EPS)
         if wrong == "y":
             one = torch.zeros_like(y)
             one[0, 0] = 1
             return y + one
         return y + 0.01 * (x - x.detach())  # the same y and another gradient
 
-    monkeypatch.setattr(bench, "PROVIDERS", replaced("ours", norm))
+    monkeypatch.setattr(peers, "PROVIDERS", replaced("ours", norm))
     result = bench.main("cpu", True, None, silent)
     assert not result.ok
     for row in result.rows:
@@ -171,14 +172,14 @@ def test_a_raising_provider_is_a_line_in_the_table(monkeypatch: pytest.MonkeyPat
     def refuses(x: Tensor, w: Tensor) -> Tensor:
         raise RuntimeError("too wide\nfor me")
 
-    monkeypatch.setattr(bench, "PROVIDERS", replaced("F.rms_norm", refuses))
+    monkeypatch.setattr(peers, "PROVIDERS", replaced("F.rms_norm", refuses))
     result = bench.main("cpu", True, None, silent)
     assert result.ok
     assert {row.providers["F.rms_norm"].reason for row in result.rows} == {"RuntimeError: too wide"}
     assert all(row.providers["ours"].timing for row in result.rows)
     shown(result)
 
-    monkeypatch.setattr(bench, "PROVIDERS", replaced("ours", refuses))
+    monkeypatch.setattr(peers, "PROVIDERS", replaced("ours", refuses))
     assert not bench.main("cpu", True, None, silent).ok
 
 
@@ -217,7 +218,7 @@ def test_bounds_take_the_minimum_on_a_cpu() -> None:
 def result_with_all(result: bench.Result) -> bench.Result:
     """With a cell for every provider, as the table wants."""
     rows = [
-        dataclasses.replace(row, providers={p.name: Measured(None, "-") for p in bench.PROVIDERS} | row.providers)
+        dataclasses.replace(row, providers={p.name: Measured(None, "-") for p in peers.PROVIDERS} | row.providers)
         for row in result.rows
     ]
     return dataclasses.replace(result, rows=tuple(rows))
@@ -276,7 +277,7 @@ def write_result(path: Path, result: bench.Result) -> Path:
 
 def test_a_result_is_read_back(tmp_path: Path) -> None:
     result = stored_result()
-    read = bench.main(None, False, None, silent, stored=[write_result(tmp_path / "a.json", result)])
+    read = bench.main(None, False, None, silent, stored=write_result(tmp_path / "a.json", result))
     assert not read.ok
     assert [row.case for row in read.rows] == [row.case for row in result.rows]
     for was, now in zip(result.rows, read.rows, strict=True):
@@ -307,7 +308,7 @@ def test_a_drawing(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     stored = write_result(tmp_path / "a.json", stored_result())
     for name in ("a.svg", "b.svg", "c.png"):
-        bench.main(None, False, None, silent, stored=[stored], drawing=tmp_path / "new" / name)
+        bench.main(None, False, None, silent, stored=stored, drawing=tmp_path / "new" / name)
     svg = (tmp_path / "new" / "a.svg").read_text()
     assert svg == (tmp_path / "new" / "b.svg").read_text()
     assert "<dc:date>" not in svg
@@ -319,7 +320,7 @@ def test_a_drawing(tmp_path: Path) -> None:
     assert labels | panels <= comments
     assert not {"copy", "QuACK", "forward, float32"} & comments
     other = write_result(tmp_path / "other.json", stored_result(seed=1))
-    bench.main(None, False, None, silent, stored=[other], drawing=tmp_path / "new" / "b.svg")
+    bench.main(None, False, None, silent, stored=other, drawing=tmp_path / "new" / "b.svg")
     assert svg != (tmp_path / "new" / "b.svg").read_text()
 
 
@@ -328,7 +329,7 @@ def test_what_cannot_be_drawn_is_said_before_anything_is_measured(
     stored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "_first_call", lambda device: pytest.fail("it was measured"))
-    few = [write_result(tmp_path / "few.json", result_of("cpu"))] if stored else ()
+    few = write_result(tmp_path / "few.json", result_of("cpu")) if stored else None
     device = None if stored else "cpu"
 
     def drawn(name: str) -> None:
@@ -353,11 +354,11 @@ def test_what_cannot_be_read_back(tmp_path: Path) -> None:
     for text in ("", "[]", "{}", '{"verb": "verify", "cases": [3]}'):
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(CommandError, match=r"--from .*a\.json: give the JSON of a run"):
-            bench.main(None, False, None, silent, stored=[tmp_path / "a.json"])
+            bench.main(None, False, None, silent, stored=tmp_path / "a.json")
     with pytest.raises(CommandError, match=r"--from .*b\.json: No such file"):
-        bench.main(None, False, None, silent, stored=[tmp_path / "b.json"])
+        bench.main(None, False, None, silent, stored=tmp_path / "b.json")
     with pytest.raises(CommandError, match="leave out --device"):
-        bench.main("cpu", False, None, silent, stored=[tmp_path / "a.json"])
+        bench.main("cpu", False, None, silent, stored=tmp_path / "a.json")
 
 
 def line_of(fixed: float, bandwidth: float, off: dict[int, float] | None = None) -> bench.Line:
@@ -452,40 +453,3 @@ def test_a_run_of_some_cases(monkeypatch: pytest.MonkeyPatch) -> None:
         part("float32", "float16")
     with pytest.raises(CommandError, match=r"--mode 'back' .* 'forward', 'forward\+backward'$"):
         part(modes=("back",))
-
-
-def test_parts_are_joined(tmp_path: Path) -> None:
-    whole = dataclasses.replace(
-        stored_result(), host={"ours": {"backward": 1.0}}, line={"ours": line_of(5e-6, 4e12), "copy": line_of(0, 5e12)}
-    )
-    rows = whole.rows
-    parts = (
-        dataclasses.replace(whole, rows=rows[:3], host={}, line=None, first_call={}),
-        dataclasses.replace(whole, rows=rows[5:]),
-        dataclasses.replace(whole, rows=rows[3:5], host={}, line=None, first_call={}),
-    )
-    paths = [write_result(tmp_path / f"{i}.json", part) for i, part in enumerate(parts)]
-    joined = bench.main(None, False, None, silent, stored=paths)
-    assert [row.case for row in joined.rows] == [row.case for row in rows]  # a mode's cases are together again
-    assert joined.seconds == 3.0
-    wanted = bench.Result.from_json(whole.to_json())
-    assert dataclasses.replace(joined, seconds=1.0) == wanted
-
-    with pytest.raises(CommandError, match=r"--from .*3\.json: bfloat16 67108864 x 1 forward is in another file too"):
-        bench.main(None, False, None, silent, stored=[*paths, write_result(tmp_path / "3.json", parts[0])])
-
-
-@pytest.mark.parametrize(
-    ("fact", "other"),
-    [("gpu", {"name": "another"}), ("commit", "another"), ("torch", "0.1"), ("device", "cpu"), ("quick", True)],
-)
-def test_parts_of_unlike_runs_are_not_joined(fact: str, other: object, tmp_path: Path) -> None:
-    result = stored_result()
-    facts = (
-        result.facts | {"versions": result.facts["versions"] | {"torch": other}} if fact == "torch" else result.facts
-    )
-    facts = facts | ({fact: other} if fact not in ("torch", "quick") else {})
-    unlike = dataclasses.replace(result, facts=facts, quick=fact == "quick", rows=())
-    paths = [write_result(tmp_path / f"{i}.json", part) for i, part in enumerate((result, unlike))]
-    with pytest.raises(CommandError, match=rf"--from .*1\.json: differs from .*0\.json in {fact}\b"):
-        bench.main(None, False, None, silent, stored=paths)

@@ -1,7 +1,4 @@
-"""`rmsnorm bench`: ours beside its peers, interleaved in one run; no time for a case whose bits are wrong.
-
-Providers are a table and every one of them goes through the same loop. To add one, add a line to `PROVIDERS`.
-"""
+"""`rmsnorm bench`: ours beside its peers, interleaved in one run; no time for a case whose bits are wrong."""
 
 import contextlib
 import functools
@@ -13,39 +10,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import rmsnorm
-from rmsnorm import machine, measure, plot, reference
+from rmsnorm import machine, measure, peers, plot, reference
 from rmsnorm.errors import CommandError
 from rmsnorm.measure import Progress, Timing
+from rmsnorm.peers import EPS, Provider, definition
 
-EPS = 1e-6
 FORWARD, BACKWARD, TRAINING = "forward", "backward", "forward+backward"
 ADD_FORWARD, ADD_BACKWARD = "add + norm, forward", "add + norm, backward"
 _NO_GRAD = "forward, no_grad"
 _QUICK_SECONDS, _QUICK_FEWEST = 0.4, 5
 _SAMPLES = (100, 31)  # on a CPU, on a GPU
 
-Norm = Callable[[Tensor, Tensor], Tensor]
-AddNorm = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Run = Callable[..., tuple[Tensor, ...]]
-
-
-def definition(x: Tensor, w: Tensor) -> Tensor:
-    """The published forward with the temporaries it really makes; x (..., N), w (N,)."""
-    h = x.to(torch.float32)
-    variance = h.pow(2).mean(-1, keepdim=True)
-    h = h * torch.rsqrt(variance + EPS)
-    return w * h.to(x.dtype)
 
 
 # --- what is measured ----------------------------------------------------------------------------------------
@@ -78,90 +63,6 @@ class Case:
     def tensors(self) -> int:
         """Tensors of M x N that must be read or written."""
         return {FORWARD: 2, BACKWARD: 3, TRAINING: 5, ADD_FORWARD: 4, ADD_BACKWARD: 4}[self.mode]
-
-
-@dataclass(frozen=True)
-class Provider:
-    """norm: (x, w) -> y, or None for a copy of as many bytes. equal: it computes the Definition, up to rounding.
-
-    add: (x, residual, w) -> (y, x + residual); the sum and then norm, where there is none. package: what must be
-    importable; providers whose package is not there are left out.
-    """
-
-    name: str
-    norm: Norm | None
-    compiled: bool = False
-    equal: bool = True
-    add: AddNorm | None = None
-    package: str = ""
-
-
-def _liger(x: Tensor, w: Tensor) -> Tensor:
-    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-
-    y: Tensor = LigerRMSNormFunction.apply(x, w, EPS, 0.0, "llama", False)
-    return y
-
-
-def _liger_add(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
-
-    y, s = LigerFusedAddRMSNormFunction.apply(x, residual, w, EPS, 0.0, "llama", False)
-    return y, s
-
-
-def _quack(x: Tensor, w: Tensor) -> Tensor:
-    from quack.rmsnorm import rmsnorm as norm
-
-    y: Tensor = norm(x, w, eps=EPS)
-    return y
-
-
-def _quack_add(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    from quack.rmsnorm import rmsnorm as norm
-
-    y, s = norm(x, w, residual=residual, eps=EPS, prenorm=True)
-    return y, s
-
-
-def _flashinfer(x: Tensor, w: Tensor) -> Tensor:
-    from flashinfer.norm import rmsnorm as norm
-
-    y: Tensor = norm(x, w, EPS)
-    return y
-
-
-def _fla(x: Tensor, w: Tensor) -> Tensor:
-    from fla.modules.norm.layernorm import rms_norm as norm
-
-    y: Tensor = norm(x, w, None, eps=EPS)
-    return y
-
-
-def _fla_add(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    from fla.modules.norm.layernorm import rms_norm as norm
-
-    y, s = norm(x, w, None, residual=residual, eps=EPS, prenorm=True)
-    return y, s
-
-
-PROVIDERS = (
-    Provider("ours", lambda x, w: rmsnorm.rms_norm(x, w, EPS), add=lambda x, r, w: rmsnorm.add_rms_norm(x, r, w, EPS)),
-    Provider("copy", None),
-    Provider("Definition", definition),
-    Provider("F.rms_norm", lambda x, w: F.rms_norm(x, (x.shape[-1],), w, EPS)),
-    Provider("LayerNorm", lambda x, w: F.layer_norm(x, (x.shape[-1],), w, None, EPS), equal=False),
-    Provider("torch.compile", definition, compiled=True),
-    Provider("Liger", _liger, add=_liger_add, package="liger_kernel"),
-    Provider("QuACK", _quack, add=_quack_add, package="quack"),
-    Provider("FlashInfer", _flashinfer, package="flashinfer"),
-    Provider("fla", _fla, add=_fla_add, package="fla"),
-)
-
-
-def providers(device_type: str) -> tuple[Provider, ...]:
-    """Those that can be imported; packages of others have kernels for GPUs only."""
-    return tuple(p for p in PROVIDERS if not p.package or (device_type == "cuda" and find_spec(p.package) is not None))
 
 
 Shapes = tuple[tuple[int, int], ...]
@@ -562,25 +463,25 @@ def main(
     progress: Progress,
     *,
     drawing: Path | None = None,
-    stored: Sequence[Path] = (),
+    stored: Path | None = None,
     dtypes: Sequence[str] = (),
     modes: Sequence[str] = (),
 ) -> Result:
     """Measure every provider in every case of the device (the GPU if there is one, by default).
 
     quick: fewer cases, and of slow providers as many calls as fit into a short time. out: a folder into which
-    bench-<device>.json is written. drawing: a .svg or .png of the shares of a copy. stored: the JSON of runs,
-    joined and taken instead of measuring. dtypes, modes: only the cases with one of these. What is not a case (the
-    first call, the host's time, the line) is measured where forward in bf16 is, so that parts of a run take it once.
-    Raises CommandError, before anything is measured, for what cannot be had: a device that is not there, a folder that
-    cannot be written to, a dtype or mode that is not measured, a drawing of too few cases, parts that do not fit.
+    bench-<device>.json is written. drawing: a .svg or .png of the shares of a copy. stored: the JSON of a run,
+    taken instead of measuring. dtypes, modes: only the cases with one of these. What is not a case (the first call,
+    the host's time, the line) is measured where forward in bf16 is. Raises CommandError, before anything is measured,
+    for what cannot be had: a device that is not there, a folder that cannot be written to, a dtype or mode that is not
+    measured, a drawing of too few cases.
     """
     if drawing is not None:
         plot.check(drawing)
-    if stored:
+    if stored is not None:
         if device or quick or out or dtypes or modes:
             raise CommandError("--from measures nothing: leave out --device, --quick, --out, --dtype and --mode")
-        result = _join({path: _load(path) for path in stored})
+        result = _load(stored)
     else:
         result = _measure_all(device, quick, out, progress, drawing, dtypes, modes)
     if drawing is not None:
@@ -595,39 +496,6 @@ def _load(path: Path) -> Result:
         raise CommandError(f"--from {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CommandError(f"--from {path}: give the JSON of a run of rmsnorm bench") from None
-
-
-def _join(parts: Mapping[Path, Result]) -> Result:
-    """One result of the cases of all parts. Raises CommandError for parts of unlike runs, and a case in two of them."""
-    (first, result), *others = parts.items()
-    for path, part in others:
-        unlike = [name for name, fact in _run_facts(result).items() if _run_facts(part).get(name) != fact]
-        if unlike:
-            raise CommandError(f"--from {path}: differs from {first} in {', '.join(unlike)}; join parts of one run")
-        known = {row.case for row in result.rows}
-        for row in part.rows:
-            if row.case in known:
-                raise CommandError(f"--from {path}: {row.case} is in another file too; leave one of them out")
-        result = replace(
-            result,
-            rows=(*result.rows, *part.rows),
-            first_call=result.first_call or part.first_call,
-            host=result.host or part.host,
-            line=result.line or part.line,
-            seconds=result.seconds + part.seconds,
-        )
-    groups = list(dict.fromkeys((row.case.dtype, row.case.mode) for row in result.rows))
-    return replace(result, rows=tuple(sorted(result.rows, key=lambda r: groups.index((r.case.dtype, r.case.mode)))))
-
-
-def _run_facts(result: Result) -> dict[str, Any]:
-    """What the parts of one run share."""
-    facts = result.facts
-    chip = "gpu" if result.cuda else "cpu"
-    return {
-        "device": facts["device"], chip: facts[chip], "torch": facts["versions"]["torch"], "commit": facts["commit"],
-        "quick": result.quick,
-    }  # fmt: skip
 
 
 def _only(todo: list[Case], field: str, values: Sequence[str]) -> list[Case]:
@@ -694,7 +562,7 @@ def _measure(case: Case, device: torch.device, quick: bool) -> Row:
     calls: dict[str, Callable[[], object]] = {}
     found: dict[str, Measured] = {}
     red = ""
-    for provider in providers(device.type):
+    for provider in peers.providers(device.type):
         name = provider.name
         if provider.norm is None:
             calls[name], found[name] = _copy(case, device), Measured(None)
@@ -810,7 +678,7 @@ def _host(device: torch.device) -> dict[str, dict[str, float]]:
     w = torch.randn(1280, device=device).bfloat16()
     xg, wg = x.clone().requires_grad_(), w.clone().requires_grad_()
     calls: dict[tuple[str, str], Callable[[], object]] = {}
-    for provider in providers(device.type):
+    for provider in peers.providers(device.type):
         if provider.norm is None:
             continue
         with contextlib.suppress(Exception):  # the tables say why a provider cannot run
@@ -855,7 +723,7 @@ def _line(device: torch.device, rows: tuple[int, ...]) -> dict[str, Line] | None
         return None
     x = torch.empty(max(rows), _LINE_N, dtype=torch.bfloat16, device=device).normal_()
     target, w = torch.empty_like(x), torch.ones(_LINE_N, dtype=x.dtype, device=device)
-    norm = PROVIDERS[0].norm
+    norm = peers.PROVIDERS[0].norm
     assert norm is not None
     calls: dict[str, Callable[[], object]] = {}
     for M in sorted(rows, reverse=True):  # the largest result first, of whose memory the others then are

@@ -54,9 +54,7 @@ def _app() -> Any:
         quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and calls.")] = False,
         out: Annotated[Path | None, typer.Option(help="A folder for bench-DEVICE.json.")] = None,
         plot: Annotated[Path | None, typer.Option(help="Draw the shares of a copy's speed: a .svg or .png.")] = None,
-        stored: Annotated[
-            list[Path] | None, typer.Option("--from", help="Take this JSON, and measure nothing; several are joined.")
-        ] = None,
+        stored: Annotated[Path | None, typer.Option("--from", help="Take this JSON, and measure nothing.")] = None,
         dtype: Annotated[list[str] | None, typer.Option(help="Only this dtype; may be given again.")] = None,
         mode: Annotated[list[str] | None, typer.Option(help="Only this mode; may be given again.")] = None,
         json: Json = None,
@@ -64,11 +62,8 @@ def _app() -> Any:
         """Measure this norm beside the others, in one run."""
         from rmsnorm.bench import main as run
 
-        def call(progress: Callable[[int, int, str], None]) -> Any:
-            parts, dtypes, modes = stored or (), dtype or (), mode or ()
-            return run(device, quick, out, progress, drawing=plot, stored=parts, dtypes=dtypes, modes=modes)
-
-        _run(call, json)
+        some = {"dtypes": dtype or (), "modes": mode or ()}
+        _run(lambda progress: run(device, quick, out, progress, drawing=plot, stored=stored, **some), json)
 
     @app.command()
     def report(

@@ -1,0 +1,108 @@
+"""Who `rmsnorm bench` measures: a table, and every line of it goes through the same loop. To add one, add a line."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import rmsnorm
+
+EPS = 1e-6
+
+Norm = Callable[[Tensor, Tensor], Tensor]
+AddNorm = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """norm: (x, w) -> y, or None for a copy of as many bytes. equal: it computes the Definition, up to rounding.
+
+    add: (x, residual, w) -> (y, x + residual); the sum and then norm, where there is none. package: what must be
+    importable; providers whose package is not there are left out.
+    """
+
+    name: str
+    norm: Norm | None
+    compiled: bool = False
+    equal: bool = True
+    add: AddNorm | None = None
+    package: str = ""
+
+
+def definition(x: Tensor, w: Tensor) -> Tensor:
+    """The published forward with the temporaries it really makes; x (..., N), w (N,)."""
+    h = x.to(torch.float32)
+    variance = h.pow(2).mean(-1, keepdim=True)
+    h = h * torch.rsqrt(variance + EPS)
+    return w * h.to(x.dtype)
+
+
+def _liger(x: Tensor, w: Tensor) -> Tensor:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    y: Tensor = LigerRMSNormFunction.apply(x, w, EPS, 0.0, "llama", False)
+    return y
+
+
+def _liger_add(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+
+    y, s = LigerFusedAddRMSNormFunction.apply(x, residual, w, EPS, 0.0, "llama", False)
+    return y, s
+
+
+def _quack(x: Tensor, w: Tensor) -> Tensor:
+    from quack.rmsnorm import rmsnorm as norm
+
+    y: Tensor = norm(x, w, eps=EPS)
+    return y
+
+
+def _quack_add(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    from quack.rmsnorm import rmsnorm as norm
+
+    y, s = norm(x, w, residual=residual, eps=EPS, prenorm=True)
+    return y, s
+
+
+def _flashinfer(x: Tensor, w: Tensor) -> Tensor:
+    from flashinfer.norm import rmsnorm as norm
+
+    y: Tensor = norm(x, w, EPS)
+    return y
+
+
+def _fla(x: Tensor, w: Tensor) -> Tensor:
+    from fla.modules.norm.layernorm import rms_norm as norm
+
+    y: Tensor = norm(x, w, None, eps=EPS)
+    return y
+
+
+def _fla_add(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    from fla.modules.norm.layernorm import rms_norm as norm
+
+    y, s = norm(x, w, None, residual=residual, eps=EPS, prenorm=True)
+    return y, s
+
+
+PROVIDERS = (
+    Provider("ours", lambda x, w: rmsnorm.rms_norm(x, w, EPS), add=lambda x, r, w: rmsnorm.add_rms_norm(x, r, w, EPS)),
+    Provider("copy", None),
+    Provider("Definition", definition),
+    Provider("F.rms_norm", lambda x, w: F.rms_norm(x, (x.shape[-1],), w, EPS)),
+    Provider("LayerNorm", lambda x, w: F.layer_norm(x, (x.shape[-1],), w, None, EPS), equal=False),
+    Provider("torch.compile", definition, compiled=True),
+    Provider("Liger", _liger, add=_liger_add, package="liger_kernel"),
+    Provider("QuACK", _quack, add=_quack_add, package="quack"),
+    Provider("FlashInfer", _flashinfer, package="flashinfer"),
+    Provider("fla", _fla, add=_fla_add, package="fla"),
+)
+
+
+def providers(device_type: str) -> tuple[Provider, ...]:
+    """Those that can be imported; packages of others have kernels for GPUs only."""
+    return tuple(p for p in PROVIDERS if not p.package or (device_type == "cuda" and find_spec(p.package) is not None))
