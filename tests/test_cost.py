@@ -349,6 +349,7 @@ def test_no_rows_cost_nothing(implementation, device, phase) -> None:
         (((-1, 8),), {}, ValueError, "shape is (-1, 8)"),
         (((4, 0),), {}, ValueError, "N of at least 1"),
         (((),), {}, ValueError, "shape is ()"),
+        ((8,), {}, TypeError, "shape is 8, expected a sequence of integers"),
         (((4.0, 8),), {}, TypeError, "integers"),
         (((4, 8), torch.float64), {}, TypeError, "dtype is torch.float64"),
         (((4, 8), B, torch.int8), {}, TypeError, "weight_dtype is torch.int8"),

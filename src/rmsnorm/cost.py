@@ -179,9 +179,9 @@ def _checked(
     cast: str, offset: float, affine: bool,
 ) -> _Case:  # fmt: skip
     check_spec("cost", 0.0, cast, offset)
+    if not isinstance(shape, Sequence) or any(isinstance(size, bool) or not isinstance(size, int) for size in shape):
+        raise TypeError(complaint("cost", "shape", f"is {shape!r}", "a sequence of integers"))
     sizes = tuple(shape)
-    if any(isinstance(size, bool) or not isinstance(size, int) for size in sizes):
-        raise TypeError(complaint("cost", "shape", f"is {sizes}", "integers"))
     if not sizes or min(sizes) < 0 or sizes[-1] == 0:
         raise ValueError(complaint("cost", "shape", f"is {sizes}", "(..., N) with N of at least 1, nothing negative"))
     for name, value, known in (
