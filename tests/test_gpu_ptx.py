@@ -21,6 +21,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from rmsnorm.kernels import gpu  # noqa: E402
 from rmsnorm.kernels.launch import Gpu  # noqa: E402
@@ -101,9 +102,8 @@ def specialised(kernel: Any, arguments: tuple[Any, ...], flags: dict[str, Any]) 
 
 @functools.cache
 def compiled(kernel: Any, signature: Any, constants: Any, divisible: Any, warps: int, capability: int) -> Any:
-    source = ASTSource(
-        kernel, dict(signature), dict(constants), {path: [["tt.divisibility", 16]] for path in divisible}
-    )
+    kind = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = kind(kernel, dict(signature), dict(constants), {path: [["tt.divisibility", 16]] for path in divisible})
     return triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),

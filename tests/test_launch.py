@@ -24,7 +24,8 @@ def every_launch() -> list[tuple[int | None, int, Launch]]:
     """(M or None where it plays no part, N, configuration)."""
     found: list[tuple[int | None, int, Launch]] = []
     for N in WIDTHS:
-        found += [(None, N, launch.forward(N, size, adds, H200)) for size in (2, 4) for adds in (False, True)]
+        for size, adds, staged in itertools.product((2, 4), (False, True), (False, N % 16 == 0)):
+            found.append((None, N, launch.forward(N, size, adds, staged, H200)))
         found.append((None, N, launch.sum_partials(N)))
         for M, itemsize in itertools.product(ROWS, (2, 4)):
             for with_dw in (False, True):
@@ -42,7 +43,7 @@ def test_module_imports_nothing_but_the_standard_library() -> None:
 
 def test_configuration_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        launch.forward(1280, 2, False, H200).warps = 2  # type: ignore[misc]
+        launch.forward(1280, 2, False, True, H200).warps = 2  # type: ignore[misc]
 
 
 def test_tiles_are_what_a_kernel_can_hold() -> None:
@@ -59,7 +60,7 @@ def test_tiles_are_what_a_kernel_can_hold() -> None:
 
 def test_a_row_is_held_by_one_program_or_by_few_or_walked_over() -> None:
     for N, itemsize in itertools.product(WIDTHS, (2, 4)):
-        forward = launch.forward(N, itemsize, False, H200)
+        forward = launch.forward(N, itemsize, False, N % 16 == 0, H200)
         backward = launch.backward(8192, N, itemsize, 2 * itemsize, True, H200)
         for config, widest in ((forward, launch.FORWARD_WIDEST), (backward, launch.BACKWARD_WIDEST)):
             width = config.pieces * config.block_n
@@ -98,7 +99,7 @@ def test_programs_that_wait_for_each_other_have_room_on_the_gpu() -> None:
     for N, itemsize, multiprocessors in itertools.product(WIDTHS, (2, 4), (1, 8, 16, 46, 63, 64, 132)):
         gpu = launch.Gpu(99 << 10, multiprocessors, 9)
         for config in (
-            launch.forward(N, itemsize, True, gpu),
+            launch.forward(N, itemsize, True, N % 16 == 0, gpu),
             launch.backward(8192, N, itemsize, 2 * itemsize, True, gpu),
         ):
             assert config.parts <= 1 or config.parts * launch.ROOM <= multiprocessors
@@ -113,7 +114,7 @@ def test_loads_ahead_fit_into_shared_memory() -> None:
 
 
 def test_thousands_of_widths_do_not_mean_thousands_of_kernels() -> None:
-    assert len({launch.forward(N, 2, False, H200) for N in range(1, 40000)}) <= 32
+    assert len({launch.forward(N, 2, False, N % 16 == 0, H200) for N in range(1, 40000)}) <= 32
     kernels = {tuple(launch.backward(8192, N, 2, 4, True, H200).constants.values()) for N in range(1, 20000)}
     assert len(kernels) <= 64
 

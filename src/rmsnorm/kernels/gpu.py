@@ -14,12 +14,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from rmsnorm.kernels import launch
 from rmsnorm.kernels.launch import Gpu, Launch
 from rmsnorm.kernels.rows import Walk, walk, walked
 
 NAME = "gpu kernel (Triton)"
+_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # before Triton 3.7
 
 # --- the kernels ---------------------------------------------------------------------------------------------
 # m: rows, n: columns, in 64 bits where they become an address. Outputs are contiguous; of the inputs only the last
@@ -172,6 +176,50 @@ def _forward_block(
         weight = None if w is None else tl.load(w + n, n < N, 0.0)
         out = _output(h, weight, offset, x.dtype.element_ty, y.dtype.element_ty, EARLY)
         tl.store(y + m * N + n, out, (m < M) & (n < N))
+
+
+@gluon.jit(do_not_specialize=["M"])
+def _forward_staged(
+    x, residual, w, y, s, rstd, shares, M, N, parts, sizes, x_steps, residual_steps, eps, offset,
+    EARLY: gl.constexpr, STRIDED: gl.constexpr, PARTS: gl.constexpr, PIECES: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """One part of a row, which waits for the other parts in shared memory: of registers there are too few to have
+    enough rows under way."""
+    X: gl.constexpr = x.dtype.element_ty
+    columns: gl.constexpr = gl.BlockedLayout([128 // X.primitive_bitwidth], [32], [gl.num_warps()], [0])
+    places: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    plain: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
+    m, part = (gl.program_id(0) // parts).to(gl.int64), gl.program_id(0) % parts
+    n = part * (PIECES * BLOCK_N) + gl.arange(0, BLOCK_N, columns)
+    row = gl.allocate_shared_memory(X, [PIECES, BLOCK_N], plain)
+    for k in gl.static_range(PIECES):
+        _copy(row.index(k), x + _start(m, sizes, x_steps, STRIDED) + n + k * BLOCK_N, mask=n + k * BLOCK_N < N)
+        async_copy.commit_group()
+    squares = gl.zeros([BLOCK_N], gl.float64, columns)
+    for k in gl.static_range(PIECES):
+        async_copy.wait_group(PIECES - 1 - k)
+        inside = n + k * BLOCK_N < N
+        piece = row.index(k).load(columns)
+        if residual is not None:
+            other = gl.load(residual + _start(m, sizes, residual_steps, STRIDED) + n + k * BLOCK_N, inside, 0.0)
+            piece = (piece.to(gl.float32) + other.to(gl.float32)).to(X)
+            gl.store(s + m * N + n + k * BLOCK_N, piece, inside)
+            row.index(k).store(piece)
+        d = gl.where(inside, piece.to(gl.float32), 0.0).to(gl.float64)  # what is outside was not copied
+        squares = gl.fma(d, d, squares)  # the square is exact, so fusing changes nothing
+    gl.atomic_xchg(shares + m * parts + part, gl.sum(squares, axis=0).to(gl.int64, bitcast=True), sem="relaxed")
+    p = gl.arange(0, PARTS, places)  # as in _whole
+    found = gl.load(shares + m * parts + p, p < parts, 0, volatile=True)
+    while gl.sum((found == -1).to(gl.int32), axis=0) > 0:
+        found = gl.load(shares + m * parts + p, p < parts, 0, volatile=True)
+    r = _rstd(gl.sum(found.to(gl.float64, bitcast=True), axis=0), N, eps)
+    if rstd is not None:
+        gl.store(rstd + m, r)
+    for k in gl.static_range(PIECES):
+        inside = n + k * BLOCK_N < N
+        h = row.index(k).load(columns).to(gl.float32) * r
+        weight = None if w is None else gl.load(w + n + k * BLOCK_N, inside, 0.0)
+        gl.store(y + m * N + n + k * BLOCK_N, _output(h, weight, offset, X, y.dtype.element_ty, EARLY), inside)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -415,7 +463,8 @@ def forward(
         y, _, rstd = forward(total, None, w, eps, cast, offset, with_rstd)
         return y, total, rstd
     rows, (x, *others) = walked(walk, x) if residual is None else walked(walk, x, residual)
-    call = _forward_call(rows, x.get_device(), x.dtype, _dtype(w), bool(others), with_rstd, eps, cast, offset)
+    staged = rows.N > launch.FORWARD_WIDEST and _by_16_bytes(rows, x, *others)
+    call = _forward_call(rows, x.get_device(), x.dtype, _dtype(w), bool(others), with_rstd, eps, cast, offset, staged)
     y = _empty_like(x, _y_dtype(x.dtype, _dtype(w), cast))
     s = _empty_like(x, x.dtype) if others else None
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) if with_rstd else None
@@ -487,17 +536,18 @@ _MOST_CALLS = 4096
 @functools.lru_cache(_MOST_CALLS)
 def _forward_call(
     rows: Walk, device: int, x: torch.dtype, w: torch.dtype | None, with_residual: bool, with_rstd: bool,
-    eps: float, cast: str, offset: float,
+    eps: float, cast: str, offset: float, staged: bool,
 ) -> _Call:  # fmt: skip
     """Every argument makes another kernel, or another argument of it."""
-    config = launch.forward(rows.N, x.itemsize, with_residual, _gpu(device))
+    config = launch.forward(rows.N, x.itemsize, with_residual, staged, _gpu(device))
     places = (rows.sizes, rows.steps[0], rows.steps[-1], float(eps), float(offset) or -0.0)
     flags = (cast == "early", rows.strided)
     if config.parts == 0:
         return _Call(_forward_loop, (rows.M,), config, (rows.M, rows.N, *places), flags, device)
     grid = (_cdiv(rows.M, config.rows) * config.parts,)
     numbers = (rows.M, rows.N, config.parts, *places)
-    return _Call(_forward_block, grid, config, numbers, (*flags, launch.power_of_two(config.parts)), device)
+    kernel = _forward_staged if config.staged else _forward_block
+    return _Call(kernel, grid, config, numbers, (*flags, launch.power_of_two(config.parts)), device)
 
 
 @functools.lru_cache(_MOST_CALLS)
@@ -594,6 +644,12 @@ def _shares(call: _Call, x: Tensor) -> Tensor | None:
     programs_of_rows = call.grid[0] // call.config.parts
     rows = programs_of_rows * max(call.config.rows, call.config.chunk)
     return torch.full((rows, call.config.parts), -1, dtype=torch.int64, device=x.device)
+
+
+def _by_16_bytes(rows: Walk, *tensors: Tensor) -> bool:
+    """Whether rows begin and end where asynchronous copies can, and Triton is told: of multiples of 16 numbers."""
+    steps = [step for of_tensor in rows.steps for step in (of_tensor if rows.strided else of_tensor[2:])]
+    return all(step % 16 == 0 for step in (rows.N, *steps)) and all(t.data_ptr() % 16 == 0 for t in tensors)
 
 
 def _contiguous(w: Tensor | None) -> Tensor | None:

@@ -42,6 +42,11 @@ _FORWARD_SHARED = {
     2: {65536: (1, 4, 1024, 4), 524288: (1, 16, 1024, 4)},
     4: {32768: (2, 2, 1024, 4), 65536: (1, 4, 1024, 4), 262144: (1, 8, 1024, 4)},
 }
+# The same where the row waits in shared memory.
+_FORWARD_STAGED = {
+    2: {262144: (1, 8, 1024, 4)},
+    4: {65536: (1, 4, 1024, 4), 262144: (1, 8, 1024, 4)},
+}
 _BACKWARD_SHARED = {
     2: {65536: (1, 4, 1024, 4), 262144: (1, 4, 2048, 8)},
     4: {32768: (2, 2, 1024, 4), 131072: (1, 4, 1024, 4), 262144: (1, 8, 1024, 8)},
@@ -60,7 +65,8 @@ class Gpu(NamedTuple):
 class Launch:
     """A program works on tiles of `rows` rows of `pieces` x `block_n` columns, over `chunk` consecutive rows.
 
-    parts: programs that share a row; 0 means that one program walks over a row in pieces of block_n.
+    parts: programs that share a row; 0 means that one program walks over a row in pieces of block_n. staged: in shared
+    memory, not in registers.
     """
 
     block_n: int
@@ -71,6 +77,7 @@ class Launch:
     stages: int = 1
     ahead: int = 0
     chunk: int = 1
+    staged: bool = False
 
     @property
     def constants(self) -> dict[str, int]:
@@ -85,10 +92,17 @@ class Launch:
 
 
 @functools.lru_cache(4096)
-def forward(N: int, itemsize: int, with_residual: bool, gpu: Gpu) -> Launch:
-    """Whole rows of up to four pieces, 16 bytes a thread and piece; wider ones shared between programs."""
+def forward(N: int, itemsize: int, with_residual: bool, staged: bool, gpu: Gpu) -> Launch:
+    """Whole rows of up to four pieces, 16 bytes a thread and piece; wider ones shared between programs.
+
+    staged: rows begin and end at multiples of 16 bytes.
+    """
     widest = FORWARD_WIDEST * 3 // 4 if with_residual else FORWARD_WIDEST
     if widest < N:
+        if staged:
+            config = _shared(N, _FORWARD_STAGED[itemsize], gpu)
+            if config.parts > 0:
+                return replace(config, staged=True)
         return _shared(N, _FORWARD_SHARED[itemsize], gpu)
     if N <= 256:
         block_n, rows = _narrow(N)
