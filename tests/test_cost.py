@@ -247,7 +247,7 @@ def test_ours_on_cuda_follows_the_launch_configuration() -> None:
     seen = set()
     for N in (3, 1280, 7168, 16384, 16385, 32768, 262144, 600000):
         forward, backward = (cost((M, N), device="cuda", phase=phase) for phase in ("forward", "backward"))
-        config = launch.forward(N, e, False, N % 16 == 0, launch.Gpu())
+        config = launch.forward(N, e, False, N % 16 == 0, launch.Gpu(227 << 10))
         parts = config.parts
         shares = 8 * whole(M, config.rows) * parts if parts > 1 else 0
         seen.add(min(parts, 2))
@@ -255,7 +255,7 @@ def test_ours_on_cuda_follows_the_launch_configuration() -> None:
         assert forward.moved == forward.least + 3 * shares  # filled, then written and read
         assert forward.peak == M * N * e + 4 * M + shares
 
-        config = launch.backward(M, N, e, 2 * e, True, launch.Gpu())
+        config = launch.backward(M, N, e, e, False, True, N % 16 == 0, launch.Gpu(227 << 10))
         shares = 8 * whole(M, config.chunk) * config.parts if config.parts > 1 else 0
         alone = config.parts == 0
         chunk = launch.dw_alone(M, N, 2 * e, launch.Gpu()).chunk if alone else config.chunk
@@ -265,7 +265,7 @@ def test_ours_on_cuda_follows_the_launch_configuration() -> None:
         assert backward.moved == backward.least + 2 * partials + again + 3 * shares
         assert backward.peak == 2 * M * N * e + 4 * M + partials + N * e + shares  # y, dx, rstd, dw
         without = cost((M, N), device="cuda", phase="backward", elementwise_affine=False)
-        config = launch.backward(M, N, e, 2 * e, False, launch.Gpu())
+        config = launch.backward(M, N, e, e, False, False, N % 16 == 0, launch.Gpu(227 << 10))
         shares = 8 * whole(M, config.chunk) * config.parts if config.parts > 1 else 0
         assert without.kernels == 1 + bool(shares)
         assert without.moved == without.least + 3 * shares
@@ -275,12 +275,11 @@ def test_ours_on_cuda_follows_the_launch_configuration() -> None:
 def test_no_count_depends_on_the_gpu() -> None:
     gpus = [launch.Gpu(*of) for of in itertools.product((0, 99 << 10, 227 << 10), (64, 132), (8, 9, 12))]
     for M, N in itertools.product((1, 4096, 1 << 20), (3, 500, 1280, 7168, 16384, 65536)):
-        for size, loaded in ((2, 4), (2, 6), (4, 8), (4, 12)):
-            for make in (
-                lambda gpu: launch.backward(M, N, size, loaded, True, gpu),
-                lambda gpu: launch.dw_alone(M, N, loaded, gpu),
-            ):
-                assert len({(c.parts, c.chunk) for c in map(make, gpus)}) == 1, (M, N)
+        for size, of_dy in ((2, 2), (2, 4), (4, 4)):
+            for aligned in {False, N % 16 == 0}:
+                chunks = {launch.backward(M, N, size, of_dy, False, True, aligned, gpu).chunk for gpu in gpus}
+                assert len(chunks) == 1, (M, N)
+            assert len({launch.dw_alone(M, N, size + of_dy, gpu).chunk for gpu in gpus}) == 1, (M, N)
 
 
 def test_the_launches_are_those_of_the_kernels(monkeypatch) -> None:
@@ -298,9 +297,10 @@ def test_the_launches_are_those_of_the_kernels(monkeypatch) -> None:
         return wrapped
 
     # All arguments but the GPU.
-    for name, used in (("forward", 3), ("backward", 5), ("dw_alone", 3)):
+    for name, used in (("forward", 4), ("backward", 7), ("dw_alone", 3)):
         monkeypatch.setattr(launch, name, spy(name, used))
     monkeypatch.setattr(gpu, "_run", lambda *_: None)
+    monkeypatch.setattr(gpu, "_gpu", lambda _: launch.Gpu(227 << 10))
     for plan in (gpu._forward_call, gpu._backward_calls):  # what was asked before is not asked again
         plan.cache_clear()
     for (x, w), N, adds in itertools.product(DTYPES, (7, 1280, 12000, 40000), (False, True)):

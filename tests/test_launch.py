@@ -26,10 +26,10 @@ def every_launch() -> list[tuple[int | None, int, Launch]]:
     for N in WIDTHS:
         for size, adds, staged in itertools.product((2, 4), (False, True), (False, N % 16 == 0)):
             found.append((None, N, launch.forward(N, size, adds, staged, H200)))
-        found.append((None, N, launch.sum_partials(N)))
+        found += [(None, N, launch.sum_partials(chunks, N, H200)) for chunks in (1, 8, 100, 264, 5000)]
         for M, itemsize in itertools.product(ROWS, (2, 4)):
-            for with_dw in (False, True):
-                found.append((M, N, launch.backward(M, N, itemsize, 2 * itemsize, with_dw, H200)))
+            for with_dw, aligned in itertools.product((False, True), {False, N % 16 == 0}):
+                found.append((M, N, launch.backward(M, N, itemsize, itemsize, False, with_dw, aligned, H200)))
             found.append((M, N, launch.dw_alone(M, N, 2 * itemsize, H200)))
     return found
 
@@ -61,7 +61,7 @@ def test_tiles_are_what_a_kernel_can_hold() -> None:
 def test_a_row_is_held_by_one_program_or_by_few_or_walked_over() -> None:
     for N, itemsize in itertools.product(WIDTHS, (2, 4)):
         forward = launch.forward(N, itemsize, False, N % 16 == 0, H200)
-        backward = launch.backward(8192, N, itemsize, 2 * itemsize, True, H200)
+        backward = launch.backward(8192, N, itemsize, itemsize, False, True, N % 16 == 0, H200)
         for config, widest in ((forward, launch.FORWARD_WIDEST), (backward, launch.BACKWARD_WIDEST)):
             width = config.pieces * config.block_n
             if widest >= N:
@@ -87,8 +87,8 @@ def test_chunks_cover_the_rows_once_and_their_sums_are_short() -> None:
 def test_chunks_depend_on_shapes_and_dtypes_and_not_on_the_gpu() -> None:
     for M, N, itemsize in itertools.product(ROWS, (1, 64, 1280, 8192, 16384, 131072), (2, 4)):
         chunks = {
-            launch.backward(M, N, itemsize, loaded, True, launch.Gpu(*gpu)).chunk
-            for loaded in (2 * itemsize, 3 * itemsize)
+            launch.backward(M, N, itemsize, of_dy, with_ds, True, aligned, launch.Gpu(*gpu)).chunk
+            for of_dy, with_ds, aligned in itertools.product({itemsize, 4}, (False, True), {False, N % 16 == 0})
             for gpu in itertools.product((99 << 10, 227 << 10), (64, 132, 148), (8, 9, 10))
         }
         assert len(chunks) == 1
@@ -97,25 +97,28 @@ def test_chunks_depend_on_shapes_and_dtypes_and_not_on_the_gpu() -> None:
 
 def test_programs_that_wait_for_each_other_have_room_on_the_gpu() -> None:
     for N, itemsize, multiprocessors in itertools.product(WIDTHS, (2, 4), (1, 8, 16, 46, 63, 64, 132)):
-        gpu = launch.Gpu(99 << 10, multiprocessors, 9)
+        gpu = launch.Gpu(227 << 10, multiprocessors, 9)
         for config in (
             launch.forward(N, itemsize, True, N % 16 == 0, gpu),
-            launch.backward(8192, N, itemsize, 2 * itemsize, True, gpu),
+            launch.backward(8192, N, itemsize, itemsize, False, True, N % 16 == 0, gpu),
         ):
             assert config.parts <= 1 or config.parts * launch.ROOM <= multiprocessors
 
 
 def test_loads_ahead_fit_into_shared_memory() -> None:
     for N, shared in itertools.product(WIDTHS, (99 << 10, 227 << 10)):
-        config = launch.backward(8192, N, 2, 4, True, launch.Gpu(shared))
+        config = launch.backward(8192, N, 2, 2, False, True, N % 16 == 0, launch.Gpu(shared))
         tile = config.rows * config.pieces * config.block_n * 4
-        assert (config.stages - 1) * tile <= shared
+        assert (config.stages - (0 if config.staged else 1)) * tile <= shared
         assert config.stages == 1 or N % 16 == 0
 
 
 def test_thousands_of_widths_do_not_mean_thousands_of_kernels() -> None:
     assert len({launch.forward(N, 2, False, N % 16 == 0, H200) for N in range(1, 40000)}) <= 32
-    kernels = {tuple(launch.backward(8192, N, 2, 4, True, H200).constants.values()) for N in range(1, 20000)}
+    kernels = {
+        tuple(launch.backward(8192, N, 2, 2, False, True, N % 16 == 0, H200).constants.values())
+        for N in range(1, 20000)
+    }
     assert len(kernels) <= 64
 
 

@@ -628,18 +628,18 @@ def _our_backward_cuda(t: _Tape, c: _Case, flops: int, inputs: list[_Array | Non
     t.free(partials, shares)
 
 
-# What is read off a launch: how many programs share a row, and over how many chunks of rows dw is summed. Both are the
-# same on every GPU with `launch.ROOM` for the programs that share a row; the few smaller ones walk over wide rows.
-_GPU = launch.Gpu()
+# What is read off a launch: how many programs share a row, and over how many chunks of rows dw is summed. Chunks are
+# the same on every GPU with `launch.ROOM` for the programs that share a row; how many share it is as on an H200.
+_GPU = launch.Gpu(227 << 10)
 
 
 def _forward_launch(c: _Case) -> Launch:
-    return launch.forward(c.N, c.x.itemsize, c.adds, c.N % 16 == 0, _GPU)
+    return launch.forward(c.N, c.x.itemsize, c.adds, launch.FORWARD_WIDEST < c.N and c.N % 16 == 0, _GPU)
 
 
 def _backward_launch(c: _Case) -> Launch:
-    loaded = c.y.itemsize + (2 if c.adds else 1) * c.x.itemsize
-    return launch.backward(c.M, c.N, c.x.itemsize, loaded, c.w is not None, _GPU)
+    aligned = launch.BACKWARD_WIDEST < c.N and c.N % 16 == 0
+    return launch.backward(c.M, c.N, c.x.itemsize, c.y.itemsize, c.adds, c.w is not None, aligned, _GPU)
 
 
 def _dw_launch(c: _Case) -> Launch | None:

@@ -93,16 +93,14 @@ def _times_scale(dy, w, offset, EARLY: tl.constexpr):
 
 
 @triton.jit
-def _mean(S, N):
-    """S / N in fp64, correctly rounded, and then in fp32.
+def _mean(S, N, inverse):
+    """S / N in fp64, correctly rounded, and then in fp32; N and its inverse are fp64.
 
     In a loop this is faster than `/`: 1 / N is taken once, and the remainder, exact since N has few digits, mends the
     quotient (Markstein).
     """
-    width = tl.full(S.shape, N, tl.float64)
-    inverse = 1.0 / width
     q = S * inverse
-    mended = tl.fma(tl.fma(-q, width, S), inverse, q)
+    mended = tl.fma(tl.fma(-q, N, S), inverse, q)
     return tl.where(tl.abs(S) < float("inf"), mended, S).to(tl.float32)
 
 
@@ -178,50 +176,6 @@ def _forward_block(
         tl.store(y + m * N + n, out, (m < M) & (n < N))
 
 
-@gluon.jit(do_not_specialize=["M"])
-def _forward_staged(
-    x, residual, w, y, s, rstd, shares, M, N, parts, sizes, x_steps, residual_steps, eps, offset,
-    EARLY: gl.constexpr, STRIDED: gl.constexpr, PARTS: gl.constexpr, PIECES: gl.constexpr, BLOCK_N: gl.constexpr,
-):  # fmt: skip
-    """One part of a row, which waits for the other parts in shared memory: of registers there are too few to have
-    enough rows under way."""
-    X: gl.constexpr = x.dtype.element_ty
-    columns: gl.constexpr = gl.BlockedLayout([128 // X.primitive_bitwidth], [32], [gl.num_warps()], [0])
-    places: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    plain: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
-    m, part = (gl.program_id(0) // parts).to(gl.int64), gl.program_id(0) % parts
-    n = part * (PIECES * BLOCK_N) + gl.arange(0, BLOCK_N, columns)
-    row = gl.allocate_shared_memory(X, [PIECES, BLOCK_N], plain)
-    for k in gl.static_range(PIECES):
-        _copy(row.index(k), x + _start(m, sizes, x_steps, STRIDED) + n + k * BLOCK_N, mask=n + k * BLOCK_N < N)
-        async_copy.commit_group()
-    squares = gl.zeros([BLOCK_N], gl.float64, columns)
-    for k in gl.static_range(PIECES):
-        async_copy.wait_group(PIECES - 1 - k)
-        inside = n + k * BLOCK_N < N
-        piece = row.index(k).load(columns)
-        if residual is not None:
-            other = gl.load(residual + _start(m, sizes, residual_steps, STRIDED) + n + k * BLOCK_N, inside, 0.0)
-            piece = (piece.to(gl.float32) + other.to(gl.float32)).to(X)
-            gl.store(s + m * N + n + k * BLOCK_N, piece, inside)
-            row.index(k).store(piece)
-        d = gl.where(inside, piece.to(gl.float32), 0.0).to(gl.float64)  # what is outside was not copied
-        squares = gl.fma(d, d, squares)  # the square is exact, so fusing changes nothing
-    gl.atomic_xchg(shares + m * parts + part, gl.sum(squares, axis=0).to(gl.int64, bitcast=True), sem="relaxed")
-    p = gl.arange(0, PARTS, places)  # as in _whole
-    found = gl.load(shares + m * parts + p, p < parts, 0, volatile=True)
-    while gl.sum((found == -1).to(gl.int32), axis=0) > 0:
-        found = gl.load(shares + m * parts + p, p < parts, 0, volatile=True)
-    r = _rstd(gl.sum(found.to(gl.float64, bitcast=True), axis=0), N, eps)
-    if rstd is not None:
-        gl.store(rstd + m, r)
-    for k in gl.static_range(PIECES):
-        inside = n + k * BLOCK_N < N
-        h = row.index(k).load(columns).to(gl.float32) * r
-        weight = None if w is None else gl.load(w + n + k * BLOCK_N, inside, 0.0)
-        gl.store(y + m * N + n + k * BLOCK_N, _output(h, weight, offset, X, y.dtype.element_ty, EARLY), inside)
-
-
 @triton.jit(do_not_specialize=["M"])
 def _forward_loop(
     x, residual, w, y, s, rstd, M, N, sizes, x_steps, residual_steps, eps, offset,
@@ -272,30 +226,15 @@ def _load_rows(
     return row
 
 
-@triton.jit
-def _load_tile(
-    dy, x, ds, rstd, m, n, M, N, sizes, dy_steps, x_steps, ds_steps, TENSORS: tl.constexpr,
-    STRIDED: tl.constexpr, PARTS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """rstd and the rows of the first TENSORS of dy, x and ds; () for what is not there."""
-    dy_row = _load_rows(dy, m, n, M, N, sizes, dy_steps, STRIDED, PARTS, PIECES, BLOCK_N)
-    x_row = _load_rows(x, m, n, M, N, sizes, x_steps, STRIDED, PARTS, PIECES, BLOCK_N)
-    ds_row = ()
-    if ds is not None and TENSORS == 3:
-        ds_row = _load_rows(ds, m, n, M, N, sizes, ds_steps, STRIDED, PARTS, PIECES, BLOCK_N)
-    return tl.load(rstd + m, m < M, 0.0), dy_row, x_row, ds_row
-
-
 @triton.jit(do_not_specialize=["M", "chunk"])
 def _backward_block(
     dy, ds, x, w, rstd, dx, partials, shares, M, N, parts, chunk, sizes, dy_steps, ds_steps, x_steps, offset,
     EARLY: tl.constexpr, STRIDED: tl.constexpr, PARTS: tl.constexpr,
-    ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """dx of a chunk of rows, ROWS at a time, and the chunk's share of dw; with PARTS > 1, of one part of each row.
 
-    The next tile is loaded while this one is worked on: into shared memory by STAGES, or the first AHEAD of dy, x and
-    ds into registers.
+    With STAGES > 1 the next tiles are loaded into shared memory while this one is worked on.
     """
     program, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     n = part * (PIECES * BLOCK_N) + tl.arange(0, BLOCK_N)[None, :]
@@ -306,37 +245,14 @@ def _backward_block(
         dw += (tl.zeros([ROWS, BLOCK_N], tl.float32),)
         if w is not None:
             weight += (tl.load(w + n + k * BLOCK_N, n + k * BLOCK_N < N, 0.0),)
-    if AHEAD > 0:
-        tile = _load_tile(
-            dy, x, ds, rstd, m, n, M, N, sizes, dy_steps, x_steps, ds_steps, AHEAD, STRIDED, PARTS, PIECES, BLOCK_N
-        )
+    width = tl.full([ROWS, 1], N, tl.float64)
+    inverse = 1.0 / width
     for _ in tl.range(0, chunk, ROWS, num_stages=STAGES):
-        if AHEAD == 0:
-            tile = _load_tile(
-                dy,
-                x,
-                ds,
-                rstd,
-                m,
-                n,
-                M,
-                N,
-                sizes,
-                dy_steps,
-                x_steps,
-                ds_steps,
-                3 if STAGES > 1 else 2,
-                STRIDED,
-                PARTS,
-                PIECES,
-                BLOCK_N,
-            )
-        r, dy_row, x_row, ds_row = tile
-        if AHEAD > 0:
-            tile = _load_tile(
-                dy, x, ds, rstd, m + ROWS, n, M, N, sizes, dy_steps, x_steps, ds_steps, AHEAD,
-                STRIDED, PARTS, PIECES, BLOCK_N,
-            )  # fmt: skip
+        dy_row = _load_rows(dy, m, n, M, N, sizes, dy_steps, STRIDED, PARTS, PIECES, BLOCK_N)
+        x_row = _load_rows(x, m, n, M, N, sizes, x_steps, STRIDED, PARTS, PIECES, BLOCK_N)
+        if ds is not None and STAGES > 1:
+            ds_row = _load_rows(ds, m, n, M, N, sizes, ds_steps, STRIDED, PARTS, PIECES, BLOCK_N)
+        r = tl.load(rstd + m, m < M, 0.0)
         products = tl.zeros([ROWS, BLOCK_N], tl.float64)
         for k in tl.static_range(PIECES):
             xh = _xh(x_row[k], r, _inside(n + k * BLOCK_N, N, k, PIECES, PARTS))
@@ -345,8 +261,8 @@ def _backward_block(
         S = tl.sum(products, axis=1, keep_dims=True)
         if PARTS > 1:
             S = _whole(S, shares + m * parts, part, parts, PARTS)
-        c = _mean(S + 0.0, N)  # +0.0, never -0.0
-        if ds is not None and AHEAD < 3 and STAGES == 1:  # not before, which takes more registers than there are
+        c = _mean(S + 0.0, width, inverse)  # +0.0, never -0.0
+        if ds is not None and STAGES == 1:  # not before, which takes more registers than there are
             ds_row = _load_rows(ds, m, n, M, N, sizes, ds_steps, STRIDED, PARTS, PIECES, BLOCK_N)
         summed = ()
         for k in tl.static_range(PIECES):
@@ -360,6 +276,8 @@ def _backward_block(
             summed += (dw[k] + _dw(dy_row[k].to(tl.float32), xh, x.dtype.element_ty, EARLY),)
         dw = summed
         m += ROWS
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()  # _sum_partials may start, and waits
     if partials is not None:
         for k in tl.static_range(PIECES):
             share = tl.sum(dw[k].to(tl.float64), axis=0, keep_dims=True).to(tl.float32)
@@ -410,6 +328,7 @@ def _backward_loop(
 def _dw_alone(
     dy, x, rstd, partials, M, N, chunk, sizes, dy_steps, x_steps,
     EARLY: tl.constexpr, STRIDED: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The share of dw of BLOCK_N columns of a chunk of rows."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
@@ -421,19 +340,225 @@ def _dw_alone(
         dy_row = _load(dy + _start(m, sizes, dy_steps, STRIDED) + n, inside)
         xh = _load(x + _start(m, sizes, x_steps, STRIDED) + n, inside) * r
         dw += _dw(dy_row, xh, x.dtype.element_ty, EARLY)
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     share = tl.sum(dw.to(tl.float64), axis=0, keep_dims=True).to(tl.float32)
     tl.store(partials + tl.program_id(1).to(tl.int64) * N + n, share, n < N)
 
 
 @triton.jit(do_not_specialize=["chunks"])
-def _sum_partials(partials, dw, chunks, N, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+def _sum_partials(
+    partials, dw, chunks, N, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
     """dw of BLOCK_N columns: the shares of all chunks, always in the same order."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()  # for the end of the kernel before, which need not have ended for this one to start
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     total = tl.zeros([ROWS, BLOCK_N], tl.float64)
     for first in range(0, chunks, ROWS):
         chunk = first + tl.arange(0, ROWS)[:, None]
         total += tl.load(partials + chunk.to(tl.int64) * N + n, (chunk < chunks) & (n < N), 0.0).to(tl.float64)
     tl.store(dw + n, tl.sum(total, axis=0, keep_dims=True).to(tl.float32).to(dw.dtype.element_ty), n < N)
+
+
+# Rows in shared memory, in Gluon, where one says how threads hold a tile: more rows are under way than registers hold.
+# Asynchronous copies bring them, of 16 bytes each, so that rows must begin and end at multiples of that.
+
+
+@gluon.jit
+def _collected(shares, parts, PARTS: gl.constexpr):
+    """The sum of a row's shares, once all of its programs have handed in theirs; see _whole."""
+    lanes: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    p = gl.arange(0, PARTS, lanes)
+    found = gl.load(shares + p, p < parts, 0, volatile=True)
+    while gl.sum((found == -1).to(gl.int32), axis=0) > 0:
+        found = gl.load(shares + p, p < parts, 0, volatile=True)
+    return gl.sum(found.to(gl.float64, bitcast=True), axis=0)
+
+
+@gluon.jit
+def _buffers(DTYPE: gl.constexpr, COPIES: gl.constexpr, PIECES: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Shared memory for COPIES rows, a buffer for each piece: what is one buffer is waited for as one."""
+    plain: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
+    buffers = ()
+    for _ in gl.static_range(PIECES):
+        buffers += (gl.allocate_shared_memory(DTYPE, [COPIES, BLOCK_N], plain),)
+    return buffers
+
+
+@gluon.jit
+def _begin(buffers, slot, row, n, N, present, PIECES: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Have a row copied, if it is present; columns outside keep what they held."""
+    for k in gl.static_range(PIECES):
+        _copy(buffers[k].index(slot), row + n + k * BLOCK_N, mask=(n + k * BLOCK_N < N) & present)
+
+
+@gluon.jit(do_not_specialize=["M"])
+def _forward_staged(
+    x, residual, w, y, s, rstd, shares, M, N, parts, sizes, x_steps, residual_steps, eps, offset,
+    EARLY: gl.constexpr, STRIDED: gl.constexpr, PARTS: gl.constexpr, PIECES: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """One part of a row, which waits for the other parts."""
+    X: gl.constexpr = x.dtype.element_ty
+    columns: gl.constexpr = gl.BlockedLayout([128 // X.primitive_bitwidth], [32], [gl.num_warps()], [0])
+    m, part = (gl.program_id(0) // parts).to(gl.int64), gl.program_id(0) % parts
+    n = part * (PIECES * BLOCK_N) + gl.arange(0, BLOCK_N, columns)
+    row = _buffers(X, 1, PIECES, BLOCK_N)
+    for k in gl.static_range(PIECES):
+        at = n + k * BLOCK_N
+        _copy(row[k].index(0), x + _start(m, sizes, x_steps, STRIDED) + at, mask=at < N)
+        async_copy.commit_group()
+    squares = gl.zeros([BLOCK_N], gl.float64, columns)
+    for k in gl.static_range(PIECES):
+        async_copy.wait_group(PIECES - 1 - k)
+        inside = n + k * BLOCK_N < N
+        piece = row[k].index(0).load(columns)
+        if residual is not None:
+            at = residual + _start(m, sizes, residual_steps, STRIDED) + n + k * BLOCK_N
+            piece = (piece.to(gl.float32) + gl.load(at, inside, 0.0).to(gl.float32)).to(X)
+            gl.store(s + m * N + n + k * BLOCK_N, piece, inside)
+            row[k].index(0).store(piece)
+        d = gl.where(inside, piece.to(gl.float32), 0.0).to(gl.float64)
+        squares = gl.fma(d, d, squares)  # the square is exact, so fusing changes nothing
+    gl.atomic_xchg(shares + m * parts + part, gl.sum(squares, axis=0).to(gl.int64, bitcast=True), sem="relaxed")
+    r = _rstd(_collected(shares + m * parts, parts, PARTS), N, eps)
+    if rstd is not None:
+        gl.store(rstd + m, r)
+    for k in gl.static_range(PIECES):
+        inside = n + k * BLOCK_N < N
+        h = row[k].index(0).load(columns).to(gl.float32) * r
+        weight = None if w is None else gl.load(w + n + k * BLOCK_N, inside, 0.0)
+        gl.store(y + m * N + n + k * BLOCK_N, _output(h, weight, offset, X, y.dtype.element_ty, EARLY), inside)
+
+
+@gluon.jit
+def _staged_weight(w, n, N, PIECES: gl.constexpr, BLOCK_N: gl.constexpr):
+    """The pieces of the weight: in registers, or in shared memory where 16-bit rows have more columns a thread."""
+    weight = ()
+    for k in gl.static_range(PIECES):
+        piece = gl.load(w + n + k * BLOCK_N, n + k * BLOCK_N < N, 0.0)
+        if 1024 * gl.num_warps() < BLOCK_N * PIECES:
+            held = _buffers(w.dtype.element_ty, 1, 1, BLOCK_N)[0].index(0)
+            held.store(piece)
+            weight += (held,)
+        else:
+            weight += (piece,)
+    return weight
+
+
+@gluon.jit
+def _piece(
+    dy_rows, x_rows, weight, slot, k, r, n, N, offset, columns: gl.constexpr,
+    EARLY: gl.constexpr, PARTS: gl.constexpr, PIECES: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """dy, x·rstd and g of piece k of a row; zero outside the row."""
+    inside = _inside(n + k * BLOCK_N, N, k, PIECES, PARTS)
+    dy_piece = gl.where(inside, dy_rows[k].index(slot).load(columns), 0.0)
+    xh = _xh(x_rows[k].index(slot).load(columns), r, inside)
+    scale = None
+    if len(weight) > 0:
+        scale = weight[k].load(columns) if 1024 * gl.num_warps() < BLOCK_N * PIECES else weight[k]
+    return dy_piece, xh, _times_scale(dy_piece, scale, offset, EARLY)
+
+
+@gluon.jit
+def _dot_by_warp(
+    dy_rows, x_rows, weight, slot, r, n, N, offset, columns: gl.constexpr,
+    EARLY: gl.constexpr, PARTS: gl.constexpr, PIECES: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """Each warp's share of the sum of g·xh."""
+    products = gl.zeros([BLOCK_N], gl.float64, columns)
+    for k in gl.static_range(PIECES):
+        _, xh, g = _piece(
+            dy_rows, x_rows, weight, slot, k, r, n, N, offset, columns, EARLY, PARTS, PIECES, BLOCK_N
+        )  # fmt: skip
+        products += (g * xh).to(gl.float64)
+    return gl.sum(gl.reshape(products, [gl.num_warps(), BLOCK_N // gl.num_warps()]), axis=1)
+
+
+@gluon.jit(do_not_specialize=["M", "chunk"])
+def _backward_staged(
+    dy, ds, x, w, rstd, dx, partials, shares, M, N, parts, chunk, sizes, dy_steps, ds_steps, x_steps, offset,
+    EARLY: gl.constexpr, STRIDED: gl.constexpr, PARTS: gl.constexpr,
+    PIECES: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
+):  # fmt: skip
+    """As _backward_block for one part of each row of a chunk, of which STAGES rows are on the way or held.
+
+    One row behind: a program hands in its share of the next row's sum before it asks for this row's.
+    """
+    X: gl.constexpr = x.dtype.element_ty
+    columns: gl.constexpr = gl.BlockedLayout([128 // X.primitive_bitwidth], [32], [gl.num_warps()], [0])
+    lanes: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    plain: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
+    program, part = (gl.program_id(0) // parts).to(gl.int64), gl.program_id(0) % parts
+    first = program * chunk
+    end = gl.minimum(first + chunk, M.to(gl.int64))
+    n = part * (PIECES * BLOCK_N) + gl.arange(0, BLOCK_N, columns)
+    dy_rows = _buffers(dy.dtype.element_ty, STAGES, PIECES, BLOCK_N)
+    x_rows = _buffers(X, STAGES, PIECES, BLOCK_N)
+    by_warp = gl.allocate_shared_memory(gl.float64, [gl.num_warps()], plain)
+    for i in gl.static_range(STAGES - 1):
+        m = first + i
+        _begin(dy_rows, i, dy + _start(m, sizes, dy_steps, STRIDED), n, N, m < end, PIECES, BLOCK_N)
+        _begin(x_rows, i, x + _start(m, sizes, x_steps, STRIDED), n, N, m < end, PIECES, BLOCK_N)
+        async_copy.commit_group()
+    weight = () if w is None else _staged_weight(w, n, N, PIECES, BLOCK_N)
+    dw = ()
+    for _ in gl.static_range(PIECES):
+        dw += (gl.zeros([BLOCK_N], gl.float32, columns),)
+    width = N.to(gl.float64)
+    inverse = 1.0 / width
+    async_copy.wait_group(STAGES - 2)
+    r = gl.load(rstd + first)
+    by_warp.store(_dot_by_warp(
+        dy_rows, x_rows, weight, 0, r, n, N, offset, columns, EARLY, PARTS, PIECES, BLOCK_N
+    ))  # fmt: skip
+    S = gl.sum(by_warp.load(lanes), axis=0)
+    gl.atomic_xchg(shares + first * parts + part, S.to(gl.int64, bitcast=True), sem="relaxed")
+    r_next = gl.load(rstd + first + 1, first + 1 < end, 0.0)
+    slot = 0
+    for m in range(first, end):
+        slot_before = gl.where(slot == 0, STAGES - 1, slot - 1)
+        slot_next = gl.where(slot == STAGES - 1, 0, slot + 1)
+        last = m + STAGES - 1
+        _begin(dy_rows, slot_before, dy + _start(last, sizes, dy_steps, STRIDED), n, N, last < end, PIECES, BLOCK_N)
+        _begin(x_rows, slot_before, x + _start(last, sizes, x_steps, STRIDED), n, N, last < end, PIECES, BLOCK_N)
+        async_copy.commit_group()
+        async_copy.wait_group(STAGES - 2)
+        by_warp.store(_dot_by_warp(
+            dy_rows, x_rows, weight, slot_next, r_next, n, N, offset, columns, EARLY, PARTS, PIECES, BLOCK_N
+        ))  # fmt: skip
+        S = gl.sum(by_warp.load(lanes), axis=0)
+        gl.atomic_xchg(
+            shares + (m + 1) * parts + part, S.to(gl.int64, bitcast=True), mask=m + 1 < end, sem="relaxed"
+        )  # fmt: skip
+        ds_row = ()
+        if ds is not None:
+            for k in gl.static_range(PIECES):
+                inside = _inside(n + k * BLOCK_N, N, k, PIECES, PARTS)
+                ds_row += (gl.load(ds + _start(m, sizes, ds_steps, STRIDED) + n + k * BLOCK_N, inside, 0.0),)
+        c = _mean(_collected(shares + m * parts, parts, PARTS) + 0.0, width, inverse)  # +0.0, never -0.0
+        summed = ()
+        for k in gl.static_range(PIECES):
+            dy_piece, xh, g = _piece(
+                dy_rows, x_rows, weight, slot, k, r, n, N, offset, columns, EARLY, PARTS, PIECES, BLOCK_N
+            )  # fmt: skip
+            dx_piece = r * (g - xh * c)
+            if ds is not None:
+                dx_piece += ds_row[k].to(gl.float32)
+            inside = _inside(n + k * BLOCK_N, N, k, PIECES, PARTS)
+            gl.store(dx + m * N + n + k * BLOCK_N, dx_piece.to(dx.dtype.element_ty), inside)
+            summed += (dw[k] + _dw(dy_piece.to(gl.float32), xh, X, EARLY),)
+        dw = summed
+        r = r_next
+        r_next = gl.load(rstd + m + 2, m + 2 < end, 0.0)
+        slot = slot_next
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    async_copy.wait_group(0)
+    if partials is not None:
+        for k in gl.static_range(PIECES):
+            gl.store(partials + program * N + n + k * BLOCK_N, dw[k], n + k * BLOCK_N < N)
 
 
 # --- launching them ------------------------------------------------------------------------------------------
@@ -463,8 +588,8 @@ def forward(
         y, _, rstd = forward(total, None, w, eps, cast, offset, with_rstd)
         return y, total, rstd
     rows, (x, *others) = walked(walk, x) if residual is None else walked(walk, x, residual)
-    staged = rows.N > launch.FORWARD_WIDEST and _by_16_bytes(rows, x, *others)
-    call = _forward_call(rows, x.get_device(), x.dtype, _dtype(w), bool(others), with_rstd, eps, cast, offset, staged)
+    aligned = rows.N > launch.FORWARD_WIDEST and _by_16_bytes(rows, x, *others)
+    call = _forward_call(rows, x.get_device(), x.dtype, _dtype(w), bool(others), with_rstd, eps, cast, offset, aligned)
     y = _empty_like(x, _y_dtype(x.dtype, _dtype(w), cast))
     s = _empty_like(x, x.dtype) if others else None
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) if with_rstd else None
@@ -494,8 +619,9 @@ def backward(
     rows, (dy, x, *others) = walked(walk, *tensors)
     rstd = rstd.contiguous()
     of_dx, of_dw, of_sum = _backward_calls(
-        rows, x.get_device(), dy.dtype, x.dtype, _dtype(w), bool(others), need_dx, need_dw, cast, offset
-    )
+        rows, x.get_device(), dy.dtype, x.dtype, _dtype(w), bool(others), need_dx, need_dw, cast, offset,
+        rows.N > launch.BACKWARD_WIDEST and _by_16_bytes(rows, dy, x, *others),
+    )  # fmt: skip
     dx = dw = partials = None
     if of_sum is not None:
         partials = torch.empty(of_sum.numbers, dtype=torch.float32, device=x.device)
@@ -536,10 +662,10 @@ _MOST_CALLS = 4096
 @functools.lru_cache(_MOST_CALLS)
 def _forward_call(
     rows: Walk, device: int, x: torch.dtype, w: torch.dtype | None, with_residual: bool, with_rstd: bool,
-    eps: float, cast: str, offset: float, staged: bool,
+    eps: float, cast: str, offset: float, aligned: bool,
 ) -> _Call:  # fmt: skip
     """Every argument makes another kernel, or another argument of it."""
-    config = launch.forward(rows.N, x.itemsize, with_residual, staged, _gpu(device))
+    config = launch.forward(rows.N, x.itemsize, with_residual, aligned, _gpu(device))
     places = (rows.sizes, rows.steps[0], rows.steps[-1], float(eps), float(offset) or -0.0)
     flags = (cast == "early", rows.strided)
     if config.parts == 0:
@@ -553,7 +679,7 @@ def _forward_call(
 @functools.lru_cache(_MOST_CALLS)
 def _backward_calls(
     rows: Walk, device: int, dy: torch.dtype, x: torch.dtype, w: torch.dtype | None, with_ds: bool,
-    need_dx: bool, need_dw: bool, cast: str, offset: float,
+    need_dx: bool, need_dw: bool, cast: str, offset: float, aligned: bool,
 ) -> tuple[_Call | None, _Call | None, _Call | None]:  # fmt: skip
     """The kernels of dx, of dw where the first does not compute it besides, and of the sum of its shares."""
     M, N, gpu = rows.M, rows.N, _gpu(device)
@@ -562,8 +688,7 @@ def _backward_calls(
     dy_steps, x_steps, ds_steps = rows.steps[0], rows.steps[1], rows.steps[-1]
     chunk = 0
     if need_dx:
-        loaded = dy.itemsize + x.itemsize * (2 if with_ds else 1)
-        config = launch.backward(M, N, x.itemsize, loaded, need_dw, gpu)
+        config = launch.backward(M, N, x.itemsize, dy.itemsize, with_ds, need_dw, aligned, gpu)
         places = (rows.sizes, dy_steps, ds_steps, x_steps, offset)
         if config.parts == 0:
             of_dx = _Call(_backward_loop, (M,), config, (M, N, *places), flags, device)
@@ -572,15 +697,17 @@ def _backward_calls(
             grid = (_cdiv(M, chunk) * config.parts,)
             numbers = (M, N, config.parts, chunk, *places)
             flags_of_dx = (*flags, launch.power_of_two(config.parts))
-            of_dx = _Call(_backward_block, grid, config, numbers, flags_of_dx, device)
+            kernel = _backward_staged if config.staged else _backward_block
+            of_dx = _Call(kernel, grid, config, numbers, flags_of_dx, device)
     if need_dw:
         if not chunk:
             config = launch.dw_alone(M, N, dy.itemsize + x.itemsize, gpu)
             chunk = config.chunk
             grid = (_cdiv(N, config.block_n), _cdiv(M, chunk))
             of_dw = _Call(_dw_alone, grid, config, (M, N, chunk, rows.sizes, dy_steps, x_steps), flags, device)
-        config = launch.sum_partials(N)
-        of_sum = _Call(_sum_partials, (_cdiv(N, config.block_n),), config, (_cdiv(M, chunk), N), (), device)
+        chunks = _cdiv(M, chunk)
+        config = launch.sum_partials(chunks, N, gpu)
+        of_sum = _Call(_sum_partials, (_cdiv(N, config.block_n),), config, (chunks, N), (), device)
     return of_dx, of_dw, of_sum
 
 
@@ -606,8 +733,9 @@ def _run(call: _Call, pointers: tuple[Tensor | None, ...]) -> None:
     flags |= {name: value for name, value in call.config.constants.items() if name in names}
     with torch.cuda.device_of(pointers[0]):
         found = call.kernel[call.grid](
-            *pointers, *call.numbers, **flags, num_warps=call.config.warps, enable_fp_fusion=False
-        )
+            *pointers, *call.numbers, **flags, num_warps=call.config.warps, enable_fp_fusion=False,
+            launch_pdl=call.config.overlap and call.kernel is _sum_partials,
+        )  # fmt: skip
     if aligned and found is not None:  # nothing comes back from the interpreter
         launched = (found.function, found.packed_metadata, None, None, None)
         following = (*call.numbers, *(flags[name] for name in names))
@@ -616,9 +744,9 @@ def _run(call: _Call, pointers: tuple[Tensor | None, ...]) -> None:
 
 @functools.cache
 def _gpu(device: int) -> Gpu:
-    """The GPU with this number; without one, as for tensors without memory, a typical one."""
+    """The GPU with this number; without one, as in the interpreter, a typical one without Hopper's instructions."""
     if device < 0:
-        return Gpu()
+        return Gpu(capability=8)
     found = torch.cuda.get_device_properties(device)
     shared_memory = int(found.shared_memory_per_block_optin)  # type: ignore[attr-defined]
     return Gpu(shared_memory, found.multi_processor_count, found.major)

@@ -36,20 +36,19 @@ _BACKWARD = {
         4096: (1, 2048, 16), 5120: (1, 1024, 8), 8192: (1, 2048, 16),
     },
 }  # fmt: skip
-# How programs share a row, by the same: rows, pieces, block_n, warps. Rows times programs must not exceed 32, a warp:
-# `gpu._whole` asks one lane of every warp for each share.
+# How programs share a row, by the same: pieces, block_n, warps. No row may have more than 32 programs, a warp:
+# `gpu._whole` asks one lane of every warp for each share. First where the row waits in shared memory, in which case a
+# program has the same columns backward whatever the dtype; dw is summed over chunks that follow from them (`SHARED`).
+_FORWARD_STAGED = {2: {262144: (8, 1024, 4)}, 4: {65536: (4, 1024, 4), 262144: (8, 1024, 4)}}
+_BACKWARD_STAGED = {2: {262144: (8, 1024, 4)}, 4: {262144: (8, 1024, 8)}}
+SHARED, STAGES = 8192, 3
 _FORWARD_SHARED = {
-    2: {65536: (1, 4, 1024, 4), 524288: (1, 16, 1024, 4)},
-    4: {32768: (2, 2, 1024, 4), 65536: (1, 4, 1024, 4), 262144: (1, 8, 1024, 4)},
-}
-# The same where the row waits in shared memory.
-_FORWARD_STAGED = {
-    2: {262144: (1, 8, 1024, 4)},
-    4: {65536: (1, 4, 1024, 4), 262144: (1, 8, 1024, 4)},
+    2: {65536: (4, 1024, 4), 524288: (16, 1024, 4)},
+    4: {65536: (4, 1024, 4), 262144: (8, 1024, 4)},
 }
 _BACKWARD_SHARED = {
-    2: {65536: (1, 4, 1024, 4), 262144: (1, 4, 2048, 8)},
-    4: {32768: (2, 2, 1024, 4), 131072: (1, 4, 1024, 4), 262144: (1, 8, 1024, 8)},
+    2: {65536: (4, 1024, 4), 262144: (4, 2048, 8)},
+    4: {131072: (4, 1024, 4), 262144: (8, 1024, 8)},
 }
 
 
@@ -65,8 +64,8 @@ class Gpu(NamedTuple):
 class Launch:
     """A program works on tiles of `rows` rows of `pieces` x `block_n` columns, over `chunk` consecutive rows.
 
-    parts: programs that share a row; 0 means that one program walks over a row in pieces of block_n. staged: in shared
-    memory, not in registers.
+    parts: programs that share a row; 0 means that one program walks over a row in pieces of block_n. staged: rows wait
+    in shared memory, not in registers. overlap: a kernel of ours that follows may start before this one has ended.
     """
 
     block_n: int
@@ -75,35 +74,31 @@ class Launch:
     pieces: int = 1
     parts: int = 1
     stages: int = 1
-    ahead: int = 0
     chunk: int = 1
     staged: bool = False
+    overlap: bool = False
 
     @property
-    def constants(self) -> dict[str, int]:
+    def constants(self) -> dict[str, int | bool]:
         """By the names that the kernels have for them."""
         return {
             "ROWS": self.rows,
             "PIECES": self.pieces,
             "BLOCK_N": self.block_n,
             "STAGES": self.stages,
-            "AHEAD": self.ahead,
+            "OVERLAP": self.overlap,
         }
 
 
 @functools.lru_cache(4096)
-def forward(N: int, itemsize: int, with_residual: bool, staged: bool, gpu: Gpu) -> Launch:
+def forward(N: int, itemsize: int, with_residual: bool, aligned: bool, gpu: Gpu) -> Launch:
     """Whole rows of up to four pieces, 16 bytes a thread and piece; wider ones shared between programs.
 
-    staged: rows begin and end at multiples of 16 bytes.
+    aligned: rows begin and end at multiples of 16 numbers.
     """
     widest = FORWARD_WIDEST * 3 // 4 if with_residual else FORWARD_WIDEST
     if widest < N:
-        if staged:
-            config = _shared(N, _FORWARD_STAGED[itemsize], gpu)
-            if config.parts > 0:
-                return replace(config, staged=True)
-        return _shared(N, _FORWARD_SHARED[itemsize], gpu)
+        return _shared(N, _FORWARD_STAGED[itemsize], _FORWARD_SHARED[itemsize], itemsize, aligned, gpu)
     if N <= 256:
         block_n, rows = _narrow(N)
         return Launch(block_n, _warps(rows * block_n, 16), rows)
@@ -113,21 +108,23 @@ def forward(N: int, itemsize: int, with_residual: bool, staged: bool, gpu: Gpu) 
 
 
 @functools.lru_cache(4096)
-def backward(M: int, N: int, itemsize: int, loaded: int, with_dw: bool, gpu: Gpu) -> Launch:
+def backward(
+    M: int, N: int, itemsize: int, dy_itemsize: int, with_ds: bool, with_dw: bool, aligned: bool, gpu: Gpu
+) -> Launch:
     """As `forward`; with dw a program holds its share of dw over a chunk of many tiles.
 
-    itemsize: bytes of one number of x; loaded: of one of each tensor of rows that is read.
+    itemsize, dy_itemsize: bytes of one number of x and ds, and of dy.
     """
+    overlap = gpu.capability >= 9
     if N > BACKWARD_WIDEST:
-        config = _shared(N, _BACKWARD_SHARED[itemsize], gpu)
+        # Beside the rows the weight, in 4 bytes at most, where there are more than 32 columns a thread.
+        bytes_a_column = STAGES * (itemsize + dy_itemsize) + (4 if itemsize == 2 else 0)
+        config = _shared(N, _BACKWARD_STAGED[itemsize], _BACKWARD_SHARED[itemsize], bytes_a_column, aligned, gpu)
         if config.parts == 0:
             return config
-        # Twice as many rows as have all of their programs running at once: eight warps of each multiprocessor.
-        programs = 2 * (PROGRAMS * 4 // config.warps // config.parts)
-        # The registers do not suffice elsewhere: for three tensors of fp32, where ptxas finds fewer than are there, or
-        # where the loads are narrow.
-        ahead = 0 if N % 16 or gpu.capability < 9 or loaded > 8 else 3
-        return replace(config, ahead=ahead, chunk=_chunk(M, programs, config.rows))
+        # Whole rounds of the GPU, one program on each multiprocessor, so that no row waits for a program of the next.
+        chunk = _chunk(M, max(1, 2 * (PROGRAMS // 2 // -(-N // SHARED))), 1)
+        return replace(config, stages=STAGES if config.staged else 1, chunk=chunk, overlap=overlap)
     if N <= 256:
         block_n, rows = _narrow(N)
         warps = _warps(rows * block_n, 16)
@@ -141,12 +138,12 @@ def backward(M: int, N: int, itemsize: int, loaded: int, with_dw: bool, gpu: Gpu
     programs = PROGRAMS * 4 // min(max(warps, 2), 8)
     stages = 1  # what is not aligned cannot be loaded ahead into shared memory
     if N % 16 == 0:
-        tile_bytes = rows * pieces * block_n * loaded
+        tile_bytes = rows * pieces * block_n * (dy_itemsize + itemsize * (2 if with_ds else 1))
         most = 4 if N <= 512 else 3
         stages = _stages(tile_bytes, gpu.shared_memory * PROGRAMS // programs // 2, most)
         if stages == 1:  # rather one program at a time than no loads ahead
             stages = _stages(tile_bytes, gpu.shared_memory, most)
-    return Launch(block_n, warps, rows, pieces, stages=stages, chunk=_chunk(M, programs, rows))
+    return Launch(block_n, warps, rows, pieces, stages=stages, chunk=_chunk(M, programs, rows), overlap=overlap)
 
 
 @functools.lru_cache(4096)
@@ -156,13 +153,14 @@ def dw_alone(M: int, N: int, loaded: int, gpu: Gpu) -> Launch:
     rows = min(TILE // block_n, MOST_ROWS)
     programs = max(1, 2 * PROGRAMS // -(-N // block_n))
     stages = _stages(rows * block_n * loaded, gpu.shared_memory // 4, 3) if N % 16 == 0 else 1
-    return Launch(block_n, 4, rows, stages=stages, chunk=_chunk(M, programs, rows))
+    return Launch(block_n, 4, rows, stages=stages, chunk=_chunk(M, programs, rows), overlap=gpu.capability >= 9)
 
 
 @functools.lru_cache(4096)
-def sum_partials(N: int) -> Launch:
-    """Narrow columns, so that many programs share the reading; all chunks are one program's."""
-    return Launch(min(power_of_two(N), 8), 4, rows=256)
+def sum_partials(chunks: int, N: int, gpu: Gpu) -> Launch:
+    """All chunks are one program's: of many chunks narrow columns, so that many programs share the reading."""
+    rows = min(power_of_two(max(1, chunks)), 256)
+    return Launch(min(power_of_two(N), 4096 // rows), 8, rows, overlap=gpu.capability >= 9)
 
 
 def power_of_two(N: int) -> int:
@@ -170,15 +168,27 @@ def power_of_two(N: int) -> int:
     return 1 << (N - 1).bit_length()
 
 
-def _shared(N: int, tiles: dict[int, tuple[int, int, int, int]], gpu: Gpu) -> Launch:
-    """Of the first tiles for rows as wide that the GPU has room for; a walk if there are none."""
-    for widest, (rows, pieces, block_n, warps) in tiles.items():
+def _shared(
+    N: int,
+    staged: dict[int, tuple[int, int, int]],
+    tiles: dict[int, tuple[int, int, int]],
+    bytes_a_column: int,
+    aligned: bool,
+    gpu: Gpu,
+) -> Launch:
+    """Of the first tiles for rows as wide that the GPU has room for, in shared memory if may be; a walk if none are."""
+    for widest, (pieces, block_n, warps) in staged.items() if aligned and N % 16 == 0 else ():
+        config = Launch(block_n, warps, 1, pieces, -(-N // (block_n * pieces)), staged=True)
+        fits = pieces * block_n * bytes_a_column + 1024 <= gpu.shared_memory
+        if widest >= N and fits and ROOM * config.parts <= gpu.multiprocessors:
+            return config
+    for widest, (pieces, block_n, warps) in tiles.items():
         parts = -(-N // (block_n * pieces))
         if widest >= N and ROOM * parts <= gpu.multiprocessors:
             if N % 16:  # narrow loads take more registers, and more threads cost them nothing
                 warps *= 2
             if warps <= 8:
-                return Launch(block_n, warps, rows, pieces, parts)
+                return Launch(block_n, warps, 1, pieces, parts)
     return Launch(PIECE, 16, parts=0)
 
 
