@@ -95,7 +95,7 @@ def test_the_modes_of_a_gpu_run_on_a_cpu_too(mode: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(peers, "PROVIDERS", EAGER)
     monkeypatch.setattr(bench, "_QUICK_SECONDS", 0.01)
     case = Case(M, N, torch.bfloat16, mode)
-    row = bench._measure(case, torch.device("cpu"), quick=True)
+    row = bench._measure(case, torch.device("cpu"), peers.providers("cpu"), quick=True)
     assert row.red == ""
     assert all(m.timing for m in row.providers.values())
     assert row.providers["Definition"].differs == 0
@@ -106,7 +106,7 @@ def test_the_modes_of_a_gpu_run_on_a_cpu_too(mode: str, monkeypatch: pytest.Monk
 
     broken = tuple(dataclasses.replace(p, add=wrong) if p.name == "ours" else p for p in EAGER)
     monkeypatch.setattr(peers, "PROVIDERS", broken)
-    row = bench._measure(case, torch.device("cpu"), quick=True)
+    row = bench._measure(case, torch.device("cpu"), peers.providers("cpu"), quick=True)
     assert bool(row.red) == case.adds
     assert (row.providers["ours"].timing is None) == case.adds
 
@@ -184,7 +184,7 @@ def test_a_raising_provider_is_a_line_in_the_table(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_compiled_provider() -> None:
-    row = bench._measure(Case(8, 64, torch.float32, TRAINING), torch.device("cpu"), quick=True)
+    row = bench._measure(Case(8, 64, torch.float32, TRAINING), torch.device("cpu"), peers.providers("cpu"), quick=True)
     compiled = row.providers["torch.compile"]
     if compiled.timing is None:
         pytest.skip(f"torch.compile cannot run here: {compiled.reason}")
@@ -453,3 +453,13 @@ def test_a_run_of_some_cases(monkeypatch: pytest.MonkeyPatch) -> None:
         part("float32", "float16")
     with pytest.raises(CommandError, match=r"--mode 'back' .* 'forward', 'forward\+backward'$"):
         part(modes=("back",))
+
+
+@pytest.mark.usefixtures("small")
+def test_a_run_of_some_providers(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = bench.main("cpu", True, None, silent, dtypes=("float32",), names=("LayerNorm",))
+    assert [list(row.providers) for row in result.rows] == [["ours", "copy", "LayerNorm"]] * len(result.rows)
+    assert all(measured.timing for row in result.rows for measured in row.providers.values())
+    monkeypatch.setattr(bench, "_measure", lambda *_: pytest.fail("nothing is measured"))
+    with pytest.raises(CommandError, match=r"--provider 'Liger' cannot be measured here: give one of 'ours', 'copy', "):
+        bench.main("cpu", True, None, silent, names=("LayerNorm", "Liger"))

@@ -58,6 +58,7 @@ def test_a_command_error_is_one_line_and_exit_code_2(monkeypatch, capsys) -> Non
         (("bench", "--plot", "shares.pdf"), "--plot shares.pdf: give a file that ends in .svg or .png"),
         (("bench", "--device", "cpu", "--dtype", "int3"), "--dtype 'int3' is not measured in this run: give one of"),
         (("bench", "--device", "cpu", "--mode", "sideways"), "--mode 'sideways' is not measured"),
+        (("bench", "--device", "cpu", "--provider", "nobody"), "--provider 'nobody' cannot be measured here"),
         (("bench", "--from", "/nowhere/at/all.json"), "--from /nowhere/at/all.json: No such file"),
     ],
 )

@@ -466,24 +466,27 @@ def main(
     stored: Path | None = None,
     dtypes: Sequence[str] = (),
     modes: Sequence[str] = (),
+    names: Sequence[str] = (),
 ) -> Result:
     """Measure every provider in every case of the device (the GPU if there is one, by default).
 
     quick: fewer cases, and of slow providers as many calls as fit into a short time. out: a folder into which
     bench-<device>.json is written. drawing: a .svg or .png of the shares of a copy. stored: the JSON of a run,
-    taken instead of measuring. dtypes, modes: only the cases with one of these. What is not a case (the first call,
-    the host's time, the line) is measured where forward in bf16 is. Raises CommandError, before anything is measured,
-    for what cannot be had: a device that is not there, a folder that cannot be written to, a dtype or mode that is not
-    measured, a drawing of too few cases.
+    taken instead of measuring. dtypes, modes: only the cases with one of these. names: only the providers of these
+    names, ours and a copy. What is not a case (the first call, the host's time, the line) is measured where forward in
+    bf16 is. Raises CommandError, before anything is measured, for what cannot be had: a device that is not there, a
+    folder that cannot be written to, a dtype, mode or provider that is not measured, a drawing of too few cases.
     """
     if drawing is not None:
         plot.check(drawing)
     if stored is not None:
-        if device or quick or out or dtypes or modes:
-            raise CommandError("--from measures nothing: leave out --device, --quick, --out, --dtype and --mode")
+        if device or quick or out or dtypes or modes or names:
+            raise CommandError(
+                "--from measures nothing: leave out --device, --quick, --out, --dtype, --mode and --provider"
+            )
         result = _load(stored)
     else:
-        result = _measure_all(device, quick, out, progress, drawing, dtypes, modes)
+        result = _measure_all(device, quick, out, progress, drawing, dtypes, modes, names)
     if drawing is not None:
         plot.draw(result.to_json(), drawing)
     return result
@@ -517,12 +520,14 @@ def _measure_all(
     drawing: Path | None,
     dtypes: Sequence[str],
     modes: Sequence[str],
+    names: Sequence[str],
 ) -> Result:
     where = machine.find_device(device)
     if out is not None:
         measure.check_folder(out)
     todo = list(cases(where.type, quick))
     todo = _only(_only(todo, "dtype", dtypes), "mode", modes)
+    measured = peers.providers(where.type, names)
     if drawing is not None:
         plot.panels(case.to_json() for case in todo)
     start = time.perf_counter()
@@ -531,20 +536,20 @@ def _measure_all(
     cuda = besides and where.type == "cuda"
     progress(0, 1 + len(todo), "the first call, in new processes")
     first_call = _first_call(where) if besides else {}
-    host = _host(where) if cuda else {}
+    host = _host(where, measured) if cuda else {}
     line = _line(where, _fitting(where)) if cuda and not quick else None
     x = torch.ones(2, 1280, dtype=torch.bfloat16, device=where)
     result = Result(facts, rmsnorm.explain(x, x[0]), quick, (), first_call, host, 0.0, line)
     for number, case in enumerate(todo, 1):
         progress(number, 1 + len(todo), str(case))
-        row = _measure(case, where, quick)
+        row = _measure(case, where, measured, quick)
         result = replace(result, rows=(*result.rows, row), seconds=time.perf_counter() - start)
         if out is not None:  # after each case, so that what ends the run early takes nothing away
             measure.write_json(out / f"bench-{where.type}.json", result.to_json())
     return result
 
 
-def _measure(case: Case, device: torch.device, quick: bool) -> Row:
+def _measure(case: Case, device: torch.device, measured: Sequence[Provider], quick: bool) -> Row:
     generator = torch.Generator(device).manual_seed(case.M * 7919 + case.N)
     x, dy, *others = (
         torch.randn(case.M, case.N, generator=generator, device=device).to(case.dtype)
@@ -562,7 +567,7 @@ def _measure(case: Case, device: torch.device, quick: bool) -> Row:
     calls: dict[str, Callable[[], object]] = {}
     found: dict[str, Measured] = {}
     red = ""
-    for provider in peers.providers(device.type):
+    for provider in measured:
         name = provider.name
         if provider.norm is None:
             calls[name], found[name] = _copy(case, device), Measured(None)
@@ -672,13 +677,13 @@ def _wrong(run: Run, inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, ...])
 _HOST_CALLS, _HOST_ROUNDS = 50, 21
 
 
-def _host(device: torch.device) -> dict[str, dict[str, float]]:
+def _host(device: torch.device, measured: Sequence[Provider]) -> dict[str, dict[str, float]]:
     """Microseconds that a call keeps the host busy, by provider: the median of rounds of calls that a GPU follows."""
     x, dy = (torch.randn(16, 1280, device=device).bfloat16() for _ in range(2))
     w = torch.randn(1280, device=device).bfloat16()
     xg, wg = x.clone().requires_grad_(), w.clone().requires_grad_()
     calls: dict[tuple[str, str], Callable[[], object]] = {}
-    for provider in peers.providers(device.type):
+    for provider in measured:
         if provider.norm is None:
             continue
         with contextlib.suppress(Exception):  # the tables say why a provider cannot run

@@ -57,12 +57,15 @@ def _app() -> Any:
         stored: Annotated[Path | None, typer.Option("--from", help="Take this JSON, and measure nothing.")] = None,
         dtype: Annotated[list[str] | None, typer.Option(help="Only this dtype; may be given again.")] = None,
         mode: Annotated[list[str] | None, typer.Option(help="Only this mode; may be given again.")] = None,
+        provider: Annotated[
+            list[str] | None, typer.Option(help="Only this, ours and a copy; may be given again.")
+        ] = None,
         json: Json = None,
     ) -> None:
         """Measure this norm beside the others, in one run."""
         from rmsnorm.bench import main as run
 
-        some = {"dtypes": dtype or (), "modes": mode or ()}
+        some = {"dtypes": dtype or (), "modes": mode or (), "names": provider or ()}
         _run(lambda progress: run(device, quick, out, progress, drawing=plot, stored=stored, **some), json)
 
     @app.command()

@@ -1,6 +1,6 @@
 """Who `rmsnorm bench` measures: a table, and every line of it goes through the same loop. To add one, add a line."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rmsnorm
+from rmsnorm.errors import CommandError
 
 EPS = 1e-6
 
@@ -103,6 +104,13 @@ PROVIDERS = (
 )
 
 
-def providers(device_type: str) -> tuple[Provider, ...]:
-    """Those that can be imported; packages of others have kernels for GPUs only."""
-    return tuple(p for p in PROVIDERS if not p.package or (device_type == "cuda" and find_spec(p.package) is not None))
+def providers(device_type: str, only: Sequence[str] = ()) -> tuple[Provider, ...]:
+    """Those that can be imported; packages of others have kernels for GPUs only. only: those named, ours and a copy."""
+    known = tuple(p for p in PROVIDERS if not p.package or (device_type == "cuda" and find_spec(p.package) is not None))
+    names = [p.name for p in known]
+    for name in only:
+        if name not in names:
+            raise CommandError(
+                f"--provider {name!r} cannot be measured here: give one of {', '.join(map(repr, names))}"
+            )
+    return tuple(p for p in known if not only or p.name in ("ours", "copy", *only))
