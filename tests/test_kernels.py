@@ -7,9 +7,11 @@ import gc
 import hashlib
 import itertools
 import multiprocessing
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rmsnorm import add_rms_norm, explain, reference, rms_norm
+from rmsnorm.kernels import threads as kernel_threads
 from tolerance import assert_same_bits
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -395,6 +398,56 @@ def test_the_thread_count_changes_no_bit(dtype, randn, threads) -> None:
         for other in results[1:]:
             for label, got, expected in zip(("y", "dx", "dw"), other, results[0], strict=True):
                 assert_same_bits(got, expected, label)
+
+
+@pytest.mark.skipif(kernel_threads._team_of_openmp() is None, reason="torch has no OpenMP here: there is only a pool")
+def test_torchs_threads_and_a_pool_compute_the_same(randn, threads, monkeypatch) -> None:
+    teams: list[int] = []
+    team = kernel_threads._team_of_openmp()
+    monkeypatch.setattr(kernel_threads, "_team_of_openmp", lambda: lambda *call: (teams.append(call[2]), team(*call)))
+    threads(3)
+    draw = [randn(3001, 129), randn(129), randn(3001, 129)]
+    expected = everything(*draw)
+    assert teams == [3, 3]  # forward and backward
+    monkeypatch.setattr(kernel_threads, "_team_of_openmp", lambda: None)
+    for label, got, right in zip(("y", "dx", "dw"), everything(*draw), expected, strict=True):
+        assert_same_bits(got, right, label)
+    assert kernel_threads._pool.cache_info().currsize == 1
+
+
+def test_pairs_and_single_numbers_of_bf16_have_the_same_bits(randn, monkeypatch) -> None:
+    """Rows that begin in the middle of a word, or end there, are read number by number."""
+    from rmsnorm.kernels import cpu
+
+    pairs: list[bool] = []
+    aligned = cpu._aligned
+    monkeypatch.setattr(cpu, "_aligned", lambda addresses: (pairs.append(aligned(addresses)), pairs[-1])[1])
+    M, N = 700, 254
+    memory, w, dy = randn(M * N + 1, dtype=torch.bfloat16), randn(N, dtype=torch.bfloat16), randn(M, N)
+    moved = memory[1:].view(M, N)
+    expected = everything(moved.clone(), w, dy.bfloat16())
+    assert pairs == [True, True]
+    for label, got, right in zip(("y", "dx", "dw"), everything(moved, w, dy.bfloat16()), expected, strict=True):
+        assert_same_bits(got, right, label)
+    assert pairs[2:] == [False, False]
+    for x in (randn(5, 255, dtype=torch.bfloat16)[:, :254], randn(1, 255, dtype=torch.bfloat16),
+              randn(5, 256, dtype=torch.bfloat16)[:, :255]):  # fmt: skip
+        check(x, weight(randn, x.shape[-1], x.dtype), randn(*x.shape, dtype=x.dtype))
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="this system has no huge pages to ask for"
+)
+def test_large_fresh_memory_is_asked_for_in_huge_pages(randn) -> None:
+    y = rms_norm(randn(4100, 4096))
+    advised, inside = None, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            first, last = (int(address, 16) for address in line.split()[0].split("-"))
+            inside = first <= y.data_ptr() + y.nbytes // 2 < last
+        elif inside and line.startswith("VmFlags:"):
+            advised = "hg" in line.split()
+    assert advised
 
 
 def test_the_order_in_which_dw_is_summed(threads) -> None:

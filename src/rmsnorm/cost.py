@@ -678,7 +678,7 @@ def _readable(t: _Tape, c: _Case) -> tuple[_Array | None, _Array | None]:
 
 def _cpu_chunks(c: _Case) -> int:
     """Of how many chunks of rows the CPU kernels sum dw; see `kernels/cpu.py`."""
-    rows = max(32, -(-(1 << 17) // c.N), -(-c.M // 256))
+    rows = max(32, -(-(1 << 16) // c.N), -(-c.M // 256))
     return -(-c.M // rows)
 
 

@@ -1,14 +1,17 @@
 """The arithmetic of reference.py on the CPU, in Numba: one pass over memory, a row at a time.
 
 A kernel is compiled for what its pointers point to: float32 is itself, uint16 is bf16, int16 is fp16 (Numba has
-no type for either on a CPU). Kernels and their helpers share this file because Numba's cache of compiled code
-does not notice an edit in another one. No function carries `fastmath`: the one instruction that may be reordered
-or fused, the addition into an fp64 sum, says so itself (`_add_square`, `_add`).
+no type for either on a CPU), and uint32 is two numbers of bf16, which take fewer instructions than one by one.
+Kernels and their helpers share this file because Numba's cache of compiled code does not notice an edit in another
+one. No function carries `fastmath`: the one instruction that may be reordered or fused, the addition into an fp64
+sum, says so itself (`_add_square`, `_add`).
 """
 
 import ctypes
 import functools
 import math
+import mmap
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -33,40 +36,91 @@ _I16, _I32 = ir.IntType(16), ir.IntType(32)
 
 
 @intrinsic
-def _widen(typing_context: Any, value: Any) -> Any:
-    """The element as fp32, exactly."""
+def _parts(typing_context: Any, pointer: Any) -> Any:
+    """How many numbers one element holds, as a constant."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if value == types.uint16:
-            return builder.bitcast(builder.shl(builder.zext(args[0], _I32), _I32(16)), ir.FloatType())
-        if value == types.int16:
-            return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
-        return args[0]
+        return ir.IntType(64)(2 if pointer.dtype == types.uint32 else 1)
 
-    return types.float32(value), code
+    return types.int64(pointer), code
 
 
 @intrinsic
-def _narrow(typing_context: Any, value: Any, pointer: Any, source: Any) -> Any:
-    """The fp32 value rounded to nearest even to what the pointer points to.
-
-    bf16 is rounded by bits. A NaN that stems from bf16 or from the processor has only zeros in its low 16 bits, so
-    the addition cannot carry it away; one that stems from an fp32 source can have others, and is kept by hand.
-    """
+def _nothing(typing_context: Any, pointer: Any) -> Any:
+    """An element of zeros."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if pointer.dtype == types.uint16:
-            bits = builder.bitcast(args[0], _I32)
-            odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
-            rounded = builder.add(builder.add(bits, _I32(0x7FFF)), odd)
-            if source.dtype == types.float32:
-                rounded = builder.select(builder.fcmp_unordered("uno", args[0], args[0]), _I32(0x7FC00000), rounded)
-            return builder.trunc(builder.lshr(rounded, _I32(16)), _I16)
+        return ir.Constant(context.get_value_type(pointer.dtype), 0)
+
+    return pointer.dtype(pointer), code
+
+
+@intrinsic
+def _widen(typing_context: Any, element: Any, part: Any) -> Any:
+    """A number of the element as fp32, exactly."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits, k = args
+        if element == types.uint32:
+            high = builder.icmp_unsigned("!=", k, k.type(0))
+            half = builder.select(high, builder.and_(bits, _I32(0xFFFF0000)), builder.shl(bits, _I32(16)))
+            return builder.bitcast(half, ir.FloatType())
+        if element == types.uint16:
+            return builder.bitcast(builder.shl(builder.zext(bits, _I32), _I32(16)), ir.FloatType())
+        if element == types.int16:
+            return builder.fpext(builder.bitcast(bits, ir.HalfType()), ir.FloatType())
+        return bits
+
+    return types.float32(element, part), code
+
+
+def _bf16(builder: Any, value: Any, source: Any) -> Any:
+    """The bits of an fp32 value, of which the upper half is what it rounds to.
+
+    A NaN that stems from bf16 or from the processor has only zeros in its low 16 bits, so the addition cannot carry
+    it away; one that stems from an fp32 source can have others, and is kept by hand.
+    """
+    bits = builder.bitcast(value, _I32)
+    odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
+    rounded = builder.add(builder.add(bits, _I32(0x7FFF)), odd)
+    if source.dtype == types.float32:
+        rounded = builder.select(builder.fcmp_unordered("uno", value, value), _I32(0x7FC00000), rounded)
+    return rounded
+
+
+@intrinsic
+def _cast(typing_context: Any, value: Any, pointer: Any) -> Any:
+    """The fp32 value rounded to nearest even to the numbers that the pointer points to, and back in fp32."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if pointer.dtype in (types.uint16, types.uint32):
+            rounded = builder.and_(_bf16(builder, args[0], pointer), _I32(0xFFFF0000))
+            return builder.bitcast(rounded, ir.FloatType())
         if pointer.dtype == types.int16:
-            return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), _I16)
+            return builder.fpext(builder.fptrunc(args[0], ir.HalfType()), ir.FloatType())
         return args[0]
 
-    return pointer.dtype(types.float32, pointer, source), code
+    return types.float32(types.float32, pointer), code
+
+
+@intrinsic
+def _put(typing_context: Any, element: Any, part: Any, value: Any, pointer: Any, source: Any) -> Any:
+    """The element with one of its numbers: the fp32 value rounded to nearest even to what the pointer points to."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        before, k, number = args[:3]
+        if pointer.dtype == types.uint32:
+            bits = _bf16(builder, number, source)
+            high = builder.icmp_unsigned("!=", k, k.type(0))
+            half = builder.select(high, builder.and_(bits, _I32(0xFFFF0000)), builder.lshr(bits, _I32(16)))
+            return builder.or_(before, half)
+        if pointer.dtype == types.uint16:
+            return builder.trunc(builder.lshr(_bf16(builder, number, source), _I32(16)), _I16)
+        if pointer.dtype == types.int16:
+            return builder.bitcast(builder.fptrunc(number, ir.HalfType()), _I16)
+        return number
+
+    return pointer.dtype(element, part, types.float32, pointer, source), code
 
 
 @intrinsic
@@ -100,10 +154,39 @@ def _given(typing_context: Any, pointer: Any) -> Any:
     return types.boolean(pointer), code
 
 
+@intrinsic
+def _take(typing_context: Any, counter: Any) -> Any:
+    """What the counter held; it now holds one more. No two threads get the same."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", args[0], ir.IntType(64)(1), "monotonic")
+
+    return types.int64(counter), code
+
+
+@intrinsic(prefer_literal=True)
+def _invoke(typing_context: Any, call: Any, pointers: Any, first: Any, last: Any) -> Any:
+    """Run the kernel whose address is call[3], and whose pointers follow, for the rows from first to last."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte, word = ir.IntType(8).as_pointer(), ir.IntType(64)
+        address, *values = (
+            builder.load(builder.gep(args[0], [word(3 + i)])) for i in range(1 + pointers.literal_value)
+        )
+        kernel = ir.FunctionType(ir.VoidType(), [byte] * len(values) + [word] * 2).as_pointer()
+        given = [builder.inttoptr(value, byte) for value in values]
+        builder.call(builder.inttoptr(address, kernel), [*given, args[2], args[3]])
+        return context.get_dummy_value()
+
+    return types.void(call, pointers, first, last), code
+
+
 # --- the kernels ---------------------------------------------------------------------------------------------
 # Pointers: what is absent is null. Outputs are contiguous; of the inputs only the last dimension is, and `layout`
 # holds N, the rows of a chunk, the two inner sizes of the rows' three dimensions, and three strides for each of them.
-# offset: -0.0 where there is none, the one number whose addition changes no weight.
+# An element has one part or two, and N is a multiple of them; in partial sums all first parts come before the second.
+# spec: eps, the offset, and whether the cast is early. The offset is -0.0 where there is none, the one number whose
+# addition changes no weight.
 
 _FIRST, _SECOND, _THIRD = 4, 7, 10
 
@@ -119,97 +202,134 @@ def _start(layout: Any, strides: int, m: int) -> Any:
 
 
 def _forward(
-    x: Any, residual: Any, w: Any, y: Any, s: Any, rstd: Any, layout: Any, first: int, last: int,
-    eps: float, offset: float, early: bool,
+    x: Any, residual: Any, w: Any, y: Any, s: Any, rstd: Any, layout: Any, spec: Any, first: int, last: int
 ) -> None:  # fmt: skip
-    N = layout[0]
+    N, eps, offset, early = layout[0], spec[0], spec[1], spec[2] != 0
+    parts = _parts(x)
+    steps = N // parts
     for m in range(first, last):
-        rows, at, out = x, _start(layout, _FIRST, m), m * N
+        rows, at, out = x, _start(layout, _FIRST, m) // parts, m * steps
         if _given(residual):
-            other = _start(layout, _SECOND, m)
-            for i in range(N):
-                s[out + i] = _narrow(_widen(x[at + i]) + _widen(residual[other + i]), s, x)
+            other = _start(layout, _SECOND, m) // parts
+            for i in range(steps):
+                element = _nothing(s)
+                for k in range(parts):
+                    element = _put(element, k, _widen(x[at + i], k) + _widen(residual[other + i], k), s, x)
+                s[out + i] = element
             rows, at = s, out
         total = 0.0
-        for i in range(N):
-            total = _add_square(total, np.float64(_widen(rows[at + i])))
+        for i in range(steps):
+            for k in range(parts):
+                total = _add_square(total, np.float64(_widen(rows[at + i], k)))
         v = np.float32(total / N) + eps
         r = np.float32(1) / np.float32(math.sqrt(v))
         if _given(rstd):
             rstd[m] = r
-        if early:
-            for i in range(N):
-                y[out + i] = _narrow(_widen(w[i]) * _widen(_narrow(_widen(rows[at + i]) * r, x, x)), y, w)
-        else:
-            for i in range(N):
-                y[out + i] = _narrow((_widen(w[i]) + offset) * (_widen(rows[at + i]) * r), y, w)
+        for i in range(steps):
+            element = _nothing(y)
+            for k in range(parts):
+                h = _widen(rows[at + i], k) * r
+                scaled = _widen(w[i], k) * _cast(h, x) if early else (_widen(w[i], k) + offset) * h
+                element = _put(element, k, scaled, y, w)
+            y[out + i] = element
 
 
 def _backward(
-    dy: Any, ds: Any, x: Any, w: Any, rstd: Any, dx: Any, dw: Any, layout: Any, first: int, last: int,
-    offset: float, early: bool,
+    dy: Any, ds: Any, x: Any, w: Any, rstd: Any, dx: Any, dw: Any, layout: Any, spec: Any, first: int, last: int
 ) -> None:  # fmt: skip
     N, chunk, wants_dw, adds = layout[0], layout[1], _given(dw), _given(ds)
+    offset, early = spec[1], spec[2] != 0
+    parts = _parts(x)
+    steps = N // parts
     for m in range(first, last):
-        a, b, out, part = _start(layout, _FIRST, m), _start(layout, _SECOND, m), m * N, m // chunk * N
+        a, b = _start(layout, _FIRST, m) // parts, _start(layout, _SECOND, m) // parts
+        out, sums = m * steps, m // chunk * N
         r = rstd[m]
-        if _given(dw) and m % chunk == 0:
+        if wants_dw and m % chunk == 0:
             for i in range(N):
-                dw[part + i] = 0.0
+                dw[sums + i] = 0.0
         total = 0.0
-        for i in range(N):
-            d, xh = _widen(dy[a + i]), _widen(x[b + i]) * r
-            total = _add(total, np.float64((d * (_widen(w[i]) + offset)) * xh))
-            if wants_dw:
-                dw[part + i] += np.float64(d * (_widen(_narrow(xh, x, x)) if early else xh))
+        for i in range(steps):
+            for k in range(parts):
+                d, xh = _widen(dy[a + i], k), _widen(x[b + i], k) * r
+                total = _add(total, np.float64((d * (_widen(w[i], k) + offset)) * xh))
+                if wants_dw:
+                    dw[sums + k * steps + i] += np.float64(d * (_cast(xh, x) if early else xh))
         if _given(dx):
             c = np.float32(total / N)
-            other = _start(layout, _THIRD, m)
-            for i in range(N):
-                g, xh = _widen(dy[a + i]) * (_widen(w[i]) + offset), _widen(x[b + i]) * r
-                t = r * (g - xh * c)
-                dx[out + i] = _narrow(t + _widen(ds[other + i]) if adds else t, dx, w)
+            other = _start(layout, _THIRD, m) // parts
+            for i in range(steps):
+                element = _nothing(dx)
+                for k in range(parts):
+                    g, xh = _widen(dy[a + i], k) * (_widen(w[i], k) + offset), _widen(x[b + i], k) * r
+                    t = r * (g - xh * c)
+                    element = _put(element, k, t + _widen(ds[other + i], k) if adds else t, dx, w)
+                dx[out + i] = element
 
 
 def _sum_chunks(partials: Any, dw: Any, chunks: int, N: int) -> None:
     for chunk in range(1, chunks):
         for i in range(N):
             partials[i] += partials[chunk * N + i]
-    for i in range(N):
-        dw[i] = _narrow(np.float32(partials[i]), dw, dw)
+    parts = _parts(dw)
+    steps = N // parts
+    for i in range(steps):
+        element = _nothing(dw)
+        for k in range(parts):
+            element = _put(element, k, np.float32(partials[k * steps + i]), dw, dw)
+        dw[i] = element
+
+
+def _drain(pointers: int) -> Callable[[Any], None]:
+    """What each thread does of a call, which is a counter, M, the rows of a piece, a kernel and its pointers."""
+
+    def drain(call: Any) -> None:
+        M, rows = call[1], call[2]
+        first = _take(call) * rows
+        while first < M:
+            _invoke(call, pointers, first, min(first + rows, M))
+            first = _take(call) * rows
+
+    return drain
 
 
 # --- compiling them ------------------------------------------------------------------------------------------
 
 _ELEMENT = {torch.float32: types.float32, torch.bfloat16: types.uint16, torch.float16: types.int16}
-_P, _L, _F, _B = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_bool
+_PAIR = types.uint32
+_WORD, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
 @functools.cache
 def _compiled(kernel: Callable[..., None], *pointees: Any) -> Callable[..., None]:
-    """The kernel as machine code: pointers to these types first, then the arguments its kind takes.
+    """The kernel as machine code: pointers to these types first, then two integers."""
+    return _code(kernel, [types.CPointer(pointee) for pointee in pointees], 2)
 
-    Called through ctypes, which releases the GIL, with addresses as plain integers. Compiled code is kept in
-    Numba's cache; a lock keeps processes that compile at once from pairing an index with another one's code.
+
+@functools.cache
+def _compiled_drain(pointers: int) -> Callable[..., None]:
+    return _code(_drain(pointers), [types.CPointer(types.int64)], 0)
+
+
+def _code(function: Callable[..., None], pointers: Sequence[Any], integers: int) -> Callable[..., None]:
+    """Machine code that is called through ctypes, which releases the GIL, with addresses as plain integers.
+
+    It is kept in Numba's cache; a lock keeps processes that compile at once from pairing an index with another one's
+    code.
     """
-    pointers = [types.CPointer(pointee) for pointee in pointees]
-    integers = [types.int64] * 2
-    floats = {_forward: [types.float32] * 2, _backward: [types.float32], _sum_chunks: []}[kernel]
-    flag = [] if kernel is _sum_chunks else [types.boolean]
-    signature = types.void(*pointers, *integers, *floats, *flag)
-    code = _cached(kernel, signature) or numba.cfunc(signature, error_model="numpy")(kernel)
-    prototype = ctypes.CFUNCTYPE(None, *[_P] * len(pointers), _L, _L, *[_F] * len(floats), *[_B] * len(flag))
-    function = prototype(code.address)
-    function.keeps = code  # type: ignore[attr-defined]  # the machine code lives as long as this object
-    return function
+    signature = types.void(*pointers, *[types.int64] * integers)
+    code = _cached(function, signature) or numba.cfunc(signature, error_model="numpy")(function)
+    callable_ = ctypes.CFUNCTYPE(None, *[_POINTER] * len(pointers), *[_WORD] * integers)(code.address)
+    callable_.keeps, callable_.address = code, code.address  # type: ignore[attr-defined]  # the code lives as long
+    return callable_
 
 
-def _cached(kernel: Callable[..., None], signature: Any) -> Any:
-    """The kernel from Numba's cache or compiled into it; None where no folder can be written or a file is damaged."""
+def _cached(function: Callable[..., None], signature: Any) -> Any:
+    """The function from Numba's cache or compiled into it; None where no folder can be written or a file is damaged."""
     try:
-        folder = FunctionCache(kernel).cache_path
+        folder = FunctionCache(function).cache_path
         with filelock.FileLock(f"{folder}/rmsnorm.lock", timeout=60):
-            return numba.cfunc(signature, cache=True, error_model="numpy")(kernel)
+            return numba.cfunc(signature, cache=True, error_model="numpy")(function)
     except Exception:  # noqa: BLE001  # whatever ails the cache, a compilation without it says what is wrong
         return None
 
@@ -221,36 +341,45 @@ class _Types(NamedTuple):
     y: torch.dtype
 
 
+@functools.cache
 def _types(x: torch.dtype, w: torch.dtype | None, cast: str) -> _Types:
     read = x if w is None or w == x else torch.float32
     return _Types(read, torch.promote_types(x, read) if cast == "early" else x)
 
 
-@functools.cache
-def _forward_kernel(x: torch.dtype, w: torch.dtype | None, cast: str) -> tuple[Callable[..., None], _Types]:
-    read = _types(x, w, cast)
-    X, W, Y = _ELEMENT[x], _ELEMENT[read.w], _ELEMENT[read.y]
-    return _compiled(_forward, X, X, W, Y, X, types.float32, types.int64), read
+def _elements(x: torch.dtype, read: _Types, even: bool) -> tuple[Any, Any, Any]:
+    """What x, w and y point to: two numbers at once where all are bf16 and every row begins and ends with a pair."""
+    if even and {x, read.w, read.y} == {torch.bfloat16}:
+        return _PAIR, _PAIR, _PAIR
+    return _ELEMENT[x], _ELEMENT[read.w], _ELEMENT[read.y]
 
 
 @functools.cache
-def _backward_kernel(x: torch.dtype, w: torch.dtype | None, cast: str) -> tuple[Callable[..., None], _Types]:
-    read = _types(x, w, cast)
-    X, W, Y = _ELEMENT[x], _ELEMENT[read.w], _ELEMENT[read.y]
-    return _compiled(_backward, Y, X, X, W, types.float32, X, types.float64, types.int64), read
+def _forward_kernel(x: torch.dtype, read: _Types, even: bool) -> Callable[..., None]:
+    X, W, Y = _elements(x, read, even)
+    return _compiled(_forward, X, X, W, Y, X, types.float32, types.int64, types.float32)
 
 
 @functools.cache
-def _sum_kernel(w: torch.dtype) -> Callable[..., None]:
-    return _compiled(_sum_chunks, types.float64, _ELEMENT[w])
+def _backward_kernel(x: torch.dtype, read: _Types, even: bool) -> Callable[..., None]:
+    X, W, Y = _elements(x, read, even)
+    return _compiled(_backward, Y, X, X, W, types.float32, X, types.float64, types.int64, types.float32)
+
+
+@functools.cache
+def _sum_kernel(x: torch.dtype, read: _Types, even: bool) -> Callable[..., None]:
+    return _compiled(_sum_chunks, types.float64, _elements(x, read, even)[1])
 
 
 # --- launching them ------------------------------------------------------------------------------------------
 
-# A call below this many elements takes less time than waking a thread (60 us at 0.25 ns an element).
-_CHUNK = 1 << 17
-# What bounds the partial sums of dw: 8 bytes a column for every chunk of rows.
-_MOST_CHUNKS, _FEWEST_ROWS = 256, 32
+# Elements that a thread takes at once at least, 4 us of work: about what it costs to have torch's threads begin.
+_GRAIN = 1 << 14
+# Elements that one partial sum of dw is over, at least, and what bounds the sums: 8 bytes a column for each.
+_CHUNK, _MOST_CHUNKS, _FEWEST_ROWS = 1 << 16, 256, 32
+_PIECES = 8  # of the work a thread, so that one that is held up leaves its share to the others
+# Bytes from which the C library maps fresh memory for every tensor: 10,000 page faults at 42 MB, or 20 huge ones.
+_MAPPED, _HUGE_PAGE = 32 << 20, 2 << 20
 
 
 class _Plan(NamedTuple):
@@ -258,8 +387,10 @@ class _Plan(NamedTuple):
 
     M: int
     N: int
+    grain: int  # rows that a thread takes at once forward
     rows: int  # a chunk
     chunks: int
+    even: bool  # whether rows begin and end with pairs of numbers
     layout: int  # address
     keeps: Any
 
@@ -276,7 +407,8 @@ def _plan(shape: Sequence[int], *strides: Sequence[int]) -> _Plan | None:
     steps = [step for of_one in found.steps for step in of_one]
     values = [N, rows, *sizes, *steps, *[0] * (9 - len(steps))]
     layout = (ctypes.c_int64 * len(values))(*values)
-    return _Plan(M, N, rows, -(-M // rows), ctypes.addressof(layout), layout)
+    even = all(number % 2 == 0 for number in (N, *steps)) and sys.byteorder == "little"
+    return _Plan(M, N, max(1, _GRAIN // N), rows, -(-M // rows), even, ctypes.addressof(layout), layout)
 
 
 def refuses(x: torch.dtype, residual: torch.dtype | None, w: torch.dtype | None) -> str | None:
@@ -295,7 +427,7 @@ def forward(
         rows = (x + residual).contiguous()
         y, _, rstd = forward(rows, None, w, eps, cast, offset, with_rstd)
         return y, rows, rstd
-    kernel, read = _forward_kernel(x.dtype, None if w is None else w.dtype, cast)
+    read, spec = _types(x.dtype, None if w is None else w.dtype, cast), _spec(eps, offset, cast)
     s: Tensor | None = None
     if residual is None:
         plan, (x,) = walked(_plan, x)
@@ -313,12 +445,10 @@ def forward(
         None if s is None else s.data_ptr(),
         None if rstd is None else rstd.data_ptr(),
         plan.layout,
+        ctypes.addressof(spec),
     )
-    scalars = (eps, offset or -0.0, cast == "early")
-    if plan.chunks == 1:
-        kernel(*addresses, 0, plan.M, *scalars)
-    else:
-        threads.run(lambda a, b: kernel(*addresses, a * plan.rows, min(b * plan.rows, plan.M), *scalars), plan.chunks)
+    kernel = _forward_kernel(x.dtype, read, plan.even and _aligned(addresses))
+    _run(kernel, addresses, plan.M, plan.grain)
     return y, s, rstd
 
 
@@ -334,7 +464,7 @@ def backward(
     need_dw: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """As `reference.backward`; dw is summed in fp64 over the chunks of the plan, and then over them in order."""
-    kernel, read = _backward_kernel(x.dtype, None if w is None else w.dtype, cast)
+    read, spec = _types(x.dtype, None if w is None else w.dtype, cast), _spec(0.0, offset, cast)
     plan, (dy, x, *rest) = walked(_plan, dy.to(read.y), x, *(() if ds is None else (ds.to(x.dtype),)))
     scale = _readable(w, plan.N, read)
     rstd = rstd.contiguous()
@@ -349,27 +479,67 @@ def backward(
         None if dx is None else dx.data_ptr(),
         None if partials is None else partials.data_ptr(),
         plan.layout,
+        ctypes.addressof(spec),
     )
-    scalars = (offset or -0.0, cast == "early")
-    threads.run(lambda a, b: kernel(*addresses, a * plan.rows, min(b * plan.rows, plan.M), *scalars), plan.chunks)
+    even = plan.even and _aligned(addresses)
+    _run(_backward_kernel(x.dtype, read, even), addresses, plan.M, plan.rows)
     if w is None or partials is None:
         return dx, None
     if plan.chunks == 0:
         return dx, torch.zeros_like(w)
     dw = torch.empty(plan.N, dtype=read.w, device="cpu")
-    _sum_kernel(read.w)(partials.data_ptr(), dw.data_ptr(), plan.chunks, plan.N)
+    _sum_kernel(x.dtype, read, even)(partials.data_ptr(), dw.data_ptr(), plan.chunks, plan.N)
     return dx, dw.to(w.dtype)
+
+
+def _aligned(addresses: tuple[int | None, ...]) -> bool:
+    """Whether all begin where pairs of 16-bit numbers do."""
+    bits = 0
+    for address in addresses:
+        bits |= address or 0
+    return bits % 4 == 0
+
+
+@functools.lru_cache(256)
+def _spec(eps: float, offset: float, cast: str) -> Any:
+    """As the kernels read it."""
+    return (ctypes.c_float * 3)(eps, offset or -0.0, cast == "early")
+
+
+def _run(kernel: Any, addresses: tuple[int | None, ...], M: int, rows: int) -> None:
+    """The kernel over M rows, on several threads where there is more than one piece of so many rows."""
+    pieces = -(-M // rows)
+    if pieces <= 1:
+        kernel(*addresses, 0, M)
+        return
+    rows *= max(1, pieces // (_PIECES * torch.get_num_threads()))
+    words = (0, M, rows, kernel.address, *(address or 0 for address in addresses))
+    call = (_WORD * len(words))(*words)
+    threads.run(_compiled_drain(len(addresses)), ctypes.addressof(call), -(-M // rows))
 
 
 def _readable(w: Tensor | None, N: int, read: _Types) -> Tensor:
     """The weight as the kernels read it; ones in place of none, which change no bit."""
     if w is None:
         return torch.ones(N, dtype=read.w, device="cpu")
-    return w.to(read.w).contiguous()
+    return w if w.dtype is read.w and w.is_contiguous() else w.to(read.w).contiguous()
 
 
 def _new(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Contiguous memory of x's shape, by whichever call is faster."""
     if dtype == x.dtype and x.is_contiguous():
-        return torch.empty_like(x)
-    return torch.empty(x.shape, dtype=dtype, device="cpu")
+        y = torch.empty_like(x)
+    else:
+        y = torch.empty(x.shape, dtype=dtype, device="cpu")
+    if y.nbytes >= _MAPPED:
+        _in_huge_pages(y.data_ptr(), y.nbytes)
+    return y
+
+
+def _in_huge_pages(address: int, size: int) -> None:
+    """Ask for few page faults where the memory is fresh, as torch itself does under THP_MEM_ALLOC_ENABLE=1."""
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux has it; a refusal changes nothing
+    if advice is not None:
+        start = -(-address // _HUGE_PAGE) * _HUGE_PAGE
+        whole = (address + size - start) // _HUGE_PAGE * _HUGE_PAGE
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(whole), advice)
