@@ -154,17 +154,20 @@ def _choose(x: Tensor, residual: Tensor | None, w: Tensor | None) -> tuple[Modul
     )
 
 
+_PLAIN_TYPES = (Tensor, Parameter)
+
+
 def _plain(*tensors: Tensor | None) -> bool:
     """Whether these may go straight to a kernel, past torch's dispatcher: real memory, nobody watching."""
     if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
+        torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
+        or torch.compiler.is_compiling()
     ):
         return False
-    for t in tensors:
-        if t is not None and ((type(t) is not Tensor and type(t) is not Parameter) or t.is_meta or t.is_neg()):
+    for t in tensors:  # noqa: SIM110  # a generator takes a microsecond
+        if t is not None and (type(t) not in _PLAIN_TYPES or t.is_meta or t.is_neg()):
             return False  # is_neg: a minus sign that torch has not yet applied to the memory
     return True
 
@@ -223,27 +226,34 @@ def _norm(
     if torch.is_grad_enabled() and (
         x.requires_grad or (w is not None and w.requires_grad) or (residual is not None and residual.requires_grad)
     ):
-        outputs = _Norm.apply(x, residual, w, eps, cast, offset, plain)  # type: ignore[no-untyped-call]
+        apply = _apply_norm if plain and not _leaked(x, residual, w) else _Norm.apply
+        outputs = apply(x, residual, w, (eps, cast, offset, plain))  # type: ignore[no-untyped-call]
         return (outputs,) if residual is None else outputs
     return _forward(x, residual, w, eps, cast, offset, False, plain)
+
+
+def _leaked(*tensors: Tensor | None) -> bool:
+    """Whether one was kept from within a transform of torch.func that has ended, and has yet to be unwrapped."""
+    for t in tensors:  # noqa: SIM110  # a generator takes a microsecond
+        if t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t):
+            return True
+    return False
 
 
 def _gradients(
     ctx: Any, dy: Tensor | None, ds: Tensor | None, backward: Callable[..., Any]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of _norm's six arguments; dy or ds is None where nothing depends on that output."""
+    """The gradients of x, residual and w; dy or ds is None where nothing depends on that output."""
     rows, w, rstd = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    need_rows, need_dw = needs[0] or needs[1], needs[2]
+    need_x, need_residual, need_dw = needs[:3]
     if dy is None:
         d_rows, dw = ds, None
     else:
-        d_rows, dw = backward(dy, ds, rows, w, rstd, ctx.cast, ctx.offset, need_rows, need_dw)
-    dx, d_residual = (
-        d_rows.to(dtype) if need and d_rows is not None else None
-        for need, dtype in zip(needs, ctx.dtypes, strict=False)
-    )
-    return dx, d_residual, dw if need_dw else None, None, None, None
+        d_rows, dw = backward(dy, ds, rows, w, rstd, ctx.cast, ctx.offset, need_x or need_residual, need_dw)
+    dx = d_rows.to(ctx.dtypes[0]) if need_x and d_rows is not None else None
+    d_residual = d_rows.to(ctx.dtypes[1]) if need_residual and d_rows is not None else None
+    return dx, d_residual, dw if need_dw else None
 
 
 class _Norm(torch.autograd.Function):
@@ -251,9 +261,9 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float,
-        plain: bool,
-    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        ctx: Any, x: Tensor, residual: Tensor | None, w: Tensor | None, how: tuple[float, str, float, bool]
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        eps, cast, offset, plain = how
         y, s, rstd = _forward(x, residual, w, eps, cast, offset, True, plain)
         ctx.save_for_backward(x if s is None else s, w, rstd)
         ctx.set_materialize_grads(False)
@@ -266,6 +276,10 @@ class _Norm(torch.autograd.Function):
         # Grad mode here means create_graph: then the gradient must stay tied to its inputs, to raise if it is used.
         tied = torch.is_grad_enabled() or forward_ad._current_level >= 0
         return *_gradients(ctx, dy, ds, _Backward.apply if tied else _backward), None
+
+
+# Past a function in Python that is there for what `_plain` and `_leaked` rule out, and takes a few microseconds.
+_apply_norm = super(torch.autograd.Function, _Norm).apply
 
 
 class _TransformedNorm(torch.autograd.Function):
@@ -293,7 +307,7 @@ class _TransformedNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, dy, others[0] if len(others) > 1 else None, _Backward.apply)
+        return *_gradients(ctx, dy, others[0] if len(others) > 1 else None, _Backward.apply), None, None, None
 
     @staticmethod
     def jvp(
