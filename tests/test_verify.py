@@ -1,5 +1,6 @@
 """verify is green on the code as it is, and red on code that is wrong in one step."""
 
+import dataclasses
 import json
 
 import pytest
@@ -157,3 +158,28 @@ def test_the_result_is_json() -> None:
     result = verify.Result("cpu", "kernel", True, 1.0, machine.describe(), rows)
     assert json.loads(json.dumps(result.to_json()))["ok"] is True
     assert result.table() is not None
+
+
+def test_every_case_is_compiled_ahead_once_and_kernels_are_not_shared_between_processes() -> None:
+    plans = verify.sweep(quick=True)
+    groups = verify._by_kernels(plans)
+    ahead = [case for group in groups for case in group]
+    assert len(ahead) == len(set(ahead))
+    wanted = {
+        dataclasses.replace(case, M=min(case.M, verify._FEW_ROWS), eps=1.0) for plan in plans for case in plan.cases
+    }
+    assert set(ahead) == wanted
+    for group in groups:
+        assert len({(c.x, c.w, c.cast, c.offset, c.form, c.residual, c.N.bit_length()) for c in group}) == 1
+
+
+def test_what_is_compiled_ahead_runs_every_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[verify.Case] = []
+    whole = verify.run_whole
+    monkeypatch.setattr(verify, "run_whole", lambda inputs, case: ran.append(case) or whole(inputs, case))
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # meant for a process of its own
+    groups = verify._by_kernels(verify.sweep(quick=True))
+    for group in groups[::25]:
+        verify._run_once(group, torch.device("cpu"))
+    assert set(ran) == {case for group in groups[::25] for case in group}
+    assert {case.residual is None for case in ran} == {False, True}

@@ -8,9 +8,13 @@ the CPU's result too), to the class run eagerly, and its gradients to the formul
 
 import contextlib
 import dataclasses
+import itertools
 import math
+import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -691,6 +695,40 @@ def verify_rows(
     return judge_rows(plans, count(plans, lambda case, seed: compare(case, seed, device), progress))
 
 
+_FEW_ROWS = 16
+
+
+def compile_ahead(plans: list[Plan], device: torch.device, progress: Progress) -> None:
+    """Have processes side by side compile what the cases need, into the cache on disk: one alone takes minutes.
+
+    Each case runs once, with few rows, on which no kernel depends. Nothing is compared: what goes wrong here goes wrong
+    again where it is seen.
+    """
+    groups = _by_kernels(plans)
+    workers = min(len(os.sched_getaffinity(0)), 16)
+    progress(0, 1, f"compiling in {workers} processes")
+    with (
+        contextlib.suppress(Exception),
+        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
+    ):
+        list(pool.map(_run_once, groups, itertools.repeat(device)))
+
+
+def _by_kernels(plans: list[Plan]) -> list[set[Case]]:
+    """All cases, each once and with few rows; in one set those that may share kernels, so that none compiles twice."""
+    groups: dict[Case, set[Case]] = {}
+    for case in (case for plan in plans for case in plan.cases):
+        few = dataclasses.replace(case, M=min(case.M, _FEW_ROWS), eps=1.0)
+        groups.setdefault(dataclasses.replace(few, N=case.N.bit_length()), set()).add(few)
+    return list(groups.values())
+
+
+def _run_once(cases: set[Case], device: torch.device) -> None:
+    torch.set_num_threads(1)
+    for case in cases:
+        run_whole(_placed(_draw(case, 0), case.form, device), case)
+
+
 def verify(
     device: str | None = None, quick: bool = False, progress: Progress = lambda done, total, what: None
 ) -> Result:
@@ -701,7 +739,10 @@ def verify(
     place = machine.find_device(device)
     start = time.perf_counter()
     x = torch.ones(1, 1280, dtype=torch.bfloat16, device=place)
-    rows = verify_rows(sweep(quick), place, progress)
+    plans = sweep(quick)
+    if place.type == "cuda":
+        compile_ahead(plans, place, progress)
+    rows = verify_rows(plans, place, progress)
     kernel = explain(x, x[0])
     return Result(str(place), kernel, quick, time.perf_counter() - start, machine.describe(place), rows)
 
