@@ -237,36 +237,32 @@ def test_cuda_has_no_scratch_for_casts_and_numbers() -> None:
     assert on_cuda.peak == on_cpu.peak - 4 * 8  # the weight in fp32
 
 
-def whole(M: int, tile: int) -> int:
-    return -(-M // tile) * tile
-
-
 def test_ours_on_cuda_follows_the_launch_configuration() -> None:
-    """Kernels, and what they exchange: fp32 sums of dw for each chunk, and 8 bytes for each part of a shared row."""
+    """Kernels, and what they exchange: fp32 sums of dw for each program, and 8 bytes for each part of a shared row."""
     M, e = 4096, 2
     seen = set()
     for N in (3, 1280, 7168, 16384, 16385, 32768, 262144, 600000):
         forward, backward = (cost((M, N), device="cuda", phase=phase) for phase in ("forward", "backward"))
         config = launch.forward(N, e, False, N % 16 == 0, launch.Gpu(227 << 10))
         parts = config.parts
-        shares = 8 * whole(M, config.rows) * parts if parts > 1 else 0
+        shares = 8 * M * parts if parts > 1 else 0
         seen.add(min(parts, 2))
         assert forward.kernels == (2 if shares else 1)
         assert forward.moved == forward.least + 3 * shares  # filled, then written and read
         assert forward.peak == M * N * e + 4 * M + shares
 
         config = launch.backward(M, N, e, e, False, True, N % 16 == 0, launch.Gpu(227 << 10))
-        shares = 8 * whole(M, config.chunk) * config.parts if config.parts > 1 else 0
+        shares = 8 * M * config.parts if config.parts > 1 else 0
         alone = config.parts == 0
-        chunk = launch.dw_alone(M, N, 2 * e, launch.Gpu()).chunk if alone else config.chunk
-        partials = -(-M // chunk) * N * 4
+        programs = launch.dw_alone(M, N, 2 * e, launch.Gpu()).programs if alone else config.programs
+        partials = programs * N * 4
         assert backward.kernels == (3 if alone else 2) + bool(shares)
         again = 2 * M * N * e + 4 * M if alone else 0  # dy, x and rstd, for dw
         assert backward.moved == backward.least + 2 * partials + again + 3 * shares
         assert backward.peak == 2 * M * N * e + 4 * M + partials + N * e + shares  # y, dx, rstd, dw
         without = cost((M, N), device="cuda", phase="backward", elementwise_affine=False)
         config = launch.backward(M, N, e, e, False, False, N % 16 == 0, launch.Gpu(227 << 10))
-        shares = 8 * whole(M, config.chunk) * config.parts if config.parts > 1 else 0
+        shares = 8 * M * config.parts if config.parts > 1 else 0
         assert without.kernels == 1 + bool(shares)
         assert without.moved == without.least + 3 * shares
     assert seen == {0, 1, 2}
@@ -277,9 +273,9 @@ def test_no_count_depends_on_the_gpu() -> None:
     for M, N in itertools.product((1, 4096, 1 << 20), (3, 500, 1280, 7168, 16384, 65536)):
         for size, of_dy in ((2, 2), (2, 4), (4, 4)):
             for aligned in {False, N % 16 == 0}:
-                chunks = {launch.backward(M, N, size, of_dy, False, True, aligned, gpu).chunk for gpu in gpus}
-                assert len(chunks) == 1, (M, N)
-            assert len({launch.dw_alone(M, N, size + of_dy, gpu).chunk for gpu in gpus}) == 1, (M, N)
+                programs = {launch.backward(M, N, size, of_dy, False, True, aligned, gpu).programs for gpu in gpus}
+                assert len(programs) == 1, (M, N)
+            assert len({launch.dw_alone(M, N, size + of_dy, gpu).programs for gpu in gpus}) == 1, (M, N)
 
 
 def test_the_launches_are_those_of_the_kernels(monkeypatch) -> None:

@@ -170,8 +170,8 @@ def widths_beyond_the_widest_block() -> None:
 
 
 @case
-def chunks_and_their_tails() -> None:
-    with settings(PROGRAMS=3):
+def programs_and_their_tails() -> None:
+    with settings(MULTIPROCESSORS=1):
         for M in (1, 2, 63, 64, 65, 191, 193, 300):
             for needs in ((True, True), (False, True)):
                 check(draw(M, 31), draw(31), needs=needs)

@@ -8,7 +8,6 @@ import subprocess
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,9 +28,6 @@ from rmsnorm.kernels.launch import Gpu  # noqa: E402
 CAPABILITIES = (80, 90, 100)
 # Bytes of shared memory a program may have: of 8.x and 12.x as many as the smallest has (8.6, 8.9, 12.0).
 SHARED_MEMORY = {8: 99 << 10, 9: 227 << 10, 10: 227 << 10}
-# Bytes that ptxas puts aside, by capability, of the one kernel that holds 64 columns of dw a thread and so fills all 255
-# registers: stores and loads together, once a row. Elsewhere none.
-SPILLS = {("_backward_staged", 90): 52, ("_backward_staged", 100): 108}
 # Every block size that launch.py chooses, and rows wider than its widest block.
 WIDTHS = (*(2**k for k in range(15)), 1280, 1536, 2880, 5120, 6144, 7168, 32768, 65536, 131072, 262144, 300000)
 
@@ -171,8 +167,8 @@ def held_to(launch: tuple[Any, ...], capability: int, folder: Path, *, aligned: 
     assert code.metadata.shared <= SHARED_MEMORY[capability // 10], (
         f"{where}: {code.metadata.shared} bytes of shared memory"
     )
-    assert spilled(ptx, capability, folder) <= SPILLS.get((name, capability), 0), f"{where}: spills"
-    if aligned:
+    assert spilled(ptx, capability, folder) == 0, f"{where}: spills"
+    if aligned and name != "_no_shares_yet":  # which loads nothing
         # Loads that are pipelined go to shared memory: cp.async of 0x10 bytes.
         assert re.search(r"ld\.global[\w.:]*\.(v4\.b32|v2\.b64)|cp\.async\.cg\S* .*, 0x10,", ptx), (
             f"{where}: narrow loads"
@@ -237,7 +233,9 @@ def test_rounding_is_ieee_and_subnormals_live() -> None:
 def test_bf16_is_rounded_two_numbers_at_a_time() -> None:
     """One at a time is an instruction of a sixteenth of the others' rate, which the backward pass would wait for."""
     for N in (512, 1280, 4096, 32768):
-        for launch in launches(8192, N, BF16, BF16, "early", 0.0, False)[:2]:
+        for launch in launches(8192, N, BF16, BF16, "early", 0.0, False):
+            if launch[0].kernel.__name__ in ("_no_shares_yet", "_sum_partials"):
+                continue
             ptx = instructions(launch)
             assert "cvt.rn.bf16x2.f32" in ptx
             assert "cvt.rn.bf16.f32" not in ptx
@@ -276,30 +274,41 @@ def test_every_launch_forbids_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
         assert rstd is not None
         gpu.backward(x, x, x, w, rstd, "early", 0.0, True, True)
         gpu.backward(x, x, x, w, rstd, "early", 0.0, False, True)
-    assert len(options) == 10
+    assert len(options) == 12
     assert all(flags["enable_fp_fusion"] is False for flags in options)
 
 
 def test_the_second_launch_goes_straight_to_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the arguments in the kernel's order, and only for the very specialisation that was compiled."""
     compiled_with: list[tuple[Any, ...]] = []
-    launched: list[tuple[Any, ...]] = []
+    prepared: list[tuple[Any, ...]] = []
+    launched: list[tuple[int, list[int]]] = []
+    refuses = False
 
     class Kernel:
         def __init__(self, name: str, kernel: Any) -> None:
             self.__name__, self.arg_names = name, kernel.arg_names
 
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            def launch(*arguments: Any, **flags: Any) -> Any:
-                names = self.arg_names[len(arguments) :]
-                compiled_with.append((self.__name__, *arguments, *(flags[name] for name in names)))
-                return SimpleNamespace(run=lambda *given: launched.append(given), function="f", packed_metadata="m")
+            def launch(*arguments: Any, **options: Any) -> Any:
+                assert len(arguments) == len(self.arg_names)
+                compiled_with.append((self.__name__, grid, arguments, options["launch_pdl"]))
+                return self.__name__
 
             return launch
 
+    def ready(found: Any, grid: Any, arguments: Any, early: bool) -> Any:
+        prepared.append((found, grid, arguments, early))
+
+        def launch(stream: int, addresses: list[int]) -> bool:
+            launched.append((stream, addresses))
+            return not refuses
+
+        return launch
+
     for name in [name for name, value in vars(gpu).items() if isinstance(value, triton.JITFunction)]:
         monkeypatch.setattr(gpu, name, Kernel(name, getattr(gpu, name)))
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
+    monkeypatch.setattr(gpu.driver, "ready", ready)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
 
     x, w = torch.randn(6, 1280), torch.randn(1280)
@@ -307,21 +316,18 @@ def test_the_second_launch_goes_straight_to_what_was_compiled(monkeypatch: pytes
     gpu.forward(x, None, w, 1e-6, "early", 0.0, False)
     gpu.backward(x, None, x, w, rstd, "early", 0.0, True, True)
     assert (len(compiled_with), len(launched)) == (3, 0)
+    for before, after in zip(compiled_with, prepared, strict=True):
+        assert all(a is b for a, b in zip(before[2], after[2], strict=True))
+        assert (before[0], before[1], before[3]) == (after[0], after[1], after[3])
     other = torch.randn(6, 1280)
-    gpu.forward(other, None, w, 1e-6, "early", 0.0, False)
+    y = gpu.forward(other, None, w, 1e-6, "early", 0.0, False)[0]
     gpu.backward(other, None, x, w, rstd, "early", 0.0, True, True)
     assert (len(compiled_with), len(launched)) == (3, 3)
-    for (_, *first), (_, _, _, stream, function, metadata, _, _, _, *again) in zip(
-        compiled_with, launched, strict=True
-    ):
-        assert (stream, function, metadata) == (7, "f", "m")
-        assert len(again) == len(first)
-        for before, after in zip(first, again, strict=True):
-            if isinstance(before, torch.Tensor):
-                assert isinstance(after, int)
-            else:
-                assert after == before
-    assert launched[0][9] == other.data_ptr()
+    assert launched[0] == (7, [other.data_ptr(), w.data_ptr(), y.data_ptr()])  # what is absent has no address
+    refuses = True
+    gpu.forward(other, None, w, 1e-6, "early", 0.0, False)
+    assert (len(compiled_with), len(launched)) == (4, 4)  # Triton's own launcher says what is wrong
+    refuses = False
 
     shifted = torch.randn(6 * 1280 + 1)[1:].view(6, 1280)  # an address that 16 does not divide
     late = {"cast": "late", "offset": 0.0}
@@ -337,7 +343,4 @@ def test_the_second_launch_goes_straight_to_what_was_compiled(monkeypatch: pytes
     ):
         before = len(compiled_with)
         changed()
-        assert (len(compiled_with), len(launched)) == (before + 1, 3)
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1, raising=False)
-    gpu.forward(x, None, w, 1e-6, "early", 0.0, False)
-    assert len(launched) == 3
+        assert (len(compiled_with), len(launched)) == (before + 1, 4)

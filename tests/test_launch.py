@@ -26,7 +26,7 @@ def every_launch() -> list[tuple[int | None, int, Launch]]:
     for N in WIDTHS:
         for size, adds, staged in itertools.product((2, 4), (False, True), (False, N % 16 == 0)):
             found.append((None, N, launch.forward(N, size, adds, staged, H200)))
-        found += [(None, N, launch.sum_partials(chunks, N, H200)) for chunks in (1, 8, 100, 264, 5000)]
+        found += [(None, N, launch.sum_partials(programs, N, H200)) for programs in (1, 8, 100, 264, 5000)]
         for M, itemsize in itertools.product(ROWS, (2, 4)):
             for with_dw, aligned in itertools.product((False, True), {False, N % 16 == 0}):
                 found.append((M, N, launch.backward(M, N, itemsize, itemsize, False, with_dw, aligned, H200)))
@@ -69,30 +69,38 @@ def test_a_row_is_held_by_one_program_or_by_few_or_walked_over() -> None:
                 assert width >= N
             else:
                 assert config.parts == 0 or (config.parts - 1) * width < N <= config.parts * width
-                # gpu._whole: one lane of every warp asks for each share.
-                assert config.rows * launch.power_of_two(config.parts) <= 32
+                assert config.rows * config.parts <= launch.MOST_PARTS  # gpu._whole: one lane asks for each share
 
 
-def test_chunks_cover_the_rows_once_and_their_sums_are_short() -> None:
+def test_all_programs_have_tiles_and_their_sums_are_short() -> None:
     for M, N, config in every_launch():
-        if M is None or config.chunk == config.rows:
+        if M is None or config.parts == 0:
             continue
-        chunks = -(-M // config.chunk)
-        assert config.chunk % config.rows == 0
-        assert (chunks - 1) * config.chunk < M <= chunks * config.chunk
-        assert config.chunk // config.rows <= launch.LONGEST_SUM, (M, N, config)
-        assert chunks <= max(2 * launch.PROGRAMS, M // config.rows // launch.LONGEST_SUM * 4), (M, N, config)
+        tiles = -(-M // config.rows)
+        assert 1 <= config.programs <= tiles, (M, N, config)
+        if config.programs == tiles:
+            continue
+        most = -(-tiles // config.programs)
+        assert most <= launch.LONGEST_SUM, (M, N, config)
+        assert (config.programs - 1) * most < tiles, (M, N, config)  # one program less would take longer
+        assert config.programs <= max(8 * launch.MULTIPROCESSORS, tiles // launch.LONGEST_SUM * 4), (M, N, config)
 
 
-def test_chunks_depend_on_shapes_and_dtypes_and_not_on_the_gpu() -> None:
+def test_without_rows_there_is_nothing_to_launch() -> None:
+    for N, itemsize, with_dw in itertools.product((1, 1280, 16384, 262144), (2, 4), (False, True)):
+        assert launch.backward(0, N, itemsize, itemsize, False, with_dw, True, H200).programs == 0
+        assert launch.dw_alone(0, N, 2 * itemsize, H200).programs == 0
+
+
+def test_programs_depend_on_shapes_and_dtypes_and_not_on_the_gpu() -> None:
     for M, N, itemsize in itertools.product(ROWS, (1, 64, 1280, 8192, 16384, 131072), (2, 4)):
-        chunks = {
-            launch.backward(M, N, itemsize, of_dy, with_ds, True, aligned, launch.Gpu(*gpu)).chunk
+        programs = {
+            launch.backward(M, N, itemsize, of_dy, with_ds, True, aligned, launch.Gpu(*gpu)).programs
             for of_dy, with_ds, aligned in itertools.product({itemsize, 4}, (False, True), {False, N % 16 == 0})
             for gpu in itertools.product((99 << 10, 227 << 10), (64, 132, 148), (8, 9, 10))
         }
-        assert len(chunks) == 1
-        assert len({launch.dw_alone(M, N, loaded, H200).chunk for loaded in (4, 6, 8)}) == 1
+        assert len(programs) == 1
+        assert len({launch.dw_alone(M, N, loaded, H200).programs for loaded in (4, 6, 8)}) == 1
 
 
 def test_programs_that_wait_for_each_other_have_room_on_the_gpu() -> None:

@@ -611,25 +611,25 @@ def _our_backward(t: _Tape, c: _Case, threads: int) -> None:
 
 
 def _our_backward_cuda(t: _Tape, c: _Case, flops: int, inputs: list[_Array | None], dx: _Array) -> None:
-    """A program sums dw over a chunk of rows; where it walks over a row in pieces, a kernel of its own does."""
+    """A program sums its share of dw; where it walks over a row in pieces, a kernel of its own does."""
     dy, _, x, _, rstd = inputs
     config, alone = _backward_launch(c), _dw_launch(c)
     shares = _shares(t, c, config)
-    partials = None if c.w is None else t.new(_chunks(c, alone or config) * c.N, F32)
+    partials = None if c.w is None else t.new((alone or config).programs * c.N, F32)
     if alone is not None:
         dw_flops = 2 * c.E - c.N
         t.run("dx", flops - dw_flops, [*inputs, shares], [dx, shares])
-        t.run("dw, by chunks", dw_flops, [dy, x, rstd], [partials])
+        t.run("dw, by programs", dw_flops, [dy, x, rstd], [partials])
     else:
-        what = "dx" if partials is None else "dx, and dw by chunks"
+        what = "dx" if partials is None else "dx, and dw by programs"
         t.run(what, flops, [*inputs, shares], [dx, partials, shares])
     if c.w is not None:
-        t.run("Σ over chunks", 0, [partials], [t.new(c.N, c.w)])
+        t.run("Σ over programs", 0, [partials], [t.new(c.N, c.w)])
     t.free(partials, shares)
 
 
-# What is read off a launch: how many programs share a row, and over how many chunks of rows dw is summed. Chunks are
-# the same on every GPU with `launch.ROOM` for the programs that share a row; how many share it is as on an H200.
+# What is read off a launch: how many programs share a row, and how many hold a share of dw. These are the same on every
+# GPU with `launch.ROOM` for the programs that share a row; how many share it is as on an H200.
 _GPU = launch.Gpu(227 << 10)
 
 
@@ -649,16 +649,11 @@ def _dw_launch(c: _Case) -> Launch | None:
     return launch.dw_alone(c.M, c.N, c.y.itemsize + c.x.itemsize, _GPU)
 
 
-def _chunks(c: _Case, config: Launch) -> int:
-    return -(-c.M // config.chunk)
-
-
 def _shares(t: _Tape, c: _Case, config: Launch) -> _Array | None:
     """Where the programs that share a row exchange their sums: 8 bytes a program and row, filled before."""
     if config.parts < 2:
         return None
-    chunk = max(config.rows, config.chunk)
-    shares = t.new(-(-c.M // chunk) * chunk * config.parts, torch.int64)
+    shares = t.new(c.M * config.parts, torch.int64)
     t.run("fill", 0, [], [shares])
     return shares
 

@@ -7,6 +7,7 @@ is one too. What is absent is passed as None, and its code is not compiled.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from rmsnorm.kernels import launch
+from rmsnorm.kernels import driver, launch
 from rmsnorm.kernels.launch import Gpu, Launch
 from rmsnorm.kernels.rows import Walk, walk, walked
 
@@ -104,6 +105,15 @@ def _mean(S, N, inverse):
     return tl.where(tl.abs(S) < float("inf"), mended, S).to(tl.float32)
 
 
+@triton.jit(do_not_specialize=["size"])
+def _no_shares_yet(shares, size, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr):
+    """Prepares the exchange below. The kernel that needs it may start meanwhile, and waits to hand anything in."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    i = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tl.store(shares + i, tl.full([BLOCK_N], -1, tl.int64), i < size)
+
+
 @triton.jit
 def _whole(S, shares, part, parts, PARTS: tl.constexpr):
     """The sums over rows whose `parts` programs each hold a share: hand in one's own, wait for the others.
@@ -134,7 +144,7 @@ def _packed(row):
 def _forward_block(
     x, residual, w, y, s, rstd, shares, M, N, parts, sizes, x_steps, residual_steps, eps, offset,
     EARLY: tl.constexpr, STRIDED: tl.constexpr, PARTS: tl.constexpr,
-    ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows a program, read once; or, with PARTS > 1, one part of a row."""
     tile, part = tl.program_id(0) // parts, tl.program_id(0) % parts
@@ -160,6 +170,8 @@ def _forward_block(
         squares = tl.fma(d, d, squares)  # the square is exact, so fusing changes nothing
     S = tl.sum(squares, axis=1, keep_dims=True)
     if PARTS > 1:
+        if OVERLAP:
+            tl.extra.cuda.gdc_wait()
         S = _whole(S, shares + m * parts, part, parts, PARTS)
         packed = ()
         for k in tl.static_range(PIECES):
@@ -226,19 +238,25 @@ def _load_rows(
     return row
 
 
-@triton.jit(do_not_specialize=["M", "chunk"])
+@triton.jit
+def _turns(M, program, programs, ROWS: tl.constexpr):
+    """How many tiles of ROWS rows are the program's: every so many. Nothing here passes M, which may end 32 bits."""
+    return (M - 1) // ROWS // programs + ((M - 1) // ROWS % programs >= program).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["M", "programs"])
 def _backward_block(
-    dy, ds, x, w, rstd, dx, partials, shares, M, N, parts, chunk, sizes, dy_steps, ds_steps, x_steps, offset,
+    dy, ds, x, w, rstd, dx, partials, shares, M, N, parts, programs, sizes, dy_steps, ds_steps, x_steps, offset,
     EARLY: tl.constexpr, STRIDED: tl.constexpr, PARTS: tl.constexpr,
     ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """dx of a chunk of rows, ROWS at a time, and the chunk's share of dw; with PARTS > 1, of one part of each row.
+    """dx of every so many tiles of ROWS rows, and their share of dw; with PARTS > 1, of one part of each row.
 
-    With STAGES > 1 the next tiles are loaded into shared memory while this one is worked on.
+    With STAGES > 1 the next tiles are loaded into shared memory while this one is worked on. At any time all programs
+    are at neighbouring tiles: memory is faster so than with a stretch of rows for each.
     """
     program, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     n = part * (PIECES * BLOCK_N) + tl.arange(0, BLOCK_N)[None, :]
-    m = program.to(tl.int64) * chunk + tl.arange(0, ROWS)[:, None]
     dw = ()
     weight = ()
     for k in tl.static_range(PIECES):
@@ -247,7 +265,10 @@ def _backward_block(
             weight += (tl.load(w + n + k * BLOCK_N, n + k * BLOCK_N < N, 0.0),)
     width = tl.full([ROWS, 1], N, tl.float64)
     inverse = 1.0 / width
-    for _ in tl.range(0, chunk, ROWS, num_stages=STAGES):
+    if PARTS > 1 and OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    for turn in tl.range(0, _turns(M, program, programs, ROWS), num_stages=STAGES):
+        m = (program + turn * programs).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
         dy_row = _load_rows(dy, m, n, M, N, sizes, dy_steps, STRIDED, PARTS, PIECES, BLOCK_N)
         x_row = _load_rows(x, m, n, M, N, sizes, x_steps, STRIDED, PARTS, PIECES, BLOCK_N)
         if ds is not None and STAGES > 1:
@@ -275,7 +296,6 @@ def _backward_block(
             tl.store(dx + m * N + n + k * BLOCK_N, dx_row.to(dx.dtype.element_ty), (m < M) & inside)
             summed += (dw[k] + _dw(dy_row[k].to(tl.float32), xh, x.dtype.element_ty, EARLY),)
         dw = summed
-        m += ROWS
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()  # _sum_partials may start, and waits
     if partials is not None:
@@ -324,17 +344,18 @@ def _backward_loop(
         tl.store(dx + m * N + n, dx_row.to(dx.dtype.element_ty), n < N)
 
 
-@triton.jit(do_not_specialize=["M", "chunk"])
+@triton.jit(do_not_specialize=["M"])
 def _dw_alone(
-    dy, x, rstd, partials, M, N, chunk, sizes, dy_steps, x_steps,
+    dy, x, rstd, partials, M, N, sizes, dy_steps, x_steps,
     EARLY: tl.constexpr, STRIDED: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The share of dw of BLOCK_N columns of a chunk of rows."""
+    """The share of dw of BLOCK_N columns of every so many tiles of ROWS rows."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     dw = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    for first in tl.range(0, chunk, ROWS, num_stages=STAGES):
-        m = tl.program_id(1).to(tl.int64) * chunk + first + tl.arange(0, ROWS)[:, None]
+    program, programs = tl.program_id(1), tl.num_programs(1)
+    for turn in tl.range(0, _turns(M, program, programs, ROWS), num_stages=STAGES):
+        m = (program + turn * programs).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
         inside = (m < M) & (n < N)
         r = tl.load(rstd + m, m < M, 0.0)
         dy_row = _load(dy + _start(m, sizes, dy_steps, STRIDED) + n, inside)
@@ -343,21 +364,21 @@ def _dw_alone(
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     share = tl.sum(dw.to(tl.float64), axis=0, keep_dims=True).to(tl.float32)
-    tl.store(partials + tl.program_id(1).to(tl.int64) * N + n, share, n < N)
+    tl.store(partials + program.to(tl.int64) * N + n, share, n < N)
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=["programs"])
 def _sum_partials(
-    partials, dw, chunks, N, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr
+    partials, dw, programs, N, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
-    """dw of BLOCK_N columns: the shares of all chunks, always in the same order."""
+    """dw of BLOCK_N columns: the shares of all programs, always in the same order."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()  # for the end of the kernel before, which need not have ended for this one to start
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     total = tl.zeros([ROWS, BLOCK_N], tl.float64)
-    for first in range(0, chunks, ROWS):
-        chunk = first + tl.arange(0, ROWS)[:, None]
-        total += tl.load(partials + chunk.to(tl.int64) * N + n, (chunk < chunks) & (n < N), 0.0).to(tl.float64)
+    for first in range(0, programs, ROWS):
+        program = first + tl.arange(0, ROWS)[:, None]
+        total += tl.load(partials + program.to(tl.int64) * N + n, (program < programs) & (n < N), 0.0).to(tl.float64)
     tl.store(dw + n, tl.sum(total, axis=0, keep_dims=True).to(tl.float32).to(dw.dtype.element_ty), n < N)
 
 
@@ -396,7 +417,8 @@ def _begin(buffers, slot, row, n, N, present, PIECES: gl.constexpr, BLOCK_N: gl.
 @gluon.jit(do_not_specialize=["M"])
 def _forward_staged(
     x, residual, w, y, s, rstd, shares, M, N, parts, sizes, x_steps, residual_steps, eps, offset,
-    EARLY: gl.constexpr, STRIDED: gl.constexpr, PARTS: gl.constexpr, PIECES: gl.constexpr, BLOCK_N: gl.constexpr,
+    EARLY: gl.constexpr, STRIDED: gl.constexpr, PARTS: gl.constexpr,
+    PIECES: gl.constexpr, BLOCK_N: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """One part of a row, which waits for the other parts."""
     X: gl.constexpr = x.dtype.element_ty
@@ -420,7 +442,10 @@ def _forward_staged(
             row[k].index(0).store(piece)
         d = gl.where(inside, piece.to(gl.float32), 0.0).to(gl.float64)
         squares = gl.fma(d, d, squares)  # the square is exact, so fusing changes nothing
-    gl.atomic_xchg(shares + m * parts + part, gl.sum(squares, axis=0).to(gl.int64, bitcast=True), sem="relaxed")
+    S = gl.sum(squares, axis=0)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    gl.atomic_xchg(shares + m * parts + part, S.to(gl.int64, bitcast=True), sem="relaxed")
     r = _rstd(_collected(shares + m * parts, parts, PARTS), N, eps)
     if rstd is not None:
         gl.store(rstd + m, r)
@@ -476,13 +501,13 @@ def _dot_by_warp(
     return gl.sum(gl.reshape(products, [gl.num_warps(), BLOCK_N // gl.num_warps()]), axis=1)
 
 
-@gluon.jit(do_not_specialize=["M", "chunk"])
+@gluon.jit(do_not_specialize=["M", "programs"])
 def _backward_staged(
-    dy, ds, x, w, rstd, dx, partials, shares, M, N, parts, chunk, sizes, dy_steps, ds_steps, x_steps, offset,
+    dy, ds, x, w, rstd, dx, partials, shares, M, N, parts, programs, sizes, dy_steps, ds_steps, x_steps, offset,
     EARLY: gl.constexpr, STRIDED: gl.constexpr, PARTS: gl.constexpr,
     PIECES: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
-    """As _backward_block for one part of each row of a chunk, of which STAGES rows are on the way or held.
+    """As _backward_block for one part of each row, of which STAGES are on the way or held.
 
     One row behind: a program hands in its share of the next row's sum before it asks for this row's.
     """
@@ -491,16 +516,14 @@ def _backward_staged(
     lanes: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     plain: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
     program, part = (gl.program_id(0) // parts).to(gl.int64), gl.program_id(0) % parts
-    first = program * chunk
-    end = gl.minimum(first + chunk, M.to(gl.int64))
     n = part * (PIECES * BLOCK_N) + gl.arange(0, BLOCK_N, columns)
     dy_rows = _buffers(dy.dtype.element_ty, STAGES, PIECES, BLOCK_N)
     x_rows = _buffers(X, STAGES, PIECES, BLOCK_N)
     by_warp = gl.allocate_shared_memory(gl.float64, [gl.num_warps()], plain)
     for i in gl.static_range(STAGES - 1):
-        m = first + i
-        _begin(dy_rows, i, dy + _start(m, sizes, dy_steps, STRIDED), n, N, m < end, PIECES, BLOCK_N)
-        _begin(x_rows, i, x + _start(m, sizes, x_steps, STRIDED), n, N, m < end, PIECES, BLOCK_N)
+        m = program + i * programs
+        _begin(dy_rows, i, dy + _start(m, sizes, dy_steps, STRIDED), n, N, m < M, PIECES, BLOCK_N)
+        _begin(x_rows, i, x + _start(m, sizes, x_steps, STRIDED), n, N, m < M, PIECES, BLOCK_N)
         async_copy.commit_group()
     weight = () if w is None else _staged_weight(w, n, N, PIECES, BLOCK_N)
     dw = ()
@@ -509,20 +532,22 @@ def _backward_staged(
     width = N.to(gl.float64)
     inverse = 1.0 / width
     async_copy.wait_group(STAGES - 2)
-    r = gl.load(rstd + first)
+    r = gl.load(rstd + program)
     by_warp.store(_dot_by_warp(
         dy_rows, x_rows, weight, 0, r, n, N, offset, columns, EARLY, PARTS, PIECES, BLOCK_N
     ))  # fmt: skip
     S = gl.sum(by_warp.load(lanes), axis=0)
-    gl.atomic_xchg(shares + first * parts + part, S.to(gl.int64, bitcast=True), sem="relaxed")
-    r_next = gl.load(rstd + first + 1, first + 1 < end, 0.0)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    gl.atomic_xchg(shares + program * parts + part, S.to(gl.int64, bitcast=True), sem="relaxed")
+    r_next = gl.load(rstd + program + programs, program + programs < M, 0.0)
     slot = 0
-    for m in range(first, end):
+    for m in range(program, M.to(gl.int64), programs):
         slot_before = gl.where(slot == 0, STAGES - 1, slot - 1)
         slot_next = gl.where(slot == STAGES - 1, 0, slot + 1)
-        last = m + STAGES - 1
-        _begin(dy_rows, slot_before, dy + _start(last, sizes, dy_steps, STRIDED), n, N, last < end, PIECES, BLOCK_N)
-        _begin(x_rows, slot_before, x + _start(last, sizes, x_steps, STRIDED), n, N, last < end, PIECES, BLOCK_N)
+        last = m + (STAGES - 1) * programs
+        _begin(dy_rows, slot_before, dy + _start(last, sizes, dy_steps, STRIDED), n, N, last < M, PIECES, BLOCK_N)
+        _begin(x_rows, slot_before, x + _start(last, sizes, x_steps, STRIDED), n, N, last < M, PIECES, BLOCK_N)
         async_copy.commit_group()
         async_copy.wait_group(STAGES - 2)
         by_warp.store(_dot_by_warp(
@@ -530,7 +555,7 @@ def _backward_staged(
         ))  # fmt: skip
         S = gl.sum(by_warp.load(lanes), axis=0)
         gl.atomic_xchg(
-            shares + (m + 1) * parts + part, S.to(gl.int64, bitcast=True), mask=m + 1 < end, sem="relaxed"
+            shares + (m + programs) * parts + part, S.to(gl.int64, bitcast=True), mask=m + programs < M, sem="relaxed"
         )  # fmt: skip
         ds_row = ()
         if ds is not None:
@@ -551,7 +576,7 @@ def _backward_staged(
             summed += (dw[k] + _dw(dy_piece.to(gl.float32), xh, X, EARLY),)
         dw = summed
         r = r_next
-        r_next = gl.load(rstd + m + 2, m + 2 < end, 0.0)
+        r_next = gl.load(rstd + m + 2 * programs, m + 2 * programs < M, 0.0)
         slot = slot_next
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
@@ -587,12 +612,17 @@ def forward(
         total = (x + residual).contiguous()
         y, _, rstd = forward(total, None, w, eps, cast, offset, with_rstd)
         return y, total, rstd
+    device = x.get_device()
+    if _elsewhere(device):
+        with torch.cuda.device(device):
+            return forward(x, residual, w, eps, cast, offset, with_rstd)
     rows, (x, *others) = walked(walk, x) if residual is None else walked(walk, x, residual)
     aligned = rows.N > launch.FORWARD_WIDEST and _by_16_bytes(rows, x, *others)
-    call = _forward_call(rows, x.get_device(), x.dtype, _dtype(w), bool(others), with_rstd, eps, cast, offset, aligned)
-    y = _empty_like(x, _y_dtype(x.dtype, _dtype(w), cast))
-    s = _empty_like(x, x.dtype) if others else None
-    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) if with_rstd else None
+    dtype, w_dtype = x.dtype, _dtype(w)
+    call = _forward_call(rows, device, dtype, w_dtype, bool(others), with_rstd, eps, cast, offset, aligned)
+    y = _empty(x, rows.shape, rows.dense, _y_dtype(dtype, w_dtype, cast))
+    s = _empty(x, rows.shape, rows.dense, dtype) if others else None
+    rstd = _empty(x, rows.shape[:-1], rows.dense_rows, torch.float32) if with_rstd else None
     pointers = (x, others[0] if others else None, _contiguous(w), y, s, rstd)
     if call.config.parts > 0:
         pointers = (*pointers, _shares(call, x))
@@ -612,6 +642,10 @@ def backward(
     need_dw: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """As `reference.backward`; dw is summed in fp32 over a few tens of rows at a time, and in fp64 over those sums."""
+    device = x.get_device()
+    if _elsewhere(device):
+        with torch.cuda.device(device):
+            return backward(dy, ds, x, w, rstd, cast, offset, need_dx, need_dw)
     need_dw = need_dw and w is not None
     tensors = [dy.to(_y_dtype(x.dtype, _dtype(w), cast)), x]
     if need_dx and ds is not None:
@@ -619,14 +653,14 @@ def backward(
     rows, (dy, x, *others) = walked(walk, *tensors)
     rstd = rstd.contiguous()
     of_dx, of_dw, of_sum = _backward_calls(
-        rows, x.get_device(), dy.dtype, x.dtype, _dtype(w), bool(others), need_dx, need_dw, cast, offset,
+        rows, device, dy.dtype, x.dtype, _dtype(w), bool(others), need_dx, need_dw, cast, offset,
         rows.N > launch.BACKWARD_WIDEST and _by_16_bytes(rows, dy, x, *others),
     )  # fmt: skip
     dx = dw = partials = None
     if of_sum is not None:
-        partials = torch.empty(of_sum.numbers, dtype=torch.float32, device=x.device)
+        partials = _empty(x, of_sum.numbers, (rows.N, 1), torch.float32)
     if of_dx is not None:
-        dx = _empty_like(x, x.dtype)
+        dx = _empty(x, rows.shape, rows.dense, x.dtype)
         pointers = (dy, others[0] if others else None, x, _contiguous(w), rstd, dx)
         if of_dx.config.parts > 0:
             pointers = (*pointers, None if of_dw is not None else partials, _shares(of_dx, x))
@@ -634,7 +668,7 @@ def backward(
     if of_dw is not None:
         _run(of_dw, (dy, x, rstd, partials))
     if of_sum is not None and w is not None:
-        dw = torch.empty_like(w, memory_format=torch.contiguous_format)
+        dw = _empty(x, (rows.N,), (1,), w.dtype)
         _run(of_sum, (partials, dw))
     return dx, dw
 
@@ -644,7 +678,7 @@ class _Call:
     """A kernel with all that it is launched with but its tensors, which are of one kind: shapes, strides and dtypes.
 
     numbers, flags: the arguments that follow the tensors, in their order, without what the configuration holds.
-    compiled: what calls the compiled kernel, the grid, and what it wants before and after the tensors.
+    before: what must run before, and may still be running. ready: the compiled kernel.
     """
 
     kernel: Any
@@ -653,7 +687,8 @@ class _Call:
     numbers: tuple[Any, ...]
     flags: tuple[Any, ...]
     device: int
-    compiled: tuple[Any, ...] | None = None
+    before: "_Call | None" = None
+    ready: Callable[[int, list[int]], bool] | None = None
 
 
 _MOST_CALLS = 4096
@@ -673,7 +708,8 @@ def _forward_call(
     grid = (_cdiv(rows.M, config.rows) * config.parts,)
     numbers = (rows.M, rows.N, config.parts, *places)
     kernel = _forward_staged if config.staged else _forward_block
-    return _Call(kernel, grid, config, numbers, (*flags, launch.power_of_two(config.parts)), device)
+    before = _exchange_call(rows.M, config, device)
+    return _Call(kernel, grid, config, numbers, (*flags, _lanes(config)), device, before)
 
 
 @functools.lru_cache(_MOST_CALLS)
@@ -686,60 +722,79 @@ def _backward_calls(
     of_dx = of_dw = of_sum = None
     flags, offset = (cast == "early", rows.strided), float(offset) or -0.0
     dy_steps, x_steps, ds_steps = rows.steps[0], rows.steps[1], rows.steps[-1]
-    chunk = 0
+    programs = 0
     if need_dx:
         config = launch.backward(M, N, x.itemsize, dy.itemsize, with_ds, need_dw, aligned, gpu)
         places = (rows.sizes, dy_steps, ds_steps, x_steps, offset)
         if config.parts == 0:
             of_dx = _Call(_backward_loop, (M,), config, (M, N, *places), flags, device)
         else:
-            chunk = config.chunk
-            grid = (_cdiv(M, chunk) * config.parts,)
-            numbers = (M, N, config.parts, chunk, *places)
-            flags_of_dx = (*flags, launch.power_of_two(config.parts))
+            programs = config.programs
+            numbers = (M, N, config.parts, programs, *places)
             kernel = _backward_staged if config.staged else _backward_block
-            of_dx = _Call(kernel, grid, config, numbers, flags_of_dx, device)
+            before = _exchange_call(M, config, device)
+            of_dx = _Call(
+                kernel, (programs * config.parts,), config, numbers, (*flags, _lanes(config)), device, before
+            )  # fmt: skip
     if need_dw:
-        if not chunk:
+        if of_dx is None or of_dx.config.parts == 0:
             config = launch.dw_alone(M, N, dy.itemsize + x.itemsize, gpu)
-            chunk = config.chunk
-            grid = (_cdiv(N, config.block_n), _cdiv(M, chunk))
-            of_dw = _Call(_dw_alone, grid, config, (M, N, chunk, rows.sizes, dy_steps, x_steps), flags, device)
-        chunks = _cdiv(M, chunk)
-        config = launch.sum_partials(chunks, N, gpu)
-        of_sum = _Call(_sum_partials, (_cdiv(N, config.block_n),), config, (chunks, N), (), device)
+            programs = config.programs
+            grid = (_cdiv(N, config.block_n), programs)
+            of_dw = _Call(_dw_alone, grid, config, (M, N, rows.sizes, dy_steps, x_steps), flags, device)
+        config = launch.sum_partials(programs, N, gpu)
+        grid = (_cdiv(N, config.block_n),)
+        of_sum = _Call(_sum_partials, grid, config, (programs, N), (), device, of_dw or of_dx)
     return of_dx, of_dw, of_sum
 
 
+def _exchange_call(M: int, config: Launch, device: int) -> _Call | None:
+    """What prepares the shares of M rows that programs share; None where each row is one program's."""
+    if config.parts <= 1:
+        return None
+    size = M * config.parts
+    config = launch.no_shares_yet(size, _gpu(device))
+    return _Call(_no_shares_yet, (_cdiv(size, config.block_n),), config, (size,), (), device)
+
+
+def _lanes(config: Launch) -> int:
+    """PARTS: as many as a warp has lanes. Fewer would be held several times over, in a third more registers."""
+    return 1 if config.parts == 1 else launch.MOST_PARTS
+
+
 def _run(call: _Call, pointers: tuple[Tensor | None, ...]) -> None:
-    """Launch on the current stream of the call's device; nothing if there is nothing to do.
+    """Launch on the current stream; nothing if there is nothing to do.
 
     The first launch goes through Triton, which compiles. The next ones call what was compiled: to find out again what
     is known takes Triton longer than a small norm. Triton's own hooks for profilers are not called then.
     """
-    addresses = [None if t is None else t.data_ptr() for t in pointers]
+    addresses = []
     bits = 0
-    for address in addresses:
-        bits |= address or 0
+    for t in pointers:
+        if t is not None:
+            address = t.data_ptr()
+            addresses.append(address)
+            bits |= address
     aligned = bits & 15 == 0
-    if call.compiled is not None and aligned and torch._C._cuda_getDevice() == call.device:
-        run, (x, y, *_), launched, following = call.compiled
-        run(x, y, 1, torch._C._cuda_getCurrentRawStream(call.device), *launched, *addresses, *following)
+    if call.ready is not None and aligned and call.ready(torch._C._cuda_getCurrentRawStream(call.device), addresses):
         return
     if 0 in call.grid:
         return
     names = call.kernel.arg_names[len(pointers) + len(call.numbers) :]
     flags = dict(zip(names, call.flags, strict=False))
     flags |= {name: value for name, value in call.config.constants.items() if name in names}
-    with torch.cuda.device_of(pointers[0]):
-        found = call.kernel[call.grid](
-            *pointers, *call.numbers, **flags, num_warps=call.config.warps, enable_fp_fusion=False,
-            launch_pdl=call.config.overlap and call.kernel is _sum_partials,
-        )  # fmt: skip
+    early = call.before is not None and call.config.overlap
+    arguments = (*pointers, *call.numbers, *(flags[name] for name in names))
+    found = call.kernel[call.grid](
+        *arguments, num_warps=call.config.warps, enable_fp_fusion=False, launch_pdl=early
+    )  # fmt: skip
     if aligned and found is not None:  # nothing comes back from the interpreter
-        launched = (found.function, found.packed_metadata, None, None, None)
-        following = (*call.numbers, *(flags[name] for name in names))
-        call.compiled = (found.run, (*call.grid, 1), launched, following)
+        call.ready = driver.ready(found, call.grid, arguments, early)
+
+
+def _elsewhere(device: int) -> bool:
+    """Whether this is not the current GPU, on which all that follows happens; the interpreter's tensors are on none."""
+    return device >= 0 and torch._C._cuda_getDevice() != device
 
 
 @functools.cache
@@ -760,18 +815,23 @@ def _dtype(w: Tensor | None) -> torch.dtype | None:
     return None if w is None else w.dtype
 
 
-def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Contiguous, of the shape of x: the quickest way that torch has."""
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+_empty_on_gpu = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+
+
+def _empty(x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory beside x, which is on the current device, by the quickest way that torch has."""
+    if _empty_on_gpu is not None and x.is_cuda:
+        return _empty_on_gpu(shape, strides, dtype)  # type: ignore[no-any-return]
+    return torch.empty_strided(shape, strides, dtype=dtype, device=x.device)
 
 
 def _shares(call: _Call, x: Tensor) -> Tensor | None:
-    """Where the programs that share rows exchange their sums; see `_whole`."""
-    if call.config.parts == 1:
+    """Where the programs that share rows exchange their sums, prepared; see `_whole`."""
+    if call.before is None:
         return None
-    programs_of_rows = call.grid[0] // call.config.parts
-    rows = programs_of_rows * max(call.config.rows, call.config.chunk)
-    return torch.full((rows, call.config.parts), -1, dtype=torch.int64, device=x.device)
+    shares = _empty(x, call.before.numbers, (1,), torch.int64)
+    _run(call.before, (shares,))
+    return shares
 
 
 def _by_16_bytes(rows: Walk, *tensors: Tensor) -> bool:

@@ -1,0 +1,126 @@
+"""Launching what Triton has compiled by the CUDA driver itself.
+
+    ready(compiled, grid, arguments, early)  ->  Ready(stream, addresses)  ->  cuLaunchKernelEx
+
+Triton's own launcher takes a list of all arguments apart at every call, which takes longer than a small norm. Here
+all but the addresses of tensors lies ready in memory, and is held to what the driver says that the kernel takes.
+"""
+
+import ctypes
+import functools
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+_NUMBERS: dict[str, Any] = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute, with a value that is an int."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60))
+
+
+class _Configuration(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_memory", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
+class Ready:
+    """A kernel that waits for a stream and the addresses of its tensors, those that are there, in their order."""
+
+    def __init__(
+        self,
+        library: Any,
+        function: ctypes.c_void_p,
+        parameters: list[Any],
+        configuration: _Configuration,
+        tensors: int,
+    ) -> None:
+        self._launch, self._configuration = library.cuLaunchKernelEx, configuration
+        self._addresses = (ctypes.c_void_p * tensors)()
+        self._numbers = parameters[tensors:]  # kept alive: only their addresses are handed on
+        size, start = ctypes.sizeof(ctypes.c_void_p), ctypes.addressof(self._addresses)
+        where = [start + i * size for i in range(tensors)] + [ctypes.addressof(number) for number in self._numbers]
+        # In the form in which ctypes hands them on: to look at what they are takes a microsecond.
+        self._arguments = (ctypes.byref(configuration), function, (ctypes.c_void_p * len(where))(*where), None)
+        self._lock = threading.Lock()  # one block of memory serves every thread
+
+    def __call__(self, stream: int, addresses: list[Any]) -> bool:
+        """Launch. False if the driver refuses, for want of a context for example; nothing has run then."""
+        with self._lock:
+            self._configuration.stream = stream
+            self._addresses[:] = addresses
+            return not self._launch(*self._arguments)
+
+
+def ready(compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any], early: bool) -> Ready | None:
+    """compiled: Triton's kernel. arguments: as its source has them, tensors first and constants too, None for a tensor
+    that is absent. early: it may start before the kernel before has ended.
+
+    None where the driver cannot be asked, or says that the kernel takes something else than these.
+    """
+    library, metadata = _library(), compiled.metadata
+    if library is None or metadata.num_ctas != 1 or metadata.global_scratch_size or metadata.profile_scratch_size:
+        return None
+    parameters: list[Any] = []
+    tensors = 0
+    for kind, value in _flat(tuple(compiled.src.signature.values()), tuple(arguments)):
+        if kind.startswith("*"):
+            tensors += 1
+            parameters.append(ctypes.c_void_p())
+        elif kind in _NUMBERS:
+            parameters.append(_NUMBERS[kind](value))
+        else:
+            return None
+    if any(isinstance(p, ctypes.c_void_p) for p in parameters[tensors:]):
+        return None
+    parameters += [ctypes.c_void_p(), ctypes.c_void_p()]  # Triton's scratch memory, global and of its profiler: none
+    function = ctypes.c_void_p(compiled.function)
+    if not _takes(library, function, [ctypes.sizeof(p) for p in parameters]):
+        return None
+    attribute = _Attribute(id=_STREAM_SERIALIZATION, value=1)
+    configuration = _Configuration(
+        grid=(*grid, 1, 1)[:3], block=(32 * metadata.num_warps, 1, 1), shared_memory=metadata.shared,
+        attributes=ctypes.pointer(attribute), attribute_count=int(early),
+    )  # fmt: skip
+    return Ready(library, function, parameters, configuration, tensors)
+
+
+def _flat(kinds: tuple[Any, ...], values: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """The types and values that reach the GPU: tuples taken apart, constants left out."""
+    for kind, value in zip(kinds, values, strict=True):
+        if isinstance(kind, tuple):
+            yield from _flat(kind, value)
+        elif kind != "constexpr":
+            yield kind, value
+
+
+@functools.cache
+def _library() -> Any:
+    """The CUDA driver; None where there is none, or one before 12.4, which cannot say what a kernel takes."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+        return library if library.cuFuncGetParamInfo and library.cuLaunchKernelEx else None
+    except (OSError, AttributeError):
+        return None
+
+
+def _takes(library: Any, function: ctypes.c_void_p, sizes: list[int]) -> bool:
+    """Whether these are the sizes of the kernel's parameters, and no more follow."""
+    found: list[int] = []
+    offset, size = ctypes.c_size_t(), ctypes.c_size_t()
+    while len(found) <= len(sizes) and not library.cuFuncGetParamInfo(
+        function, ctypes.c_size_t(len(found)), ctypes.byref(offset), ctypes.byref(size)
+    ):
+        found.append(size.value)
+    return found == sizes

@@ -1,0 +1,157 @@
+"""What is laid ready for the CUDA driver, without one: compiled kernels, and a driver that only looks at what it gets."""
+
+import ctypes
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed, so there is no kernel to launch")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from rmsnorm.kernels import driver, gpu  # noqa: E402
+
+POINTER = ctypes.sizeof(ctypes.c_void_p)
+
+
+class Driver:
+    """Takes kernels whose parameters have `sizes`, and notes what it is asked to launch."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self.sizes, self.launched, self.status, self.takes_seconds = sizes, [], 0, 0.0
+
+    def cuFuncGetParamInfo(self, function: Any, index: Any, offset: Any, size: Any) -> int:
+        if index.value >= len(self.sizes):
+            return 1
+        size._obj.value = self.sizes[index.value]
+        return 0
+
+    def cuLaunchKernelEx(self, by_reference: Any, function: Any, parameters: Any, extra: Any) -> int:
+        time.sleep(self.takes_seconds)  # other threads run meanwhile
+        configuration = by_reference._obj
+        assert extra is None
+        values = [ctypes.string_at(parameters[i], size) for i, size in enumerate(self.sizes)]
+        grid, block = tuple(configuration.grid), tuple(configuration.block)
+        early = [
+            (configuration.attributes[i].id, configuration.attributes[i].value)
+            for i in range(configuration.attribute_count)
+        ]
+        self.launched.append(
+            (grid, block, configuration.shared_memory, configuration.stream, early, function.value, values)
+        )
+        return int(self.status)
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def install(sizes: list[int]) -> Driver:
+        made = Driver(sizes)
+        monkeypatch.setattr(driver, "_library", lambda: made)
+        return made
+
+    return install
+
+
+class Compiled:
+    """What Triton would give back of a launch, without a GPU to load it on."""
+
+    def __init__(self, arguments: tuple[Any, ...], signature: dict[str, Any], constants: dict[Any, Any]) -> None:
+        source = ASTSource(gpu._sum_partials, signature, constants)
+        self.compiled = triton.compile(
+            source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "enable_fp_fusion": False}
+        )
+        self.src, self.metadata, self.function = source, self.compiled.metadata, 4711
+
+
+ARGUMENTS = (torch.empty(3, 48), torch.empty(48), 3, 48, 4, 16, True)
+SIZES = [POINTER, POINTER, 4, 4, POINTER, POINTER]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Compiled:
+    kinds = ("*fp32", "*fp32", "i32", "i32", "constexpr", "constexpr", "constexpr")
+    signature = dict(zip(gpu._sum_partials.arg_names, kinds, strict=True))
+    return Compiled(ARGUMENTS, signature, {(4,): 4, (5,): 16, (6,): True})
+
+
+def parameters_of_ptx(compiled: Compiled) -> int:
+    return str(compiled.compiled.asm["ptx"]).partition(")")[0].count(".param ")
+
+
+def number(value: int, size: int) -> bytes:
+    return value.to_bytes(size, "little")
+
+
+def test_a_launch_hands_on_what_the_kernel_takes(use: Any, compiled: Compiled) -> None:
+    cuda = use(SIZES)
+    assert parameters_of_ptx(compiled) == len(SIZES)  # with Triton's two kinds of scratch memory
+    ready = driver.ready(compiled, (5,), ARGUMENTS, early=True)
+    assert ready is not None
+    assert ready(77, [4096, 8192])
+    assert ready(78, [16, 32])
+    ends = [number(3, 4), number(48, 4), number(0, POINTER), number(0, POINTER)]
+    shared = compiled.metadata.shared
+    assert cuda.launched == [
+        ((5, 1, 1), (256, 1, 1), shared, 77, [(6, 1)], 4711, [number(4096, 8), number(8192, 8), *ends]),
+        ((5, 1, 1), (256, 1, 1), shared, 78, [(6, 1)], 4711, [number(16, 8), number(32, 8), *ends]),
+    ]
+    late = driver.ready(compiled, (5, 2), ARGUMENTS, early=False)
+    assert late is not None
+    assert late(1, [1, 2])
+    assert cuda.launched[2][0] == (5, 2, 1)
+    assert cuda.launched[2][4] == []
+
+
+def test_numbers_are_as_wide_as_their_type_and_tuples_are_taken_apart() -> None:
+    kinds = ("*bf16", "constexpr", "i64", "fp32", ("i32", "constexpr", ("i32",)))
+    values = (None, None, 1 << 40, 0.5, (7, 1, (9,)))
+    assert list(driver._flat(kinds, values)) == [
+        ("*bf16", None), ("i64", 1 << 40), ("fp32", 0.5), ("i32", 7), ("i32", 9)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "sizes", [SIZES[:-1], [*SIZES, POINTER], [POINTER, POINTER, 8, 4, POINTER, POINTER], []], ids=str
+)
+def test_what_the_driver_sees_otherwise_is_not_launched(sizes: list[int], use: Any, compiled: Compiled) -> None:
+    use(sizes)
+    assert driver.ready(compiled, (5,), ARGUMENTS, early=False) is None
+
+
+def test_a_launch_that_is_refused_says_so(use: Any, compiled: Compiled) -> None:
+    cuda = use(SIZES)
+    cuda.status = 201  # no context on this thread
+    ready = driver.ready(compiled, (5,), ARGUMENTS, early=False)
+    assert ready is not None
+    assert not ready(0, [16, 32])
+
+
+def test_without_a_driver_triton_launches(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> None:
+    monkeypatch.setattr(driver, "_library", lambda: None)
+    assert driver.ready(compiled, (5,), ARGUMENTS, early=False) is None
+
+
+def test_threads_do_not_mix_up_their_addresses(use: Any, compiled: Compiled) -> None:
+    cuda = use(SIZES)
+    cuda.takes_seconds = 1e-4
+    ready = driver.ready(compiled, (5,), ARGUMENTS, early=False)
+    assert ready is not None
+
+    def launches(thread: int) -> None:
+        for i in range(50):
+            ready(thread, [thread * 1000 + i, thread * 1000 + i])
+
+    threads = [threading.Thread(target=launches, args=(k,)) for k in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seen = [
+        (stream, *(int.from_bytes(value, "little") for value in values[:2]))
+        for *_, stream, _, _, values in cuda.launched
+    ]
+    assert sorted(seen) == [(k, k * 1000 + i, k * 1000 + i) for k in range(1, 5) for i in range(50)]
