@@ -19,16 +19,10 @@ POINTER = ctypes.sizeof(ctypes.c_void_p)
 
 
 class Driver:
-    """Takes kernels whose parameters have `sizes`, and notes what it is asked to launch."""
+    """Notes what it is asked to launch, of a kernel whose parameters have `sizes`."""
 
     def __init__(self, sizes: list[int]) -> None:
         self.sizes, self.launched, self.status, self.takes_seconds = sizes, [], 0, 0.0
-
-    def cuFuncGetParamInfo(self, function: Any, index: Any, offset: Any, size: Any) -> int:
-        if index.value >= len(self.sizes):
-            return 1
-        size._obj.value = self.sizes[index.value]
-        return 0
 
     def cuLaunchKernelEx(self, by_reference: Any, function: Any, parameters: Any, extra: Any) -> int:
         time.sleep(self.takes_seconds)  # other threads run meanwhile
@@ -47,13 +41,10 @@ class Driver:
 
 
 @pytest.fixture
-def use(monkeypatch: pytest.MonkeyPatch) -> Any:
-    def install(sizes: list[int]) -> Driver:
-        made = Driver(sizes)
-        monkeypatch.setattr(driver, "_library", lambda: made)
-        return made
-
-    return install
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    made = Driver(SIZES)
+    monkeypatch.setattr(driver, "_library", lambda: made)
+    return made
 
 
 class Compiled:
@@ -65,6 +56,7 @@ class Compiled:
             source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "enable_fp_fusion": False}
         )
         self.src, self.metadata, self.function = source, self.compiled.metadata, 4711
+        self.asm = {"ptx": self.compiled.asm["ptx"]}
 
 
 ARGUMENTS = (torch.empty(3, 48), torch.empty(48), 3, 48, 4, 16, True)
@@ -78,17 +70,12 @@ def compiled() -> Compiled:
     return Compiled(ARGUMENTS, signature, {(4,): 4, (5,): 16, (6,): True})
 
 
-def parameters_of_ptx(compiled: Compiled) -> int:
-    return str(compiled.compiled.asm["ptx"]).partition(")")[0].count(".param ")
-
-
 def number(value: int, size: int) -> bytes:
     return value.to_bytes(size, "little")
 
 
-def test_a_launch_hands_on_what_the_kernel_takes(use: Any, compiled: Compiled) -> None:
-    cuda = use(SIZES)
-    assert parameters_of_ptx(compiled) == len(SIZES)  # with Triton's two kinds of scratch memory
+def test_a_launch_hands_on_what_the_kernel_takes(cuda: Driver, compiled: Compiled) -> None:
+    assert driver._taken(compiled.asm["ptx"]) == SIZES  # with Triton's two kinds of scratch memory
     ready = driver.ready(compiled, (5,), ARGUMENTS, early=True)
     assert ready is not None
     assert ready(77, [4096, 8192])
@@ -114,16 +101,29 @@ def test_numbers_are_as_wide_as_their_type_and_tuples_are_taken_apart() -> None:
     ]  # fmt: skip
 
 
+LAST = ",\n\t.param .u64 .ptr .global .align 1 _sum_partials_param_5"
+
+
 @pytest.mark.parametrize(
-    "sizes", [SIZES[:-1], [*SIZES, POINTER], [POINTER, POINTER, 8, 4, POINTER, POINTER], []], ids=str
+    ("old", "new"),
+    [
+        (LAST, ""),
+        (LAST, f"{LAST}, .param .u64 _sum_partials_param_6"),
+        (".param .u32 _sum_partials_param_2", ".param .u64 _sum_partials_param_2"),
+        (".entry", ".func"),
+    ],
+    ids=["one less", "one more", "a wider one", "no kernel"],
 )
-def test_what_the_driver_sees_otherwise_is_not_launched(sizes: list[int], use: Any, compiled: Compiled) -> None:
-    use(sizes)
+def test_a_kernel_that_takes_something_else_is_not_launched(
+    old: str, new: str, cuda: Driver, compiled: Compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ptx = compiled.asm["ptx"]
+    assert ptx.count(old) == 1
+    monkeypatch.setitem(compiled.asm, "ptx", ptx.replace(old, new))
     assert driver.ready(compiled, (5,), ARGUMENTS, early=False) is None
 
 
-def test_a_launch_that_is_refused_says_so(use: Any, compiled: Compiled) -> None:
-    cuda = use(SIZES)
+def test_a_launch_that_is_refused_says_so(cuda: Driver, compiled: Compiled) -> None:
     cuda.status = 201  # no context on this thread
     ready = driver.ready(compiled, (5,), ARGUMENTS, early=False)
     assert ready is not None
@@ -135,8 +135,7 @@ def test_without_a_driver_triton_launches(monkeypatch: pytest.MonkeyPatch, compi
     assert driver.ready(compiled, (5,), ARGUMENTS, early=False) is None
 
 
-def test_threads_do_not_mix_up_their_addresses(use: Any, compiled: Compiled) -> None:
-    cuda = use(SIZES)
+def test_threads_do_not_mix_up_their_addresses(cuda: Driver, compiled: Compiled) -> None:
     cuda.takes_seconds = 1e-4
     ready = driver.ready(compiled, (5,), ARGUMENTS, early=False)
     assert ready is not None

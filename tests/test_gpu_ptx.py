@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -276,6 +277,26 @@ def test_every_launch_forbids_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
         gpu.backward(x, x, x, w, rstd, "early", 0.0, False, True)
     assert len(options) == 12
     assert all(flags["enable_fp_fusion"] is False for flags in options)
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["no residual", "residual"])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
+def test_every_launch_can_be_laid_ready_for_the_driver(
+    dtype: torch.dtype, residual: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is laid ready is what the PTX declares: otherwise Triton's launcher would run, slower and unnoticed."""
+    monkeypatch.setattr(gpu.driver, "_library", lambda: SimpleNamespace(cuLaunchKernelEx=None))
+    kernels = set()
+    for N in (7, 512, 1280, 16384, 16401, 32768, 600000):
+        for call, pointers in launches(4096, N, dtype, dtype, "early", 0.0, residual):
+            code = compile_launch((call, pointers), 90)[1]
+            names = call.kernel.arg_names[len(pointers) + len(call.numbers) :]
+            flags = dict(zip(names, call.flags, strict=False)) | call.config.constants
+            arguments = (*pointers, *call.numbers, *(flags[name] for name in names))
+            found = SimpleNamespace(src=code.src, metadata=code.metadata, asm={"ptx": code.asm["ptx"]}, function=1)
+            assert gpu.driver.ready(found, call.grid, arguments, early=False) is not None, (N, call.kernel.__name__)
+            kernels.add(call.kernel.__name__)
+    assert kernels >= {"_forward_block", "_forward_staged", "_forward_loop", "_backward_staged", "_dw_alone"}
 
 
 def test_the_second_launch_goes_straight_to_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

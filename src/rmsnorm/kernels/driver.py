@@ -3,11 +3,12 @@
     ready(compiled, grid, arguments, early)  ->  Ready(stream, addresses)  ->  cuLaunchKernelEx
 
 Triton's own launcher takes a list of all arguments apart at every call, which takes longer than a small norm. Here
-all but the addresses of tensors lies ready in memory, and is held to what the driver says that the kernel takes.
+all but the addresses of tensors lies ready in memory, and is held to what the kernel's PTX says that it takes.
 """
 
 import ctypes
 import functools
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -67,7 +68,7 @@ def ready(compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any], early:
     """compiled: Triton's kernel. arguments: as its source has them, tensors first and constants too, None for a tensor
     that is absent. early: it may start before the kernel before has ended.
 
-    None where the driver cannot be asked, or says that the kernel takes something else than these.
+    None where there is no driver, or the kernel takes something else than these.
     """
     library, metadata = _library(), compiled.metadata
     if library is None or metadata.num_ctas != 1 or metadata.global_scratch_size or metadata.profile_scratch_size:
@@ -85,15 +86,14 @@ def ready(compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any], early:
     if any(isinstance(p, ctypes.c_void_p) for p in parameters[tensors:]):
         return None
     parameters += [ctypes.c_void_p(), ctypes.c_void_p()]  # Triton's scratch memory, global and of its profiler: none
-    function = ctypes.c_void_p(compiled.function)
-    if not _takes(library, function, [ctypes.sizeof(p) for p in parameters]):
+    if _taken(compiled.asm["ptx"]) != [ctypes.sizeof(p) for p in parameters]:
         return None
     attribute = _Attribute(id=_STREAM_SERIALIZATION, value=1)
     configuration = _Configuration(
         grid=(*grid, 1, 1)[:3], block=(32 * metadata.num_warps, 1, 1), shared_memory=metadata.shared,
         attributes=ctypes.pointer(attribute), attribute_count=int(early),
     )  # fmt: skip
-    return Ready(library, function, parameters, configuration, tensors)
+    return Ready(library, ctypes.c_void_p(compiled.function), parameters, configuration, tensors)
 
 
 def _flat(kinds: tuple[Any, ...], values: Sequence[Any]) -> Iterator[tuple[str, Any]]:
@@ -107,20 +107,15 @@ def _flat(kinds: tuple[Any, ...], values: Sequence[Any]) -> Iterator[tuple[str, 
 
 @functools.cache
 def _library() -> Any:
-    """The CUDA driver; None where there is none, or one before 12.4, which cannot say what a kernel takes."""
+    """The CUDA driver; None where there is none, or an old one."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
-        return library if library.cuFuncGetParamInfo and library.cuLaunchKernelEx else None
+        return library if library.cuLaunchKernelEx else None
     except (OSError, AttributeError):
         return None
 
 
-def _takes(library: Any, function: ctypes.c_void_p, sizes: list[int]) -> bool:
-    """Whether these are the sizes of the kernel's parameters, and no more follow."""
-    found: list[int] = []
-    offset, size = ctypes.c_size_t(), ctypes.c_size_t()
-    while len(found) <= len(sizes) and not library.cuFuncGetParamInfo(
-        function, ctypes.c_size_t(len(found)), ctypes.byref(offset), ctypes.byref(size)
-    ):
-        found.append(size.value)
-    return found == sizes
+def _taken(ptx: str) -> list[int]:
+    """The bytes of each parameter of the kernel: `.param .u64 .ptr …`, `.param .f32 …`."""
+    declared = re.search(r"\.entry[^(]*\(([^)]*)\)", ptx)
+    return [int(bits) // 8 for bits in re.findall(r"\.param\s+\.[a-z]+(\d+)", declared[1])] if declared else []
