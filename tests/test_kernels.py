@@ -613,3 +613,13 @@ def test_what_is_allocated(dtype, transposed, randn) -> None:
     # dx, dw, and partial sums of dw, which are far from M × N.
     assert sizes[-1] == size
     assert sum(sizes[:-1]) < M * N
+
+
+def test_no_rows_however_they_lie() -> None:
+    """An expert without tokens: nothing to copy into another order, since a copy of nothing changes no stride."""
+    w = torch.randn(8, requires_grad=True)
+    for x in (torch.empty(0, 8), torch.empty(0, 1).expand(0, 8), torch.empty(2, 0, 2, 0, 2, 0, 2, 8)):
+        x.requires_grad_()
+        dx, dw = torch.autograd.grad(rms_norm(x, w).sum(), (x, w))
+        assert dx.shape == x.shape
+        assert torch.equal(dw, torch.zeros(8))

@@ -174,6 +174,14 @@ def test_walk_refuses_what_needs_a_copy() -> None:
     assert walk(many.shape, many.stride()) is None
 
 
+def test_walk_finds_no_rows_however_they_lie() -> None:
+    many = torch.empty(2, 0, 2, 0, 2, 0, 2, 8)
+    for x in (torch.empty(0, 8), torch.empty(0, 1).expand(0, 8), many, torch.empty(8, 0).t()):
+        walked = walk(x.shape, x.stride(), (0,) * x.dim())  # and a gradient that is one number
+        assert walked is not None
+        assert (walked.M, walked.N, walked.strided) == (0, 8, False)
+
+
 def test_rows_that_lie_in_one_dimension_pay_for_no_division() -> None:
     x = torch.empty(4, 6, 576)
     for view in (x, x[..., :512], x[:, :, 64:], x.view(2, 2, 6, 576), x[0], x[0, 0], x[1:2]):

@@ -34,10 +34,10 @@ class Walk:
 def walk(shape: Sequence[int], *strides: Sequence[int]) -> Walk | None:
     """None if some last dimension is not contiguous, or the rows do not lie in three strided dimensions."""
     N, M = shape[-1], math.prod(shape[:-1])
-    if N > 1 and any(stride[-1] != 1 for stride in strides):
+    if M > 0 and N > 1 and any(stride[-1] != 1 for stride in strides):
         return None
     dims: list[tuple[int, tuple[int, ...]]] = []
-    for axis, size in enumerate(shape[:-1]):
+    for axis, size in enumerate(shape[:-1] if M > 0 else ()):  # without rows it is all the same where they begin
         steps = tuple(stride[axis] for stride in strides)
         if size == 1:
             continue
