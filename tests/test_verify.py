@@ -160,7 +160,7 @@ def test_the_result_is_json() -> None:
     assert result.table() is not None
 
 
-def test_every_case_is_compiled_ahead_once_and_kernels_are_not_shared_between_processes() -> None:
+def test_every_case_is_compiled_ahead_once_beside_those_of_its_kind() -> None:
     plans = verify.sweep(quick=True)
     groups = verify._by_kernels(plans)
     ahead = [case for group in groups for case in group]
@@ -170,7 +170,8 @@ def test_every_case_is_compiled_ahead_once_and_kernels_are_not_shared_between_pr
     }
     assert set(ahead) == wanted
     for group in groups:
-        assert len({(c.x, c.w, c.cast, c.offset, c.form, c.residual, c.N.bit_length()) for c in group}) == 1
+        assert len({(c.x, c.w, c.cast, c.form, c.residual, c.N.bit_length()) for c in group}) == 1
+    assert len(groups) < len(ahead) / 2
 
 
 def test_what_is_compiled_ahead_runs_every_operator(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -701,32 +702,33 @@ _FEW_ROWS = 16
 def compile_ahead(plans: list[Plan], device: torch.device, progress: Progress) -> None:
     """Have processes side by side compile what the cases need, into the cache on disk: one alone takes minutes.
 
-    Each case runs once, with few rows, on which no kernel depends. Nothing is compared: what goes wrong here goes wrong
-    again where it is seen.
+    Each case runs once, with few rows, on which hardly a kernel depends. Nothing is compared: what goes wrong here goes
+    wrong again where it is seen.
     """
     groups = _by_kernels(plans)
     workers = min(len(os.sched_getaffinity(0)), 16)
     progress(0, 1, f"compiling in {workers} processes")
     with (
-        contextlib.suppress(Exception),
+        contextlib.suppress(BrokenProcessPool),
         ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
     ):
         list(pool.map(_run_once, groups, itertools.repeat(device)))
 
 
 def _by_kernels(plans: list[Plan]) -> list[set[Case]]:
-    """All cases, each once and with few rows; in one set those that may share kernels, so that none compiles twice."""
+    """All cases, each once and with few rows; in one set those that share most kernels, so that few compile twice."""
     groups: dict[Case, set[Case]] = {}
     for case in (case for plan in plans for case in plan.cases):
         few = dataclasses.replace(case, M=min(case.M, _FEW_ROWS), eps=1.0)
-        groups.setdefault(dataclasses.replace(few, N=case.N.bit_length()), set()).add(few)
+        groups.setdefault(dataclasses.replace(few, M=0, offset=0.0, N=case.N.bit_length()), set()).add(few)
     return list(groups.values())
 
 
 def _run_once(cases: set[Case], device: torch.device) -> None:
     torch.set_num_threads(1)
     for case in cases:
-        run_whole(_placed(_draw(case, 0), case.form, device), case)
+        with contextlib.suppress(Exception):
+            run_whole(_placed(_draw(case, 0), case.form, device), case)
 
 
 def verify(
