@@ -1,8 +1,11 @@
 """What is laid ready for the CUDA driver, without one: compiled kernels, and a driver that only looks at what it gets."""
 
+import copy
 import ctypes
+import gc
 import threading
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -139,10 +142,13 @@ def test_threads_do_not_mix_up_their_addresses(cuda: Driver, compiled: Compiled)
     cuda.takes_seconds = 1e-4
     ready = driver.ready(compiled, (5,), ARGUMENTS, early=False)
     assert ready is not None
+    launched: list[tuple[int, int, int]] = []
 
     def launches(thread: int) -> None:
         for i in range(50):
-            ready(thread, [thread * 1000 + i, thread * 1000 + i])
+            addresses = [thread * 1000 + i, thread * 1000 + i]
+            if ready(thread, addresses):
+                launched.append((thread, *addresses))
 
     threads = [threading.Thread(target=launches, args=(k,)) for k in range(1, 5)]
     for thread in threads:
@@ -153,4 +159,45 @@ def test_threads_do_not_mix_up_their_addresses(cuda: Driver, compiled: Compiled)
         (stream, *(int.from_bytes(value, "little") for value in values[:2]))
         for *_, stream, _, _, values in cuda.launched
     ]
-    assert sorted(seen) == [(k, k * 1000 + i, k * 1000 + i) for k in range(1, 5) for i in range(50)]
+    assert sorted(seen) == sorted(launched)
+    assert launched
+
+
+def test_a_launch_within_a_launch_does_not_wait_for_it(
+    cuda: Driver, compiled: Compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a signal comes, whose handler launches the same."""
+    ready = driver.ready(compiled, (5,), ARGUMENTS, early=False)
+    assert ready is not None
+    within: list[bool] = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: within.append(ready(2, [3, 4])))
+    assert ready(1, [16, 32])
+    assert within == [False]
+    assert [(stream, values[0]) for *_, stream, _, _, values in cuda.launched] == [(1, number(16, 8))]
+
+
+def test_a_kernel_lives_as_long_as_what_launches_it(cuda: Driver, compiled: Compiled) -> None:
+    """Triton unloads a kernel that nobody holds; of two threads that compile the same, it keeps only one's."""
+    own = copy.copy(compiled)
+    alive = weakref.ref(own)
+    ready = driver.ready(own, (5,), ARGUMENTS, early=False)
+    del own
+    gc.collect()
+    assert alive() is not None
+    assert ready is not None
+
+
+@pytest.mark.parametrize("missing", ["metadata", "asm", "src"])
+def test_another_triton_launches_by_itself(missing: str, cuda: Driver, compiled: Compiled) -> None:
+    own = copy.copy(compiled)
+    delattr(own, missing)
+    assert driver.ready(own, (5,), ARGUMENTS, early=False) is None
+
+
+def test_structures_are_laid_out_as_in_the_header_of_cuda() -> None:
+    """cuda.h: CUlaunchAttribute of 72 bytes, its value at 8; CUlaunchConfig of 56."""
+    attribute, configuration = driver._Attribute, driver._Configuration
+    assert (ctypes.sizeof(attribute), attribute.id.offset, attribute.value.offset) == (72, 0, 8)
+    assert ctypes.sizeof(configuration) == 56
+    offsets = [getattr(configuration, name).offset for name, _ in configuration._fields_]
+    assert offsets == [0, 12, 24, 32, 40, 48]

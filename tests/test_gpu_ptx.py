@@ -1,6 +1,7 @@
 """The GPU kernels without a GPU: every specialisation in use, compiled for three generations and held to its PTX."""
 
 import functools
+import itertools
 import os
 import random
 import re
@@ -277,6 +278,31 @@ def test_every_launch_forbids_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
         gpu.backward(x, x, x, w, rstd, "early", 0.0, False, True)
     assert len(options) == 12
     assert all(flags["enable_fp_fusion"] is False for flags in options)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_what_starts_early_waits_before_it_needs_what_it_waits_for(capability: int) -> None:
+    """Once, before the first share is handed in or read; and what it starts beside lets it start, once."""
+    early = set()
+    for N, residual in itertools.product((1280, 16384, 16401, 32768, 600000), (False, True)):
+        calls = {}
+        for call, pointers in launches(4096, N, BF16, BF16, "early", 0.0, residual, capability=capability // 10):
+            calls[id(call)] = call, compile_launch((call, pointers), capability)[1].asm["ptx"]
+        for call, ptx in calls.values():
+            waits = [match.start() for match in re.finditer(r"griddepcontrol\.wait", ptx)]
+            if call.before is None or not call.config.overlap:
+                assert not waits, (N, call.kernel.__name__)
+                continue
+            early.add(call.kernel.__name__)
+            assert len(waits) == 1, (N, call.kernel.__name__)
+            needed = r"ld\.global" if call.kernel is gpu._sum_partials else r"atom\.|ld\.volatile"
+            first = re.search(needed, ptx)
+            assert first is not None
+            assert waits[0] < first.start(), (N, call.kernel.__name__)
+            before = calls[id(call.before)][1]
+            assert before.count("griddepcontrol.launch_dependents") == 1, (N, call.kernel.__name__)
+    shared = {"_forward_block", "_forward_staged", "_backward_block", "_backward_staged"}
+    assert early == (shared | {"_sum_partials"} if capability >= 90 else set())
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["no residual", "residual"])

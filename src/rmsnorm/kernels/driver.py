@@ -40,60 +40,57 @@ class Ready:
     """A kernel that waits for a stream and the addresses of its tensors, those that are there, in their order."""
 
     def __init__(
-        self,
-        library: Any,
-        function: ctypes.c_void_p,
-        parameters: list[Any],
-        configuration: _Configuration,
-        tensors: int,
+        self, library: Any, compiled: Any, tensors: int, numbers: list[Any], configuration: _Configuration
     ) -> None:
-        self._launch, self._configuration = library.cuLaunchKernelEx, configuration
+        self._compiled = compiled  # Triton takes a kernel off the GPU when nobody holds it
+        self._launch, self._configuration, self._numbers = library.cuLaunchKernelEx, configuration, numbers
         self._addresses = (ctypes.c_void_p * tensors)()
-        self._numbers = parameters[tensors:]  # kept alive: only their addresses are handed on
-        size, start = ctypes.sizeof(ctypes.c_void_p), ctypes.addressof(self._addresses)
-        where = [start + i * size for i in range(tensors)] + [ctypes.addressof(number) for number in self._numbers]
+        start = ctypes.addressof(self._addresses)
+        where = [start + i * ctypes.sizeof(ctypes.c_void_p) for i in range(tensors)]
+        where += [ctypes.addressof(number) for number in numbers]
         # In the form in which ctypes hands them on: to look at what they are takes a microsecond.
-        self._arguments = (ctypes.byref(configuration), function, (ctypes.c_void_p * len(where))(*where), None)
-        self._lock = threading.Lock()  # one block of memory serves every thread
+        function, parameters = ctypes.c_void_p(compiled.function), (ctypes.c_void_p * len(where))(*where)
+        self._arguments = (ctypes.byref(configuration), function, parameters, None)
+        self._lock = threading.Lock()
 
     def __call__(self, stream: int, addresses: list[Any]) -> bool:
-        """Launch. False if the driver refuses, for want of a context for example; nothing has run then."""
-        with self._lock:
+        """Launch. False if nothing was: the driver refuses, for want of a context for example, or another launch has
+        the memory at this moment, of another thread or, in a signal's handler, of this one."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
             self._configuration.stream = stream
             self._addresses[:] = addresses
             return not self._launch(*self._arguments)
+        finally:
+            self._lock.release()
 
 
 def ready(compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any], early: bool) -> Ready | None:
     """compiled: Triton's kernel. arguments: as its source has them, tensors first and constants too, None for a tensor
     that is absent. early: it may start before the kernel before has ended.
 
-    None where there is no driver, or the kernel takes something else than these.
+    None where there is no driver, or the kernel is not of the form that Triton's kernels are known to have.
     """
-    library, metadata = _library(), compiled.metadata
-    if library is None or metadata.num_ctas != 1 or metadata.global_scratch_size or metadata.profile_scratch_size:
-        return None
-    parameters: list[Any] = []
-    tensors = 0
-    for kind, value in _flat(tuple(compiled.src.signature.values()), tuple(arguments)):
-        if kind.startswith("*"):
-            tensors += 1
-            parameters.append(ctypes.c_void_p())
-        elif kind in _NUMBERS:
-            parameters.append(_NUMBERS[kind](value))
-        else:
+    library = _library()
+    try:
+        metadata = compiled.metadata
+        known = metadata.num_ctas == 1 and metadata.global_scratch_size == 0 and metadata.profile_scratch_size == 0
+        parameters = list(_flat(tuple(compiled.src.signature.values()), tuple(arguments)))
+        tensors = sum(kind.startswith("*") for kind, _ in parameters)
+        numbers = [_NUMBERS[kind](value) for kind, value in parameters[tensors:]]
+        numbers += [ctypes.c_void_p(), ctypes.c_void_p()]  # Triton's scratch memory, global and of its profiler: none
+        sizes = [ctypes.sizeof(ctypes.c_void_p)] * tensors + [ctypes.sizeof(number) for number in numbers]
+        if library is None or not known or _taken(compiled.asm["ptx"]) != sizes:
             return None
-    if any(isinstance(p, ctypes.c_void_p) for p in parameters[tensors:]):
+        attribute = _Attribute(id=_STREAM_SERIALIZATION, value=1)
+        configuration = _Configuration(
+            grid=(*grid, 1, 1)[:3], block=(32 * metadata.num_warps, 1, 1), shared_memory=metadata.shared,
+            attributes=ctypes.pointer(attribute), attribute_count=int(early),
+        )  # fmt: skip
+        return Ready(library, compiled, tensors, numbers, configuration)
+    except (AttributeError, KeyError, ValueError):  # another Triton's
         return None
-    parameters += [ctypes.c_void_p(), ctypes.c_void_p()]  # Triton's scratch memory, global and of its profiler: none
-    if _taken(compiled.asm["ptx"]) != [ctypes.sizeof(p) for p in parameters]:
-        return None
-    attribute = _Attribute(id=_STREAM_SERIALIZATION, value=1)
-    configuration = _Configuration(
-        grid=(*grid, 1, 1)[:3], block=(32 * metadata.num_warps, 1, 1), shared_memory=metadata.shared,
-        attributes=ctypes.pointer(attribute), attribute_count=int(early),
-    )  # fmt: skip
-    return Ready(library, ctypes.c_void_p(compiled.function), parameters, configuration, tensors)
 
 
 def _flat(kinds: tuple[Any, ...], values: Sequence[Any]) -> Iterator[tuple[str, Any]]:
@@ -115,6 +112,7 @@ def _library() -> Any:
         return None
 
 
+@functools.lru_cache(1024)
 def _taken(ptx: str) -> list[int]:
     """The bytes of each parameter of the kernel: `.param .u64 .ptr …`, `.param .f32 …`."""
     declared = re.search(r"\.entry[^(]*\(([^)]*)\)", ptx)

@@ -783,7 +783,7 @@ def _run(call: _Call, pointers: tuple[Tensor | None, ...]) -> None:
     names = call.kernel.arg_names[len(pointers) + len(call.numbers) :]
     flags = dict(zip(names, call.flags, strict=False))
     flags |= {name: value for name, value in call.config.constants.items() if name in names}
-    early = call.before is not None and call.config.overlap
+    early = call.before is not None and 0 not in call.before.grid and call.config.overlap
     arguments = (*pointers, *call.numbers, *(flags[name] for name in names))
     found = call.kernel[call.grid](
         *arguments, num_warps=call.config.warps, enable_fp_fusion=False, launch_pdl=early
