@@ -71,7 +71,7 @@ def test_moved_bytes(dtype: torch.dtype) -> None:
     x = torch.empty(M, N, dtype=dtype)
     w, rstd = torch.empty(N, dtype=dtype), torch.empty(M)
     backward = size(x, x, w, rstd) + size(x, w)  # reads dy, x, w and rstd, writes dx and dw
-    assert moved(FORWARD) == size(x, w, x)  # reads x and w, writes y
+    assert moved(FORWARD) == moved(bench.SLICE_FORWARD) == size(x, w, x)  # reads x and w, writes y
     assert moved(bench.BACKWARD) == backward
     assert moved(TRAINING) == size(x, w, x, rstd) + backward
     assert moved(bench.ADD_FORWARD) == size(x, x, w) + size(x, x)
@@ -87,10 +87,31 @@ def test_the_cases() -> None:
     assert {(c.M, c.N) for c in full} == shapes
     gpu = list(bench.cases("cuda", quick=False))
     assert {(8192, 1280), (65536, 1280), (512, 262144)} <= {(c.M, c.N) for c in gpu}
-    assert {c.mode for c in gpu} == {FORWARD, bench.BACKWARD, bench.ADD_FORWARD, bench.ADD_BACKWARD}
+    modes = {FORWARD, bench.SLICE_FORWARD, bench.BACKWARD, bench.ADD_FORWARD, bench.ADD_BACKWARD}
+    assert {c.mode for c in gpu} == modes
+    slices = [c for c in gpu if c.mode == bench.SLICE_FORWARD]  # held to the same rows that lie without gaps
+    assert slices
+    assert {dataclasses.replace(c, mode=FORWARD) for c in slices if c.dtype != torch.float16} <= set(gpu)
 
 
-@pytest.mark.parametrize("mode", [bench.BACKWARD, bench.ADD_FORWARD, bench.ADD_BACKWARD])
+def test_a_slice_lies_in_wider_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Tensor] = []
+
+    def norm(x: Tensor, w: Tensor) -> Tensor:
+        given.append(x)
+        return rmsnorm.rms_norm(x, w, peers.EPS)
+
+    monkeypatch.setattr(peers, "PROVIDERS", (peers.Provider("ours", norm),))
+    monkeypatch.setattr(bench, "_QUICK_SECONDS", 0.01)
+    for mode, stride in ((FORWARD, N), (bench.SLICE_FORWARD, N + 64)):
+        given.clear()
+        case = Case(M, N, torch.bfloat16, mode)
+        row = bench._measure(case, torch.device("cpu"), peers.providers("cpu"), quick=True)
+        assert row.red == ""
+        assert {(tuple(x.shape), x.stride()) for x in given} == {((M, N), (stride, 1))}
+
+
+@pytest.mark.parametrize("mode", [bench.SLICE_FORWARD, bench.BACKWARD, bench.ADD_FORWARD, bench.ADD_BACKWARD])
 def test_the_modes_of_a_gpu_run_on_a_cpu_too(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "PROVIDERS", EAGER)
     monkeypatch.setattr(bench, "_QUICK_SECONDS", 0.01)
@@ -236,6 +257,16 @@ def test_bounds_take_the_median_on_a_gpu() -> None:
     rows = [Row(Case(m, n, torch.bfloat16, FORWARD), "", providers) for m, n in shapes]
     held = result_of("cuda", *rows).bounds()
     assert [(h.met, round(h.measured, 3)) for h in held] == [(False, 0.93), (True, 0.93)]  # small ones are not held
+
+
+def test_a_slice_is_held_to_the_same_rows_without_gaps() -> None:
+    rows = [
+        Row(Case(65536, 512, torch.bfloat16, mode), "", {"ours": Measured(timing(us))})
+        for mode, us in ((FORWARD, 10.0), (bench.SLICE_FORWARD, 10.4))
+    ]
+    rows.append(dataclasses.replace(rows[0], case=Case(65536, 1280, torch.bfloat16, FORWARD)))
+    (held,) = result_of("cuda", *rows).bounds()
+    assert (round(held.measured, 3), held.met) == (0.962, False)
 
 
 def test_the_first_call_is_measured_in_new_processes() -> None:

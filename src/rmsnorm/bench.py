@@ -26,6 +26,9 @@ from rmsnorm.peers import EPS, Provider, definition
 
 FORWARD, BACKWARD, TRAINING = "forward", "backward", "forward+backward"
 ADD_FORWARD, ADD_BACKWARD = "add + norm, forward", "add + norm, backward"
+# Of rows that lie further apart than they are wide, as DeepSeek's kv_a_layernorm gets 512 of 576 columns.
+SLICE_FORWARD, _BETWEEN = "forward, of rows 64 columns apart", 64
+_FORWARDS = (FORWARD, SLICE_FORWARD, ADD_FORWARD)
 _NO_GRAD = "forward, no_grad"
 _QUICK_SECONDS, _QUICK_FEWEST = 0.4, 5
 _SAMPLES = (100, 31)  # on a CPU, on a GPU
@@ -38,7 +41,7 @@ Run = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Case:
-    """M rows of N, one dtype for x and w; mode is one of the five above."""
+    """M rows of N, one dtype for x and w; mode is one of the six above."""
 
     M: int
     N: int
@@ -62,7 +65,7 @@ class Case:
     @property
     def tensors(self) -> int:
         """Tensors of M x N that must be read or written."""
-        return {FORWARD: 2, BACKWARD: 3, TRAINING: 5, ADD_FORWARD: 4, ADD_BACKWARD: 4}[self.mode]
+        return {FORWARD: 2, SLICE_FORWARD: 2, BACKWARD: 3, TRAINING: 5, ADD_FORWARD: 4, ADD_BACKWARD: 4}[self.mode]
 
 
 Shapes = tuple[tuple[int, int], ...]
@@ -74,6 +77,7 @@ _CUDA_SHAPES: Shapes = (
 )  # fmt: skip
 # Enough for what differs from the others only in the residual, or from bf16 only in the format of its 16 bits.
 _CUDA_SHAPES_QUICK: Shapes = ((8192, 1280), (65536, 1280), (16384, 4096), (16384, 7168))
+_CUDA_SLICES: Shapes = ((65536, 512),)
 
 
 def cases(device_type: str, quick: bool) -> Iterator[Case]:
@@ -84,9 +88,10 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
         for dtype, mode, (M, N) in itertools.product(dtypes, (FORWARD, TRAINING), shapes):
             yield Case(M, N, dtype, mode)
         return
-    for dtype, mode in itertools.product(dtypes, (FORWARD, BACKWARD, ADD_FORWARD, ADD_BACKWARD)):
+    for dtype, mode in itertools.product(dtypes, (FORWARD, SLICE_FORWARD, BACKWARD, ADD_FORWARD, ADD_BACKWARD)):
         few = quick or mode in (ADD_FORWARD, ADD_BACKWARD) or dtype == torch.float16
-        for M, N in _CUDA_SHAPES_QUICK if few else _CUDA_SHAPES:
+        shapes = _CUDA_SLICES if mode == SLICE_FORWARD else _CUDA_SHAPES_QUICK if few else _CUDA_SHAPES
+        for M, N in shapes:
             yield Case(M, N, dtype, mode)
 
 
@@ -94,7 +99,7 @@ def moved_bytes(case: Case) -> int:
     """What nothing that computes this can avoid to read and write; see `rmsnorm.cost`."""
     implementation: Any = "ours+residual" if case.adds else "ours"
     phases: dict[str, tuple[Any, ...]] = {
-        FORWARD: ("inference",), ADD_FORWARD: ("inference",), TRAINING: ("forward", "backward")
+        **dict.fromkeys(_FORWARDS, ("inference",)), TRAINING: ("forward", "backward")
     }  # fmt: skip
     shape = (case.M, case.N)
     return sum(
@@ -128,12 +133,13 @@ _CPU_BOUNDS = (
 _CPU_ROW_BOUND = Bound(FORWARD, "F.rms_norm", 3)
 _CPU_ROW_SECONDS = 5e-6
 _CUDA_WIDEST = 16384
+_SLICE_SHARE = 0.98  # "as fast", of two cases that are not interleaved
 
 
 def _cuda_bounds(case: Case) -> tuple[Bound, ...]:
     """Shares of a copy's speed, and of the fastest peer's."""
     wide = case.N > _CUDA_WIDEST
-    copy = {FORWARD: 1 / 1.10 if wide else 1 / 1.05, ADD_FORWARD: 1 / 1.05}.get(case.mode)
+    copy = {FORWARD: 1 / 1.10 if wide else 1 / 1.05, SLICE_FORWARD: 1 / 1.05, ADD_FORWARD: 1 / 1.05}.get(case.mode)
     if case.mode == BACKWARD:
         copy = 1 / 1.30 if wide or case.N < 1024 else 1 / 1.10
     small = case.M * case.N < 1 << 25
@@ -298,6 +304,9 @@ class Result:
             ours = row.time("ours", self.cuda)
             if not self.cuda and wanted == (_CPU_ROW_BOUND,) and case.mode == FORWARD and ours is not None:
                 held.append(Held(f"{case}: {_CPU_ROW_SECONDS * 1e6:g} us / ours", _CPU_ROW_SECONDS / ours, 1))
+            if case.mode == SLICE_FORWARD and ours is not None:
+                alike = [r.time("ours", self.cuda) for r in self.rows if r.case == replace(case, mode=FORWARD)]
+                held += [Held(f"{case}: without gaps / ours", t / ours, _SLICE_SHARE) for t in alike if t is not None]
         return held
 
     def to_json(self) -> dict[str, Any]:
@@ -555,10 +564,12 @@ def _measure(case: Case, device: torch.device, measured: Sequence[Provider], qui
         torch.randn(case.M, case.N, generator=generator, device=device).to(case.dtype)
         for _ in range(4 if case.adds else 2)
     )
+    if case.mode == SLICE_FORWARD:
+        x = torch.nn.functional.pad(x, (0, _BETWEEN))[:, : case.N]
     w = (torch.rand(case.N, generator=generator, device=device) + 0.5).to(case.dtype)
     inputs = (x, *others[:1], w)
     cotangents = (dy, *others[1:])
-    if case.mode not in (FORWARD, ADD_FORWARD):
+    if case.mode not in _FORWARDS:
         for t in inputs:
             t.requires_grad_()
     with torch.no_grad():
@@ -637,7 +648,7 @@ def _saved(run: Run, inputs: tuple[Tensor, ...]) -> int:
 
 
 def _call(run: Run, case: Case, inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> Callable[[], object]:
-    if case.mode in (FORWARD, ADD_FORWARD):
+    if case.mode in _FORWARDS:
         return lambda: run(*inputs)
     if case.mode == TRAINING:
         return lambda: torch.autograd.grad(run(*inputs), inputs, cotangents)
