@@ -753,7 +753,7 @@ def _exchange_call(M: int, config: Launch, device: int) -> _Call | None:
     if config.parts <= 1:
         return None
     size = M * config.parts
-    config = launch.no_shares_yet(size, _gpu(device))
+    config = launch.no_shares_yet(_gpu(device))
     return _Call(_no_shares_yet, (_cdiv(size, config.block_n),), config, (size,), (), device)
 
 

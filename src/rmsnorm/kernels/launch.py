@@ -126,7 +126,7 @@ def forward(N: int, itemsize: int, with_residual: bool, aligned: bool, gpu: Gpu)
         block_n, rows = _narrow(N, TILE)
         return Launch(block_n, _warps(rows * block_n, 16), rows)
     block_n = max(256, power_of_two(-(-N // 4)))
-    rows, a_thread = (1, 16) if N > 512 else (2, 32) if itemsize == 2 else (2, 64)
+    rows, a_thread = (1, 16) if N > 512 else (2, 16 * itemsize)
     return Launch(block_n, _warps(rows * block_n * itemsize, a_thread), rows, pieces=-(-N // block_n))
 
 
@@ -185,8 +185,7 @@ def sum_partials(programs: int, N: int, gpu: Gpu) -> Launch:
     return Launch(min(power_of_two(N), 4096 // rows), 8, rows, overlap=gpu.capability >= 9)
 
 
-@functools.lru_cache(4096)
-def no_shares_yet(size: int, gpu: Gpu) -> Launch:
+def no_shares_yet(gpu: Gpu) -> Launch:
     """The kernel that prepares what programs exchange about rows that they share."""
     return Launch(1024, 4, overlap=gpu.capability >= 9)
 
