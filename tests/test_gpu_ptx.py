@@ -1,5 +1,6 @@
 """The GPU kernels without a GPU: every specialisation in use, compiled for three generations and held to its PTX."""
 
+import contextlib
 import functools
 import itertools
 import os
@@ -278,6 +279,33 @@ def test_every_launch_forbids_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
         gpu.backward(x, x, x, w, rstd, "early", 0.0, False, True)
     assert len(options) == 12
     assert all(flags["enable_fp_fusion"] is False for flags in options)
+
+
+def test_tensors_of_another_gpu_are_worked_on_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is allocated and launched is on the current GPU, so theirs becomes that first, and only for the call."""
+    current, entered = [1], []
+
+    @contextlib.contextmanager
+    def device(number: int) -> Iterator[None]:
+        entered.append(number)
+        current.append(number)
+        yield
+        current.pop()
+
+    ran_on: list[int] = []
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[-1], raising=False)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 0)
+    monkeypatch.setattr(gpu, "_gpu", lambda device: Gpu(capability=8))
+    monkeypatch.setattr(gpu, "_run", lambda call, pointers: ran_on.append(current[-1]))
+    x, w = torch.randn(6, 1280), torch.randn(1280)
+    gpu.forward(x, None, w, 1e-6, "early", 0.0, False)
+    gpu.backward(x, None, x, w, torch.rand(6), "early", 0.0, True, True)
+    assert (entered, ran_on, current) == ([0, 0], [0, 0, 0], [1])
+    current[0] = 0
+    gpu.forward(x, None, w, 1e-6, "early", 0.0, False)
+    assert (entered, ran_on) == ([0, 0], [0, 0, 0, 0])
+    assert not gpu._elsewhere(-1)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

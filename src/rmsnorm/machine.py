@@ -39,7 +39,7 @@ def describe(device: str | torch.device = "cpu") -> dict[str, Any]:
     return {
         "device": device.type,
         "cpu": _cpu_model(),
-        "cores": _cores(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "memory_gb": _memory_gb(),
@@ -70,8 +70,8 @@ def _cpu_model() -> str:
     return names[0] if names else platform.machine()
 
 
-def _cores() -> int:
-    # A container may be given fewer cores than the machine has.
+def cores() -> int:
+    """The cores that this process may use: a container may be given fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 import math
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -706,7 +705,7 @@ def compile_ahead(plans: list[Plan], device: torch.device, progress: Progress) -
     wrong again where it is seen.
     """
     groups = _by_kernels(plans)
-    workers = min(len(os.sched_getaffinity(0)), 16)
+    workers = min(machine.cores(), 16)
     progress(0, 1, f"compiling in {workers} processes")
     with (
         contextlib.suppress(BrokenProcessPool),

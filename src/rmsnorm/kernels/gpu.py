@@ -722,29 +722,26 @@ def _backward_calls(
     of_dx = of_dw = of_sum = None
     flags, offset = (cast == "early", rows.strided), float(offset) or -0.0
     dy_steps, x_steps, ds_steps = rows.steps[0], rows.steps[1], rows.steps[-1]
-    programs = 0
+    summing = None  # the kernel whose programs hold the shares of dw
     if need_dx:
         config = launch.backward(M, N, x.itemsize, dy.itemsize, with_ds, need_dw, aligned, gpu)
         places = (rows.sizes, dy_steps, ds_steps, x_steps, offset)
         if config.parts == 0:
             of_dx = _Call(_backward_loop, (M,), config, (M, N, *places), flags, device)
         else:
-            programs = config.programs
-            numbers = (M, N, config.parts, programs, *places)
+            grid = (config.programs * config.parts,)
+            numbers = (M, N, config.parts, config.programs, *places)
             kernel = _backward_staged if config.staged else _backward_block
             before = _exchange_call(M, config, device)
-            of_dx = _Call(
-                kernel, (programs * config.parts,), config, numbers, (*flags, _lanes(config)), device, before
-            )  # fmt: skip
+            of_dx = summing = _Call(kernel, grid, config, numbers, (*flags, _lanes(config)), device, before)
     if need_dw:
-        if of_dx is None or of_dx.config.parts == 0:
+        if summing is None:
             config = launch.dw_alone(M, N, dy.itemsize + x.itemsize, gpu)
-            programs = config.programs
-            grid = (_cdiv(N, config.block_n), programs)
-            of_dw = _Call(_dw_alone, grid, config, (M, N, rows.sizes, dy_steps, x_steps), flags, device)
+            grid = (_cdiv(N, config.block_n), config.programs)
+            of_dw = summing = _Call(_dw_alone, grid, config, (M, N, rows.sizes, dy_steps, x_steps), flags, device)
+        programs = summing.config.programs
         config = launch.sum_partials(programs, N, gpu)
-        grid = (_cdiv(N, config.block_n),)
-        of_sum = _Call(_sum_partials, grid, config, (programs, N), (), device, of_dw or of_dx)
+        of_sum = _Call(_sum_partials, (_cdiv(N, config.block_n),), config, (programs, N), (), device, summing)
     return of_dx, of_dw, of_sum
 
 

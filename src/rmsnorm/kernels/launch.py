@@ -53,8 +53,9 @@ _BACKWARD = {
         8192: Tile(1, 2048, 16, 1),
     },
 }  # fmt: skip
-# How programs share a row, by the same: pieces, block_n, warps. First where the row waits in shared memory.
-_FORWARD_STAGED = {2: {262144: (2, 4096, 4)}, 4: {262144: (2, 4096, 4)}}
+# How programs share a row, by the same: pieces, block_n, warps. First where the row waits in shared memory, which
+# forward is the same for all dtypes.
+_FORWARD_STAGED = {262144: (2, 4096, 4)}
 _BACKWARD_STAGED = {
     2: {65536: (4, 512, 2), 131072: (4, 1024, 4), 262144: (8, 1024, 4)},
     4: {262144: (8, 1024, 8)},
@@ -120,7 +121,7 @@ def forward(N: int, itemsize: int, with_residual: bool, aligned: bool, gpu: Gpu)
     """
     widest = FORWARD_WIDEST * 3 // 4 if with_residual else FORWARD_WIDEST
     if widest < N:
-        config = _shared(N, _FORWARD_STAGED[itemsize], _FORWARD_SHARED[itemsize], itemsize, aligned, gpu)
+        config = _shared(N, _FORWARD_STAGED, _FORWARD_SHARED[itemsize], itemsize, aligned, gpu)
         return replace(config, overlap=config.parts > 0 and gpu.capability >= 9)
     if N <= 256:
         block_n, rows = _narrow(N, TILE)
@@ -240,5 +241,8 @@ def _programs(M: int, most: int, rows: int) -> int:
     Where sums would become too long there are twice, thrice, … as many.
     """
     tiles = -(-M // rows)
+    if tiles == 0:
+        return 0
     turns = -(-tiles // (most * LONGEST_SUM))
-    return -(-tiles // max(1, -(-tiles // (most * max(1, turns)))))
+    a_program = -(-tiles // (most * turns))
+    return -(-tiles // a_program)
