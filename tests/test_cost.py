@@ -251,17 +251,17 @@ def test_ours_on_cuda_follows_the_launch_configuration() -> None:
         assert forward.moved == forward.least + 3 * shares  # filled, then written and read
         assert forward.peak == M * N * e + 4 * M + shares
 
-        config = launch.backward(M, N, e, e, False, True, N % 16 == 0, launch.Gpu(227 << 10))
+        config = launch.backward(M, N, e, e, e, False, N % 16 == 0, launch.Gpu(227 << 10))
         shares = 8 * M * config.parts if config.parts > 1 else 0
         alone = config.parts == 0
-        programs = launch.dw_alone(M, N, 2 * e, launch.Gpu()).programs if alone else config.programs
+        programs = launch.dw_alone(M, N, 2 * e, e, launch.Gpu()).programs if alone else config.programs
         partials = programs * N * 4
         assert backward.kernels == (3 if alone else 2) + bool(shares)
         again = 2 * M * N * e + 4 * M if alone else 0  # dy, x and rstd, for dw
         assert backward.moved == backward.least + 2 * partials + again + 3 * shares
         assert backward.peak == 2 * M * N * e + 4 * M + partials + N * e + shares  # y, dx, rstd, dw
         without = cost((M, N), device="cuda", phase="backward", elementwise_affine=False)
-        config = launch.backward(M, N, e, e, False, False, N % 16 == 0, launch.Gpu(227 << 10))
+        config = launch.backward(M, N, e, e, 0, False, N % 16 == 0, launch.Gpu(227 << 10))
         shares = 8 * M * config.parts if config.parts > 1 else 0
         assert without.kernels == 1 + bool(shares)
         assert without.moved == without.least + 3 * shares
@@ -271,11 +271,11 @@ def test_ours_on_cuda_follows_the_launch_configuration() -> None:
 def test_no_count_depends_on_the_gpu() -> None:
     gpus = [launch.Gpu(*of) for of in itertools.product((0, 99 << 10, 227 << 10), (64, 132), (8, 9, 12))]
     for M, N in itertools.product((1, 4096, 1 << 20), (3, 500, 1280, 7168, 16384, 65536)):
-        for size, of_dy in ((2, 2), (2, 4), (4, 4)):
-            for aligned in {False, N % 16 == 0}:
-                programs = {launch.backward(M, N, size, of_dy, False, True, aligned, gpu).programs for gpu in gpus}
-                assert len(programs) == 1, (M, N)
-            assert len({launch.dw_alone(M, N, size + of_dy, gpu).programs for gpu in gpus}) == 1, (M, N)
+        for size, of_dy, of_dw in ((2, 2, 2), (2, 4, 4), (4, 4, 2), (4, 4, 4)):
+            for with_ds, aligned in itertools.product((False, True), {False, N % 16 == 0}):
+                configs = [launch.backward(M, N, size, of_dy, of_dw, with_ds, aligned, gpu) for gpu in gpus]
+                assert len({config.programs for config in configs}) == 1, (M, N)
+            assert len({launch.dw_alone(M, N, size + of_dy, of_dw, gpu).programs for gpu in gpus}) == 1, (M, N)
 
 
 def test_the_launches_are_those_of_the_kernels(monkeypatch) -> None:
@@ -293,13 +293,13 @@ def test_the_launches_are_those_of_the_kernels(monkeypatch) -> None:
         return wrapped
 
     # All arguments but the GPU.
-    for name, used in (("forward", 4), ("backward", 7), ("dw_alone", 3)):
+    for name, used in (("forward", 4), ("backward", 7), ("dw_alone", 4)):
         monkeypatch.setattr(launch, name, spy(name, used))
     monkeypatch.setattr(gpu, "_run", lambda *_: None)
     monkeypatch.setattr(gpu, "_gpu", lambda _: launch.Gpu(227 << 10))
     for plan in (gpu._forward_call, gpu._backward_calls):  # what was asked before is not asked again
         plan.cache_clear()
-    for (x, w), N, adds in itertools.product(DTYPES, (7, 1280, 12000, 40000), (False, True)):
+    for (x, w), N, adds in itertools.product(DTYPES, (7, 1280, 12000, 14336, 40000), (False, True)):
         asked.clear()
         rows = torch.empty(33, N, dtype=x)
         other = rows.clone() if adds else None

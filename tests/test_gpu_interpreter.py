@@ -159,7 +159,7 @@ def widths() -> None:
 
 @case
 def rows_in_pieces() -> None:
-    with settings(FORWARD_WIDEST=32, BACKWARD_WIDEST=32, ROOM=1 << 30, PIECE=32, COLUMNS=64):
+    with settings(FORWARD_WIDEST=32, BACKWARD_WIDEST={2: 32, 4: 32}, ROOM=1 << 30, PIECE=32, COLUMNS=64):
         sweep((33, 63, 64, 65, 100, 127, 512), lambda N: 5)
 
 
@@ -206,7 +206,7 @@ def strides() -> None:
     x, w = draw(7, N), draw(N)
     for dy in (torch.ones(()).expand(7, N), draw(7, 1).expand(7, N), draw(1, N).expand(7, N), draw(N, 7).t()):
         check(x, w, dy=dy)
-    with settings(FORWARD_WIDEST=16, BACKWARD_WIDEST=16, ROOM=1 << 30, PIECE=16, COLUMNS=16):
+    with settings(FORWARD_WIDEST=16, BACKWARD_WIDEST={2: 16, 4: 16}, ROOM=1 << 30, PIECE=16, COLUMNS=16):
         for x in views[:4]:
             check(x, draw(x.shape[-1]), x.flip(-1), ds=x)
 
@@ -227,7 +227,7 @@ def dtypes_that_differ() -> None:
 @case
 def only_what_is_needed() -> None:
     for block in (16384, 32):
-        with settings(FORWARD_WIDEST=block, BACKWARD_WIDEST=block, ROOM=1 << 30, PIECE=32):
+        with settings(FORWARD_WIDEST=block, BACKWARD_WIDEST={2: block, 4: block}, ROOM=1 << 30, PIECE=32):
             for needs in ((True, False), (False, True), (False, False)):
                 check(draw(9, 65), draw(65), ds=draw(9, 65), needs=needs, with_rstd=False)
 
@@ -257,7 +257,9 @@ def extremes() -> None:
             for cast, offset in SPECS:
                 for weight in (w, w.nan_to_num(1.0, 1.0).abs()):
                     check(x, weight, eps=eps, cast=cast, offset=offset, dy=dy)
-                    with settings(FORWARD_WIDEST=16, BACKWARD_WIDEST=16, ROOM=1 << 30, PIECE=16, COLUMNS=16):
+                    with settings(
+                        FORWARD_WIDEST=16, BACKWARD_WIDEST={2: 16, 4: 16}, ROOM=1 << 30, PIECE=16, COLUMNS=16
+                    ):
                         check(x, weight, eps=eps, cast=cast, offset=offset, dy=dy, ds=dy)
 
 

@@ -281,6 +281,16 @@ def test_every_launch_forbids_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(flags["enable_fp_fusion"] is False for flags in options)
 
 
+def test_grids_are_such_as_a_gpu_takes() -> None:
+    """2**31 - 1 programs along the first axis, 65535 along the others, however many rows there are."""
+    for M, N in ((2**31 + 16, 1), (2**28 + 5, 1), (2**27, 128), (2**24, 1280), (512, 2**20)):
+        for frozen in ("", "x", "w"):
+            for call, _ in launches(M, N, BF16, BF16, "early", 0.0, False, frozen):
+                first, *others = call.grid
+                assert 0 < first < 2**31, (M, N, call.kernel.__name__)
+                assert all(size < 2**16 for size in others), (M, N, call.kernel.__name__)
+
+
 def test_tensors_of_another_gpu_are_worked_on_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is allocated and launched is on the current GPU, so theirs becomes that first, and only for the call."""
     current, entered = [1], []

@@ -13,24 +13,33 @@ from rmsnorm.kernels import launch
 from rmsnorm.kernels.launch import Launch
 from rmsnorm.kernels.rows import Walk, walk
 
-WIDTHS = [*range(1, 1025), *(2**k + d for k in range(10, 20) for d in (-1, 0, 1)), 1280, 5120, 7168, 1000003]
+WIDTHS = [
+    *range(1, 1025),
+    *(2**k + d for k in range(10, 20) for d in (-1, 0, 1)),
+    1280,
+    5120,
+    7168,
+    9999,
+    10240,
+    1000003,
+]
 ROWS = (1, 2, 5, 64, 263, 264, 265, 1000, 8192, 65536, 2**31 + 11)
 
 
 H200 = launch.Gpu(227 << 10, 132, 9)
 
 
-def every_launch() -> list[tuple[int | None, int, Launch]]:
-    """(M or None where it plays no part, N, configuration)."""
-    found: list[tuple[int | None, int, Launch]] = []
+def every_launch() -> list[tuple[int | None, int, int, Launch]]:
+    """(M or None where it plays no part, N, bytes of a number of dw, configuration)."""
+    found: list[tuple[int | None, int, int, Launch]] = []
     for N in WIDTHS:
         for size, adds, staged in itertools.product((2, 4), (False, True), (False, N % 16 == 0)):
-            found.append((None, N, launch.forward(N, size, adds, staged, H200)))
-        found += [(None, N, launch.sum_partials(programs, N, H200)) for programs in (1, 8, 100, 264, 5000)]
+            found.append((None, N, 0, launch.forward(N, size, adds, staged, H200)))
+        found += [(None, N, 0, launch.sum_partials(programs, N, H200)) for programs in (1, 8, 100, 264, 5000)]
         for M, itemsize in itertools.product(ROWS, (2, 4)):
-            for with_dw, aligned in itertools.product((False, True), {False, N % 16 == 0}):
-                found.append((M, N, launch.backward(M, N, itemsize, itemsize, False, with_dw, aligned, H200)))
-            found.append((M, N, launch.dw_alone(M, N, 2 * itemsize, H200)))
+            for of_dw, with_ds, aligned in itertools.product((0, 2, 4), (False, True), {False, N % 16 == 0}):
+                found.append((M, N, of_dw, launch.backward(M, N, itemsize, itemsize, of_dw, with_ds, aligned, H200)))
+            found += [(M, N, of_dw, launch.dw_alone(M, N, 2 * itemsize, of_dw, H200)) for of_dw in (2, 4)]
     return found
 
 
@@ -47,7 +56,7 @@ def test_configuration_is_frozen() -> None:
 
 
 def test_tiles_are_what_a_kernel_can_hold() -> None:
-    for _, N, config in every_launch():
+    for _, N, _, config in every_launch():
         for size in (config.rows, config.block_n, config.warps):
             assert size >= 1, (N, config)
             assert size & (size - 1) == 0, (N, config)
@@ -61,8 +70,9 @@ def test_tiles_are_what_a_kernel_can_hold() -> None:
 def test_a_row_is_held_by_one_program_or_by_few_or_walked_over() -> None:
     for N, itemsize in itertools.product(WIDTHS, (2, 4)):
         forward = launch.forward(N, itemsize, False, N % 16 == 0, H200)
-        backward = launch.backward(8192, N, itemsize, itemsize, False, True, N % 16 == 0, H200)
-        for config, widest in ((forward, launch.FORWARD_WIDEST), (backward, launch.BACKWARD_WIDEST)):
+        backward = launch.backward(8192, N, itemsize, itemsize, itemsize, False, N % 16 == 0, H200)
+        whole = launch.BACKWARD_WIDEST[itemsize] if N % 16 == 0 else launch.UNALIGNED_WIDEST
+        for config, widest in ((forward, launch.FORWARD_WIDEST), (backward, whole)):
             width = config.pieces * config.block_n
             if widest >= N:
                 assert config.parts == 1
@@ -73,7 +83,7 @@ def test_a_row_is_held_by_one_program_or_by_few_or_walked_over() -> None:
 
 
 def test_all_programs_have_tiles_and_their_sums_are_short() -> None:
-    for M, N, config in every_launch():
+    for M, N, of_dw, config in every_launch():
         if M is None or config.parts == 0:
             continue
         tiles = -(-M // config.rows)
@@ -81,26 +91,28 @@ def test_all_programs_have_tiles_and_their_sums_are_short() -> None:
         if config.programs == tiles:
             continue
         most = -(-tiles // config.programs)
-        assert most <= launch.LONGEST_SUM, (M, N, config)
+        longest = launch.LONGEST_SUM.get(of_dw, M)  # without dw there are no sums
+        assert most <= longest, (M, N, config)
         assert (config.programs - 1) * most < tiles, (M, N, config)  # one program less would take longer
-        assert config.programs <= max(8 * launch.MULTIPROCESSORS, tiles // launch.LONGEST_SUM * 4), (M, N, config)
+        assert config.programs <= max(20 * launch.MULTIPROCESSORS, tiles // longest * 4), (M, N, config)
 
 
 def test_without_rows_there_is_nothing_to_launch() -> None:
-    for N, itemsize, with_dw in itertools.product((1, 1280, 16384, 262144), (2, 4), (False, True)):
-        assert launch.backward(0, N, itemsize, itemsize, False, with_dw, True, H200).programs == 0
-        assert launch.dw_alone(0, N, 2 * itemsize, H200).programs == 0
+    for N, itemsize, of_dw in itertools.product((1, 1280, 16384, 262144), (2, 4), (0, 2, 4)):
+        assert launch.backward(0, N, itemsize, itemsize, of_dw, False, True, H200).programs == 0
+        assert of_dw == 0 or launch.dw_alone(0, N, 2 * itemsize, of_dw, H200).programs == 0
 
 
 def test_programs_depend_on_shapes_and_dtypes_and_not_on_the_gpu() -> None:
-    for M, N, itemsize in itertools.product(ROWS, (1, 64, 1280, 8192, 16384, 131072), (2, 4)):
+    widths = (1, 64, 640, 1280, 1536, 3072, 8192, 10240, 16384, 131072)
+    for M, N, itemsize, of_dw, with_ds in itertools.product(ROWS, widths, (2, 4), (2, 4), (False, True)):
         programs = {
-            launch.backward(M, N, itemsize, of_dy, with_ds, True, aligned, launch.Gpu(*gpu)).programs
-            for of_dy, with_ds, aligned in itertools.product({itemsize, 4}, (False, True), {False, N % 16 == 0})
+            launch.backward(M, N, itemsize, of_dy, of_dw, with_ds, aligned, launch.Gpu(*gpu)).programs
+            for of_dy, aligned in itertools.product({itemsize, 4}, {False, N % 16 == 0})
             for gpu in itertools.product((99 << 10, 227 << 10), (64, 132, 148), (8, 9, 10))
         }
         assert len(programs) == 1
-        assert len({launch.dw_alone(M, N, loaded, H200).programs for loaded in (4, 6, 8)}) == 1
+        assert len({launch.dw_alone(M, N, loaded, of_dw, H200).programs for loaded in (4, 6, 8)}) == 1
 
 
 def test_programs_that_wait_for_each_other_have_room_on_the_gpu() -> None:
@@ -108,24 +120,23 @@ def test_programs_that_wait_for_each_other_have_room_on_the_gpu() -> None:
         gpu = launch.Gpu(227 << 10, multiprocessors, 9)
         for config in (
             launch.forward(N, itemsize, True, N % 16 == 0, gpu),
-            launch.backward(8192, N, itemsize, itemsize, False, True, N % 16 == 0, gpu),
+            launch.backward(8192, N, itemsize, itemsize, itemsize, False, N % 16 == 0, gpu),
         ):
             assert config.parts <= 1 or config.parts * launch.ROOM <= multiprocessors
 
 
 def test_loads_ahead_fit_into_shared_memory() -> None:
     for N, shared in itertools.product(WIDTHS, (99 << 10, 227 << 10)):
-        config = launch.backward(8192, N, 2, 2, False, True, N % 16 == 0, launch.Gpu(shared))
+        config = launch.backward(8192, N, 2, 2, 2, False, N % 16 == 0, launch.Gpu(shared))
         tile = config.rows * config.pieces * config.block_n * 4
         assert (config.stages - (0 if config.staged else 1)) * tile <= shared
         assert config.stages == 1 or N % 16 == 0
 
 
 def test_thousands_of_widths_do_not_mean_thousands_of_kernels() -> None:
-    assert len({launch.forward(N, 2, False, N % 16 == 0, H200) for N in range(1, 40000)}) <= 32
+    assert len({launch.forward(N, 2, False, N % 16 == 0, H200) for N in range(1, 40000)}) <= 40
     kernels = {
-        tuple(launch.backward(8192, N, 2, 2, False, True, N % 16 == 0, H200).constants.values())
-        for N in range(1, 20000)
+        tuple(launch.backward(8192, N, 2, 2, 2, False, N % 16 == 0, H200).constants.values()) for N in range(1, 20000)
     }
     assert len(kernels) <= 64
 

@@ -114,6 +114,10 @@ def dw_too_far_off(dw: Tensor, total: Tensor, size: Tensor) -> int:
     Where a magnitude is not finite or beyond the dtype, the order decides between inf and NaN: not compared.
     """
     wide, limits = dw.double().to(total.device), torch.finfo(dw.dtype)
-    bound = (LONGEST_SUM + 1) * 2.0**-24 * size + total.abs() * limits.eps / 2 + limits.smallest_normal * limits.eps
+    bound = (
+        (LONGEST_SUM[dw.element_size()] + 1) * 2.0**-24 * size
+        + total.abs() * limits.eps / 2
+        + limits.smallest_normal * limits.eps
+    )
     comparable = (size < torch.finfo(torch.float32).max) & (total.abs() < limits.max)
     return int((comparable & ~((wide - total).abs() <= bound)).sum())

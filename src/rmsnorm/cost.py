@@ -634,19 +634,20 @@ _GPU = launch.Gpu(227 << 10)
 
 
 def _forward_launch(c: _Case) -> Launch:
-    return launch.forward(c.N, c.x.itemsize, c.adds, launch.FORWARD_WIDEST < c.N and c.N % 16 == 0, _GPU)
+    return launch.forward(c.N, c.x.itemsize, c.adds, launch.ADD_WIDEST < c.N and c.N % 16 == 0, _GPU)
 
 
 def _backward_launch(c: _Case) -> Launch:
-    aligned = launch.BACKWARD_WIDEST < c.N and c.N % 16 == 0
-    return launch.backward(c.M, c.N, c.x.itemsize, c.y.itemsize, c.adds, c.w is not None, aligned, _GPU)
+    aligned = launch.BACKWARD_WIDEST[c.x.itemsize] < c.N and c.N % 16 == 0
+    dw_itemsize = 0 if c.w is None else c.w.itemsize
+    return launch.backward(c.M, c.N, c.x.itemsize, c.y.itemsize, dw_itemsize, c.adds, aligned, _GPU)
 
 
 def _dw_launch(c: _Case) -> Launch | None:
     """Of the kernel that sums dw alone; None where the other one does it, or nothing is to be summed."""
     if c.w is None or _backward_launch(c).parts > 0:
         return None
-    return launch.dw_alone(c.M, c.N, c.y.itemsize + c.x.itemsize, _GPU)
+    return launch.dw_alone(c.M, c.N, c.y.itemsize + c.x.itemsize, c.w.itemsize, _GPU)
 
 
 def _shares(t: _Tape, c: _Case, config: Launch) -> _Array | None:

@@ -344,16 +344,16 @@ def _backward_loop(
         tl.store(dx + m * N + n, dx_row.to(dx.dtype.element_ty), n < N)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "programs"])
 def _dw_alone(
-    dy, x, rstd, partials, M, N, sizes, dy_steps, x_steps,
+    dy, x, rstd, partials, M, N, parts, programs, sizes, dy_steps, x_steps,
     EARLY: tl.constexpr, STRIDED: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The share of dw of BLOCK_N columns of every so many tiles of ROWS rows."""
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    """The share of dw of one part, of BLOCK_N columns, of every so many tiles of ROWS rows."""
+    program, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    n = part.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     dw = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    program, programs = tl.program_id(1), tl.num_programs(1)
     for turn in tl.range(0, _turns(M, program, programs, ROWS), num_stages=STAGES):
         m = (program + turn * programs).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
         inside = (m < M) & (n < N)
@@ -617,7 +617,7 @@ def forward(
         with torch.cuda.device(device):
             return forward(x, residual, w, eps, cast, offset, with_rstd)
     rows, (x, *others) = walked(walk, x) if residual is None else walked(walk, x, residual)
-    aligned = rows.N > launch.FORWARD_WIDEST and _by_16_bytes(rows, x, *others)
+    aligned = rows.N > launch.ADD_WIDEST and _by_16_bytes(rows, x, *others)
     dtype, w_dtype = x.dtype, _dtype(w)
     call = _forward_call(rows, device, dtype, w_dtype, bool(others), with_rstd, eps, cast, offset, aligned)
     y = _empty(x, rows.shape, rows.dense, _y_dtype(dtype, w_dtype, cast))
@@ -654,7 +654,7 @@ def backward(
     rstd = rstd.contiguous()
     of_dx, of_dw, of_sum = _backward_calls(
         rows, device, dy.dtype, x.dtype, _dtype(w), bool(others), need_dx, need_dw, cast, offset,
-        rows.N > launch.BACKWARD_WIDEST and _by_16_bytes(rows, dy, x, *others),
+        launch.BACKWARD_WIDEST[x.itemsize] < rows.N and _by_16_bytes(rows, dy, x, *others),
     )  # fmt: skip
     dx = dw = partials = None
     if of_sum is not None:
@@ -722,9 +722,10 @@ def _backward_calls(
     of_dx = of_dw = of_sum = None
     flags, offset = (cast == "early", rows.strided), float(offset) or -0.0
     dy_steps, x_steps, ds_steps = rows.steps[0], rows.steps[1], rows.steps[-1]
+    dw_itemsize = w.itemsize if need_dw and w is not None else 0
     summing = None  # the kernel whose programs hold the shares of dw
     if need_dx:
-        config = launch.backward(M, N, x.itemsize, dy.itemsize, with_ds, need_dw, aligned, gpu)
+        config = launch.backward(M, N, x.itemsize, dy.itemsize, dw_itemsize, with_ds, aligned, gpu)
         places = (rows.sizes, dy_steps, ds_steps, x_steps, offset)
         if config.parts == 0:
             of_dx = _Call(_backward_loop, (M,), config, (M, N, *places), flags, device)
@@ -736,9 +737,10 @@ def _backward_calls(
             of_dx = summing = _Call(kernel, grid, config, numbers, (*flags, _lanes(config)), device, before)
     if need_dw:
         if summing is None:
-            config = launch.dw_alone(M, N, dy.itemsize + x.itemsize, gpu)
-            grid = (_cdiv(N, config.block_n), config.programs)
-            of_dw = summing = _Call(_dw_alone, grid, config, (M, N, rows.sizes, dy_steps, x_steps), flags, device)
+            config = launch.dw_alone(M, N, dy.itemsize + x.itemsize, dw_itemsize, gpu)
+            parts = _cdiv(N, config.block_n)
+            numbers = (M, N, parts, config.programs, rows.sizes, dy_steps, x_steps)
+            of_dw = summing = _Call(_dw_alone, (config.programs * parts,), config, numbers, flags, device)
         programs = summing.config.programs
         config = launch.sum_partials(programs, N, gpu)
         of_sum = _Call(_sum_partials, (_cdiv(N, config.block_n),), config, (programs, N), (), device, summing)

@@ -1,0 +1,226 @@
+"""Tries launch configurations of the GPU kernels on a GPU, those in use among them, and says which are fastest.
+
+    python benchmarks/tiles.py "forward 16384x2880 bfloat16 block_n=512,1024 warps=2,4" "backward …" --out DIR
+
+A sweep: the pass (forward, add, backward, add-backward), M x N, the dtype, and for fields of `launch.Launch` the values
+to try in every combination; the others are as in use. A row that one program holds (parts=1) has the pieces of block_n
+that it takes; one that programs share (parts=2) has the parts that it takes. `programs` is the most there may be.
+Compiled in processes side by side, then timed in turn beside a copy.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import multiprocessing
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rmsnorm import machine, measure
+from rmsnorm.kernels import gpu, launch
+from rmsnorm.kernels.launch import Launch
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """kind: which pass. fields: of `Launch`, with the values to try."""
+
+    kind: str
+    M: int
+    N: int
+    dtype: torch.dtype
+    fields: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Sweep":
+        """From a command's argument; raises ValueError."""
+        kind, shape, dtype, *fields = text.split()
+        if kind not in ("forward", "add", "backward", "add-backward"):
+            raise ValueError(f"{kind!r} is no pass: give forward, add, backward or add-backward")
+        known = {field.name for field in dataclasses.fields(Launch)}
+        values = {name: tuple(map(int, of.split(","))) for name, _, of in (field.partition("=") for field in fields)}
+        for name in values:
+            if name not in known:
+                raise ValueError(f"{name!r} is no field: give one of {', '.join(sorted(known))}")
+        for name in {"staged", "overlap"} & set(values):
+            values[name] = tuple(map(bool, values[name]))
+        M, N = map(int, shape.split("x"))
+        return cls(kind, M, N, getattr(torch, dtype), tuple(values.items()))
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.M} x {self.N} {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def passes(self) -> str:
+        """The function of `launch` that chooses."""
+        return "backward" if self.kind.endswith("backward") else "forward"
+
+    def configs(self, in_use: Launch) -> list[Launch]:
+        """The one in use first, then every other combination."""
+        names = [name for name, _ in self.fields]
+        found, longest = [in_use], launch.LONGEST_SUM[self.dtype.itemsize]
+        for values in itertools.product(*(values for _, values in self.fields)):
+            chosen: dict[str, Any] = dict(zip(names, values, strict=True))
+            config = dataclasses.replace(in_use, **chosen)
+            if config.parts > 1:
+                config = dataclasses.replace(config, parts=-(-self.N // (config.block_n * config.pieces)))
+            else:
+                config = dataclasses.replace(config, pieces=-(-self.N // config.block_n), staged=False)
+            if self.passes == "backward":
+                config = dataclasses.replace(
+                    config, programs=launch._programs(self.M, config.programs, config.rows, longest)
+                )
+            found.append(config)
+        return list(dict.fromkeys(found))
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Random inputs and cotangents of a sweep."""
+
+    sweep: Sweep
+    rows: tuple[Tensor, ...]
+    w: Tensor
+    rstd: Tensor
+
+    @classmethod
+    def drawn(cls, sweep: Sweep) -> "Tensors":
+        torch.manual_seed(sweep.N)
+        count = {"forward": 1, "add": 2, "backward": 2, "add-backward": 3}[sweep.kind]
+        rows = tuple(torch.randn(sweep.M, sweep.N, device="cuda").to(sweep.dtype) for _ in range(count))
+        w = (torch.rand(sweep.N, device="cuda") + 0.5).to(sweep.dtype)
+        rstd = gpu.forward(rows[0], None, w, EPS, "early", 0.0, True)[2]
+        assert rstd is not None
+        return cls(sweep, rows, w, rstd)
+
+    def run(self) -> tuple[Tensor | None, ...]:
+        """What the pass computes; what must have the same bits whatever the configuration, first."""
+        x, *others = self.rows
+        if self.sweep.passes == "forward":
+            return gpu.forward(x, others[0] if others else None, self.w, EPS, "early", 0.0, False)
+        dy, ds = others[0], others[1] if len(others) > 1 else None
+        return gpu.backward(dy, ds, x, self.w, self.rstd, "early", 0.0, True, True)
+
+
+@contextlib.contextmanager
+def using(sweep: Sweep, config: Launch) -> Iterator[None]:
+    """Launches with this configuration, planned and compiled anew."""
+    before = getattr(launch, sweep.passes)
+    plans = (gpu._forward_call, gpu._backward_calls)
+    setattr(launch, sweep.passes, lambda *a: config)
+    for plan in plans:
+        plan.cache_clear()
+    try:
+        yield
+    finally:
+        setattr(launch, sweep.passes, before)
+        for plan in plans:
+            plan.cache_clear()
+
+
+def in_use(sweep: Sweep) -> Launch:
+    size, of = sweep.dtype.itemsize, gpu._gpu(torch.cuda.current_device())
+    adds, aligned = sweep.kind.startswith("add"), sweep.N % 16 == 0
+    if sweep.passes == "forward":
+        return launch.forward(sweep.N, size, adds, aligned, of)
+    return launch.backward(sweep.M, sweep.N, size, size, size, adds, aligned, of)
+
+
+def compile_some(share: tuple[int, int], sweeps: list[Sweep]) -> None:
+    """Into the cache on disk, every so many of the kernels; what fails, fails again where it is seen."""
+    for sweep in sweeps:
+        tensors = Tensors.drawn(sweep)
+        configs = sweep.configs(in_use(sweep))
+        kernels = list(dict.fromkeys(dataclasses.replace(config, programs=1) for config in configs))
+        for config in configs:
+            if kernels.index(dataclasses.replace(config, programs=1)) % share[1] == share[0]:
+                with using(sweep, config), contextlib.suppress(Exception):
+                    tensors.run()
+
+
+def measured(sweep: Sweep, seconds: float) -> dict[str, Any]:
+    """By configuration the median in microseconds, or why there is none; of backward passes what of dw differs."""
+    tensors = Tensors.drawn(sweep)
+    configs = sweep.configs(in_use(sweep))
+    expected = tensors.run()
+    size = sweep.M * sweep.N * sweep.dtype.itemsize * {"forward": 2, "backward": 3}.get(sweep.kind, 4) // 2
+    source, target = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
+    calls: dict[str, Any] = {"copy": lambda: target.copy_(source)}
+    found: dict[str, Any] = {"copy": {}}
+    for config in configs:
+        name = difference(configs[0], config)
+
+        def call(config: Launch = config) -> tuple[Tensor | None, ...]:
+            with using(sweep, config):
+                return tensors.run()
+
+        try:
+            row, other, *_ = call()
+            torch.cuda.synchronize()
+        except Exception as error:  # noqa: BLE001  # too much shared memory, too many registers: a line in the table
+            found[name] = {"no_time": f"{type(error).__name__}: {error}".splitlines()[0][:150]}
+            continue
+        if not torch.equal(row, expected[0]):  # type: ignore[arg-type]
+            found[name] = {"no_time": "other bits"}
+            continue
+        calls[name], found[name] = call, {}
+        if sweep.passes == "backward":
+            assert isinstance(other, Tensor)
+            found[name]["dw_differs"] = other.ne(expected[1]).float().mean().item()  # type: ignore[arg-type]
+    timings = measure.interleave(calls, torch.device("cuda"), samples=31, seconds=seconds)
+    return {
+        name: what | ({"us": timings[name].median * 1e6} if name in timings else {}) for name, what in found.items()
+    }
+
+
+def difference(in_use: Launch, config: Launch) -> str:
+    """The fields that are not as in use."""
+    a, b = dataclasses.asdict(in_use), dataclasses.asdict(config)
+    return " ".join(f"{name}={int(b[name])}" for name in a if a[name] != b[name]) or "in use"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweeps", nargs="+", type=Sweep.parse, metavar="SWEEP")
+    parser.add_argument(
+        "--seconds", type=float, default=0.05, help="of each configuration's calls (default: %(default)s)"
+    )
+    parser.add_argument("--best", type=int, default=8, help="how many to print of each sweep (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="a folder for tiles.json")
+    options = parser.parse_args()
+    if options.out is not None:
+        measure.check_folder(options.out)
+    workers = min(machine.cores(), 16)
+    shares = [(i, workers) for i in range(workers)]
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_some, shares, itertools.repeat(options.sweeps)))
+    results = []
+    for sweep in options.sweeps:
+        found = measured(sweep, options.seconds)
+        results.append({"sweep": str(sweep), "in_use": str(in_use(sweep)), "found": found})
+        copy = found["copy"]["us"]
+        timed = sorted((what["us"], name) for name, what in found.items() if "us" in what)
+        print(f"{sweep}: in use {in_use(sweep)}; {len(found) - len(timed)} without a time")
+        for us, name in timed[: options.best] + [
+            (us, name) for us, name in timed[options.best :] if name in ("in use", "copy")
+        ]:
+            dw = found[name].get("dw_differs")
+            print(f"  {us:8.2f} us {us / copy:6.3f} of copy  {name}" + (f"  dw: {dw:.1%} differ" if dw else ""))
+        sys.stdout.flush()
+        if options.out is not None:
+            measure.write_json(
+                options.out / "tiles.json", {"machine": machine.describe(torch.device("cuda")), "sweeps": results}
+            )
+
+
+if __name__ == "__main__":
+    main()
