@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import multiprocessing
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +24,16 @@ import torch
 from torch import Tensor
 
 from rmsnorm import machine, measure
+from rmsnorm.errors import CommandError
 from rmsnorm.kernels import gpu, launch
 from rmsnorm.kernels.launch import Launch
 
 EPS = 1e-6
+
+
+def _known(given: str, known: Sequence[str], what: str) -> None:
+    if given not in known:
+        raise argparse.ArgumentTypeError(f"{given!r} is no {what}: give one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -42,18 +48,22 @@ class Sweep:
 
     @classmethod
     def parse(cls, text: str) -> "Sweep":
-        """From a command's argument; raises ValueError."""
-        kind, shape, dtype, *fields = text.split()
-        if kind not in ("forward", "add", "backward", "add-backward"):
-            raise ValueError(f"{kind!r} is no pass: give forward, add, backward or add-backward")
-        known = {field.name for field in dataclasses.fields(Launch)}
-        values = {name: tuple(map(int, of.split(","))) for name, _, of in (field.partition("=") for field in fields)}
+        """From a command's argument; raises ArgumentTypeError, whose message says what would do."""
+        kind, shape, dtype, *fields = *text.split(), "", "", ""
+        _known(kind, ("forward", "add", "backward", "add-backward"), "pass")
+        _known(dtype, ("bfloat16", "float16", "float32"), "dtype")
+        try:
+            M, N = map(int, shape.split("x"))
+            values = {
+                name: tuple(map(int, of.split(",")))
+                for name, _, of in (field.partition("=") for field in fields if field)
+            }
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r}: give sizes as 8192x1280, and fields as warps=2,4") from None
         for name in values:
-            if name not in known:
-                raise ValueError(f"{name!r} is no field: give one of {', '.join(sorted(known))}")
+            _known(name, tuple(field.name for field in dataclasses.fields(Launch)), "field")
         for name in {"staged", "overlap"} & set(values):
             values[name] = tuple(map(bool, values[name]))
-        M, N = map(int, shape.split("x"))
         return cls(kind, M, N, getattr(torch, dtype), tuple(values.items()))
 
     def __str__(self) -> str:
@@ -197,6 +207,7 @@ def main() -> None:
     parser.add_argument("--best", type=int, default=8, help="how many to print of each sweep (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="a folder for tiles.json")
     options = parser.parse_args()
+    device = machine.find_device("cuda")
     if options.out is not None:
         measure.check_folder(options.out)
     workers = min(machine.cores(), 16)
@@ -217,10 +228,11 @@ def main() -> None:
             print(f"  {us:8.2f} us {us / copy:6.3f} of copy  {name}" + (f"  dw: {dw:.1%} differ" if dw else ""))
         sys.stdout.flush()
         if options.out is not None:
-            measure.write_json(
-                options.out / "tiles.json", {"machine": machine.describe(torch.device("cuda")), "sweeps": results}
-            )
+            measure.write_json(options.out / "tiles.json", {"machine": machine.describe(device), "sweeps": results})
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except CommandError as error:
+        sys.exit(f"tiles.py: {error}")
