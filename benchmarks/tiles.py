@@ -60,8 +60,12 @@ class Sweep:
             }
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r}: give sizes as 8192x1280, and fields as warps=2,4") from None
-        for name in values:
+        for name, of in values.items():
             _known(name, tuple(field.name for field in dataclasses.fields(Launch)), "field")
+            if min(of) < (0 if name in ("staged", "overlap") else 1):
+                raise argparse.ArgumentTypeError(f"{name}={min(of)}: give numbers of at least 1")
+        if min(M, N) < 1:
+            raise argparse.ArgumentTypeError(f"{shape}: give sizes of at least 1")
         for name in {"staged", "overlap"} & set(values):
             values[name] = tuple(map(bool, values[name]))
         return cls(kind, M, N, getattr(torch, dtype), tuple(values.items()))
@@ -75,16 +79,17 @@ class Sweep:
         return "backward" if self.kind.endswith("backward") else "forward"
 
     def configs(self, in_use: Launch) -> list[Launch]:
-        """The one in use first, then every other combination."""
+        """The one in use first, then every other combination that there is a kernel for: none shares several rows."""
         names = [name for name, _ in self.fields]
         found, longest = [in_use], launch.LONGEST_SUM[self.dtype.itemsize]
         for values in itertools.product(*(values for _, values in self.fields)):
             chosen: dict[str, Any] = dict(zip(names, values, strict=True))
             config = dataclasses.replace(in_use, **chosen)
-            if config.parts > 1:
-                config = dataclasses.replace(config, parts=-(-self.N // (config.block_n * config.pieces)))
-            else:
-                config = dataclasses.replace(config, pieces=-(-self.N // config.block_n), staged=False)
+            parts = -(-self.N // (config.block_n * config.pieces)) if config.parts > 1 else 1
+            pieces = config.pieces if parts > 1 else -(-self.N // config.block_n)
+            config = dataclasses.replace(config, parts=parts, pieces=pieces, staged=config.staged and parts > 1)
+            if config.rows > 1 and parts > 1:
+                continue
             if self.passes == "backward":
                 config = dataclasses.replace(
                     config, programs=launch._programs(self.M, config.programs, config.rows, longest)
@@ -148,7 +153,10 @@ def in_use(sweep: Sweep) -> Launch:
 def compile_some(share: tuple[int, int], sweeps: list[Sweep]) -> None:
     """Into the cache on disk, every so many of the kernels; what fails, fails again where it is seen."""
     for sweep in sweeps:
-        tensors = Tensors.drawn(sweep)
+        try:
+            tensors = Tensors.drawn(sweep)
+        except torch.OutOfMemoryError:  # beside the other processes
+            continue
         configs = sweep.configs(in_use(sweep))
         kernels = list(dict.fromkeys(dataclasses.replace(config, programs=1) for config in configs))
         for config in configs:
@@ -186,9 +194,10 @@ def measured(sweep: Sweep, seconds: float) -> dict[str, Any]:
         if sweep.passes == "backward":
             assert isinstance(other, Tensor)
             found[name]["dw_differs"] = other.ne(expected[1]).float().mean().item()  # type: ignore[arg-type]
-    timings = measure.interleave(calls, torch.device("cuda"), samples=31, seconds=seconds)
+    timings = measure.interleave(calls, tensors.w.device, samples=31, seconds=seconds)
     return {
-        name: what | ({"us": timings[name].median * 1e6} if name in timings else {}) for name, what in found.items()
+        name: what | ({"us": round(timings[name].median * 1e6, 2)} if name in timings else {})
+        for name, what in found.items()
     }
 
 
@@ -207,6 +216,8 @@ def main() -> None:
     parser.add_argument("--best", type=int, default=8, help="how many to print of each sweep (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="a folder for tiles.json")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU that torch can use here")
     device = machine.find_device("cuda")
     if options.out is not None:
         measure.check_folder(options.out)
@@ -217,15 +228,14 @@ def main() -> None:
     results = []
     for sweep in options.sweeps:
         found = measured(sweep, options.seconds)
-        results.append({"sweep": str(sweep), "in_use": str(in_use(sweep)), "found": found})
-        copy = found["copy"]["us"]
-        timed = sorted((what["us"], name) for name, what in found.items() if "us" in what)
-        print(f"{sweep}: in use {in_use(sweep)}; {len(found) - len(timed)} without a time")
-        for us, name in timed[: options.best] + [
-            (us, name) for us, name in timed[options.best :] if name in ("in use", "copy")
-        ]:
+        us, no_time = ({name: what[key] for name, what in found.items() if key in what} for key in ("us", "no_time"))
+        results.append({"sweep": str(sweep), "in_use": str(in_use(sweep)), "us": us, "no_time": no_time})
+        print(f"{sweep}: in use {in_use(sweep)}; {len(no_time)} without a time")
+        fastest = sorted(us, key=us.__getitem__)
+        for name in dict.fromkeys([*fastest[: options.best], "in use", "copy"]):
             dw = found[name].get("dw_differs")
-            print(f"  {us:8.2f} us {us / copy:6.3f} of copy  {name}" + (f"  dw: {dw:.1%} differ" if dw else ""))
+            of_copy = f"{us[name]:8.2f} us {us[name] / us['copy']:6.3f} of copy"
+            print(f"  {of_copy}  {name}" + (f"  dw: {dw:.1%} differ" if dw else ""))
         sys.stdout.flush()
         if options.out is not None:
             measure.write_json(options.out / "tiles.json", {"machine": machine.describe(device), "sweeps": results})
@@ -234,5 +244,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except CommandError as error:
+    except CommandError as error:  # --out
         sys.exit(f"tiles.py: {error}")

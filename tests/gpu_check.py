@@ -82,7 +82,7 @@ class Tally:
     def near(self, got: Tensor | None, dy: Tensor, x: Tensor, rstd: Tensor, cast: str, what: str) -> None:
         """dw against its fp64 sum."""
         assert got is not None
-        count = tolerance.dw_too_far_off(got, *tolerance.sums_of_dw(dy, x, rstd, cast))
+        count = tolerance.dw_too_far_off(got, *tolerance.sums_of_dw(dy, x, rstd, cast), rstd.numel())
         self.compared += got.numel()
         if count:
             self.differing += count
@@ -383,7 +383,24 @@ def hold_large(tally: Tally, what: str, x: Tensor, w: Tensor, dy: Tensor, step: 
         for whole, of_part in zip((total, size), tolerance.sums_of_dw(dy[part], x[part], rstd_, "early"), strict=True):
             whole += of_part
     for gradient, frozen in ((dw, ""), (dw_alone, ", x frozen,")):
-        tally.true(tolerance.dw_too_far_off(gradient, total, size) == 0, f"{what} dw{frozen} is too far off")
+        tally.true(
+            tolerance.dw_too_far_off(gradient, total, size, x.shape[0]) == 0, f"{what} dw{frozen} is too far off"
+        )
+
+
+@check
+def every_row_counts(tally: Tally) -> None:
+    """dw of numbers whose sums are exact in fp32, in any order: no row of millions may be missing, or count twice."""
+    gpu, random = kernels(), Draw(15)
+    for M, N in ((2**22 + 3, 64), (300001, 1280), (300001, 1283), (30011, 10240), (30011, 16384)):
+        x = torch.where(random.normal(M, N) < 0, -1.0, 1.0).to(BF16)
+        dy = random.normal(M, N).mul(2).round().clamp(-3, 3).to(BF16)
+        expected = (x * dy).sum(0, dtype=torch.float64)
+        for w in (random.normal(N).to(BF16), random.normal(N)):
+            rstd = torch.ones(M, device="cuda")
+            for needs in ((True, True), (False, True)):
+                dw = gpu.backward(dy, None, x, w, rstd, "early", 0.0, *needs)[1]
+                tally.same(dw, expected.to(torch.float32).to(w.dtype), f"dw {M} x {N} {w.dtype} {needs}")
 
 
 @check

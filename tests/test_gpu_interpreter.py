@@ -4,6 +4,7 @@ Interpreting is a mode of the whole process, so one process of its own runs all 
 each test reads its part. bf16 is left to machines with a GPU, because the interpreter's cast to it truncates.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -113,7 +114,7 @@ def check(
     right = reference.backward(dy, ds, rows, w, rstd, cast, offset, *needs)
     wrong["dx"] = differing(gradients[0], right[0])
     if needs[1]:
-        count = tolerance.dw_too_far_off(gradients[1], *tolerance.sums_of_dw(dy, rows, rstd, cast))
+        count = tolerance.dw_too_far_off(gradients[1], *tolerance.sums_of_dw(dy, rows, rstd, cast), rstd.numel())
         wrong["dw"] = f"{count} are too far off" if count else ""
     wrong["inputs"] = "; ".join(filter(None, map(differing, (t.contiguous() for t in inputs), before)))
     said = {name: what for name, what in wrong.items() if what}
@@ -121,11 +122,11 @@ def check(
 
 
 @contextmanager
-def settings(**values: int) -> Iterator[None]:
+def settings(**values: Any) -> Iterator[None]:
     """Other thresholds in launch.py, so that a small row takes the path of a wide one."""
     from rmsnorm.kernels import gpu, launch
 
-    def put(numbers: dict[str, int]) -> None:
+    def put(numbers: dict[str, Any]) -> None:
         for name, value in numbers.items():
             setattr(launch, name, value)
         plans = (gpu._forward_call, gpu._backward_calls)
@@ -138,6 +139,30 @@ def settings(**values: int) -> Iterator[None]:
         yield
     finally:
         put(before)
+
+
+@contextmanager
+def walked(widest: int, **others: int) -> Iterator[set[tuple[str, bool]]]:
+    """Rows wider than this are walked over. Gives the kernels that run, and whether their third tensor or so is there."""
+    from rmsnorm.kernels import gpu
+
+    names = {id(kernel): name for name, kernel in vars(gpu).items() if name.startswith("_")}
+    run, seen = gpu._run, set()
+
+    def noted(call: Any, pointers: tuple[Tensor | None, ...]) -> None:
+        seen.add((names[id(call.kernel)], pointers[1] is not None))  # a residual, or a gradient through s
+        run(call, pointers)
+
+    widths = {"FORWARD_WIDEST": widest, "ADD_WIDEST": widest, "BACKWARD_WIDEST": {2: widest, 4: widest}}
+    gpu._run = noted
+    try:
+        with settings(**widths, ROOM=1 << 30, **others):
+            yield seen
+    finally:
+        gpu._run = run
+
+
+WALKS = {(kernel, beside) for kernel in ("_forward_loop", "_backward_loop") for beside in (False, True)}
 
 
 def sweep(widths: tuple[int, ...], rows: Callable[[int], int]) -> None:
@@ -159,8 +184,9 @@ def widths() -> None:
 
 @case
 def rows_in_pieces() -> None:
-    with settings(FORWARD_WIDEST=32, BACKWARD_WIDEST={2: 32, 4: 32}, ROOM=1 << 30, PIECE=32, COLUMNS=64):
+    with walked(32, PIECE=32, COLUMNS=64) as seen:
         sweep((33, 63, 64, 65, 100, 127, 512), lambda N: 5)
+    assert seen >= WALKS, seen
 
 
 @case
@@ -176,6 +202,21 @@ def programs_and_their_tails() -> None:
             for needs in ((True, True), (False, True)):
                 check(draw(M, 31), draw(31), needs=needs)
                 check(draw(M, 513, dtype=FP16), draw(513, dtype=FP16), needs=needs)
+
+
+@case
+def every_row_counts() -> None:
+    """dw of numbers whose sums are exact in fp32, in any order: no row may be missing, or count twice."""
+    from rmsnorm.kernels import gpu
+
+    with settings(MULTIPROCESSORS=1):
+        for M, N, dtype in itertools.product((1, 67, 300), (31, 512, 1281), (FP32, FP16)):
+            x = torch.where(draw(M, N) < 0, -1.0, 1.0).to(dtype)
+            dy = draw(M, N).round().clamp(-3, 3).to(dtype)
+            expected = (x * dy).sum(0, dtype=torch.float64).to(dtype)
+            for needs in ((True, True), (False, True)):
+                dw = gpu.backward(dy, None, x, draw(N, dtype=dtype), torch.ones(M), "early", 0.0, *needs)[1]
+                assert not differing(dw, expected), f"{M} x {N} {dtype} {needs}: {differing(dw, expected)}"
 
 
 @case
@@ -206,9 +247,11 @@ def strides() -> None:
     x, w = draw(7, N), draw(N)
     for dy in (torch.ones(()).expand(7, N), draw(7, 1).expand(7, N), draw(1, N).expand(7, N), draw(N, 7).t()):
         check(x, w, dy=dy)
-    with settings(FORWARD_WIDEST=16, BACKWARD_WIDEST={2: 16, 4: 16}, ROOM=1 << 30, PIECE=16, COLUMNS=16):
+    with walked(16, PIECE=16, COLUMNS=16) as seen:
         for x in views[:4]:
             check(x, draw(x.shape[-1]), x.flip(-1), ds=x)
+            check(x, draw(x.shape[-1]), x)
+    assert seen >= WALKS - {("_forward_loop", False)}, seen
 
 
 @case
@@ -227,7 +270,7 @@ def dtypes_that_differ() -> None:
 @case
 def only_what_is_needed() -> None:
     for block in (16384, 32):
-        with settings(FORWARD_WIDEST=block, BACKWARD_WIDEST={2: block, 4: block}, ROOM=1 << 30, PIECE=32):
+        with walked(block, PIECE=32):
             for needs in ((True, False), (False, True), (False, False)):
                 check(draw(9, 65), draw(65), ds=draw(9, 65), needs=needs, with_rstd=False)
 
@@ -257,9 +300,7 @@ def extremes() -> None:
             for cast, offset in SPECS:
                 for weight in (w, w.nan_to_num(1.0, 1.0).abs()):
                     check(x, weight, eps=eps, cast=cast, offset=offset, dy=dy)
-                    with settings(
-                        FORWARD_WIDEST=16, BACKWARD_WIDEST={2: 16, 4: 16}, ROOM=1 << 30, PIECE=16, COLUMNS=16
-                    ):
+                    with walked(16, PIECE=16, COLUMNS=16):
                         check(x, weight, eps=eps, cast=cast, offset=offset, dy=dy, ds=dy)
 
 

@@ -284,8 +284,8 @@ def test_every_launch_forbids_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_grids_are_such_as_a_gpu_takes() -> None:
     """2**31 - 1 programs along the first axis, 65535 along the others, however many rows there are."""
     for M, N in ((2**31 + 16, 1), (2**28 + 5, 1), (2**27, 128), (2**24, 1280), (512, 2**20)):
-        for frozen in ("", "x", "w"):
-            for call, _ in launches(M, N, BF16, BF16, "early", 0.0, False, frozen):
+        for dtype, frozen in itertools.product((BF16, FP32), ("", "x", "w")):
+            for call, _ in launches(M, N, dtype, dtype, "early", 0.0, False, frozen):
                 first, *others = call.grid
                 assert 0 < first < 2**31, (M, N, call.kernel.__name__)
                 assert all(size < 2**16 for size in others), (M, N, call.kernel.__name__)

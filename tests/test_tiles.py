@@ -42,6 +42,8 @@ def tiles() -> Any:
         ("forward 8192x1280 bfloat16 warps", "warps=2,4"),
         ("forward 8192x1280 bfloat16 warps=two", "warps=2,4"),
         ("forward 8192x1280 bfloat16 warp=2", "warps"),
+        ("forward 8192x1280 bfloat16 warps=2,0", "warps=0: give numbers of at least 1"),
+        ("forward 0x1280 bfloat16", "at least 1"),
     ],
 )
 def test_what_is_no_sweep_says_what_would_be(tiles: Any, text: str, told: str) -> None:
@@ -73,6 +75,9 @@ def test_rows_are_shared_or_whole_as_asked(tiles: Any) -> None:
     )
     assert (shared.parts, shared.pieces, shared.staged) == (8, 2, True)
     assert (whole.parts, whole.pieces, whole.staged) == (1, 16, False)
+    assert tiles.Sweep.parse("backward 8192x16384 bfloat16 rows=2").configs(in_use) == [in_use]  # no kernel shares two
+    enough = tiles.Sweep.parse("backward 8192x16384 bfloat16 block_n=16384 pieces=1").configs(in_use)[1]
+    assert (enough.parts, enough.pieces, enough.staged) == (1, 1, False)
     longest = launch.LONGEST_SUM[torch.bfloat16.itemsize]
     assert shared.programs == whole.programs == launch._programs(8192, 100, 1, longest)
 
@@ -81,6 +86,6 @@ def test_rows_are_shared_or_whole_as_asked(tiles: Any) -> None:
 def test_without_a_gpu_it_says_so() -> None:
     command = [sys.executable, str(SCRIPT), "forward 64x64 bfloat16"]
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
-    assert run.returncode == 1
-    assert "cuda" in run.stderr
+    assert run.returncode == 2
+    assert "there is no GPU" in run.stderr
     assert "Traceback" not in run.stderr

@@ -641,7 +641,7 @@ def backward(
     need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """As `reference.backward`; dw is summed in fp32 over a few tens of rows at a time, and in fp64 over those sums."""
+    """As `reference.backward`; dw is the fp64 sum of fp32 sums over `launch.LONGEST_SUM` numbers at most."""
     device = x.get_device()
     if _elsewhere(device):
         with torch.cuda.device(device):

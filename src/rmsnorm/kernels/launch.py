@@ -11,7 +11,7 @@ import functools
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
-# Columns of a row that one program holds in registers without spills (ptxas, sm_80 to sm_100).
+# Columns of a row that one program holds in registers, without spills but for a few bytes in a few tiles (ptxas).
 FORWARD_WIDEST, ADD_WIDEST = 16384, 12288
 BACKWARD_WIDEST = {2: 10240, 4: 8192}  # by the bytes of a number
 UNALIGNED_WIDEST = 8192  # backward, if 16 does not divide the width: narrow loads take more registers
@@ -24,8 +24,9 @@ PIECE = 8192  # columns that a walk takes at once, 16 elements a thread
 TILE, MOST_ROWS = 2048, 64
 # Programs of the backward kernels are so many for each multiprocessor of an H200, and as many elsewhere.
 MULTIPROCESSORS = 132
-# Numbers that one fp32 sum of dw adds up, by the bytes of a number of dw: the error grows with the root of them, and is
-# far below what 16 bits round off. The sums themselves add up in fp64.
+# Numbers that one fp32 sum of dw adds up, by the bytes of a number of dw. Where they are as random as rounding is, the
+# error grows with their root, far below what 16 bits round off; at worst it grows with their number, to half of that in
+# fp16. The sums themselves add up in fp64.
 LONGEST_SUM = {2: 1024, 4: 64}
 # Columns of the kernel that computes dw alone.
 COLUMNS = 1024
@@ -180,7 +181,8 @@ def backward(
         config = _shared(N, _BACKWARD_STAGED[itemsize], _BACKWARD_SHARED[itemsize], bytes_a_column, aligned, gpu)
         if config.parts == 0:
             return config
-        # One round of the GPU, so that no row waits for a program of the next.
+        # One round of the GPU, so that no row waits for a program of the next; more where dy is wider than x or rows
+        # cannot wait in shared memory, which takes more registers.
         like = _narrowest(_BACKWARD_STAGED[itemsize], min(N, max(_BACKWARD_STAGED[itemsize])))
         parts = -(-N // (like.pieces * like.block_n))
         at_once = MULTIPROCESSORS * (like.programs_ds if with_ds else like.programs) // parts
