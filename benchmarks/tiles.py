@@ -12,10 +12,8 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
-import multiprocessing
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from rmsnorm.kernels import gpu, launch
 from rmsnorm.kernels.launch import Launch
 
 EPS = 1e-6
+SHARES = 16  # of the kernels to compile, each a process's
 
 
 def _known(given: str, known: Sequence[str], what: str) -> None:
@@ -221,10 +220,7 @@ def main() -> None:
     device = machine.find_device("cuda")
     if options.out is not None:
         measure.check_folder(options.out)
-    workers = min(machine.cores(), 16)
-    shares = [(i, workers) for i in range(workers)]
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(compile_some, shares, itertools.repeat(options.sweeps)))
+    measure.side_by_side(compile_some, [(i, SHARES) for i in range(SHARES)], options.sweeps)
     results = []
     for sweep in options.sweeps:
         found = measured(sweep, options.seconds)

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 import rmsnorm
-from rmsnorm import bench, machine, peers, plot
+from rmsnorm import bench, machine, measure, peers, plot
 from rmsnorm.bench import FORWARD, TRAINING, Case, Measured, Row
 from rmsnorm.errors import CommandError
 from rmsnorm.measure import Timing
@@ -130,6 +130,40 @@ def test_the_modes_of_a_gpu_run_on_a_cpu_too(mode: str, monkeypatch: pytest.Monk
     row = bench._measure(case, torch.device("cpu"), peers.providers("cpu"), quick=True)
     assert bool(row.red) == case.adds
     assert (row.providers["ours"].timing is None) == case.adds
+
+
+@pytest.mark.parametrize("mode", [FORWARD, bench.SLICE_FORWARD, bench.BACKWARD, bench.ADD_FORWARD, bench.ADD_BACKWARD])
+def test_what_is_compiled_ahead_is_what_is_measured(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same call of every provider, on tensors of the same kind; what cannot run keeps no other from it."""
+    ran: list[str] = []
+
+    def noted(name: str) -> peers.Norm:
+        def norm(x: Tensor, w: Tensor) -> Tensor:
+            if name == "broken":
+                raise RuntimeError("not here")
+            if x.requires_grad:
+                x.register_hook(lambda dx: ran.append(f"backward of {name}"))
+            ran.append(f"{name} {tuple(x.shape)} {x.stride()} {x.requires_grad}")
+            return peers.definition(x, w)
+
+        return norm
+
+    names = ("broken", "ours", "Definition")
+    monkeypatch.setattr(peers, "PROVIDERS", tuple(peers.Provider(name, noted(name)) for name in names))
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # meant for a process of its own
+
+    def once(calls: dict[str, Callable[[], object]], *_: object, **__: object) -> dict[str, Timing]:
+        for call in calls.values():
+            call()
+        return {}
+
+    monkeypatch.setattr(measure, "interleave", once)
+    case = Case(M, N, torch.bfloat16, mode)
+    bench._compile_once(case, torch.device("cpu"), ())
+    ahead, before = set(ran), len(ran)
+    assert len(ahead) == (4 if mode in (bench.BACKWARD, bench.ADD_BACKWARD) else 2)
+    bench._measure(case, torch.device("cpu"), peers.providers("cpu"), quick=True)
+    assert set(ran[before:]) == ahead
 
 
 @pytest.mark.usefixtures("small")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -24,6 +25,14 @@ def test_summary(samples: list[float], expected: tuple[float, ...]) -> None:
     timing = measure.summarize(samples, repeats=4)
     assert (timing.minimum, timing.median, timing.low, timing.high) == expected
     assert timing.calls == 4 * len(samples)
+
+
+def test_processes_side_by_side_take_every_share_and_pass_over_what_fails(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a", "there", "b", "c")]
+    folders[1].mkdir()
+    measure.side_by_side(os.mkdir, folders, 0o700)
+    assert sorted(tmp_path.iterdir()) == sorted(folders)
+    assert {folder.stat().st_mode & 0o777 for folder in folders if folder.name != "there"} == {0o700}
 
 
 def test_every_call_gets_its_samples_and_no_fixed_neighbour() -> None:

@@ -544,6 +544,9 @@ def _measure_all(
     facts = machine.describe(where)
     besides = any((case.mode, case.dtype) == (FORWARD, torch.bfloat16) for case in todo)
     cuda = besides and where.type == "cuda"
+    if where.type == "cuda":
+        progress(0, 1 + len(todo), "compiling in processes side by side")
+        measure.side_by_side(_compile_once, todo, where, names)
     progress(0, 1 + len(todo), "the first call, in new processes")
     first_call = _first_call(where) if besides else {}
     host = _host(where, measured) if cuda else {}
@@ -559,7 +562,20 @@ def _measure_all(
     return result
 
 
-def _measure(case: Case, device: torch.device, measured: Sequence[Provider], quick: bool) -> Row:
+def _compile_once(case: Case, device: torch.device, names: Sequence[str]) -> None:
+    """One call of each provider, for the kernels that it leaves on disk."""
+    torch.set_num_threads(1)
+    inputs, cotangents = _drawn(case, device)
+    for provider in peers.providers(device.type, names):
+        if provider.norm is not None:
+            with contextlib.suppress(Exception):
+                _call(_runner(provider, case), case, inputs, cotangents)()
+    del inputs, cotangents
+    torch.cuda.empty_cache()  # the other processes need it
+
+
+def _drawn(case: Case, device: torch.device) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The inputs, (x, w) or (x, residual, w), and the cotangents of the outputs; random, and the same every time."""
     generator = torch.Generator(device).manual_seed(case.M * 7919 + case.N)
     x, dy, *others = (
         torch.randn(case.M, case.N, generator=generator, device=device).to(case.dtype)
@@ -569,12 +585,17 @@ def _measure(case: Case, device: torch.device, measured: Sequence[Provider], qui
         x = torch.nn.functional.pad(x, (0, _BETWEEN))[:, : case.N]
     w = (torch.rand(case.N, generator=generator, device=device) + 0.5).to(case.dtype)
     inputs = (x, *others[:1], w)
-    cotangents = (dy, *others[1:])
     if case.mode not in _FORWARDS:
         for t in inputs:
             t.requires_grad_()
+    return inputs, (dy, *others[1:])
+
+
+def _measure(case: Case, device: torch.device, measured: Sequence[Provider], quick: bool) -> Row:
+    inputs, cotangents = _drawn(case, device)
     with torch.no_grad():
-        expected = definition(x + others[0] if case.adds else x, w)
+        x, *residual, w = inputs
+        expected = definition(x + residual[0] if residual else x, w)
 
     calls: dict[str, Callable[[], object]] = {}
     found: dict[str, Measured] = {}

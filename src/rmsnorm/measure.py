@@ -2,12 +2,14 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rmsnorm import machine
 from rmsnorm.errors import CommandError
 
 # (how many steps are done, of how many, what comes next)
@@ -123,6 +126,18 @@ def _cuda_stopwatch(device: torch.device) -> Callable[[Callable[[], object], int
         return float(start.elapsed_time(end)) / 1e3
 
     return sample
+
+
+def side_by_side(work: Callable[..., object], shares: Iterable[Any], *others: Any) -> None:
+    """Have new processes call `work(share, *others)` for each share, for what they leave on disk: compiled kernels.
+
+    What goes wrong there goes wrong again where it is seen, so here it is passed over.
+    """
+    workers = min(machine.cores(), 16)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for done in [pool.submit(work, share, *others) for share in shares]:
+            with contextlib.suppress(Exception):
+                done.result()
 
 
 @contextlib.contextmanager

@@ -8,20 +8,16 @@ the CPU's result too), to the class run eagerly, and its gradients to the formul
 
 import contextlib
 import dataclasses
-import itertools
 import math
-import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from rmsnorm import machine, reference
+from rmsnorm import machine, measure, reference
 from rmsnorm.measure import Progress
 from rmsnorm.ops import add_rms_norm, explain, rms_norm
 from rmsnorm.spec import Cast
@@ -704,14 +700,8 @@ def compile_ahead(plans: list[Plan], device: torch.device, progress: Progress) -
     Each case runs once, with few rows, on which hardly a kernel depends. Nothing is compared: what goes wrong here goes
     wrong again where it is seen.
     """
-    groups = _by_kernels(plans)
-    workers = min(machine.cores(), 16)
-    progress(0, 1, f"compiling in {workers} processes")
-    with (
-        contextlib.suppress(BrokenProcessPool),
-        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
-    ):
-        list(pool.map(_run_once, groups, itertools.repeat(device)))
+    progress(0, 1, "compiling in processes side by side")
+    measure.side_by_side(_run_once, _by_kernels(plans), device)
 
 
 def _by_kernels(plans: list[Plan]) -> list[set[Case]]:
