@@ -26,13 +26,18 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from rmsnorm.kernels import gpu  # noqa: E402
+from rmsnorm.kernels import launch as configuration  # noqa: E402
 from rmsnorm.kernels.launch import Gpu  # noqa: E402
 
 CAPABILITIES = (80, 90, 100)
 # Bytes of shared memory a program may have: of 8.x and 12.x as many as the smallest has (8.6, 8.9, 12.0).
 SHARED_MEMORY = {8: 99 << 10, 9: 227 << 10, 10: 227 << 10}
-# Every block size that launch.py chooses, and rows wider than its widest block.
-WIDTHS = (*(2**k for k in range(15)), 1280, 1536, 2880, 5120, 6144, 7168, 32768, 65536, 131072, 262144, 300000)
+# The widest rows of every tile that launch.py has, some between, and some that are wider than all.
+_TABLES = [
+    getattr(configuration, f"_{which}") for which in ("FORWARD", "BACKWARD", "FORWARD_STAGED", "BACKWARD_STAGED")
+]
+_WIDEST = {N for table in _TABLES for tiles in table.values() for N in tiles}
+WIDTHS = sorted(_WIDEST | {2**k for k in range(9)} | {2880, 6144, 7168, 32768, 300000})
 
 
 @pytest.fixture(autouse=True)
