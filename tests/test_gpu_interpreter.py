@@ -210,7 +210,7 @@ def every_row_counts() -> None:
     from rmsnorm.kernels import gpu
 
     with settings(MULTIPROCESSORS=1):
-        for M, N, dtype in itertools.product((1, 67, 300), (31, 512, 1281), (FP32, FP16)):
+        for (M, N), dtype in itertools.product(((1, 31), (300, 31), (67, 512), (19, 1281)), (FP32, FP16)):
             x = torch.where(draw(M, N) < 0, -1.0, 1.0).to(dtype)
             dy = draw(M, N).round().clamp(-3, 3).to(dtype)
             expected = (x * dy).sum(0, dtype=torch.float64).to(dtype)
@@ -250,8 +250,7 @@ def strides() -> None:
     with walked(16, PIECE=16, COLUMNS=16) as seen:
         for x in views[:4]:
             check(x, draw(x.shape[-1]), x.flip(-1), ds=x)
-            check(x, draw(x.shape[-1]), x)
-    assert seen >= WALKS - {("_forward_loop", False)}, seen
+    assert seen >= {(kernel, True) for kernel, _ in WALKS}, seen
 
 
 @case
