@@ -201,7 +201,8 @@ def programs_and_their_tails() -> None:
         for M in (1, 2, 63, 64, 65, 191, 193, 300):
             for needs in ((True, True), (False, True)):
                 check(draw(M, 31), draw(31), needs=needs)
-                check(draw(M, 513, dtype=FP16), draw(513, dtype=FP16), needs=needs)
+                if M in (1, 65, 193):
+                    check(draw(M, 513, dtype=FP16), draw(513, dtype=FP16), needs=needs)
 
 
 @case
