@@ -396,8 +396,8 @@ def every_row_counts(tally: Tally) -> None:
         x = torch.where(random.normal(M, N) < 0, -1.0, 1.0).to(BF16)
         dy = random.normal(M, N).mul(2).round().clamp(-3, 3).to(BF16)
         expected = (x * dy).sum(0, dtype=torch.float64)
+        rstd = torch.ones(M, device="cuda")
         for w in (random.normal(N).to(BF16), random.normal(N)):
-            rstd = torch.ones(M, device="cuda")
             for needs in ((True, True), (False, True)):
                 dw = gpu.backward(dy, None, x, w, rstd, "early", 0.0, *needs)[1]
                 tally.same(dw, expected.to(torch.float32).to(w.dtype), f"dw {M} x {N} {w.dtype} {needs}")

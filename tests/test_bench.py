@@ -150,7 +150,6 @@ def test_what_is_compiled_ahead_is_what_is_measured(mode: str, monkeypatch: pyte
 
     names = ("broken", "ours", "Definition")
     monkeypatch.setattr(peers, "PROVIDERS", tuple(peers.Provider(name, noted(name)) for name in names))
-    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # meant for a process of its own
 
     def once(calls: dict[str, Callable[[], object]], *_: object, **__: object) -> dict[str, Timing]:
         for call in calls.values():

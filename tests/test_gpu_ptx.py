@@ -33,9 +33,12 @@ CAPABILITIES = (80, 90, 100)
 # Bytes of shared memory a program may have: of 8.x and 12.x as many as the smallest has (8.6, 8.9, 12.0).
 SHARED_MEMORY = {8: 99 << 10, 9: 227 << 10, 10: 227 << 10}
 # The widest rows of every tile that launch.py has, some between, and some that are wider than all.
-_TABLES = [
-    getattr(configuration, f"_{which}") for which in ("FORWARD", "BACKWARD", "FORWARD_STAGED", "BACKWARD_STAGED")
-]
+_TABLES = (
+    configuration._FORWARD,
+    configuration._BACKWARD,
+    configuration._FORWARD_STAGED,
+    configuration._BACKWARD_STAGED,
+)
 _WIDEST = {N for table in _TABLES for tiles in table.values() for N in tiles}
 WIDTHS = sorted(_WIDEST | {2**k for k in range(9)} | {2880, 6144, 7168, 32768, 300000})
 
@@ -76,7 +79,7 @@ def launches(
     return asked
 
 
-def specialised(kernel: Any, arguments: tuple[Any, ...], flags: dict[str, Any]) -> tuple[Any, ...]:
+def specialised(kernel: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The types, constants and divisibilities that Triton's launch would take from these arguments."""
     constants: dict[tuple[int, ...], Any] = {}
     divisible: list[tuple[int, ...]] = []
@@ -100,7 +103,7 @@ def specialised(kernel: Any, arguments: tuple[Any, ...], flags: dict[str, Any]) 
     signature = {}
     for i, parameter in enumerate(kernel.params):
         if parameter.is_constexpr:
-            constants[(i,)] = flags[parameter.name]
+            constants[(i,)] = arguments[i]
             signature[parameter.name] = "constexpr"
         else:
             signature[parameter.name] = type_of((i,), arguments[i], parameter.do_not_specialize)
@@ -121,13 +124,9 @@ def compiled(kernel: Any, signature: Any, constants: Any, divisible: Any, warps:
 def compile_launch(launch: tuple[Any, ...], capability: int) -> tuple[str, Any]:
     """The name of the kernel and what it compiles to."""
     call, pointers = launch
-    kernel, config, numbers, fixed = call.kernel, call.config, call.numbers, call.flags
-    arguments = [*pointers, *numbers]
-    names = kernel.arg_names[len(arguments) :]
-    flags = dict(zip(names, fixed, strict=False)) | config.constants
-    signature, constants, divisible = specialised(kernel, tuple(arguments), flags)
-    code = compiled(kernel, tuple(signature.items()), constants, divisible, config.warps, capability)
-    return kernel.__name__, code
+    signature, constants, divisible = specialised(call.kernel, gpu._arguments(call, pointers))
+    code = compiled(call.kernel, tuple(signature.items()), constants, divisible, call.config.warps, capability)
+    return call.kernel.__name__, code
 
 
 def spilled(ptx: str, capability: int, folder: Path) -> int:
@@ -359,9 +358,7 @@ def test_every_launch_can_be_laid_ready_for_the_driver(
     for N in (7, 512, 1280, 16384, 16401, 32768, 600000):
         for call, pointers in launches(4096, N, dtype, dtype, "early", 0.0, residual):
             code = compile_launch((call, pointers), 90)[1]
-            names = call.kernel.arg_names[len(pointers) + len(call.numbers) :]
-            flags = dict(zip(names, call.flags, strict=False)) | call.config.constants
-            arguments = (*pointers, *call.numbers, *(flags[name] for name in names))
+            arguments = gpu._arguments(call, pointers)
             found = SimpleNamespace(src=code.src, metadata=code.metadata, asm={"ptx": code.asm["ptx"]}, function=1)
             assert gpu.driver.ready(found, call.grid, arguments, early=False) is not None, (N, call.kernel.__name__)
             kernels.add(call.kernel.__name__)

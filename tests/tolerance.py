@@ -109,8 +109,9 @@ def sums_of_dw(dy: Tensor, x: Tensor, rstd: Tensor, cast: str) -> tuple[Tensor, 
 def dw_too_far_off(dw: Tensor, total: Tensor, size: Tensor, rows: int) -> int:
     """How many numbers of the GPU's dw are further from the fp64 sum than its arithmetic can take them.
 
-    It sums up to LONGEST_SUM products, of so many rows, at a time in fp32, where each addition is off by 2⁻²⁴ of a partial sum at most,
-    which is below the sum of the magnitudes; then in fp64; then it rounds to fp32 and once more to its own dtype.
+    It sums up to LONGEST_SUM products at a time in fp32, of the `rows` that there are, where each addition is off by 2⁻²⁴
+    of a partial sum at most, which is below the sum of the magnitudes; then in fp64; then it rounds to fp32 and once
+    more to its own dtype.
     Where a magnitude is not finite or beyond the dtype, the order decides between inf and NaN: not compared.
     """
     wide, limits = dw.double().to(total.device), torch.finfo(dw.dtype)

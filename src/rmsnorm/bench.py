@@ -564,7 +564,6 @@ def _measure_all(
 
 def _compile_once(case: Case, device: torch.device, names: Sequence[str]) -> None:
     """One call of each provider, for the kernels that it leaves on disk."""
-    torch.set_num_threads(1)
     inputs, cotangents = _drawn(case, device)
     for provider in peers.providers(device.type, names):
         if provider.norm is not None:

@@ -131,10 +131,11 @@ def _cuda_stopwatch(device: torch.device) -> Callable[[Callable[[], object], int
 def side_by_side(work: Callable[..., object], shares: Iterable[Any], *others: Any) -> None:
     """Have new processes call `work(share, *others)` for each share, for what they leave on disk: compiled kernels.
 
-    What goes wrong there goes wrong again where it is seen, so here it is passed over.
+    There torch has one thread. What goes wrong there goes wrong again where it is seen, so here it is passed over.
     """
     workers = min(machine.cores(), 16)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for done in [pool.submit(work, share, *others) for share in shares]:
             with contextlib.suppress(Exception):
                 done.result()

@@ -714,7 +714,6 @@ def _by_kernels(plans: list[Plan]) -> list[set[Case]]:
 
 
 def _run_once(cases: set[Case], device: torch.device) -> None:
-    torch.set_num_threads(1)
     for case in cases:
         with contextlib.suppress(Exception):
             run_whole(_placed(_draw(case, 0), case.form, device), case)

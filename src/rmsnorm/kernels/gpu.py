@@ -779,16 +779,20 @@ def _run(call: _Call, pointers: tuple[Tensor | None, ...]) -> None:
         return
     if 0 in call.grid:
         return
-    names = call.kernel.arg_names[len(pointers) + len(call.numbers) :]
-    flags = dict(zip(names, call.flags, strict=False))
-    flags |= {name: value for name, value in call.config.constants.items() if name in names}
     early = call.before is not None and 0 not in call.before.grid and call.config.overlap
-    arguments = (*pointers, *call.numbers, *(flags[name] for name in names))
+    arguments = _arguments(call, pointers)
     found = call.kernel[call.grid](
         *arguments, num_warps=call.config.warps, enable_fp_fusion=False, launch_pdl=early
     )  # fmt: skip
     if aligned and found is not None:  # nothing comes back from the interpreter
         call.ready = driver.ready(found, call.grid, arguments, early)
+
+
+def _arguments(call: _Call, pointers: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    """All that the kernel takes, in its order: tensors, numbers, flags, and what the configuration holds."""
+    names = call.kernel.arg_names[len(pointers) + len(call.numbers) :]
+    flags = dict(zip(names, call.flags, strict=False)) | call.config.constants
+    return (*pointers, *call.numbers, *(flags[name] for name in names))
 
 
 def _elsewhere(device: int) -> bool:

@@ -58,6 +58,10 @@ class Shared(NamedTuple):
     programs: int = 0
     programs_ds: int = 0
 
+    def parts(self, N: int) -> int:
+        """How many share a row of N columns."""
+        return -(-N // (self.pieces * self.block_n))
+
 
 # By the bytes of a number and the most columns. Forward: rows, block_n, warps.
 _FORWARD = {
@@ -91,8 +95,8 @@ _FORWARD_STAGED = {
     4: {262144: Shared(2, 4096, 4)},
 }
 _BACKWARD_STAGED = {
-    2: {65536: Shared(4, 512, 2, 8, 6), 131072: Shared(4, 1024, 4, 4, 3), 262144: Shared(8, 1024, 4, 2, 2)},
-    4: {131072: Shared(4, 1024, 8, 2, 2), 262144: Shared(8, 1024, 8, 1, 1)},
+    2: {65536: Shared(4, 512, 2, 8, 6), 131072: Shared(4, 1024, 4, 4, 3), 262144: Shared(8, 1024, 4, 2)},
+    4: {131072: Shared(4, 1024, 8, 2), 262144: Shared(8, 1024, 8, 1)},
 }
 _FORWARD_SHARED = {
     2: {65536: Shared(4, 1024, 4), 524288: Shared(16, 1024, 4)},
@@ -153,7 +157,7 @@ def forward(N: int, itemsize: int, with_residual: bool, aligned: bool, gpu: Gpu)
     aligned: rows begin and end at multiples of 16 numbers.
     """
     if (ADD_WIDEST if with_residual else FORWARD_WIDEST) < N:
-        staged = _FORWARD_STAGED[4 if with_residual else itemsize]
+        staged = _FORWARD_STAGED[4 if with_residual else itemsize]  # with a residual the tiles of fp32 are the faster
         config = _shared(N, staged, _FORWARD_SHARED[itemsize], itemsize, aligned, gpu)
         return replace(config, overlap=config.parts > 0 and gpu.capability >= 9)
     if N <= 256:
@@ -183,9 +187,8 @@ def backward(
             return config
         # One round of the GPU, so that no row waits for a program of the next; more where dy is wider than x or rows
         # cannot wait in shared memory, which takes more registers.
-        like = _narrowest(_BACKWARD_STAGED[itemsize], min(N, max(_BACKWARD_STAGED[itemsize])))
-        parts = -(-N // (like.pieces * like.block_n))
-        at_once = MULTIPROCESSORS * (like.programs_ds if with_ds else like.programs) // parts
+        like = _narrowest(_BACKWARD_STAGED[itemsize], N)
+        at_once = MULTIPROCESSORS * _at_once(like, with_ds) // like.parts(N)
         programs = _programs(M, max(1, at_once), 1, longest)
         return replace(config, stages=STAGES if config.staged else 1, programs=programs, overlap=overlap)
     if N <= 256:
@@ -195,9 +198,8 @@ def backward(
     else:
         tile = _narrowest(_BACKWARD[itemsize], N)
         tile = tile._replace(rows=tile.rows if N % 16 == 0 else 1)
-    rows, block_n, warps, programs, most, programs_ds = tile
-    if with_ds:
-        programs = programs_ds or programs
+    rows, block_n, warps, _, most, _ = tile
+    programs = _at_once(tile, with_ds)
     pieces = -(-N // block_n)
     if dw_itemsize == 0:
         return Launch(block_n, warps, rows, pieces, programs=-(-M // rows))
@@ -247,18 +249,18 @@ def _shared(
     gpu: Gpu,
 ) -> Launch:
     """Of the first tiles for rows as wide that the GPU has room for, in shared memory if may be; a walk if none are."""
-    for widest, (pieces, block_n, warps, *_) in staged.items() if aligned and N % 16 == 0 else ():
-        config = Launch(block_n, warps, 1, pieces, -(-N // (block_n * pieces)), staged=True)
-        fits = pieces * block_n * bytes_a_column + 1024 <= gpu.shared_memory
-        if widest >= N and fits and ROOM * config.parts <= gpu.multiprocessors:
-            return config
-    for widest, (pieces, block_n, warps, *_) in tiles.items():
-        parts = -(-N // (block_n * pieces))
+    for widest, tile in staged.items() if aligned and N % 16 == 0 else ():
+        parts = tile.parts(N)
+        fits = tile.pieces * tile.block_n * bytes_a_column + 1024 <= gpu.shared_memory
+        if widest >= N and fits and ROOM * parts <= gpu.multiprocessors:
+            return Launch(tile.block_n, tile.warps, 1, tile.pieces, parts, staged=True)
+    for widest, tile in tiles.items():
+        parts = tile.parts(N)
         if widest >= N and ROOM * parts <= gpu.multiprocessors:
-            if N % 16:  # narrow loads take more registers, and more threads cost them nothing
-                warps *= 2
+            # Narrow loads take more registers, and more threads cost them nothing.
+            warps = tile.warps if N % 16 == 0 else 2 * tile.warps
             if warps <= 8:
-                return Launch(block_n, warps, 1, pieces, parts)
+                return Launch(tile.block_n, warps, 1, tile.pieces, parts)
     return Launch(PIECE, 16, parts=0)
 
 
@@ -271,6 +273,11 @@ def _narrow(N: int, size: int) -> tuple[int, int]:
 def _narrowest(tiles: dict[int, AnyTile], N: int) -> AnyTile:
     """Of those for rows as wide or wider."""
     return next(tile for widest, tile in tiles.items() if widest >= N)
+
+
+def _at_once(tile: Tile | Shared, with_ds: bool) -> int:
+    """The programs of a multiprocessor."""
+    return (with_ds and tile.programs_ds) or tile.programs
 
 
 def _stages(tile_bytes: int, available: int, most: int) -> int:
