@@ -21,13 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmsnorm import machine, measure
+from rmsnorm import bench, machine, measure, peers
+from rmsnorm.bench import Case
 from rmsnorm.errors import CommandError
 from rmsnorm.kernels import gpu, launch
 from rmsnorm.kernels.launch import Launch
 
-EPS = 1e-6
-SHARES = 16  # of the kernels to compile, each a process's
+# What the benchmark calls the passes.
+MODES = {
+    "forward": bench.FORWARD,
+    "add": bench.ADD_FORWARD,
+    "backward": bench.BACKWARD,
+    "add-backward": bench.ADD_BACKWARD,
+}
+DEVICE = torch.device("cuda")
+FLAGS = ("staged", "overlap")  # fields that are not numbers
 
 
 def _known(given: str, known: Sequence[str], what: str) -> None:
@@ -49,7 +57,7 @@ class Sweep:
     def parse(cls, text: str) -> "Sweep":
         """From a command's argument; raises ArgumentTypeError, whose message says what would do."""
         kind, shape, dtype, *fields = *text.split(), "", "", ""
-        _known(kind, ("forward", "add", "backward", "add-backward"), "pass")
+        _known(kind, tuple(MODES), "pass")
         _known(dtype, ("bfloat16", "float16", "float32"), "dtype")
         try:
             M, N = map(int, shape.split("x"))
@@ -59,18 +67,24 @@ class Sweep:
             }
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r}: give sizes as 8192x1280, and fields as warps=2,4") from None
-        for name, of in values.items():
-            _known(name, tuple(field.name for field in dataclasses.fields(Launch)), "field")
-            if min(of) < (0 if name in ("staged", "overlap") else 1):
-                raise argparse.ArgumentTypeError(f"{name}={min(of)}: give numbers of at least 1")
         if min(M, N) < 1:
             raise argparse.ArgumentTypeError(f"{shape}: give sizes of at least 1")
-        for name in {"staged", "overlap"} & set(values):
-            values[name] = tuple(map(bool, values[name]))
+        for name, of in values.items():
+            _known(name, tuple(field.name for field in dataclasses.fields(Launch)), "field")
+            least = 0 if name in FLAGS else 1
+            if min(of) < least:
+                raise argparse.ArgumentTypeError(f"{name}={min(of)}: give numbers of at least {least}")
+            if name in FLAGS:
+                values[name] = tuple(map(bool, of))
         return cls(kind, M, N, getattr(torch, dtype), tuple(values.items()))
 
     def __str__(self) -> str:
         return f"{self.kind} {self.M} x {self.N} {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def case(self) -> Case:
+        """The benchmark's, whose inputs and copy are taken."""
+        return Case(self.M, self.N, self.dtype, MODES[self.kind])
 
     @property
     def passes(self) -> str:
@@ -99,30 +113,27 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Tensors:
-    """Random inputs and cotangents of a sweep."""
+    """Random inputs of a sweep, and its cotangents: (x, w) or (x, residual, w), and (dy,) or (dy, ds)."""
 
     sweep: Sweep
-    rows: tuple[Tensor, ...]
-    w: Tensor
+    inputs: tuple[Tensor, ...]
+    cotangents: tuple[Tensor, ...]
     rstd: Tensor
 
     @classmethod
     def drawn(cls, sweep: Sweep) -> "Tensors":
-        torch.manual_seed(sweep.N)
-        count = {"forward": 1, "add": 2, "backward": 2, "add-backward": 3}[sweep.kind]
-        rows = tuple(torch.randn(sweep.M, sweep.N, device="cuda").to(sweep.dtype) for _ in range(count))
-        w = (torch.rand(sweep.N, device="cuda") + 0.5).to(sweep.dtype)
-        rstd = gpu.forward(rows[0], None, w, EPS, "early", 0.0, True)[2]
+        inputs, cotangents = bench._drawn(sweep.case, DEVICE)
+        rstd = gpu.forward(inputs[0], None, inputs[-1], peers.EPS, "early", 0.0, True)[2]
         assert rstd is not None
-        return cls(sweep, rows, w, rstd)
+        return cls(sweep, inputs, cotangents, rstd)
 
     def run(self) -> tuple[Tensor | None, ...]:
         """What the pass computes; what must have the same bits whatever the configuration, first."""
-        x, *others = self.rows
+        x, *residual, w = self.inputs
         if self.sweep.passes == "forward":
-            return gpu.forward(x, others[0] if others else None, self.w, EPS, "early", 0.0, False)
-        dy, ds = others[0], others[1] if len(others) > 1 else None
-        return gpu.backward(dy, ds, x, self.w, self.rstd, "early", 0.0, True, True)
+            return gpu.forward(x, residual[0] if residual else None, w, peers.EPS, "early", 0.0, False)
+        dy, *ds = self.cotangents
+        return gpu.backward(dy, ds[0] if ds else None, x, w, self.rstd, "early", 0.0, True, True)
 
 
 @contextlib.contextmanager
@@ -149,19 +160,21 @@ def in_use(sweep: Sweep) -> Launch:
     return launch.backward(sweep.M, sweep.N, size, size, size, adds, aligned, of)
 
 
-def compile_some(share: tuple[int, int], sweeps: list[Sweep]) -> None:
-    """Into the cache on disk, every so many of the kernels; what fails, fails again where it is seen."""
-    for sweep in sweeps:
-        try:
-            tensors = Tensors.drawn(sweep)
-        except torch.OutOfMemoryError:  # beside the other processes
-            continue
-        configs = sweep.configs(in_use(sweep))
-        kernels = list(dict.fromkeys(dataclasses.replace(config, programs=1) for config in configs))
-        for config in configs:
-            if kernels.index(dataclasses.replace(config, programs=1)) % share[1] == share[0]:
-                with using(sweep, config), contextlib.suppress(Exception):
-                    tensors.run()
+def kernels(sweep: Sweep) -> list[tuple[Sweep, list[Launch]]]:
+    """The configurations, those together that one kernel serves."""
+    found: dict[Launch, list[Launch]] = {}
+    for config in sweep.configs(in_use(sweep)):
+        found.setdefault(dataclasses.replace(config, programs=1), []).append(config)
+    return [(sweep, configs) for configs in found.values()]
+
+
+def compile_one(kernel: tuple[Sweep, list[Launch]]) -> None:
+    """Into the cache on disk, with the sums that its numbers of programs take."""
+    sweep, configs = kernel
+    tensors = Tensors.drawn(sweep)
+    for config in configs:
+        with using(sweep, config), contextlib.suppress(Exception):
+            tensors.run()
 
 
 def measured(sweep: Sweep, seconds: float) -> dict[str, Any]:
@@ -169,9 +182,7 @@ def measured(sweep: Sweep, seconds: float) -> dict[str, Any]:
     tensors = Tensors.drawn(sweep)
     configs = sweep.configs(in_use(sweep))
     expected = tensors.run()
-    size = sweep.M * sweep.N * sweep.dtype.itemsize * {"forward": 2, "backward": 3}.get(sweep.kind, 4) // 2
-    source, target = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
-    calls: dict[str, Any] = {"copy": lambda: target.copy_(source)}
+    calls: dict[str, Any] = {"copy": bench._copy(sweep.case, DEVICE)}
     found: dict[str, Any] = {"copy": {}}
     for config in configs:
         name = difference(configs[0], config)
@@ -193,7 +204,7 @@ def measured(sweep: Sweep, seconds: float) -> dict[str, Any]:
         if sweep.passes == "backward":
             assert isinstance(other, Tensor)
             found[name]["dw_differs"] = other.ne(expected[1]).float().mean().item()  # type: ignore[arg-type]
-    timings = measure.interleave(calls, tensors.w.device, samples=31, seconds=seconds)
+    timings = measure.interleave(calls, DEVICE, samples=31, seconds=seconds)
     return {
         name: what | ({"us": round(timings[name].median * 1e6, 2)} if name in timings else {})
         for name, what in found.items()
@@ -217,10 +228,9 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no GPU that torch can use here")
-    device = machine.find_device("cuda")
     if options.out is not None:
         measure.check_folder(options.out)
-    measure.side_by_side(compile_some, [(i, SHARES) for i in range(SHARES)], options.sweeps)
+    measure.side_by_side(compile_one, [kernel for sweep in options.sweeps for kernel in kernels(sweep)])
     results = []
     for sweep in options.sweeps:
         found = measured(sweep, options.seconds)
@@ -234,7 +244,7 @@ def main() -> None:
             print(f"  {of_copy}  {name}" + (f"  dw: {dw:.1%} differ" if dw else ""))
         sys.stdout.flush()
         if options.out is not None:
-            measure.write_json(options.out / "tiles.json", {"machine": machine.describe(device), "sweeps": results})
+            measure.write_json(options.out / "tiles.json", {"machine": machine.describe(DEVICE), "sweeps": results})
 
 
 if __name__ == "__main__":
