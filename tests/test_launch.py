@@ -105,14 +105,28 @@ def test_without_rows_there_is_nothing_to_launch() -> None:
 
 def test_programs_depend_on_shapes_and_dtypes_and_not_on_the_gpu() -> None:
     widths = (1, 64, 640, 1280, 1536, 3072, 8192, 10240, 16384, 131072)
-    for M, N, itemsize, of_dw, with_ds in itertools.product(ROWS, widths, (2, 4), (2, 4), (False, True)):
+    sizes = ((2, 2), (2, 4), (4, 4))  # of a number of x, and of dy
+    for M, N, (of_x, of_dy), of_dw, with_ds in itertools.product(ROWS, widths, sizes, (2, 4), (False, True)):
         programs = {
-            launch.backward(M, N, itemsize, of_dy, of_dw, with_ds, aligned, launch.Gpu(*gpu)).programs
-            for of_dy, aligned in itertools.product({itemsize, 4}, {False, N % 16 == 0})
+            launch.backward(M, N, of_x, of_dy, of_dw, with_ds, aligned, launch.Gpu(*gpu)).programs
+            for aligned in {False, N % 16 == 0}
             for gpu in itertools.product((99 << 10, 227 << 10), (64, 132, 148), (8, 9, 10))
         }
         assert len(programs) == 1
         assert len({launch.dw_alone(M, N, loaded, of_dw, H200).programs for loaded in (4, 6, 8)}) == 1
+
+
+def test_what_takes_more_registers_runs_in_fewer_programs() -> None:
+    """A dy wider than x as a gradient through s, and narrow loads in one program a multiprocessor."""
+    for N in (1536, 3072, 16384, 65536, 131072):
+        plain, wide, with_ds = (
+            launch.backward(8192, N, 2, of_dy, 2, with_ds, True, H200).programs
+            for of_dy, with_ds in ((2, False), (4, False), (2, True))
+        )
+        assert wide == with_ds < plain, N
+    for N in (8200, 32776):
+        config = launch.backward(8192, N, 2, 2, 2, False, False, H200)
+        assert launch.MULTIPROCESSORS // 2 < config.programs * config.parts <= launch.MULTIPROCESSORS, N
 
 
 def test_programs_that_wait_for_each_other_have_room_on_the_gpu() -> None:

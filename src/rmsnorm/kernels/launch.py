@@ -37,8 +37,8 @@ MOST_PARTS = 32
 class Tile(NamedTuple):
     """How the backward pass holds whole rows.
 
-    programs: on a multiprocessor at once; programs_ds: with a gradient through s, which takes more registers, if not as
-    many. stages: tiles under way and in work.
+    programs: on a multiprocessor at once; programs_more: with a gradient through s or a dy wider than x, which take
+    more registers, if not as many. stages: tiles under way and in work.
     """
 
     rows: int
@@ -46,17 +46,17 @@ class Tile(NamedTuple):
     warps: int
     programs: int
     stages: int = 3
-    programs_ds: int = 0
+    programs_more: int = 0
 
 
 class Shared(NamedTuple):
-    """How programs share a row. programs, programs_ds: as of a `Tile`."""
+    """How programs share a row. programs, programs_more: as of a `Tile`."""
 
     pieces: int
     block_n: int
     warps: int
     programs: int = 0
-    programs_ds: int = 0
+    programs_more: int = 0
 
     def parts(self, N: int) -> int:
         """How many share a row of N columns."""
@@ -85,7 +85,7 @@ _BACKWARD = {
     },
     4: {
         512: Tile(2, 512, 2, 2), 768: Tile(2, 256, 2, 4), 1024: Tile(2, 512, 2, 2), 1280: Tile(2, 256, 2, 4),
-        1536: Tile(2, 512, 4, 2, 2), 3072: Tile(2, 1024, 8, 1), 4096: Tile(1, 2048, 16, 1), 5120: Tile(1, 1024, 8, 1),
+        1536: Tile(2, 512, 4, 3, 2), 3072: Tile(2, 1024, 8, 1), 4096: Tile(1, 2048, 16, 1), 5120: Tile(1, 1024, 8, 1),
         8192: Tile(1, 2048, 16, 1),
     },
 }  # fmt: skip
@@ -179,16 +179,17 @@ def backward(
     """
     overlap = gpu.capability >= 9
     longest = LONGEST_SUM.get(dw_itemsize, M)
+    more = with_ds or dy_itemsize > itemsize
     if (BACKWARD_WIDEST[itemsize] if N % 16 == 0 else min(BACKWARD_WIDEST[itemsize], UNALIGNED_WIDEST)) < N:
         # Beside the rows the weight, in 4 bytes at most, where there are more than 32 columns a thread.
         bytes_a_column = STAGES * (itemsize + dy_itemsize) + (4 if itemsize == 2 else 0)
         config = _shared(N, _BACKWARD_STAGED[itemsize], _BACKWARD_SHARED[itemsize], bytes_a_column, aligned, gpu)
         if config.parts == 0:
             return config
-        # One round of the GPU, so that no row waits for a program of the next; more where dy is wider than x or rows
-        # cannot wait in shared memory, which takes more registers.
+        # One round of the GPU, so that no row waits for a program of the next; one program a multiprocessor where loads
+        # are narrow, which take more registers.
         like = _narrowest(_BACKWARD_STAGED[itemsize], N)
-        at_once = MULTIPROCESSORS * _at_once(like, with_ds) // like.parts(N)
+        at_once = MULTIPROCESSORS * (_at_once(like, more) if N % 16 == 0 else 1) // like.parts(N)
         programs = _programs(M, max(1, at_once), 1, longest)
         return replace(config, stages=STAGES if config.staged else 1, programs=programs, overlap=overlap)
     if N <= 256:
@@ -199,7 +200,7 @@ def backward(
         tile = _narrowest(_BACKWARD[itemsize], N)
         tile = tile._replace(rows=tile.rows if N % 16 == 0 else 1)
     rows, block_n, warps, _, most, _ = tile
-    programs = _at_once(tile, with_ds)
+    programs = _at_once(tile, more)
     pieces = -(-N // block_n)
     if dw_itemsize == 0:
         return Launch(block_n, warps, rows, pieces, programs=-(-M // rows))
@@ -275,9 +276,9 @@ def _narrowest(tiles: dict[int, AnyTile], N: int) -> AnyTile:
     return next(tile for widest, tile in tiles.items() if widest >= N)
 
 
-def _at_once(tile: Tile | Shared, with_ds: bool) -> int:
-    """The programs of a multiprocessor."""
-    return (with_ds and tile.programs_ds) or tile.programs
+def _at_once(tile: Tile | Shared, more: bool) -> int:
+    """The programs of a multiprocessor; `more`: that take more registers."""
+    return (more and tile.programs_more) or tile.programs
 
 
 def _stages(tile_bytes: int, available: int, most: int) -> int:
