@@ -1,4 +1,4 @@
-"""What several test files share: seeded numbers, poisoned memory, and torch put back as it was."""
+"""What several test files share: seeded numbers, poisoned memory, torch and the host put back as they were."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,11 +7,23 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+from rmsnorm.kernels import host
+from rmsnorm.ops import wait_for_host
+
 # The same examples on every run and no time limit, so that a slow machine fails nothing.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=30)
 settings.load_profile("fixed")
 
 Draw = Callable[..., Tensor]
+
+
+@pytest.fixture(autouse=True)
+def nothing_learned() -> Iterator[None]:
+    """The first call of a test goes through Python; those of its kind that follow do not, where there is a compiler."""
+    wait_for_host()
+    host.forget()
+    yield
+    host.forget()
 
 
 @pytest.fixture

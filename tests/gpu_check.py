@@ -9,6 +9,7 @@ own, since one illegal access spoils a process for all that follows; several run
 import argparse
 import glob
 import importlib
+import itertools
 import json
 import math
 import os
@@ -30,6 +31,7 @@ from torch import Tensor  # noqa: E402
 
 import tolerance  # noqa: E402
 from rmsnorm import add_rms_norm, explain, machine, reference, rms_norm  # noqa: E402
+from rmsnorm.ops import wait_for_host  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SPECS = (("early", 0.0), ("late", 0.0), ("late", 1.0))
@@ -455,6 +457,35 @@ def dispatch(tally: Tally) -> None:
             tally.near(b.grad, dy, x, rstd, "early", f"{trained}")
 
 
+@check
+def host(tally: Tally) -> None:
+    """Calls that the C++ makes, and their gradients, beside the first of each kind, which Python makes."""
+    kernels()
+    random = Draw(18)
+    wait_for_host()
+    tally.notes.append(explain(random.rows(2, 64, dtype=BF16)))
+    shapes = ((16, 1280), (3, 100), (1, 1), (70000, 128), (4096, 7168), (999, 16400), (97, 40000), (5, 300001))
+    dtypes = (torch.float32, BF16, torch.float16)
+    for (M, N), of_x, of_w, adds in itertools.product(shapes, dtypes, (torch.float32, BF16, None), (False, True)):
+        x, residual = (random.rows(M, N, dtype=of_x).requires_grad_() for _ in range(2))
+        for trained in (False, True) if of_w is not None else (False,):
+            w = None if of_w is None else random.normal(N).to(of_w).requires_grad_(trained)
+            leaves = [x, *([residual] if adds else []), *([w] if trained and w is not None else [])]
+            runs = []
+            for turn in range(3):
+                outputs = add_rms_norm(x, residual, w) if adds else (rms_norm(x, w),)
+                if turn == 0:
+                    cotangents = [random.rows(M, N, dtype=y.dtype) for y in outputs]
+                node = outputs[0].grad_fn
+                tally.true(turn == 0 or "_Norm" not in type(node).__name__, f"{M} x {N} {of_x} {of_w}: Python, {turn}")
+                runs.append([*(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, cotangents)])
+            with torch.no_grad():
+                runs += [[*add_rms_norm(x, residual, w)] if adds else [rms_norm(x, w)] for _ in range(2)]
+            for turn, run in enumerate(runs[1:], 1):
+                for index, (got, first) in enumerate(zip(run, runs[0], strict=False)):
+                    tally.same(got, first, f"{M} x {N} {of_x} {of_w} adds={adds} call {turn} output {index}")
+
+
 def step(x: Tensor, residual: Tensor, w: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
     """A forward and backward pass through both public functions."""
     a, b, c = (t.detach().requires_grad_() for t in (x, residual, w))
@@ -660,9 +691,10 @@ def main() -> int:
         print(json.dumps(run_here(options.check)))
         return 0
     # The longest first, so that none is left over at the end.
-    first = ("beyond_2_31_rows", "sanitizer", "compiled", "against_cpu")
+    first = ("beyond_2_31_rows", "sanitizer", "host", "compiled", "against_cpu")
     names = options.only or [*first, *(name for name in CHECKS if name not in first)]
     about, start = versions(), time.monotonic()
+    wait_for_host()
     results = run_all(names)
     green = all(result["state"] != "red" for result in results)
     if options.out is not None:

@@ -6,6 +6,7 @@ import gc
 import threading
 import time
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ triton = pytest.importorskip("triton", reason="Triton is not installed, so there
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from rmsnorm.kernels import driver, gpu  # noqa: E402
+from rmsnorm import ops  # noqa: E402
+from rmsnorm.kernels import driver, gpu, host  # noqa: E402
 
 POINTER = ctypes.sizeof(ctypes.c_void_p)
 
@@ -94,6 +96,42 @@ def test_a_launch_hands_on_what_the_kernel_takes(cuda: Driver, compiled: Compile
     assert late(1, [1, 2])
     assert cuda.launched[2][0] == (5, 2, 1)
     assert cuda.launched[2][4] == []
+
+
+def test_the_host_launches_the_same(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> None:
+    """C++ hands cuLaunchKernelEx what Python does, but for the stream and the addresses, which are its own."""
+    ops.wait_for_host()
+    if host.described() != "called from C++":
+        pytest.skip(host.described())
+    seen: list[tuple[Any, ...]] = []
+
+    def launch(configuration: int, function: int, arguments: Any, extra: int | None) -> int:
+        held = driver._Configuration.from_address(configuration)
+        values = [ctypes.string_at(arguments[i], size) for i, size in enumerate(SIZES)]
+        early = [(held.attributes[i].id, held.attributes[i].value) for i in range(held.attribute_count)]
+        seen.append(
+            (tuple(held.grid), tuple(held.block), held.shared_memory, held.stream, early, function, extra, values)
+        )
+        return 0
+
+    kind = ctypes.CFUNCTYPE(
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p
+    )
+    library = SimpleNamespace(cuLaunchKernelEx=kind(launch))
+    monkeypatch.setattr(driver, "_library", lambda: library)
+    for early in (False, True):
+        ready = driver.ready(compiled, (5, 2), ARGUMENTS, early)
+        assert ready is not None
+        assert ready(0, [4096, 8192])
+        x, w, y = torch.randn(4, 32), torch.randn(32), torch.empty(4, 32)
+        launches = [ready.launch([(0, x), (3, y)])]
+        fresh = ((y, host.LIKE_ROWS), (None, 0), (None, 0))
+        host.learned((x, None, w), (1e-6, "early", 0.0, False), fresh, launches, 15, ready)
+        made = host.norm(x, None, w, 1e-6, "early", 0.0)
+        python, cpp = seen[-2:]
+        assert cpp[:7] == python[:7]
+        assert cpp[7][2:] == python[7][2:]
+        assert cpp[7][:2] == [number(x.data_ptr(), 8), number(made.data_ptr(), 8)]
 
 
 def test_numbers_are_as_wide_as_their_type_and_tuples_are_taken_apart() -> None:

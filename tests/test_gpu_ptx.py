@@ -25,7 +25,7 @@ from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
-from rmsnorm.kernels import gpu  # noqa: E402
+from rmsnorm.kernels import gpu, host  # noqa: E402
 from rmsnorm.kernels import launch as configuration  # noqa: E402
 from rmsnorm.kernels.launch import Gpu  # noqa: E402
 
@@ -431,3 +431,60 @@ def test_the_second_launch_goes_straight_to_what_was_compiled(monkeypatch: pytes
         before = len(compiled_with)
         changed()
         assert (len(compiled_with), len(launched)) == (before + 1, 4)
+
+
+_PLACES = {
+    3: ("x", "residual", "w", "y", "s", "rstd", "shares"),
+    5: ("dy", "ds", "x", "w", "rstd", "dx", "dw", "partials", "shares"),
+}  # by how many are inputs
+
+
+def test_the_host_learns_every_launch_with_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order in which they ran, and each tensor at the place that its name has."""
+    ran: list[Any] = []
+    learned: list[tuple[Any, ...]] = []
+
+    def run(call: Any, pointers: tuple[Any, ...]) -> None:
+        ran.append(call)
+        call.ready = SimpleNamespace(launch=lambda tensors: (call, tensors))
+
+    monkeypatch.setattr(gpu, "_run", run)
+    monkeypatch.setattr(gpu, "_gpu", lambda device: Gpu(SHARED_MEMORY[9], capability=9))
+    monkeypatch.setattr(gpu.host, "learns", lambda: True)
+    monkeypatch.setattr(gpu.host, "learned", lambda *all_of_it: learned.append(all_of_it))
+    kernels = set()
+    for N, adds, of_w, (need_dx, need_dw) in itertools.product(
+        (7, 1280, 16384, 16401, 32768, 600000),
+        (False, True),
+        (FP32, None),
+        ((True, True), (True, False), (False, True)),
+    ):
+        x, dy = (torch.empty(64, N, dtype=BF16, device="meta") for _ in range(2))
+        w = None if of_w is None else torch.empty(N, dtype=of_w, device="meta")
+        residual = torch.empty_like(x) if adds else None
+        y, s, rstd = gpu.forward(x, residual, w, 1e-6, "late", 0.0, with_rstd=need_dw)
+        ds = torch.empty_like(x) if adds else None
+        rstd = torch.empty(64, device="meta") if rstd is None else rstd
+        dx, dw = gpu.backward(dy, ds, x, w, rstd, "late", 0.0, need_dx, need_dw)
+        for inputs, spec, fresh, launched, aligned, keeps in learned:
+            assert spec == ((1e-6, "late", 0.0, need_dw) if len(inputs) == 3 else ("late", 0.0, need_dx, need_dw))
+            assert aligned == 15
+            assert len(keeps) == len(launched)
+            tensors = (*inputs, *(t for t, _ in fresh))
+            assert len(tensors) == len(_PLACES[len(inputs)])
+            sizes = {host.LIKE_ROWS: (64, N), host.A_NUMBER_A_ROW: (64,), host.LIKE_WEIGHT: (N,)}
+            assert all(t.shape == sizes[size] if size < 0 else t.numel() == size for t, size in fresh if t is not None)
+            for call, given in launched:
+                kernels.add(call.kernel.__name__)
+                named = [_PLACES[len(inputs)].index(n) for n in call.kernel.arg_names if n in _PLACES[len(inputs)]]
+                assert [place for place, _ in given] == [i for i in named if tensors[i] is not None]
+                assert all(tensors[place] is t for place, t in given)
+        assert [call for _, _, _, launched, _, _ in learned for call, _ in launched] == ran
+        assert (y.shape, s is None, dx is None, dw is None) == (
+            x.shape, not adds, not need_dx, not need_dw or w is None)  # fmt: skip
+        learned.clear()
+        ran.clear()
+    assert kernels == {
+        "_forward_block", "_forward_staged", "_forward_loop", "_backward_block", "_backward_staged", "_backward_loop",
+        "_dw_alone", "_sum_partials", "_no_shares_yet",
+    }  # fmt: skip

@@ -13,7 +13,7 @@ ORDER = [
     "errors", "spec", "hardware", "machine", "reference", "kernels", "distributed", "ops", "module", "measure",
     "proof", "models", "cost", "predict", "verify", "world", "plot", "peers", "bench", "report", "cli",
 ]  # fmt: skip
-KERNELS = ["rows", "threads", "launch", "driver", "cpu", "gpu"]
+KERNELS = ["build", "host", "rows", "threads", "launch", "driver", "cpu", "gpu"]
 
 SIGNATURES = {
     "rms_norm": "x, weight=None, eps=1e-06, *, cast='early', offset=0.0",

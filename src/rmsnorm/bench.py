@@ -22,6 +22,7 @@ import rmsnorm
 from rmsnorm import machine, measure, peers, plot, reference
 from rmsnorm.errors import CommandError
 from rmsnorm.measure import Progress, Timing
+from rmsnorm.ops import wait_for_host
 from rmsnorm.peers import EPS, Provider, definition
 
 FORWARD, BACKWARD, TRAINING = "forward", "backward", "forward+backward"
@@ -544,6 +545,7 @@ def _measure_all(
     facts = machine.describe(where)
     besides = any((case.mode, case.dtype) == (FORWARD, torch.bfloat16) for case in todo)
     cuda = besides and where.type == "cuda"
+    wait_for_host()
     if where.type == "cuda":
         progress(0, 1 + len(todo), "compiling in processes side by side")
         measure.side_by_side(_compile_once, todo, where, names)

@@ -3,12 +3,14 @@
     rms_norm, add_rms_norm  ->  _Norm (autograd)  ->  _forward, _backward
                                                         |- plain tensors: straight to the kernel, a few microseconds
                                                         `- anything else: torch.ops.rmsnorm.*, then the kernel
+    what was called before, with plain tensors  ->  host.norm, autograd included, without Python
 
 The operators are opaque on purpose: a compiler that traced through them would fuse the arithmetic and lose its bits.
 What is not plain (torch.compile, export, subclasses such as DTensor, fake tensors, vmap, dispatch modes) meets them
 as one node with a schema, a fake, and a rule for vmap.
 """
 
+import contextlib
 import functools
 import importlib
 import sys
@@ -23,6 +25,7 @@ from torch.nn import Parameter
 
 from rmsnorm import reference
 from rmsnorm.errors import complaint
+from rmsnorm.kernels import host
 from rmsnorm.spec import DTYPES, Cast, check_spec, check_tensors
 
 
@@ -39,6 +42,10 @@ def rms_norm(
     Differentiable once, in reverse and in forward mode; a second derivative raises. Raises TypeError or ValueError,
     naming the argument, for what makes no sense.
     """
+    if not torch.compiler.is_compiling():
+        y = host.norm(x, None, weight, eps, cast, offset)
+        if y is not None:
+            return y  # type: ignore[no-any-return]
     check_spec("rms_norm", eps, cast, offset)
     check_tensors("rms_norm", x, None, weight, offset)
     return _norm(x, None, weight, eps, cast, offset)[0]  # type: ignore[no-any-return]
@@ -58,9 +65,13 @@ def add_rms_norm(
     x and residual: (..., N), of the same shape. The rest is as for `rms_norm`. In the backward pass the gradient
     that arrives through s is added in fp32, before the one cast.
     """
-    check_spec("add_rms_norm", eps, cast, offset)
     if residual is None:
         raise TypeError(complaint("add_rms_norm", "residual", "is a NoneType", "a torch.Tensor"))
+    if not torch.compiler.is_compiling():
+        outputs = host.norm(x, residual, weight, eps, cast, offset)
+        if outputs is not None:
+            return outputs  # type: ignore[no-any-return]
+    check_spec("add_rms_norm", eps, cast, offset)
     check_tensors("add_rms_norm", x, residual, weight, offset)
     y, s = _norm(x, residual, weight, eps, cast, offset)[:2]
     return y, s
@@ -74,11 +85,14 @@ def explain(
     cast: Cast = "early",
     offset: float = 0.0,
 ) -> str:
-    """Which kernel `rms_norm(x, weight)` would run (with a residual: `add_rms_norm`), and why. Runs nothing."""
+    """Which kernel `rms_norm(x, weight)` would run (with a residual: `add_rms_norm`), and why. Computes nothing."""
     check_spec("explain", 0.0, cast, offset)
     check_tensors("explain", x, residual, weight, offset)
     kernel, reason = _choose(x, residual, weight)
     name = getattr(kernel, "NAME", "the reference, in plain torch")
+    if kernel is not reference and _plain(x, residual, weight):
+        host.look(_in_python)
+        reason = host.described()
     lines = [f"{x.device.type}, {str(x.dtype).removeprefix('torch.')}: {name}" + (f" ({reason})" if reason else "")]
     copied = [
         label
@@ -104,16 +118,24 @@ def warmup(
     weight_dtypes: tuple[torch.dtype, ...] | None = None,
     hidden_size: int = 128,
 ) -> None:
-    """Compile ahead of time what a first call would: forward and backward, for each dtype of x and of the weight.
+    """Compile ahead of time what a first call would: forward and backward, for each dtype of x and of the weight, and
+    the host's C++.
 
     weight_dtypes: those to pair with every dtype of x; by default each x is paired with its own dtype and float32.
     """
+    wait_for_host()
     for dtype in dtypes:
         for weight_dtype in dict.fromkeys(weight_dtypes or (dtype, torch.float32)):
             for cast in ("early", "late"):
                 x = torch.ones(1, hidden_size, dtype=dtype, device=device, requires_grad=True)
                 w = torch.ones(hidden_size, dtype=weight_dtype, device=device, requires_grad=True)
                 rms_norm(x, w, cast=cast).sum().backward()
+
+
+def wait_for_host() -> None:
+    """Until it is compiled and loaded, if it can be: `explain` says what came of it."""
+    with contextlib.suppress(host.Unusable):
+        host.load(_in_python)
 
 
 # --- who computes --------------------------------------------------------------------------------------------
@@ -166,9 +188,9 @@ def _plain(*tensors: Tensor | None) -> bool:
         or torch.compiler.is_compiling()
     ):
         return False
-    for t in tensors:  # noqa: SIM110  # a generator takes a microsecond
-        if t is not None and (type(t) not in _PLAIN_TYPES or t.is_meta or t.is_neg()):
-            return False  # is_neg: a minus sign that torch has not yet applied to the memory
+    for t in tensors:
+        if t is not None and (type(t) not in _PLAIN_TYPES or t.is_meta or t.is_neg() or t._is_zerotensor()):
+            return False  # is_neg: a minus sign that torch has not yet applied to the memory; zeros have none
     return True
 
 
@@ -221,6 +243,8 @@ def _norm(
         with_rstd = torch.is_grad_enabled()
         return torch.ops.rmsnorm.forward.default(x, residual, w, eps, cast, offset, with_rstd)  # type: ignore[no-any-return]
     plain = _plain(x, residual, w)
+    if plain:
+        host.look(_in_python)
     if forward_ad._current_level >= 0 or (not plain and torch._C._are_functorch_transforms_active()):
         return _TransformedNorm.apply(x, residual, w, eps, cast, offset)  # type: ignore[no-any-return, no-untyped-call]
     if torch.is_grad_enabled() and (
@@ -273,9 +297,20 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        # Grad mode here means create_graph: then the gradient must stay tied to its inputs, to raise if it is used.
-        tied = torch.is_grad_enabled() or forward_ad._current_level >= 0
-        return *_gradients(ctx, dy, ds, _Backward.apply if tied else _backward), None
+        return *_gradients(ctx, dy, ds, _Backward.apply if _tied() else _backward), None
+
+
+def _in_python(
+    dy: Tensor, ds: Tensor | None, rows: Tensor, w: Tensor | None, rstd: Tensor, *rest: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of what the host has computed, where it cannot take them itself."""
+    run = _Backward.apply if _tied() else _backward
+    return run(dy, ds, rows, w, rstd, *rest)
+
+
+def _tied() -> bool:
+    """Whether gradients must stay tied to their inputs, to raise if they are differentiated: under create_graph."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 # Past a function in Python that is there for what `_plain` and `_leaked` rule out, and takes a few microseconds.

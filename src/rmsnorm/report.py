@@ -17,6 +17,7 @@ from rmsnorm import machine, measure
 from rmsnorm.errors import CommandError
 from rmsnorm.measure import Progress, Timing
 from rmsnorm.models import Report, Verdict, exact, patch, unpatch
+from rmsnorm.ops import wait_for_host
 
 _NORM_SECONDS = 6.0  # for timing the norms alone, all of them together
 _NORM_SAMPLES, _TOKEN_SAMPLES, _FEWEST = 15, 50, 3
@@ -329,6 +330,7 @@ def main(
 
     forward = training = saved = None
     if any(n.verdict.spec for n in norms):
+        wait_for_host()
         say.total += sum(n.verdict.spec is not None for n in norms) + _FEWEST_FORWARD + 1 + _FEWEST_TRAINING
         _examine(model, ids, norms, originals, say)
         left = max(0.0, seconds - (time.perf_counter() - start))

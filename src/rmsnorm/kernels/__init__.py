@@ -1,4 +1,4 @@
-"""One file a device. Only these import Triton or Numba, and nothing imports these until a tensor asks for them."""
+"""One file a device. Only cpu.py and gpu.py import Numba or Triton, and nothing imports them until a tensor asks."""
 
 import os
 

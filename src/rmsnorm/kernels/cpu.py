@@ -25,7 +25,8 @@ from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 from torch import Tensor
 
-from rmsnorm.kernels import threads
+from rmsnorm.kernels import host, threads
+from rmsnorm.kernels.host import A_NUMBER_A_ROW, LIKE_ROWS, LIKE_WEIGHT, ONES_LIKE_WEIGHT, Launch
 from rmsnorm.kernels.rows import walk, walked
 
 NAME = "cpu kernel (Numba)"
@@ -301,17 +302,17 @@ _WORD, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
 @functools.cache
-def _compiled(kernel: Callable[..., None], *pointees: Any) -> Callable[..., None]:
+def _compiled(kernel: Callable[..., None], *pointees: Any) -> Any:
     """The kernel as machine code: pointers to these types first, then two integers."""
     return _code(kernel, [types.CPointer(pointee) for pointee in pointees], 2)
 
 
 @functools.cache
-def _compiled_drain(pointers: int) -> Callable[..., None]:
+def _compiled_drain(pointers: int) -> Any:
     return _code(_drain(pointers), [types.CPointer(types.int64)], 0)
 
 
-def _code(function: Callable[..., None], pointers: Sequence[Any], integers: int) -> Callable[..., None]:
+def _code(function: Callable[..., None], pointers: Sequence[Any], integers: int) -> Any:
     """Machine code that is called through ctypes, which releases the GIL, with addresses as plain integers.
 
     It is kept in Numba's cache; a lock keeps processes that compile at once from pairing an index with another one's
@@ -355,19 +356,19 @@ def _elements(x: torch.dtype, read: _Types, even: bool) -> tuple[Any, Any, Any]:
 
 
 @functools.cache
-def _forward_kernel(x: torch.dtype, read: _Types, even: bool) -> Callable[..., None]:
+def _forward_kernel(x: torch.dtype, read: _Types, even: bool) -> Any:
     X, W, Y = _elements(x, read, even)
     return _compiled(_forward, X, X, W, Y, X, types.float32, types.int64, types.float32)
 
 
 @functools.cache
-def _backward_kernel(x: torch.dtype, read: _Types, even: bool) -> Callable[..., None]:
+def _backward_kernel(x: torch.dtype, read: _Types, even: bool) -> Any:
     X, W, Y = _elements(x, read, even)
     return _compiled(_backward, Y, X, X, W, types.float32, X, types.float64, types.int64, types.float32)
 
 
 @functools.cache
-def _sum_kernel(x: torch.dtype, read: _Types, even: bool) -> Callable[..., None]:
+def _sum_kernel(x: torch.dtype, read: _Types, even: bool) -> Any:
     return _compiled(_sum_chunks, types.float64, _elements(x, read, even)[1])
 
 
@@ -428,27 +429,35 @@ def forward(
         y, _, rstd = forward(rows, None, w, eps, cast, offset, with_rstd)
         return y, rows, rstd
     read, spec = _types(x.dtype, None if w is None else w.dtype, cast), _spec(eps, offset, cast)
+    given = (x, residual, w)
     s: Tensor | None = None
     if residual is None:
         plan, (x,) = walked(_plan, x)
     else:
         plan, (x, residual) = walked(_plan, x, residual)
         s = _new(x, x.dtype)
-    w = _readable(w, plan.N, read)
+    scale = _readable(w, plan.N, read)
     y = _new(x, read.y)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device="cpu") if with_rstd else None
     addresses = (
         x.data_ptr(),
         None if residual is None else residual.data_ptr(),
-        w.data_ptr(),
+        scale.data_ptr(),
         y.data_ptr(),
         None if s is None else s.data_ptr(),
         None if rstd is None else rstd.data_ptr(),
         plan.layout,
         ctypes.addressof(spec),
     )
-    kernel = _forward_kernel(x.dtype, read, plan.even and _aligned(addresses))
+    even = plan.even and _aligned(addresses)
+    kernel = _forward_kernel(x.dtype, read, even)
     _run(kernel, addresses, plan.M, plan.grain)
+    if host.learns() and plan.grain >= plan.M and even == plan.even:
+        tensors = ((0, x), (1, residual), (6 if w is None else 2, scale), (3, y), (4, s), (5, rstd))
+        fresh = ((y, LIKE_ROWS), (s, LIKE_ROWS), (rstd, A_NUMBER_A_ROW), _ones(w, scale))
+        launches = [Launch(kernel.address, (*tensors, *addresses[6:], 0, plan.M))]
+        aligned, keeps = _PAIRED if even else 0, (kernel, plan, spec)
+        host.learned(given, (eps, cast, offset, with_rstd), fresh, launches, aligned, keeps)
     return y, s, rstd
 
 
@@ -465,9 +474,10 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """As `reference.backward`; dw is summed in fp64 over the chunks of the plan, and then over them in order."""
     read, spec = _types(x.dtype, None if w is None else w.dtype, cast), _spec(0.0, offset, cast)
+    given = (dy, ds, x, w, rstd)
     plan, (dy, x, *rest) = walked(_plan, dy.to(read.y), x, *(() if ds is None else (ds.to(x.dtype),)))
     scale = _readable(w, plan.N, read)
-    rstd = rstd.contiguous()
+    rstd = rstd.float().contiguous()  # as it was, but for hooks on what is saved
     dx = _new(x, x.dtype) if need_dx else None
     partials = torch.empty(plan.chunks, plan.N, dtype=torch.float64, device="cpu") if need_dw else None
     addresses = (
@@ -482,14 +492,27 @@ def backward(
         ctypes.addressof(spec),
     )
     even = plan.even and _aligned(addresses)
-    _run(_backward_kernel(x.dtype, read, even), addresses, plan.M, plan.rows)
-    if w is None or partials is None:
-        return dx, None
-    if plan.chunks == 0:
-        return dx, torch.zeros_like(w)
-    dw = torch.empty(plan.N, dtype=read.w, device="cpu")
-    _sum_kernel(x.dtype, read, even)(partials.data_ptr(), dw.data_ptr(), plan.chunks, plan.N)
-    return dx, dw.to(w.dtype)
+    kernel = _backward_kernel(x.dtype, read, even)
+    _run(kernel, addresses, plan.M, plan.rows)
+    dw = of_sum = None
+    if w is not None and partials is not None:
+        dw = torch.empty(plan.N, dtype=read.w, device="cpu") if plan.chunks > 0 else torch.zeros_like(w)
+        if plan.chunks > 0:
+            of_sum = _sum_kernel(x.dtype, read, even)
+            of_sum(partials.data_ptr(), dw.data_ptr(), plan.chunks, plan.N)
+    if host.learns() and plan.chunks == 1 and even == plan.even:
+        scaled_by = (8 if w is None else 3, scale)
+        tensors = ((0, dy), (1, rest[0] if rest else None), (2, x), scaled_by, (4, rstd), (5, dx), (7, partials))
+        launches = [Launch(kernel.address, (*tensors, *addresses[7:], 0, plan.M))]
+        if of_sum is not None:
+            launches.append(Launch(of_sum.address, ((7, partials), (6, dw), plan.chunks, plan.N)))
+        fresh = ((dx, LIKE_ROWS), (dw, LIKE_WEIGHT), (partials, plan.N), _ones(w, scale))
+        aligned, keeps = _PAIRED if even else 0, (kernel, of_sum, plan, spec)
+        host.learned(given, (cast, offset, need_dx, need_dw), fresh, launches, aligned, keeps)
+    return dx, dw if dw is None or w is None else dw.to(w.dtype)
+
+
+_PAIRED = 3  # bits that the address of no pair has
 
 
 def _aligned(addresses: tuple[int | None, ...]) -> bool:
@@ -497,7 +520,7 @@ def _aligned(addresses: tuple[int | None, ...]) -> bool:
     bits = 0
     for address in addresses:
         bits |= address or 0
-    return bits % 4 == 0
+    return bits & _PAIRED == 0
 
 
 @functools.lru_cache(256)
@@ -525,12 +548,14 @@ def _readable(w: Tensor | None, N: int, read: _Types) -> Tensor:
     return w if w.dtype is read.w and w.is_contiguous() else w.to(read.w).contiguous()
 
 
+def _ones(w: Tensor | None, scale: Tensor) -> tuple[Tensor | None, int]:
+    """What `_readable` put in place of no weight, for the host."""
+    return scale if w is None else None, ONES_LIKE_WEIGHT
+
+
 def _new(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Contiguous memory of x's shape, by whichever call is faster."""
-    if dtype == x.dtype and x.is_contiguous():
-        y = torch.empty_like(x)
-    else:
-        y = torch.empty(x.shape, dtype=dtype, device="cpu")
+    """Contiguous memory of x's shape."""
+    y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)  # half of torch.empty's time
     if y.nbytes >= _MAPPED:
         _in_huge_pages(y.data_ptr(), y.nbytes)
     return y

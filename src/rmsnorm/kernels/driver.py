@@ -1,6 +1,7 @@
 """Launching what Triton has compiled by the CUDA driver itself.
 
     ready(compiled, grid, arguments, early)  ->  Ready(stream, addresses)  ->  cuLaunchKernelEx
+                                                 Ready.launch(tensors)     ->  the same, for host.cpp
 
 Triton's own launcher takes a list of all arguments apart at every call, which takes longer than a small norm. Here
 all but the addresses of tensors lies ready in memory, and is held to what the kernel's PTX says that it takes.
@@ -12,6 +13,8 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+from rmsnorm.kernels.host import Argument, Launch
 
 _NUMBERS: dict[str, Any] = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
 _STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -52,6 +55,15 @@ class Ready:
         function, parameters = ctypes.c_void_p(compiled.function), (ctypes.c_void_p * len(where))(*where)
         self._arguments = (ctypes.byref(configuration), function, parameters, None)
         self._lock = threading.Lock()
+
+    def launch(self, tensors: Sequence[Argument]) -> Launch:
+        """The same for the host, with these tensors, those that are there. It holds as long as this does."""
+        _, function, _, _ = self._arguments
+        words = [int.from_bytes(bytes(number).ljust(8, b"\0"), "little") for number in self._numbers]
+        return Launch(
+            function.value or 0, (*tensors, *words), ctypes.cast(self._launch, ctypes.c_void_p).value or 0,
+            bytes(self._configuration), _Configuration.stream.offset,
+        )  # fmt: skip
 
     def __call__(self, stream: int, addresses: list[Any]) -> bool:
         """Launch. False if nothing was: the driver refuses, for want of a context for example, or another launch has

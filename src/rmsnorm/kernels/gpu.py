@@ -7,7 +7,7 @@ is one too. What is absent is passed as None, and its code is not compiled.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from rmsnorm.kernels import driver, launch
+from rmsnorm.kernels import driver, host, launch
+from rmsnorm.kernels.host import A_NUMBER_A_ROW, LIKE_ROWS, LIKE_WEIGHT
 from rmsnorm.kernels.launch import Gpu, Launch
 from rmsnorm.kernels.rows import Walk, walk, walked
 
@@ -616,6 +617,7 @@ def forward(
     if _elsewhere(device):
         with torch.cuda.device(device):
             return forward(x, residual, w, eps, cast, offset, with_rstd)
+    given = (x, residual, w)
     rows, (x, *others) = walked(walk, x) if residual is None else walked(walk, x, residual)
     aligned = rows.N > launch.ADD_WIDEST and _by_16_bytes(rows, x, *others)
     dtype, w_dtype = x.dtype, _dtype(w)
@@ -624,9 +626,13 @@ def forward(
     s = _empty(x, rows.shape, rows.dense, dtype) if others else None
     rstd = _empty(x, rows.shape[:-1], rows.dense_rows, torch.float32) if with_rstd else None
     pointers = (x, others[0] if others else None, _contiguous(w), y, s, rstd)
+    shares = _shares(call, x)
     if call.config.parts > 0:
-        pointers = (*pointers, _shares(call, x))
+        pointers = (*pointers, shares)
     _run(call, pointers)
+    if host.learns():
+        fresh = ((y, LIKE_ROWS), (s, LIKE_ROWS), (rstd, A_NUMBER_A_ROW), _scratch(shares))
+        _learned(given, (eps, cast, offset, with_rstd), fresh, [(call, pointers, range(7))])
     return y, s, rstd
 
 
@@ -646,30 +652,38 @@ def backward(
     if _elsewhere(device):
         with torch.cuda.device(device):
             return backward(dy, ds, x, w, rstd, cast, offset, need_dx, need_dw)
+    given, spec = (dy, ds, x, w, rstd), (cast, offset, need_dx, need_dw)
     need_dw = need_dw and w is not None
     tensors = [dy.to(_y_dtype(x.dtype, _dtype(w), cast)), x]
     if need_dx and ds is not None:
         tensors.append(ds.to(x.dtype))
     rows, (dy, x, *others) = walked(walk, *tensors)
-    rstd = rstd.contiguous()
+    rstd = rstd.float().contiguous()  # as it was, but for hooks on what is saved
     of_dx, of_dw, of_sum = _backward_calls(
         rows, device, dy.dtype, x.dtype, _dtype(w), bool(others), need_dx, need_dw, cast, offset,
         launch.BACKWARD_WIDEST[x.itemsize] < rows.N and _by_16_bytes(rows, dy, x, *others),
     )  # fmt: skip
-    dx = dw = partials = None
+    dx = dw = partials = shares = None
+    ran: list[_Ran] = []
     if of_sum is not None:
         partials = _empty(x, of_sum.numbers, (rows.N, 1), torch.float32)
     if of_dx is not None:
         dx = _empty(x, rows.shape, rows.dense, x.dtype)
         pointers = (dy, others[0] if others else None, x, _contiguous(w), rstd, dx)
+        shares = _shares(of_dx, x)
         if of_dx.config.parts > 0:
-            pointers = (*pointers, None if of_dw is not None else partials, _shares(of_dx, x))
-        _run(of_dx, pointers)
+            pointers = (*pointers, None if of_dw is not None else partials, shares)
+        ran.append((of_dx, pointers, (0, 1, 2, 3, 4, 5, 7, 8)))
     if of_dw is not None:
-        _run(of_dw, (dy, x, rstd, partials))
+        ran.append((of_dw, (dy, x, rstd, partials), (0, 2, 4, 7)))
     if of_sum is not None and w is not None:
         dw = _empty(x, (rows.N,), (1,), w.dtype)
-        _run(of_sum, (partials, dw))
+        ran.append((of_sum, (partials, dw), (7, 6)))
+    for call, given_to, _ in ran:
+        _run(call, given_to)
+    if host.learns():
+        fresh = ((dx, LIKE_ROWS), (dw, LIKE_WEIGHT), _scratch(partials), _scratch(shares))
+        _learned(given, spec, fresh, ran)
     return dx, dw
 
 
@@ -688,8 +702,11 @@ class _Call:
     flags: tuple[Any, ...]
     device: int
     before: "_Call | None" = None
-    ready: Callable[[int, list[int]], bool] | None = None
+    ready: driver.Ready | None = None
 
+
+# A call, the tensors that it ran with, and the place of each, as the host counts them.
+_Ran = tuple[_Call, tuple[Tensor | None, ...], Sequence[int]]
 
 _MOST_CALLS = 4096
 
@@ -761,6 +778,9 @@ def _lanes(config: Launch) -> int:
     return 1 if config.parts == 1 else launch.MOST_PARTS
 
 
+_ALIGNED = 15  # bits that no address has where loads may be of 16 bytes
+
+
 def _run(call: _Call, pointers: tuple[Tensor | None, ...]) -> None:
     """Launch on the current stream; nothing if there is nothing to do.
 
@@ -774,7 +794,7 @@ def _run(call: _Call, pointers: tuple[Tensor | None, ...]) -> None:
             address = t.data_ptr()
             addresses.append(address)
             bits |= address
-    aligned = bits & 15 == 0
+    aligned = bits & _ALIGNED == 0
     if call.ready is not None and aligned and call.ready(torch._C._cuda_getCurrentRawStream(call.device), addresses):
         return
     if 0 in call.grid:
@@ -793,6 +813,27 @@ def _arguments(call: _Call, pointers: tuple[Tensor | None, ...]) -> tuple[Any, .
     names = call.kernel.arg_names[len(pointers) + len(call.numbers) :]
     flags = dict(zip(names, call.flags, strict=False)) | call.config.constants
     return (*pointers, *call.numbers, *(flags[name] for name in names))
+
+
+def _learned(
+    inputs: tuple[Tensor | None, ...], spec: tuple[Any, ...], fresh: tuple[tuple[Tensor | None, int], ...],
+    ran: list[_Ran],
+) -> None:  # fmt: skip
+    """Have the host make calls of this kind, once all kernels of one are ready."""
+    shares = fresh[-1][0]
+    for call, _, _ in ran:
+        if call.before is not None and shares is not None and call.config.parts > 1:
+            ran = [(call.before, (shares,), (len(inputs) + len(fresh) - 1,)), *ran]
+    launches = []
+    for call, pointers, places in ran:
+        if call.ready is None:
+            return
+        launches.append(call.ready.launch([one for one in zip(places, pointers, strict=False) if one[1] is not None]))
+    host.learned(inputs, spec, fresh, launches, _ALIGNED, [call.ready for call, _, _ in ran])
+
+
+def _scratch(t: Tensor | None) -> tuple[Tensor | None, int]:
+    return t, 0 if t is None else t.numel()
 
 
 def _elsewhere(device: int) -> bool:

@@ -1,0 +1,684 @@
+"""The host's C++: the calls that it makes beside Python's, those that it must leave to Python, and how it is built."""
+
+import contextlib
+import ctypes
+import gc
+import itertools
+import os
+import shlex
+import stat
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rmsnorm import add_rms_norm, explain, ops, rms_norm
+from rmsnorm.kernels import cpu, host
+from rmsnorm.ops import wait_for_host
+from tolerance import assert_same_bits
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+SPECS = (("early", 0.0), ("late", 0.0), ("late", 1.0))
+EPS = 1e-6
+Draw = Callable[..., Tensor]
+
+
+@pytest.fixture
+def cpp() -> None:
+    wait_for_host()
+    if host.described() != "called from C++":
+        pytest.skip(host.described())
+
+
+@pytest.fixture
+def made(cpp: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[bool]]:
+    """Whether C++ made each call, and which backward passes Python made."""
+    seen: dict[str, list[bool]] = {"forward": [], "backward in Python": []}
+    norm, backward = host.norm, cpu.backward
+
+    def noted(*arguments: Any) -> Any:
+        found = norm(*arguments)
+        seen["forward"].append(found is not None)
+        return found
+
+    def noted_backward(*arguments: Any) -> Any:
+        seen["backward in Python"].append(True)
+        return backward(*arguments)
+
+    monkeypatch.setattr(host, "norm", noted)
+    monkeypatch.setattr(cpu, "backward", noted_backward)
+    return seen
+
+
+def planned(x: Any, residual: Any, w: Any, eps: Any = EPS, cast: Any = "early", offset: Any = 0.0) -> bool:
+    return host.norm(x, residual, w, eps, cast, offset) is not None
+
+
+def gradients(outputs: Any, leaves: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, leaves, cotangents[: len(outputs)])]
+
+
+# --- the same as Python's ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cast", "offset"), SPECS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("adds", [False, True])
+def test_the_second_call_of_a_kind_has_the_first_ones_bits(made, randn, adds, dtype, cast, offset) -> None:
+    shapes = ((1, 64), (3, 2, 33), (7,), (2, 1, 3, 2, 5), (300, 48))
+    count = 0
+    for shape, of_w, frozen in itertools.product(shapes, (dtype, None), ("", "x", "w")):
+        if of_w is None and (offset or frozen == "w"):
+            continue
+        x, residual = (randn(*shape, dtype=dtype).requires_grad_(frozen != "x") for _ in range(2))
+        w = None if of_w is None else randn(shape[-1], dtype=of_w).requires_grad_(frozen != "w")
+        leaves = [t for t in (x, residual if adds else None, w) if t is not None and t.requires_grad]
+        dy, ds = (randn(*shape, dtype=dtype) for _ in range(2))
+
+        def call() -> tuple[Tensor, ...]:
+            if adds:
+                return add_rms_norm(x, residual, w, EPS, cast=cast, offset=offset)
+            return (rms_norm(x, w, EPS, cast=cast, offset=offset),)
+
+        runs = [gradients(call(), leaves, [dy, ds]) if leaves else [*call()] for _ in range(3)]
+        with torch.no_grad():
+            runs += [[*call()] for _ in range(2)]
+        for run in runs[1:]:
+            for a, b in zip(run, runs[0], strict=False):
+                assert a.stride() == b.stride()
+                assert_same_bits(a, b, f"{shape} {of_w} frozen {frozen}")
+        count += 1
+        assert made["forward"] == [False, True, True, False, True] if leaves else [False, True, True, True, True]
+        assert len(made["backward in Python"]) == (2 if leaves else 0)  # by Python's node, and as C++'s first
+        for seen in made.values():
+            seen.clear()
+        host.forget()
+    assert count >= 5
+
+
+def test_a_mixed_weight_is_pythons_on_a_cpu(made, randn) -> None:
+    """One of 16 bits is converted at every call, and what is copied is not learned."""
+    x, w = randn(4, 32), randn(32, dtype=torch.bfloat16)
+    for _ in range(3):
+        assert_same_bits(rms_norm(x, w), rms_norm(x, w.clone()), "y")
+    assert not any(made["forward"])
+
+
+def test_what_takes_several_threads_is_pythons_on_a_cpu(made, randn) -> None:
+    x, w = randn(4096, 64), randn(64)
+    for _ in range(2):
+        assert_same_bits(rms_norm(x, w)[:1], rms_norm(x[:1], w), "y")
+    assert made["forward"] == [False, False, False, True]
+
+
+def test_whatever_tells_two_calls_apart_is_in_the_key(cpp, randn) -> None:
+    x, w, r = (
+        randn(4, 6, 32, dtype=torch.bfloat16),
+        randn(32, dtype=torch.bfloat16),
+        randn(4, 6, 32, dtype=torch.bfloat16),
+    )
+    rms_norm(x, w)
+    assert planned(x, None, w)
+    assert planned(x.clone(), None, w.clone())
+    assert planned(nn.Parameter(x, requires_grad=False), None, nn.Parameter(w, requires_grad=False))
+    others = {
+        "rows": (x[:3], None, w), "dimensions": (x.view(24, 32), None, w), "strides": (x.transpose(0, 1), None, w),
+        "expanded": (x[:1].expand(4, 6, 32), None, w), "width": (x[..., :16], None, w[:16]),
+        "dtype": (x.half(), None, w.half()), "fp32": (x.float(), None, w.float()), "its weight": (x, None, w.float()),
+        "no weight": (x, None, None), "a residual": (x, r, w), "weight's stride": (x, None, w.repeat(2)[::2]),
+        "weight's shape": (x, None, w[:1]), "float64": (x.double(), None, w.double()),
+    }  # fmt: skip
+    for name, tensors in others.items():
+        assert not planned(*tensors), name
+    for name, spec in {
+        "eps": (1e-5,), "zero": (0.0,), "late": (EPS, "late"), "offset": (EPS, "late", 1.0), "minus": (-EPS,),
+        "an int": (0,), "nan": (float("nan"),), "a bool": (True,), "cast": (EPS, "later"), "no cast": (EPS, None),
+        "two": (EPS, "early", 2.0), "early with": (EPS, "early", 1.0), "int offset": (EPS, "early", 0),
+    }.items():  # fmt: skip
+        assert not planned(x, None, w, *spec), name
+    assert not planned(x.requires_grad_(), None, w), "with a gradient"
+    with torch.no_grad():
+        assert planned(x, None, w)
+    for wrong in (None, 3, "x", [x], x.tolist()):
+        assert not planned(wrong, None, w)
+    assert not planned(x.detach(), x.tolist(), w)
+    assert not planned(x.detach(), None, [1.0])
+
+
+def test_misaligned_memory_is_pythons(made, randn) -> None:
+    """Pairs of bf16 at an odd place: the plan for even ones must not be taken."""
+    store, w = randn(4 * 32 + 1, dtype=torch.bfloat16), randn(33, dtype=torch.bfloat16)
+    even, odd = store[:-1].view(4, 32), store[1:].view(4, 32)
+    expected = rms_norm(odd.clone(), w[:32])
+    host.forget()
+    rms_norm(even, w[:32])
+    made["forward"].clear()
+    assert_same_bits(rms_norm(odd, w[:32]), expected, "odd")
+    assert made["forward"] == [False]
+    assert_same_bits(rms_norm(even, w[1:]), rms_norm(even, w[1:].clone()), "odd weight")
+    assert made["forward"] == [False, False, True]
+    host.forget()  # the other way round: what is learned of odd ones serves none that are even
+    rms_norm(odd, w[:32])
+    assert not planned(even, None, w[:32])
+
+
+def test_more_kinds_than_are_kept(cpp, randn) -> None:
+    w = randn(2)
+    x = randn(5000, 2)
+    for M in range(1, 4200):
+        rms_norm(x[:M], w)
+    assert not planned(x[:1], None, w)
+    assert planned(x[:4199], None, w)
+    for M in (1, 2, 4000, 4199):
+        assert_same_bits(rms_norm(x[:M], w), rms_norm(x[:M], w), str(M))
+
+
+# --- what is not plain is Python's ---------------------------------------------------------------------------
+
+
+class Passing(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_is_not_plain_is_pythons(cpp, randn) -> None:
+    x, w = randn(4, 32), randn(32)
+    rms_norm(x, w)
+    assert planned(x, None, w)
+    negative = torch._neg_view(x)
+    meta = x.to("meta")
+    zeros = torch._efficientzerotensor((4, 32))
+    others = {"negative": negative, "meta": meta, "two": TwoTensor(x, x), "sparse": x.to_sparse(), "zeros": zeros}
+    for name, t in others.items():
+        assert not planned(t, None, w), name
+    with Passing():
+        assert not planned(x, None, w)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert not planned(mode.from_tensor(x), None, mode.from_tensor(w))
+        assert not planned(x, None, w)
+    with forward_ad.dual_level():
+        assert not planned(forward_ad.make_dual(x, x), None, w)
+        assert not planned(x, None, forward_ad.make_dual(w, w))
+    seen: list[bool] = []
+    torch.func.vmap(lambda row: (seen.append(planned(row, None, w)), row)[1])(x)
+    torch.func.grad(lambda x: (seen.append(planned(x, None, w)), x.sum())[1])(x)
+    torch.func.grad(lambda z: (seen.append(planned(x, None, w)), z.sum())[1])(randn(3))  # plain tensors, within
+    torch.jit.trace(lambda x: (seen.append(planned(x, None, w)), x + 1)[1], x, check_trace=False)
+    assert seen == [False] * 4
+    assert planned(x, None, w)
+    for allowed in (torch.autocast("cpu"), torch.inference_mode(), torch.no_grad(), torch.enable_grad()):
+        with allowed:
+            assert planned(x, None, w)
+
+
+def test_a_checked_argument_is_still_checked(cpp, randn) -> None:
+    x, w = randn(4, 32), randn(32)
+    for _ in range(2):
+        rms_norm(x, w)
+    with pytest.raises(ValueError, match="eps is -1"):
+        rms_norm(x, w, -1.0)
+    with pytest.raises(ValueError, match="weight has shape"):
+        rms_norm(x, w[:16])
+    with pytest.raises(ValueError, match="offset is 1 with cast='early'"):
+        rms_norm(x, w, offset=1.0)
+    with pytest.raises(TypeError, match="residual is a NoneType"):
+        add_rms_norm(x, None, w)  # type: ignore[arg-type]
+
+
+# --- autograd ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def learned(made: dict[str, list[bool]], randn: Draw) -> dict[str, Any]:
+    """Leaves and a cotangent whose kind C++ knows, forward and backward."""
+    x, r = (randn(4, 32).requires_grad_() for _ in range(2))
+    w, dy, ds = randn(32).requires_grad_(), randn(4, 32), randn(4, 32)
+    for _ in range(2):
+        first = gradients(rms_norm(x, w), [x, w], [dy])
+        both = gradients(add_rms_norm(x, r, w), [x, r, w], [dy, ds])
+    for seen in made.values():
+        seen.clear()
+    return {"x": x, "r": r, "w": w, "dy": dy, "ds": ds, "one": first, "both": both}
+
+
+def test_backward_without_python(learned, made) -> None:
+    x, r, w, dy, ds = (learned[name] for name in ("x", "r", "w", "dy", "ds"))
+    for a, b in zip(gradients(rms_norm(x, w), [x, w], [dy]), learned["one"], strict=True):
+        assert_same_bits(a, b, "one")
+    for a, b in zip(gradients(add_rms_norm(x, r, w), [x, r, w], [dy, ds]), learned["both"], strict=True):
+        assert_same_bits(a, b, "both")
+    assert made == {"forward": [True, True], "backward in Python": []}
+
+
+def test_only_what_is_asked_for(learned, made) -> None:
+    """Of one node all gradients, some, and the others: each is a kind of its own."""
+    x, w, dy = learned["x"], learned["w"], learned["dy"]
+    expected = dict(zip((x, w), learned["one"][1:], strict=True))
+    for asked in ([x], [w], [x, w], [w, x], [x], [w]):
+        for got, leaf in zip(torch.autograd.grad(rms_norm(x, w), asked, dy), asked, strict=True):
+            assert_same_bits(got, expected[leaf], f"{len(asked)} asked for")
+    assert made["backward in Python"] == [True, True]  # the first [x] and the first [w]
+
+
+@pytest.mark.parametrize("which", ["y", "s"])
+def test_only_one_output_has_a_gradient(learned, which) -> None:
+    x, r, w, dy = (learned[name] for name in ("x", "r", "w", "dy"))
+    kinds = []
+    for _ in range(3):
+        y, s = add_rms_norm(x, r, w)
+        kinds.append(torch.autograd.grad(y if which == "y" else s, [x, r, w], dy, allow_unused=True))
+    host.forget()
+    y, s = add_rms_norm(x, r, w)
+    kinds.append(torch.autograd.grad(y if which == "y" else s, [x, r, w], dy, allow_unused=True))
+    for got in kinds[1:]:
+        for a, b in zip(got, kinds[0], strict=True):
+            if b is None:
+                assert a is None
+            else:
+                assert_same_bits(a, b, which)
+
+
+def test_a_mixed_residual(made, randn) -> None:
+    """Gradients have the dtype of what they are of."""
+    x, r, w = randn(4, 32, dtype=torch.bfloat16), randn(4, 32), randn(32)
+    leaves = [t.requires_grad_() for t in (x, r, w)]
+    runs = [gradients(add_rms_norm(x, r, w), leaves, [randn(4, 32), randn(4, 32)]) for _ in range(2)]
+    assert [t.dtype for t in runs[1]] == [t.dtype for t in runs[0]]
+
+
+def test_a_second_derivative_raises(learned) -> None:
+    x, w = learned["x"], learned["w"]
+    y = rms_norm(x, w)
+    assert "CppNode" in y.grad_fn.name()
+    dx, dw = torch.autograd.grad(y, [x, w], learned["dy"], create_graph=True)
+    assert_same_bits(dx.detach(), learned["one"][1], "dx")
+    assert_same_bits(dw.detach(), learned["one"][2], "dw")
+    with pytest.raises(RuntimeError, match="second derivative"):
+        (dx.sum() + dw.sum()).backward()
+
+
+def test_what_was_saved_is_guarded(learned) -> None:
+    x, w, dy = learned["x"], learned["w"], learned["dy"]
+    y = rms_norm(x, w)
+    torch.autograd.grad(y, x, dy)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(y, x, dy)
+    y = rms_norm(x, w)
+    with torch.no_grad():
+        w.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y, x, dy)
+    _, s = outputs = add_rms_norm(x, learned["r"], w)
+    with torch.no_grad():
+        s.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(outputs[0], x, dy)
+
+
+@pytest.mark.parametrize("form", ["expanded", "transposed", "float64", "negative", "two", "zeros"])
+def test_cotangents_of_every_form(learned, form) -> None:
+    x, w, dy = learned["x"], learned["w"], learned["dy"]
+    given = {
+        "expanded": lambda: torch.ones(()).expand(4, 32), "transposed": lambda: dy.t().contiguous().t(),
+        "zeros": lambda: torch._efficientzerotensor((4, 32)), "float64": lambda: dy.double(), "negative": lambda: torch._neg_view(dy), "two": lambda: TwoTensor(dy, dy),
+    }[form]()  # fmt: skip
+    outcome = []
+    for forgotten in (True, False, False):
+        if forgotten:
+            host.forget()
+        try:
+            dx, dw = torch.autograd.grad(rms_norm(x, w), [x, w], given)
+            outcome.append([t.a if isinstance(t, TwoTensor) else t for t in (dx, dw)])
+        except RuntimeError as error:
+            outcome.append(str(error)[:60])
+    for other in outcome[1:]:
+        if isinstance(other, str):
+            assert other == outcome[0]
+        else:
+            for a, b in zip(other, outcome[0], strict=True):
+                assert_same_bits(a, b, form)
+
+
+def test_batched_cotangents_and_hooks(learned, randn) -> None:
+    x, w = learned["x"], learned["w"]
+    dys = randn(3, 4, 32)
+    dx, dw = torch.autograd.grad(rms_norm(x, w), [x, w], dys, is_grads_batched=True)
+    for i in range(3):
+        one = torch.autograd.grad(rms_norm(x, w), [x, w], dys[i])
+        assert_same_bits(dx[i], one[0], "dx")
+        assert_same_bits(dw[i], one[1], "dw")
+    saved: list[tuple[int, ...]] = []
+
+    def pack(t: Tensor) -> Tensor:
+        saved.append(tuple(t.shape))
+        return t.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t.to_sparse().to_dense()):
+        y = rms_norm(x, w)
+    assert sorted(saved) == [(4,), (4, 32), (32,)]
+    for a, b in zip(torch.autograd.grad(y, [x, w], learned["dy"]), learned["one"][1:], strict=True):
+        assert_same_bits(a, b, "hooks")
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t, lambda t: t.repeat_interleave(2)[::2] if t.shape == (4,) else t
+    ):
+        y = rms_norm(x, w)  # its rstd comes back with gaps
+    for a, b in zip(torch.autograd.grad(y, [x, w], learned["dy"]), learned["one"][1:], strict=True):
+        assert_same_bits(a, b, "gaps")
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.double(), lambda t: t):
+        y = rms_norm(x, w)  # all comes back in fp64, rstd too
+    assert torch.autograd.grad(y, w, learned["dy"])[0].isfinite().all()
+    y = torch.utils.checkpoint.checkpoint(rms_norm, x, w, use_reentrant=False)
+    for a, b in zip(torch.autograd.grad(y, [x, w], learned["dy"]), learned["one"][1:], strict=True):
+        assert_same_bits(a, b, "checkpoint")
+
+
+def test_an_error_of_python_is_raised_as_it_is(learned, monkeypatch) -> None:
+    """In the backward pass, where C++ asks Python."""
+
+    class Odd(Exception):
+        pass
+
+    def backward(*_: Any) -> Any:
+        raise Odd("of the kernel")
+
+    x, w = learned["x"], learned["w"]
+    y = rms_norm(x, w)
+    monkeypatch.setattr(cpu, "backward", backward)
+    host.forget()
+    with pytest.raises(Odd, match="of the kernel"):
+        torch.autograd.grad(y, [x, w], learned["dy"])
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_compiled_autograd(learned) -> None:
+    x, w = learned["x"], learned["w"]
+    leaves = [t.detach().clone().requires_grad_() for t in (x, w)]
+    y = rms_norm(*leaves)
+    assert "CppNode" in y.grad_fn.name()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        y.backward(learned["dy"])
+    for leaf, expected in zip(leaves, learned["one"][1:], strict=True):
+        assert_same_bits(leaf.grad, expected, "compiled autograd")
+
+
+def test_many_threads_at_once(cpp, randn) -> None:
+    """New kinds and known ones, forward and backward, from eight threads."""
+    x, w, dy = randn(64, 16), randn(16), randn(64, 16)
+    expected = []
+    for M in range(1, 65):
+        leaf, weight = x[:M].clone().requires_grad_(), w.clone().requires_grad_()
+        expected.append(gradients(rms_norm(leaf, weight), [leaf, weight], [dy[:M]]))
+    host.forget()
+    wrong: list[str] = []
+
+    def work(seed: int) -> None:
+        try:
+            for turn in range(200):
+                M = 1 + (turn * 7 + seed * 13) % 64
+                leaf, weight = x[:M].clone().requires_grad_(), w.clone().requires_grad_()
+                got = gradients(rms_norm(leaf, weight), [leaf, weight], [dy[:M]])
+                if not all(torch.equal(a, b) for a, b in zip(got, expected[M - 1], strict=True)):
+                    wrong.append(f"{M} rows")
+                if turn == 100 and seed == 0:
+                    host.forget()
+        except Exception as error:
+            wrong.append(repr(error))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_nothing_is_kept_alive(cpp, randn) -> None:
+    def run() -> list[weakref.ref[Tensor]]:
+        x, w = randn(4, 32).requires_grad_(), randn(32).requires_grad_()
+        y = rms_norm(x, w)
+        dx, dw = torch.autograd.grad(y, [x, w], randn(4, 32))
+        return [weakref.ref(t) for t in (x, w, y, dx, dw)]
+
+    for _ in range(3):
+        refs = run()
+        gc.collect()
+        assert [ref() for ref in refs] == [None] * 5
+
+
+def test_what_a_plan_needs_lives_with_it(cpp, randn) -> None:
+    """The kernels' caches forget; the machine code and the layouts that the plan points to must not go."""
+    x, w = randn(4, 32), randn(32)
+    expected = rms_norm(x, w)
+    for cache in (cpu._plan, cpu._spec, cpu._forward_kernel, cpu._compiled):
+        cache.cache_clear()
+    gc.collect()
+    churn = [(ctypes.c_int64 * 16)(*[-1] * 16) for _ in range(2000)]
+    assert planned(x, None, w)
+    for _ in range(50):
+        assert_same_bits(rms_norm(x, w), expected, "y")
+    del churn
+
+
+# --- kernels of a GPU, as a driver would see them ------------------------------------------------------------
+
+_LAUNCH = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p
+)
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_launch_of_the_driver(cpp, randn, status) -> None:
+    """cuLaunchKernelEx gets the configuration, the function, and the addresses and numbers in their order."""
+    x, w, seen = randn(4, 32), randn(32), []
+
+    def launched(configuration: int, function: int, arguments: Any, extra: Any) -> int:
+        words = [ctypes.c_uint64.from_address(arguments[i]).value for i in range(5)]
+        seen.append((ctypes.string_at(configuration, 40), function, words, extra))
+        ctypes.memmove(words[2], words[0], 4)  # y begins as x does
+        return status
+
+    launcher = _LAUNCH(launched)
+    y, rstd = torch.empty(4, 32), None
+    assert not planned(x, None, w)
+    host.learned(
+        (x, None, w), (EPS, "early", 0.0, False), ((y, host.LIKE_ROWS), (None, 0), (rstd, host.A_NUMBER_A_ROW)),
+        [host.Launch(4711, ((0, x), (2, w), (3, y), 7, 1 << 40), ctypes.cast(launcher, ctypes.c_void_p).value or 0,
+                     bytes(range(40)), 8)],
+        15, launcher,
+    )  # fmt: skip
+    found = host.norm(x, None, w, EPS, "early", 0.0)
+    (configuration, function, words, extra), *others = seen
+    assert others == []
+    assert (configuration, function, extra) == (bytes(range(8)) + bytes(8) + bytes(range(16, 40)), 4711, None)
+    assert words[:2] == [x.data_ptr(), w.data_ptr()]
+    assert words[3:] == [7, 1 << 40]
+    if status == 0:
+        assert words[2] == found.data_ptr()
+        assert found[0, 0] == x[0, 0]
+        assert (found.shape, found.dtype) == (x.shape, x.dtype)
+    else:
+        assert found is None  # Python's turn
+
+
+def test_what_cannot_be_launched_is_not_learned(cpp, randn) -> None:
+    x, w, y = randn(4, 32), randn(32), torch.empty(4, 32)
+    spec, fresh = (EPS, "early", 0.0, False), ((y, host.LIKE_ROWS), (None, 0), (None, 0))
+    long, large, outside = (
+        host.Launch(1, [0] * 49),
+        host.Launch(1, [0], 1, bytes(65)),
+        host.Launch(1, [0], 1, bytes(8), 4),
+    )
+    for bad in (long, large, outside):
+        with pytest.raises(ValueError, match="a launch of another form"):
+            host.learned((x, None, w), spec, fresh, [bad], 0, None)
+    with pytest.raises(ValueError, match="fewer fresh tensors than come out"):
+        host.learned((x, None, w), spec, fresh[:2], [], 0, None)
+    host.learned((x, None, w), spec, fresh, [host.Launch(1, ((0, x.clone()), (2, w), (3, y)))], 0, None)
+    assert not planned(x, None, w)  # x was copied
+    host.learned((x, None, w), spec, fresh, [host.Launch(1, [0] * 3)], 0, None)
+    assert not planned(x, None, w)  # no machine code takes three words
+
+
+# --- how it is built -----------------------------------------------------------------------------------------
+
+_CALLS = """
+import time, torch, rmsnorm
+from rmsnorm.kernels import host
+x, w = torch.randn(4, 32), torch.randn(32)
+for _ in range({looks}):
+    y = rmsnorm.rms_norm(x, w)
+    if "being compiled" not in host.described():
+        break
+    time.sleep({pause})
+print(rmsnorm.explain(x, w))
+"""
+
+
+def process(folder: Path, compiler: str, looks: int = 1, pause: float = 0.2, **others: str) -> str:
+    """What explain says at the end of a process that calls the norm a few times."""
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(folder), "RMSNORM_CXX": compiler, **others}
+    done = subprocess.run(
+        [sys.executable, "-W", "error::ResourceWarning", "-c", _CALLS.format(looks=looks, pause=pause)],
+        env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.strip()
+
+
+def script(path: Path, body: str) -> str:
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return shlex.quote(str(path))
+
+
+def test_without_a_compiler_python_makes_the_calls(cpp, tmp_path) -> None:
+    said = process(host.built().parent.parent, "")  # though it is there
+    assert said == "cpu, float32: cpu kernel (Numba) (called from Python: RMSNORM_CXX is empty)"
+    assert "no C++ compiler 'there-is-none -O3'" in process(tmp_path, "there-is-none -O3")
+    assert "No closing quotation" in process(tmp_path, "c++ '")
+    assert list(tmp_path.rglob("*.so")) == []
+
+
+def test_a_compiler_that_fails_is_asked_once(tmp_path) -> None:
+    compiler = script(tmp_path / "cxx", f'echo asked >> {tmp_path}/log; echo "no such thing" >&2; exit 1')
+    assert "it could not be compiled, see" in process(tmp_path / "out", compiler, looks=60)
+    assert "it could not be compiled, see" in process(tmp_path / "out", compiler)
+    assert (tmp_path / "log").read_text() == "asked\n"
+    (failed,) = (tmp_path / "out").rglob("*.failed")
+    assert "no such thing" in failed.read_text()
+    assert "it could not be compiled, see" in process(tmp_path / "out", f"{compiler} -O1", looks=60)
+    os.utime(failed, (0, 0))
+    assert "it could not be compiled, see" in process(tmp_path / "out", f"{compiler} -O1", looks=60)
+    assert (tmp_path / "log").read_text() == 3 * "asked\n"  # again for another command, and after a day
+
+
+def handing_out(folder: Path, seconds: float) -> str:
+    """A compiler that hands out what was compiled already, slowly, and notes that it was asked."""
+    body = f'while [ "$1" != -o ]; do shift; done; cp {host.built()} "$2"'
+    return script(folder / "cxx", f"echo asked >> {folder}/log; sleep {seconds}; {body}")
+
+
+def test_one_of_many_processes_compiles_and_all_load(cpp, tmp_path) -> None:
+    compiler = handing_out(tmp_path, 1)
+    with contextlib.ExitStack() as stack:
+        running = [
+            stack.enter_context(subprocess.Popen(
+                [sys.executable, "-c", _CALLS.format(looks=100, pause=0.2)], stdout=subprocess.PIPE, text=True,
+                env={**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "out"), "RMSNORM_CXX": compiler},
+            ))
+            for _ in range(4)
+        ]  # fmt: skip
+        said = [process.communicate(timeout=120)[0] for process in running]
+    assert all("called from C++" in text for text in said), said
+    assert (tmp_path / "log").read_text() == "asked\n"
+
+
+def test_damaged_files_and_folders_that_cannot_be_used(cpp, tmp_path) -> None:
+    name = host.built().relative_to(host.built().parent.parent)
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_bytes(b"no library")
+    assert "cannot be loaded" in process(tmp_path, "c++")
+    (tmp_path / "file").write_text("")
+    said = process(tmp_path / "file", "true", looks=60)
+    assert "called from Python" in said
+    assert "being compiled" not in said
+
+
+def test_what_ends_too_early(cpp, tmp_path) -> None:
+    """The process that asked: the other goes on. The one that compiles: the first knows, and the next process asks again."""
+    assert "being compiled" in process(tmp_path, handing_out(tmp_path, 3))
+    assert "called from C++" in process(tmp_path, "c++", looks=100)
+    assert (tmp_path / "log").read_text() == "asked\n"
+    killing = script(tmp_path / "killing", "kill -9 $PPID")
+    for _ in range(2):
+        assert "the process that compiled it ended with -9" in process(tmp_path / "killed", killing, looks=60)
+
+
+_FORKS = """
+import os, sys, time, torch, rmsnorm
+from rmsnorm.kernels import host
+x, w = torch.randn(4, 32), torch.randn(32)
+rmsnorm.rms_norm(x, w)
+assert "being compiled" in host.described(), host.described()
+child = os.fork()
+for _ in range(100):
+    rmsnorm.rms_norm(x, w)
+    if "C++" in host.described() and "Python" not in host.described():
+        break
+    time.sleep(0.1)
+else:
+    print(host.described(), file=sys.stderr)
+    os._exit(1)
+if child == 0:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_fork_while_it_is_compiled(cpp, tmp_path) -> None:
+    """Both load it, though only one can ask how the process that compiles has ended."""
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "RMSNORM_CXX": handing_out(tmp_path, 3)}
+    subprocess.run([sys.executable, "-c", _FORKS], env=environment, timeout=120, check=True)
+
+
+_WARMUP = """
+import torch, rmsnorm
+rmsnorm.warmup(dtypes=(torch.float32,), weight_dtypes=(torch.float32,))
+print(rmsnorm.explain(torch.ones(2, 8), torch.ones(8)))
+"""
+
+
+@pytest.mark.parametrize("ends", ["well", "badly"])
+def test_warmup_waits_and_is_not_the_worse_for_it(cpp, tmp_path, ends) -> None:
+    failing = script(tmp_path / "failing", f"echo asked >> {tmp_path}/log; sleep 2; exit 1")
+    compiler = handing_out(tmp_path, 2) if ends == "well" else failing
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "out"), "RMSNORM_CXX": compiler}
+    running = [
+        subprocess.Popen([sys.executable, "-c", _WARMUP], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    for one in running:
+        said = one.communicate(timeout=120)[0]
+        assert one.returncode == 0
+        assert ("called from C++" if ends == "well" else "it could not be compiled, see") in said
+    assert (tmp_path / "log").read_text().count("asked") == 1  # those who waited learn how it ended
+
+
+def test_explain_says_who_calls(made, randn) -> None:
+    x, w = randn(2, 8), randn(8)
+    assert explain(x, w) == "cpu, float32: cpu kernel (Numba) (called from C++)"
+    assert "called from" not in explain(x.double(), w)
+    assert "called from" not in explain(TwoTensor(x, x), w)
+    assert ops.explain(x, w) == explain(x, w)
