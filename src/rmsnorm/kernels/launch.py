@@ -38,7 +38,7 @@ class Tile(NamedTuple):
     """How the backward pass holds whole rows.
 
     programs: on a multiprocessor at once; programs_more: with a gradient through s or a dy wider than x, which take
-    more registers, if not as many. stages: tiles under way and in work.
+    more registers, if not as many. stages: tiles under way and in work. alone: without dw each tile is a program's own.
     """
 
     rows: int
@@ -47,6 +47,7 @@ class Tile(NamedTuple):
     programs: int
     stages: int = 3
     programs_more: int = 0
+    alone: bool = False
 
 
 class Shared(NamedTuple):
@@ -78,15 +79,15 @@ _FORWARD = {
 _BACKWARD_NARROW = {2: {64: (256, 20), 256: (512, 16)}, 4: {64: (256, 16), 256: (512, 8)}}
 _BACKWARD = {
     2: {
-        512: Tile(2, 512, 2, 4, 5), 640: Tile(2, 256, 1, 8), 768: Tile(2, 256, 1, 6), 1024: Tile(2, 512, 2, 4),
-        1280: Tile(2, 256, 2, 4), 1536: Tile(2, 512, 4, 3, 3, 2), 2560: Tile(1, 512, 2, 4),
-        3072: Tile(1, 1024, 4, 3, 3, 2), 5120: Tile(1, 1024, 4, 2), 7680: Tile(1, 2048, 8, 1, 4),
-        10240: Tile(1, 2048, 8, 1),
+        512: Tile(2, 512, 2, 4, 5), 640: Tile(2, 256, 1, 8), 768: Tile(2, 256, 1, 6, alone=True),
+        1024: Tile(2, 512, 2, 4), 1280: Tile(2, 256, 2, 4), 1536: Tile(2, 512, 4, 3, 3, 2),
+        2560: Tile(1, 512, 2, 4), 3072: Tile(1, 1024, 4, 3, 3, 2), 5120: Tile(1, 1024, 4, 2),
+        7680: Tile(1, 2048, 8, 1, 4), 10240: Tile(1, 2048, 8, 1),
     },
     4: {
-        512: Tile(2, 512, 2, 2), 768: Tile(2, 256, 2, 4), 1024: Tile(2, 512, 2, 2), 1280: Tile(2, 256, 2, 4),
-        1536: Tile(2, 512, 4, 3, 2), 3072: Tile(2, 1024, 8, 1), 4096: Tile(1, 2048, 16, 1), 5120: Tile(1, 1024, 8, 1),
-        8192: Tile(1, 2048, 16, 1),
+        512: Tile(2, 512, 2, 2, alone=True), 768: Tile(2, 256, 2, 4, alone=True), 1024: Tile(2, 512, 2, 2, alone=True),
+        1280: Tile(2, 256, 2, 4, alone=True), 1536: Tile(2, 512, 4, 3, 2, alone=True), 3072: Tile(2, 1024, 8, 1),
+        4096: Tile(1, 2048, 16, 1, alone=True), 5120: Tile(1, 1024, 8, 1, alone=True), 8192: Tile(1, 2048, 16, 1),
     },
 }  # fmt: skip
 # By the same. First where the row waits in shared memory; what others do backward goes by the programs of these too.
@@ -173,7 +174,7 @@ def forward(N: int, itemsize: int, with_residual: bool, aligned: bool, gpu: Gpu)
 def backward(
     M: int, N: int, itemsize: int, dy_itemsize: int, dw_itemsize: int, with_ds: bool, aligned: bool, gpu: Gpu
 ) -> Launch:
-    """As `forward`; with dw a program holds its share of dw over many tiles.
+    """As `forward`; a program takes many tiles, over which it holds its share of dw, if that is asked for.
 
     itemsize, dy_itemsize, dw_itemsize: bytes of one number of x and ds, of dy, and of dw or 0 without it.
     """
@@ -195,14 +196,14 @@ def backward(
     if N <= 256:
         elements, programs = _narrowest(_BACKWARD_NARROW[itemsize], N)
         block_n, rows = _narrow(N, elements)
-        tile = Tile(rows, block_n, 1, programs)
+        tile = Tile(rows, block_n, 1, programs, alone=itemsize == 4 or N > 128)
     else:
         tile = _narrowest(_BACKWARD[itemsize], N)
         tile = tile._replace(rows=tile.rows if N % 16 == 0 else 1)
-    rows, block_n, warps, _, most, _ = tile
+    rows, block_n, warps, most = tile.rows, tile.block_n, tile.warps, tile.stages
     programs = _at_once(tile, more)
     pieces = -(-N // block_n)
-    if dw_itemsize == 0:
+    if dw_itemsize == 0 and (tile.alone or N % 16 != 0):
         return Launch(block_n, warps, rows, pieces, programs=-(-M // rows))
     stages = 1  # what is not aligned cannot be loaded ahead into shared memory
     if N % 16 == 0:
@@ -227,8 +228,9 @@ def dw_alone(M: int, N: int, loaded: int, dw_itemsize: int, gpu: Gpu) -> Launch:
 @functools.lru_cache(4096)
 def sum_partials(programs: int, N: int, gpu: Gpu) -> Launch:
     """All shares of a column are one program's: of many shares narrow columns, so that many programs read them."""
-    rows = min(power_of_two(max(1, programs)), 512)
-    return Launch(min(power_of_two(N), 4096 // rows), 8, rows, overlap=gpu.capability >= 9)
+    rows = min(max(power_of_two(max(1, programs)) // 4, 8), 128)
+    size, warps = (4096, 8) if rows == 8 else (1024, 4)
+    return Launch(min(power_of_two(N), size // rows), warps, rows, overlap=gpu.capability >= 9)
 
 
 def no_shares_yet(gpu: Gpu) -> Launch:
