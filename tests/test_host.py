@@ -676,6 +676,28 @@ def test_warmup_waits_and_is_not_the_worse_for_it(cpp, tmp_path, ends) -> None:
     assert (tmp_path / "log").read_text().count("asked") == 1  # those who waited learn how it ended
 
 
+_MENDED = """
+import os, torch, rmsnorm
+from rmsnorm.kernels import host
+x, w = torch.randn(4, 32), torch.randn(32)
+rmsnorm.rms_norm(x, w)
+assert "it could not be compiled" in host.described(), host.described()
+rmsnorm.warmup(dtypes=(torch.float32,), weight_dtypes=(torch.float32,))
+assert host.described() == "called from C++", host.described()
+"""
+
+
+def test_warmup_tries_again_what_has_failed(cpp, tmp_path) -> None:
+    """In the same process too, once the compiler is mended."""
+    good = handing_out(tmp_path, 0)
+    compiler = script(tmp_path / "mending", f'[ -e {tmp_path}/mended ] || exit 1; exec {good} "$@"')
+    assert "it could not be compiled, see" in process(tmp_path / "out", compiler, looks=60)
+    (tmp_path / "mended").touch()
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "out"), "RMSNORM_CXX": compiler}
+    subprocess.run([sys.executable, "-c", _MENDED], env=environment, timeout=120, check=True)
+    assert list((tmp_path / "out").rglob("*.failed")) == []
+
+
 def test_explain_says_who_calls(made, randn) -> None:
     x, w = randn(2, 8), randn(8)
     assert explain(x, w) == "cpu, float32: cpu kernel (Numba) (called from C++)"

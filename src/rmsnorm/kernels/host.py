@@ -32,7 +32,7 @@ _NAME = "rmsnorm_host"
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _FLAGS = ("-O2", "-DNDEBUG", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", f"-DRMSNORM_HOST={_NAME}")
 _LIBRARIES = ("c10", "torch", "torch_cpu", "torch_python")
-_BETWEEN_LOOKS, _DAY, _NEVER = 1.0, 86400.0, float("inf")  # seconds
+_BETWEEN_LOOKS, _DAY = 1.0, 86400.0  # seconds
 _COMPILING = "the C++ is being compiled"
 
 # How large a fresh tensor is: as the rows that are normalized, with a number a row, as the weight, the same full of
@@ -61,11 +61,12 @@ class Unusable(Exception):
 
 
 class _State:
-    """Of this process: the C++, or why there is none (yet), and when to look again; who compiles for it."""
+    """Of this process: the C++, or why there is none; when to look again; whether waiting has failed; who compiles."""
 
     module: Any = None
     reason = "nothing was called yet"
     look_at = 0.0
+    hopeless = False
     compiling: "subprocess.Popen[bytes] | None" = None
 
 
@@ -88,24 +89,24 @@ def look(backward: Callable[..., Any]) -> None:
         if target.exists() or _compiled_beside(target):
             _open(target, backward)
     except Exception as error:  # noqa: BLE001  # whatever it is, Python can make the calls
-        _give_up(error)
+        _State.reason, _State.look_at = _words(error), float("inf")
 
 
 def load(backward: Callable[..., Any]) -> None:
-    """As `look`, but wait until it is compiled. Raises Unusable, and does not try again in this process."""
+    """As `look`, but compile or wait, also if looking has been given up. Raises Unusable, the next time at once."""
     if _State.module is not None:
         return
-    if _State.look_at == _NEVER:
-        raise Unusable(_State.reason)
     try:
-        _open(built(), backward)
+        if not _State.hopeless:
+            _open(built(), backward)
+            return
     except Exception as error:  # noqa: BLE001
-        raise _give_up(error) from None
+        _State.reason, _State.hopeless = _words(error), True
+    raise Unusable(_State.reason)
 
 
-def _give_up(error: Exception) -> Unusable:
-    _State.reason, _State.look_at = str(error) or type(error).__name__, _NEVER
-    return Unusable(_State.reason)
+def _words(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def described() -> str:
