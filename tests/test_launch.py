@@ -129,6 +129,22 @@ def test_what_takes_more_registers_runs_in_fewer_programs() -> None:
         assert launch.MULTIPROCESSORS // 2 < config.programs * config.parts <= launch.MULTIPROCESSORS, N
 
 
+def test_dx_alone_is_by_programs_that_take_turns_where_that_is_faster() -> None:
+    """As with dw, with loads ahead; elsewhere each tile is a program's own."""
+    for itemsize, widths in ((2, (64, 128, 512, 2880, 4096, 7168, 9216)), (4, (2560, 3072, 7168, 8192))):
+        for N in widths:
+            alone, with_dw = (
+                launch.backward(8192, N, itemsize, itemsize, of_dw, False, True, H200) for of_dw in (0, 4)
+            )
+            assert (alone.rows, alone.stages, alone.overlap) == (with_dw.rows, with_dw.stages, with_dw.overlap), N
+            assert alone.stages > 1, N
+            assert alone.programs <= with_dw.programs, N  # sums of dw may be no longer than some
+    for itemsize, widths in ((2, (256, 768, 1001)), (4, (128, 512, 1536, 4096, 5120))):
+        for N in widths:
+            config = launch.backward(8192, N, itemsize, itemsize, 0, False, N % 16 == 0, H200)
+            assert (config.stages, config.programs) == (1, -(-8192 // config.rows)), N
+
+
 def test_programs_that_wait_for_each_other_have_room_on_the_gpu() -> None:
     for N, itemsize, multiprocessors in itertools.product(WIDTHS, (2, 4), (1, 8, 16, 46, 63, 64, 132)):
         gpu = launch.Gpu(227 << 10, multiprocessors, 9)

@@ -102,7 +102,8 @@ struct Launch {
     alignas(8) char whole[LARGEST_CONFIGURATION];
     std::memcpy(whole, configuration.data(), configuration.size());
     std::memcpy(whole + stream_at, &stream, sizeof stream);
-    return reinterpret_cast<CuLaunchKernelEx>(launcher)(whole, reinterpret_cast<void*>(function), pointers, nullptr) == 0;
+    const auto launch = reinterpret_cast<CuLaunchKernelEx>(launcher);
+    return launch(whole, reinterpret_cast<void*>(function), pointers, nullptr) == 0;
   }
 };
 
@@ -329,7 +330,9 @@ struct Norm : torch::autograd::Function<Norm> {
     const auto as = [&](int64_t dtype) {
       return d_rows.defined() ? d_rows.to(static_cast<at::ScalarType>(dtype & 0xFF)) : d_rows;
     };
-    return {need_x ? as(how >> 8) : Tensor(), need_residual ? as(how >> 16) : Tensor(), need_dw ? dw : Tensor(), Tensor(), Tensor()};
+    return {
+        need_x ? as(how >> 8) : Tensor(), need_residual ? as(how >> 16) : Tensor(), need_dw ? dw : Tensor(), Tensor(),
+        Tensor()};
   }
 };
 
