@@ -10,9 +10,11 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +26,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmsnorm import add_rms_norm, explain, ops, rms_norm
-from rmsnorm.kernels import cpu, host
+from rmsnorm.kernels import build, cpu, host
 from rmsnorm.ops import wait_for_host
 from tolerance import assert_same_bits
 
@@ -573,33 +575,36 @@ def test_without_a_compiler_python_makes_the_calls(cpp, tmp_path) -> None:
 
 def test_a_compiler_that_fails_is_asked_once(tmp_path) -> None:
     compiler = script(tmp_path / "cxx", f'echo asked >> {tmp_path}/log; echo "no such thing" >&2; exit 1')
-    assert "it could not be compiled, see" in process(tmp_path / "out", compiler, looks=60)
+    assert "it could not be compiled, see" in process(tmp_path / "out", compiler, looks=300)
     assert "it could not be compiled, see" in process(tmp_path / "out", compiler)
     assert (tmp_path / "log").read_text() == "asked\n"
     (failed,) = (tmp_path / "out").rglob("*.failed")
     assert "no such thing" in failed.read_text()
-    assert "it could not be compiled, see" in process(tmp_path / "out", f"{compiler} -O1", looks=60)
+    assert "it could not be compiled, see" in process(tmp_path / "out", f"{compiler} -O1", looks=300)
     os.utime(failed, (0, 0))
-    assert "it could not be compiled, see" in process(tmp_path / "out", f"{compiler} -O1", looks=60)
+    assert "it could not be compiled, see" in process(tmp_path / "out", f"{compiler} -O1", looks=300)
     assert (tmp_path / "log").read_text() == 3 * "asked\n"  # again for another command, and after a day
 
 
-def handing_out(folder: Path, seconds: float) -> str:
-    """A compiler that hands out what was compiled already, slowly, and notes that it was asked."""
+def handing_out(folder: Path) -> str:
+    """A compiler that hands out what was compiled already, once there is a file `go`, and notes that it was asked."""
+    waits = f"while [ ! -e {folder}/go ]; do sleep 0.1; done"
     body = f'while [ "$1" != -o ]; do shift; done; cp {host.built()} "$2"'
-    return script(folder / "cxx", f"echo asked >> {folder}/log; sleep {seconds}; {body}")
+    return script(folder / "cxx", f"echo asked >> {folder}/log; {waits}; {body}")
 
 
 def test_one_of_many_processes_compiles_and_all_load(cpp, tmp_path) -> None:
-    compiler = handing_out(tmp_path, 1)
+    compiler = handing_out(tmp_path)
     with contextlib.ExitStack() as stack:
         running = [
             stack.enter_context(subprocess.Popen(
-                [sys.executable, "-c", _CALLS.format(looks=100, pause=0.2)], stdout=subprocess.PIPE, text=True,
+                [sys.executable, "-c", _CALLS.format(looks=300, pause=0.2)], stdout=subprocess.PIPE, text=True,
                 env={**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "out"), "RMSNORM_CXX": compiler},
             ))
             for _ in range(4)
         ]  # fmt: skip
+        time.sleep(2)
+        (tmp_path / "go").touch()
         said = [process.communicate(timeout=120)[0] for process in running]
     assert all("called from C++" in text for text in said), said
     assert (tmp_path / "log").read_text() == "asked\n"
@@ -611,19 +616,20 @@ def test_damaged_files_and_folders_that_cannot_be_used(cpp, tmp_path) -> None:
     (tmp_path / name).write_bytes(b"no library")
     assert "cannot be loaded" in process(tmp_path, "c++")
     (tmp_path / "file").write_text("")
-    said = process(tmp_path / "file", "true", looks=60)
+    said = process(tmp_path / "file", "true", looks=300)
     assert "called from Python" in said
     assert "being compiled" not in said
 
 
 def test_what_ends_too_early(cpp, tmp_path) -> None:
     """The process that asked: the other goes on. The one that compiles: the first knows, and the next process asks again."""
-    assert "being compiled" in process(tmp_path, handing_out(tmp_path, 3))
-    assert "called from C++" in process(tmp_path, "c++", looks=100)
+    assert "being compiled" in process(tmp_path, handing_out(tmp_path))
+    (tmp_path / "go").touch()
+    assert "called from C++" in process(tmp_path, "c++", looks=300)
     assert (tmp_path / "log").read_text() == "asked\n"
     killing = script(tmp_path / "killing", "kill -9 $PPID")
     for _ in range(2):
-        assert "the process that compiled it ended with -9" in process(tmp_path / "killed", killing, looks=60)
+        assert "the process that compiled it ended with -9" in process(tmp_path / "killed", killing, looks=300)
 
 
 _FORKS = """
@@ -633,7 +639,9 @@ x, w = torch.randn(4, 32), torch.randn(32)
 rmsnorm.rms_norm(x, w)
 assert "being compiled" in host.described(), host.described()
 child = os.fork()
-for _ in range(100):
+if child != 0:
+    open(sys.argv[1], "w").close()
+for _ in range(600):
     rmsnorm.rms_norm(x, w)
     if "C++" in host.described() and "Python" not in host.described():
         break
@@ -649,8 +657,8 @@ assert os.waitpid(child, 0)[1] == 0
 
 def test_a_fork_while_it_is_compiled(cpp, tmp_path) -> None:
     """Both load it, though only one can ask how the process that compiles has ended."""
-    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "RMSNORM_CXX": handing_out(tmp_path, 3)}
-    subprocess.run([sys.executable, "-c", _FORKS], env=environment, timeout=120, check=True)
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "RMSNORM_CXX": handing_out(tmp_path)}
+    subprocess.run([sys.executable, "-c", _FORKS, str(tmp_path / "go")], env=environment, timeout=120, check=True)
 
 
 _WARMUP = """
@@ -660,20 +668,48 @@ print(rmsnorm.explain(torch.ones(2, 8), torch.ones(8)))
 """
 
 
-@pytest.mark.parametrize("ends", ["well", "badly"])
-def test_warmup_waits_and_is_not_the_worse_for_it(cpp, tmp_path, ends) -> None:
-    failing = script(tmp_path / "failing", f"echo asked >> {tmp_path}/log; sleep 2; exit 1")
-    compiler = handing_out(tmp_path, 2) if ends == "well" else failing
-    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "out"), "RMSNORM_CXX": compiler}
+def test_warmup_waits_for_whoever_compiles(cpp, tmp_path) -> None:
+    environment = {
+        **os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "out"), "RMSNORM_CXX": handing_out(tmp_path)
+    }  # fmt: skip
     running = [
         subprocess.Popen([sys.executable, "-c", _WARMUP], env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
+    time.sleep(2)
+    (tmp_path / "go").touch()
     for one in running:
-        said = one.communicate(timeout=120)[0]
+        assert "called from C++" in one.communicate(timeout=120)[0]
         assert one.returncode == 0
-        assert ("called from C++" if ends == "well" else "it could not be compiled, see") in said
-    assert (tmp_path / "log").read_text().count("asked") == 1  # those who waited learn how it ended
+    assert (tmp_path / "log").read_text() == "asked\n"
+
+
+def test_who_waited_in_vain_does_not_compile_again(tmp_path, monkeypatch) -> None:
+    compiler = script(tmp_path / "cxx", f"echo asked >> {tmp_path}/log; exit 1")
+    target, begun = tmp_path / "out" / "made.so", threading.Event()
+    monkeypatch.setenv("RMSNORM_CXX", compiler)
+    monkeypatch.setattr(host, "_target", lambda: target)
+    clock = SimpleNamespace(time=lambda: (begun.set(), time.time())[1], monotonic=time.monotonic)
+    monkeypatch.setattr(host, "time", clock)
+    raised: list[Exception] = []
+
+    def wait() -> None:
+        try:
+            host.built()
+        except host.Unusable as error:
+            raised.append(error)
+
+    waiting = threading.Thread(target=wait)
+    with host._lock(target, wait=True):
+        waiting.start()
+        assert begun.wait(60)  # it has begun, and cannot get any further than the lock
+        assert not build.compiled(str(target), host._command())
+    waiting.join()
+    assert "it could not be compiled, see" in str(raised[0])
+    assert (tmp_path / "log").read_text() == "asked\n"
+    with pytest.raises(host.Unusable, match="it could not be compiled, see"):
+        host.built()  # who begins later tries
+    assert (tmp_path / "log").read_text() == 2 * "asked\n"
 
 
 _MENDED = """
@@ -689,9 +725,10 @@ assert host.described() == "called from C++", host.described()
 
 def test_warmup_tries_again_what_has_failed(cpp, tmp_path) -> None:
     """In the same process too, once the compiler is mended."""
-    good = handing_out(tmp_path, 0)
+    good = handing_out(tmp_path)
+    (tmp_path / "go").touch()
     compiler = script(tmp_path / "mending", f'[ -e {tmp_path}/mended ] || exit 1; exec {good} "$@"')
-    assert "it could not be compiled, see" in process(tmp_path / "out", compiler, looks=60)
+    assert "it could not be compiled, see" in process(tmp_path / "out", compiler, looks=300)
     (tmp_path / "mended").touch()
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "out"), "RMSNORM_CXX": compiler}
     subprocess.run([sys.executable, "-c", _MENDED], env=environment, timeout=120, check=True)

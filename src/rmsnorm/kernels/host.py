@@ -101,7 +101,7 @@ def load(backward: Callable[..., Any]) -> None:
             _open(built(), backward)
             return
     except Exception as error:  # noqa: BLE001
-        _State.reason, _State.hopeless = _words(error), True
+        _State.reason, _State.hopeless, _State.look_at = _words(error), True, float("inf")
     raise Unusable(_State.reason)
 
 
