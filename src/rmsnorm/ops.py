@@ -297,20 +297,14 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, dy, ds, _Backward.apply if _tied() else _backward), None
+        return *_gradients(ctx, dy, ds, _in_python), None
 
 
-def _in_python(
-    dy: Tensor, ds: Tensor | None, rows: Tensor, w: Tensor | None, rstd: Tensor, *rest: Any
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of what the host has computed, where it cannot take them itself."""
-    run = _Backward.apply if _tied() else _backward
-    return run(dy, ds, rows, w, rstd, *rest)
-
-
-def _tied() -> bool:
-    """Whether gradients must stay tied to their inputs, to raise if they are differentiated: under create_graph."""
-    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+def _in_python(*args: Any) -> tuple[Tensor | None, Tensor | None]:
+    """As `_backward`, for a node of autograd: this file's, or the host's, where it cannot take the gradients itself."""
+    # Grad mode here means create_graph: then the gradient must stay tied to its inputs, to raise if it is used.
+    tied = torch.is_grad_enabled() or forward_ad._current_level >= 0
+    return (_Backward.apply if tied else _backward)(*args)
 
 
 # Past a function in Python that is there for what `_plain` and `_leaked` rule out, and takes a few microseconds.

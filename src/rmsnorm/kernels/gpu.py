@@ -820,16 +820,17 @@ def _learned(
     ran: list[_Ran],
 ) -> None:  # fmt: skip
     """Have the host make calls of this kind, once all kernels of one are ready."""
-    shares = fresh[-1][0]
-    for call, _, _ in ran:
-        if call.before is not None and shares is not None and call.config.parts > 1:
-            ran = [(call.before, (shares,), (len(inputs) + len(fresh) - 1,)), *ran]
-    launches = []
+    whole: list[_Ran] = []
     for call, pointers, places in ran:
+        if call.before is not None and call.config.parts > 1:  # what prepares the shares, the last of what is fresh
+            whole.append((call.before, (fresh[-1][0],), (len(inputs) + len(fresh) - 1,)))
+        whole.append((call, pointers, places))
+    launches = []
+    for call, pointers, places in whole:
         if call.ready is None:
             return
         launches.append(call.ready.launch([one for one in zip(places, pointers, strict=False) if one[1] is not None]))
-    host.learned(inputs, spec, fresh, launches, _ALIGNED, [call.ready for call, _, _ in ran])
+    host.learned(inputs, spec, fresh, launches, _ALIGNED, [call.ready for call, _, _ in whole])
 
 
 def _scratch(t: Tensor | None) -> tuple[Tensor | None, int]:
