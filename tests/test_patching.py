@@ -19,7 +19,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen3Config, Qwen3
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from rmsnorm import models, patch, unpatch
+from rmsnorm import models, patch, replacement, unpatch
 from tolerance import assert_same_bits, late_bound
 
 NORMS = 2 * 4 + 1
@@ -81,7 +81,7 @@ def assert_exact(model: nn.Module, call: Callable[[], object], expected: int = N
 
     def look(module: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
         assert_same_bits(y, models.exact(module, args[0]))
-        assert y.dtype == models._original(module).forward(module, args[0]).dtype
+        assert y.dtype == replacement.original(module).forward(module, args[0]).dtype
         seen.append(module)
 
     hooks = [m.register_forward_hook(look) for m in norms(model)]
@@ -113,7 +113,7 @@ def test_peft(first: str, plain: Tensor, ours: Tensor) -> None:
     with model.disable_adapter():
         assert_same_bits(run(model), ours)
     for norm in norms(model):
-        assert models._rule(norm) is not None
+        assert replacement.rule_of(norm) is not None
     unpatch(model)
     assert {type(m) for m in norms(model)} == {Qwen3RMSNorm}
     assert_same_bits(run(model), plain)
@@ -295,7 +295,7 @@ def through_file(model: nn.Module) -> nn.Module:
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
-    models._replacement.cache_clear()  # as in another process, where nobody has patched yet
+    replacement.replacement.cache_clear()  # as in another process, where nobody has patched yet
     return torch.load(buffer, weights_only=False)  # type: ignore[no-any-return]
 
 

@@ -1,25 +1,22 @@
 """patch and unpatch: replace every norm of a model that is proven to be one we compute, in place.
 
-A module is proven, not recognized: its own forward runs on a detached twin with random weights and inputs, and must
-equal *published* of exactly one spec bit for bit. What is proven gets a class of ours, a subclass of its own:
+A module is proven, not recognized: the operators that its own forward runs must be those of exactly one RMSNorm, in
+every state in which it can be called (see proof.py). What is proven gets a class of ours, a subclass of its own:
 parameters, names, hooks and isinstance stay as they are.
 """
 
-import functools
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rmsnorm import reference
 from rmsnorm.errors import complaint
 from rmsnorm.module import DeepseekV2RMSNorm, RMSNorm
-from rmsnorm.ops import rms_norm
-from rmsnorm.proof import Change, Proof, Rule, arguments, fingerprint, obstacle, prove
+from rmsnorm.proof import Change, Proof, fingerprint, obstacle, prove
+from rmsnorm.replacement import become, changed, original, rebound, replacement, rule_of, weight_of, why_own
 from rmsnorm.spec import Spec
 
 _ORDER = "the order that works: patch, then PEFT, then compile, FSDP, tensor parallel or accelerate"
@@ -52,7 +49,7 @@ class Verdict:
         if self.spec is None:
             return f"left: {self.reason}"
         offset = f", offset {self.spec.offset:g}" if self.spec.offset else ""
-        how = "proven" if self.exactly else "taken, no further from exact than published"
+        how = "proven" if self.exactly else "taken, though it takes the statistic in another way"
         own = f"; its own forward {self.partly}" if self.partly else ""
         return f"{how}: {self.spec.cast}, eps {self.spec.eps:g}{offset}{own}"
 
@@ -73,6 +70,25 @@ class Report:
     """One verdict for each norm that patch met, in the order of `named_modules`. As a string: one line a group."""
 
     verdicts: tuple[Verdict, ...]
+    _modules: tuple[Any, ...] = field(default=(), compare=False, repr=False)  # weak references, a verdict each
+
+    def __reduce__(self) -> Any:
+        return Report, (self.verdicts,)
+
+    def check(self) -> tuple[str, ...]:
+        """Which of the norms that patch replaced do not run ours any more, each with the reason; empty if all do.
+
+        Whatever rebinds a norm's forward or changes its class or attributes after `patch` takes ours out, unseen. A
+        norm that no longer exists is passed over, and so is every norm of a Report that was copied or pickled.
+        """
+        found = []
+        for verdict, ref in zip(self.verdicts, self._modules, strict=False):
+            module = ref()
+            if verdict.spec is not None and module is not None:
+                reason = _off(module)
+                if reason is not None:
+                    found.append(f"{verdict.name} {reason}")
+        return tuple(found)
 
     @property
     def proven(self) -> tuple[Verdict, ...]:
@@ -115,9 +131,9 @@ def patch(model: nn.Module, *, strict: bool = True) -> Report:
     """Replace in place every norm of the model that is proven to compute an RMSNorm of ours.
 
     The others stay as they are; the Report says which and why. A module is tried if its class is named like a norm;
-    one whose name does not even say RMSNorm is reported only if it is proven. With `strict=False` a norm whose bits
-    are not *published*'s, because it takes the statistic another way, is replaced too, if its outputs lie no further
-    from *exact* than *published*'s do. A model that is patched already is judged anew.
+    one whose name does not even say RMSNorm is reported only if it is proven. With `strict=False` a norm is replaced
+    too if nothing but the way in which it takes the statistic differs from *published*. A model that is patched
+    already is judged anew. Where our kernel cannot serve a call, a replaced norm runs its own forward.
 
     Patch first, then PEFT, then compile, FSDP, tensor parallel or accelerate. Raises RuntimeError, and changes
     nothing, for a norm that FSDP or tensor parallel has sharded already or whose forward was rebound by anything but
@@ -129,26 +145,54 @@ def patch(model: nn.Module, *, strict: bool = True) -> Report:
     proofs: dict[Any, Proof] = {}
     found: list[tuple[str, nn.Module, Proof]] = []
     for name, module in _norms(model):
-        original = _original(module)
-        why = obstacle(original, module)
-        if why is not None:
-            proof = Proof(reason=why)
-        else:
-            key = original, fingerprint(module)
-            if key not in proofs:
-                proofs[key] = prove(original, module, strict)
-            proof = proofs[key]
-        if proof.rule is None and "rmsnorm" not in original.__name__.lower() and original is type(module):
+        proof = _judged(module, strict, proofs)
+        cls = original(module)
+        if proof.rule is None and "rmsnorm" not in cls.__name__.lower() and cls is type(module):
             continue  # by its name and by what it computes another kind of norm
         found.append((name, module, proof))
     for name, module, proof in found:
-        new = _class_for(module, proof)
-        late = _too_late(module) if new is not type(module) else None
+        late = _too_late(module) if _class_for(module, proof) is not type(module) else None
         if late is not None:
-            raise RuntimeError(f"[patch] {name} {late}; {_ORDER}")
-    for _, module, proof in found:
-        _become(module, _class_for(module, proof))
-    return Report(tuple(_verdict(name, module, proof) for name, module, proof in found))
+            raise RuntimeError(f"[patch] {name} {late}")
+    verdicts = tuple(_replaced(name, module, proof) for name, module, proof in found)
+    return Report(verdicts, tuple(weakref.ref(module) for _, module, _ in found))
+
+
+def _judged(module: nn.Module, strict: bool, proofs: dict[Any, Proof]) -> Proof:
+    """The proof of a norm, or of one that it cannot be told apart from. An odd class is left, whatever it does."""
+    cls = original(module)
+    try:
+        why = obstacle(cls, module)
+        if why is not None:
+            return Proof(reason=why)
+        key = fingerprint(cls, module)
+        if key not in proofs:
+            proof = prove(cls, module, strict)
+            if proof.rule is not None:
+                replacement(cls, proof.rule)  # type: ignore[arg-type]  # classes hash by identity
+            proofs[key] = proof
+        return proofs[key]
+    except Exception as error:  # noqa: BLE001  # it must not end patch for the other norms
+        return Proof(reason=_in_words(error))
+
+
+def _in_words(error: Exception) -> str:
+    try:
+        return f"trying it raises {type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001
+        return f"trying it raises {type(error).__name__}"
+
+
+def _replaced(name: str, module: nn.Module, proof: Proof) -> Verdict:
+    """Give the module the class for what was found; a class that does not let itself be changed is left."""
+    before = type(module)
+    try:
+        become(module, _class_for(module, proof))
+    except Exception as error:  # noqa: BLE001
+        if type(module) is not before:
+            object.__setattr__(module, "__class__", before)
+        proof = Proof(reason=f"its class cannot be changed: {_in_words(error)}")
+    return _verdict(name, module, proof)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -157,34 +201,43 @@ def unpatch(model: nn.Module) -> None:
     Raises RuntimeError, and changes nothing, for a norm that FSDP has wrapped since; TypeError for what is no module.
     """
     _check_module("unpatch", model)
-    patched = [(name, module) for name, module in model.named_modules() if _rule(module) is not None]
+    patched = [(name, module) for name, module in model.named_modules() if rule_of(module) is not None]
     for name, module in patched:
         late = _wrapped(module)
         if late is not None:
             raise RuntimeError(f"[unpatch] {name} {late}; unpatch first, or build the model anew")
     for _, module in patched:
-        _become(module, _original(module))
+        become(module, original(module))
 
 
 def exact(module: nn.Module, x: Tensor) -> Tensor | None:
     """What *exact* gives for a norm that `patch` replaced; None where its own forward runs."""
-    rule = _rule(module)
+    rule = rule_of(module)
     assert rule is not None
-    w = _weight(module) if rule.weighted else None
-    if (x.dtype, None if w is None else w.dtype) in rule.own:
+    if why_own(module, x) is not None:
         return None
+    w = weight_of(module) if rule.weighted else None
+    eps = rule.number(getattr(module, rule.eps))
+    assert eps is not None
     k = 1 if rule.shape is None else len(rule.shape)
     w = None if w is None else w.flatten()
-    spec = rule.spec
-    y = reference.forward(x.flatten(-k), None, w, spec.eps, spec.cast, spec.offset, with_rstd=False)[0]
+    y = reference.forward(x.flatten(-k), None, w, eps, rule.cast, rule.offset, with_rstd=False)[0]
     return y.view(x.shape)
 
 
 def _verdict(name: str, module: nn.Module, proof: Proof) -> Verdict:
-    cls, rule = _original(module).__name__, proof.rule
+    cls, rule = original(module).__name__, proof.rule
     if rule is None:
         return Verdict(name, cls, None, proof.reason)
-    return Verdict(name, cls, rule.spec, "", rule.partly, proof.exactly, proof.changed, proof.saved)
+    return Verdict(name, cls, proof.spec, "", rule.partly, proof.exactly, proof.changed, proof.saved)
+
+
+def _class_for(module: nn.Module, proof: Proof) -> type[nn.Module]:
+    if proof.rule is None:
+        return original(module)
+    if proof.rule == rule_of(module):
+        return type(module)  # which FSDP may have made from ours
+    return replacement(original(module), proof.rule)  # type: ignore[arg-type]
 
 
 def _check_module(where: str, model: object) -> None:
@@ -194,106 +247,10 @@ def _check_module(where: str, model: object) -> None:
 
 def _norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        cls = _original(module)
-        torchs_own = cls.__module__.startswith("torch.nn.") and cls is not nn.RMSNorm
+        cls = original(module)
+        torchs_own = cls.__module__.startswith("torch.nn.modules.") and cls is not nn.RMSNorm
         if "norm" in cls.__name__.lower() and not torchs_own and not isinstance(module, (RMSNorm, DeepseekV2RMSNorm)):
             yield name, module
-
-
-def _original(module: nn.Module) -> type[nn.Module]:
-    """The class that the module had before `patch`."""
-    return getattr(type(module), "_rmsnorm_original", type(module))
-
-
-def _rule(module: nn.Module) -> Rule | None:
-    return getattr(type(module), "_rmsnorm_rule", None)
-
-
-# --- the replacement -----------------------------------------------------------------------------------------
-
-
-class _Replacement:
-    """What a replaced norm does, in front of its own class. Adds no attribute to any instance."""
-
-    _rmsnorm_rule: Rule
-    _rmsnorm_original: type[nn.Module]
-    # The kernels library of Hugging Face would put its own forward over ours, since the name is inherited.
-    kernel_condition = staticmethod(lambda module: False)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickled as its own class and a rule, because the class made here cannot be found by its name."""
-        if "_rmsnorm_rule" not in vars(type(self)):
-            return super().__reduce_ex__(protocol)  # of a class made from ours: it would come back as ours
-        return _rebuild, (self._rmsnorm_original, self._rmsnorm_rule), self.__getstate__()
-
-
-def _weight(module: Any) -> Any:
-    """The weight, also where a parametrization or an older FSDP has put something else in the parameter's place."""
-    try:
-        return module._parameters["weight"]
-    except KeyError:
-        return module.weight
-
-
-@functools.cache
-def _replacement(original: type[nn.Module], rule: Rule) -> type[nn.Module]:
-    """A subclass of the original whose name is the original's, since users of transformers match on it."""
-    eps, cast, offset = rule.spec.eps, rule.spec.cast, rule.spec.offset
-    weighted, own, fp32, shape = rule.weighted, rule.own, rule.fp32, rule.shape
-    k = 1 if shape is None else len(shape)
-    (argument,) = arguments(original)
-    theirs: Callable[..., Tensor] = original.forward
-
-    def forward(self: Any, *args: Tensor, **named: Tensor) -> Tensor:
-        if len(args) + len(named) != 1 or (named and argument.name not in named):
-            return theirs(self, *args, **named)  # which raises the error that it always raised
-        x = args[0] if args else named[argument.name]
-        w = _weight(self) if weighted else None
-        if own and (x.dtype, None if w is None else w.dtype) in own:
-            return theirs(self, x)
-        if fp32 and torch.is_autocast_enabled(x.device.type):
-            return theirs(self, x)
-        if shape is not None and x.shape[-k:] != shape:
-            return theirs(self, x)
-        if k == 1:
-            return rms_norm(x, w, eps, cast=cast, offset=offset)
-        w = None if w is None else w.flatten()
-        return rms_norm(x.flatten(-k), w, eps, cast=cast, offset=offset).view(x.shape)
-
-    # Not functools.wraps: what follows __wrapped__ would find the original forward.
-    forward.__name__, forward.__qualname__, forward.__doc__ = "forward", theirs.__qualname__, theirs.__doc__
-    forward.__signature__ = inspect.signature(theirs)  # type: ignore[attr-defined]
-    body = {"_rmsnorm_rule": rule, "_rmsnorm_original": original, "forward": forward}
-    names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
-    return type(original.__name__, (_Replacement, original), body | names)
-
-
-def _rebuild(original: type[nn.Module], rule: Rule) -> nn.Module:
-    cls = _replacement(original, rule)  # type: ignore[arg-type]  # classes hash by identity
-    return cls.__new__(cls)
-
-
-def _class_for(module: nn.Module, proof: Proof) -> type[nn.Module]:
-    if proof.rule is None:
-        return _original(module)
-    if proof.rule == _rule(module):
-        return type(module)  # which FSDP may have made from ours
-    return _replacement(_original(module), proof.rule)  # type: ignore[arg-type]
-
-
-def _become(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Change the module's class, and what accelerate has kept of it: its bound forward."""
-    before = type(module).forward
-    if cls is type(module):
-        return
-    module.__class__ = cls
-    for key, value in vars(module).items():
-        if _is_bound(module, value, before):
-            module.__dict__[key] = MethodType(cls.forward, module)
-
-
-def _is_bound(module: nn.Module, value: object, function: object) -> bool:
-    return isinstance(value, MethodType) and value.__self__ is module and value.__func__ is function
 
 
 # --- what stands in the way ----------------------------------------------------------------------------------
@@ -303,20 +260,34 @@ def _wrapped(module: nn.Module) -> str | None:
     cls = type(module)
     if any(base.__name__ == "FSDPModule" for base in cls.__mro__):
         return "is sharded by FSDP, whose class of it would be lost"
-    if _rule(module) is not None and "_rmsnorm_rule" not in vars(cls):
+    if rule_of(module) is not None and "_rmsnorm_rule" not in vars(cls):
         return f"has got another class since it was patched, {cls.__name__}"
     return None
 
 
 def _too_late(module: nn.Module) -> str | None:
-    """What was done to the module that must be done after `patch`."""
+    """What was done to the module that must be done after `patch`, and the way out."""
     if (wrapped := _wrapped(module)) is not None:
-        return wrapped
+        return f"{wrapped}; {_ORDER}"
     if type(module._parameters.get("weight")).__name__ == "DTensor":
-        return "has a weight that is sharded (a DTensor)"
-    own = vars(module)
-    if "forward" in own and not _is_bound(module, own["forward"], type(module).forward):
-        hooked = "_hf_hook" in own and _is_bound(module, own.get("_old_forward"), type(module).forward)
-        if not hooked:
-            return "has a forward that was rebound on the instance (tensor parallel and kernels do that)"
+        return f"has a weight that is sharded (a DTensor); {_ORDER}"
+    if (who := rebound(module)) is not None:
+        return (
+            f"has a forward that was rebound on the instance, to {who}: have the library that did it leave the norms "
+            f"alone (for Liger: rms_norm=False), or build the model anew and patch it first; {_ORDER}"
+        )
     return None
+
+
+def _off(module: nn.Module) -> str | None:
+    """Why a norm that was replaced does not run ours."""
+    rule = rule_of(module)
+    if rule is None:
+        return f"has the class {type(module).__module__}.{type(module).__qualname__} now"
+    if (who := rebound(module)) is not None:
+        return f"runs a forward that was rebound on the instance, to {who}"
+    ours = next(vars(cls)["forward"] for cls in type(module).__mro__ if "_rmsnorm_rule" in vars(cls))
+    if type(module).forward is not ours:
+        return f"runs the forward of {type(module).__module__}.{type(module).__qualname__}"
+    own = changed(module)
+    return None if own is None else f"runs its own forward, because {own}"

@@ -1,0 +1,290 @@
+"""What a forward pass computes, as an expression of x and the weight, built from the operators that it runs.
+
+Two expressions are equal if they name the same arithmetic: the same rounded steps, in any order of commuting factors,
+whatever the shapes between. `loosened` also equates the ways to take the statistic.
+"""
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Union
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_WIDER = {torch.bfloat16: (torch.float32, torch.float64), torch.float16: (torch.float32, torch.float64),
+          torch.float32: (torch.float64,), torch.float64: ()}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Node:
+    """One step: `op` of the arguments, rounded to dtype. The leaves are the tensors "x" and "w"; numbers are floats."""
+
+    op: str
+    dtype: torch.dtype
+    args: tuple[Union["Node", float], ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.op}({', '.join(map(str, self.args))}):{str(self.dtype).removeprefix('torch.')}"
+
+
+Term = Node | float
+
+
+class Refusal(BaseException):
+    """The forward pass does something that no RMSNorm does; the message says what.
+
+    No Exception, so that a forward that handles errors does not handle this one.
+    """
+
+
+def cast(e: Term, dtype: torch.dtype) -> Term:
+    """e rounded to the dtype. A cast there and back through a wider dtype changes nothing and is left out.
+
+    A number takes part in fp32, unless the tensor beside it is of fp64.
+    """
+    if not isinstance(e, Node):
+        return e if dtype == torch.float64 or abs(e) > torch.finfo(torch.float32).max else ctypes.c_float(e).value
+    if e.dtype == dtype:
+        return e
+    if e.op == "cast":
+        (inner,) = e.args
+        assert isinstance(inner, Node)
+        if e.dtype in _WIDER.get(inner.dtype, ()):
+            return cast(inner, dtype)
+    return Node("cast", dtype, (e,))
+
+
+def _commuting(op: str, dtype: torch.dtype, a: Term, b: Term) -> Node:
+    if op == "mul" and 1.0 in (a, b):
+        return cast(a if b == 1.0 else b, dtype)  # type: ignore[return-value]
+    terms = sorted((cast(a, dtype), cast(b, dtype)), key=str)
+    if op == "mul" and terms[0] == terms[1]:
+        return Node("square", dtype, (terms[0],))
+    return Node(op, dtype, tuple(terms))
+
+
+def _power(e: Term, dtype: torch.dtype, exponent: float) -> Node:
+    """ATen computes these three powers by the functions of that name."""
+    named = {2.0: "square", 0.5: "sqrt", -0.5: "rsqrt"}
+    if exponent not in named:
+        raise Refusal(f"its forward raises to the power {exponent:g}")
+    return Node(named[exponent], dtype, (cast(e, dtype),))
+
+
+def _quotient(a: Term, b: Term, dtype: torch.dtype, N: int) -> Node:
+    if isinstance(a, Node) and a.op == "sum" and b == float(N):
+        return Node("mean", dtype, a.args)
+    return Node("div", dtype, (cast(a, dtype), cast(b, dtype)))
+
+
+def loosened(e: Term, N: int) -> Term:
+    """The same with each way to take the statistic replaced by rsqrt of a mean: 1 / sqrt, a sum times 1 / N, fp64."""
+    if not isinstance(e, Node):
+        return e
+    args = tuple(loosened(a, N) for a in e.args)
+    first = args[0] if args else None
+    if e.op == "reciprocal" or (e.op == "div" and first == 1.0):
+        root = args[-1]
+        if isinstance(root, Node) and root.op == "sqrt":
+            return Node("rsqrt", e.dtype, root.args)
+    if e.op == "div" and isinstance(args[1], Node) and args[1].op == "sqrt":
+        return _commuting("mul", e.dtype, args[0], Node("rsqrt", args[1].dtype, args[1].args))
+    if e.op == "mul" and cast(1.0 / N, e.dtype) in args:
+        for a in args:
+            if isinstance(a, Node) and a.op == "sum":
+                return Node("mean", e.dtype, a.args)
+    if e.op == "cast" and e.dtype == torch.float32 and isinstance(first, Node) and first.op == "rsqrt":
+        return _narrowed(first)
+    if e.op == "mul":
+        return _commuting("mul", e.dtype, *args)
+    return Node(e.op, e.dtype, args)
+
+
+def _narrowed(e: Term) -> Term:
+    """A statistic in fp64, as if it were taken in fp32."""
+    if not isinstance(e, Node) or e.dtype != torch.float64:
+        return e
+    args = tuple(_narrowed(a) for a in e.args)
+    if e.op == "cast":
+        return cast(args[0], torch.float32)
+    return Node(e.op, torch.float32, args)
+
+
+def epsilon(e: Term) -> float | None:
+    """The number that is added under the one inverse root of the expression; None if there is no such form."""
+    found = {_added(node) for node in _nodes(e) if node.op in ("rsqrt", "sqrt")}
+    return found.pop() if len(found) == 1 else None
+
+
+def _added(root: Node) -> float | None:
+    (v,) = root.args
+    while isinstance(v, Node) and v.op == "cast":
+        (v,) = v.args
+    if isinstance(v, Node) and v.op == "add":
+        return next((a for a in v.args if isinstance(a, float)), None)
+    return None
+
+
+def _nodes(e: Term) -> Iterator[Node]:
+    if isinstance(e, Node):
+        yield e
+        for a in e.args:
+            yield from _nodes(a)
+
+
+# --- from operators ------------------------------------------------------------------------------------------
+
+
+class Operators(TorchDispatchMode):
+    """Follows x and w through the operators that run inside, and refuses every operator that no RMSNorm needs.
+
+    leaves: x and the weight, as "x" and "w". N: how many numbers a row has. The refusal is also kept, in case that the
+    forward handles it.
+    """
+
+    def __init__(self, leaves: dict[str, Tensor], N: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.N = N
+        self.leaves = leaves
+        self.refusal: str | None = None
+        self._terms: dict[int, Node] = {}
+        self._kept: list[Tensor] = []  # so that no id comes twice
+        for name, t in leaves.items():
+            self._keep(t, Node(name, t.dtype))
+
+    def expression(self, y: Tensor) -> Node:
+        """What y is. Raises Refusal if it is a tensor from elsewhere."""
+        return self._term(y, "returns")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.name().removeprefix("aten::")
+        if name not in _RULES:  # it may be made of others, which in inference mode arrives whole
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        try:
+            self._check_written(func, args)
+            if name not in _RULES:
+                raise Refusal(f"its forward runs {func}")
+            term = _RULES[name](self, [self._argument(a, func) for a in args], args, kwargs)
+        except Refusal as refusal:
+            self.refusal = self.refusal or str(refusal)
+            raise
+        out = func(*args, **kwargs)
+        assert out.dtype == term.dtype, f"{func} of {term}"
+        self._keep(out, term)
+        return out
+
+    def _keep(self, t: Tensor, term: Node) -> None:
+        self._terms[id(t)] = term
+        self._kept.append(t)
+
+    def _argument(self, a: Any, func: Any) -> Any:
+        if isinstance(a, Tensor):
+            return self._term(a, f"gives {func}")
+        return float(a) if isinstance(a, (int, float)) and not isinstance(a, bool) else a
+
+    def _term(self, t: Tensor, what: str) -> Node:
+        if id(t) not in self._terms:
+            raise Refusal(f"its forward {what} a tensor that is made of neither its input nor its weight")
+        return self._terms[id(t)]
+
+    def _check_written(self, func: Any, args: tuple[Any, ...]) -> None:
+        """Only what the forward has made itself, and nothing else looks into, may be overwritten."""
+        if not func._schema.is_mutable:
+            return
+        target = args[0]
+        for name, whose in (("x", "input"), ("w", "weight")):
+            if name in self.leaves and _share(target, self.leaves[name]):
+                raise Refusal(f"it writes to its {whose} ({func})")
+        if id(target) not in self._terms or any(t is not target and _share(target, t) for t in self._kept):
+            raise Refusal(f"its forward overwrites a tensor ({func})")
+
+
+def _share(a: Tensor, b: Tensor) -> bool:
+    return a is b or a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() != 0
+
+
+Rule = Callable[[Operators, list[Any], tuple[Any, ...], dict[str, Any]], Node]
+
+
+def _reshaped(self: Operators, terms: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+    """Rows stay in order under these, and where they end is seen by the reductions and by the bits."""
+    (term,) = terms[:1]
+    assert isinstance(term, Node)
+    return term
+
+
+def _copied(self: Operators, terms: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+    dtype = kwargs.get("dtype") or args[0].dtype
+    if kwargs.get("device") not in (None, args[0].device):
+        raise Refusal("its forward moves a tensor to another device")
+    term = cast(terms[0], dtype)
+    assert isinstance(term, Node)
+    return term
+
+
+def _reduced(op: str) -> Rule:
+    def rule(self: Operators, terms: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+        t = args[0]
+        dims = args[1] if len(args) > 1 and args[1] is not None else range(t.dim())
+        dims = sorted(d % t.dim() for d in ([dims] if isinstance(dims, int) else dims))
+        size = 1
+        for d in dims:
+            size *= t.shape[d]
+        if dims != list(range(t.dim() - len(dims), t.dim())) or size != self.N:
+            raise Refusal(f"its forward takes a {op} over other dimensions than those of a row")
+        dtype = kwargs.get("dtype") or t.dtype
+        return Node(op, dtype, (cast(terms[0], dtype),))
+
+    return rule
+
+
+def _binary(op: str) -> Rule:
+    def rule(self: Operators, terms: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+        if kwargs.get("alpha", 1) != 1:
+            raise Refusal(f"its forward adds with alpha={kwargs['alpha']}")
+        a, b = terms[:2]
+        # A tensor without dimensions or a number does not decide the dtype; none of the leaves is one.
+        dtype = torch.result_type(args[0], args[1])
+        return _quotient(a, b, dtype, self.N) if op == "div" else _commuting(op, dtype, a, b)
+
+    return rule
+
+
+def _unary(op: str) -> Rule:
+    return lambda self, terms, args, kwargs: Node(op, args[0].dtype, (terms[0],))
+
+
+def _raised(self: Operators, terms: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+    if not isinstance(terms[1], float):
+        raise Refusal("its forward raises to the power of a tensor")
+    return _power(terms[0], args[0].dtype, terms[1])
+
+
+_RULES: dict[str, Rule] = {
+    **dict.fromkeys(
+        ("view", "_unsafe_view", "unsqueeze", "squeeze.dim", "squeeze.dims", "expand", "clone", "detach", "alias",
+         "_reshape_alias"), _reshaped,
+    ),
+    "_to_copy": _copied,
+    "mean.dim": _reduced("mean"),
+    "mean": _reduced("mean"),
+    "sum.dim_IntList": _reduced("sum"),
+    "sum": _reduced("sum"),
+    **{f"{name}.{kind}": _binary(name.rstrip("_"))
+       for name in ("add", "mul", "div", "add_", "mul_", "div_") for kind in ("Tensor", "Scalar")},
+    **{name: _unary(name.rstrip("_")) for name in ("rsqrt", "sqrt", "reciprocal", "rsqrt_", "sqrt_", "reciprocal_")},
+    "pow.Tensor_Scalar": _raised,
+    "pow_.Scalar": _raised,
+}  # fmt: skip
+
+# What the backward passes of those operators run.
+BACKWARD: Sequence[str] = (
+    *_RULES, "neg", "mul.Scalar", "div.Scalar", "sum.dim_IntList", "squeeze", "ones_like", "zeros_like", "new_zeros",
+    "empty_like", "new_empty_strided", "copy_", "_fused_rms_norm_backward",
+)  # fmt: skip

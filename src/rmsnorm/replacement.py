@@ -1,0 +1,228 @@
+"""What a replaced norm does: a class of ours in front of the norm's own, made from the rule that was proven of it.
+
+forward  ->  why_own   None: our kernel
+                       a reason: the norm's own forward, as if it had not been replaced
+"""
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rmsnorm.kernels import host
+from rmsnorm.observe import Absent
+from rmsnorm.ops import rms_norm
+from rmsnorm.proof import Rule, arguments
+from rmsnorm.spec import DTYPES
+
+
+def original(module: nn.Module) -> type[nn.Module]:
+    """The class that the module had before `patch`."""
+    return getattr(type(module), "_rmsnorm_original", type(module))
+
+
+def rule_of(module: nn.Module) -> Rule | None:
+    """The rule of a replaced norm; None for any other module."""
+    return getattr(type(module), "_rmsnorm_rule", None)
+
+
+class _Replacement:
+    """What a replaced norm does, in front of its own class. Adds no attribute to any instance."""
+
+    _rmsnorm_rule: Rule
+    _rmsnorm_original: type[nn.Module]
+    # The kernels library of Hugging Face would put its own forward over ours, since the name is inherited.
+    kernel_condition = staticmethod(lambda module: False)
+
+    def __init_subclass__(cls) -> None:
+        """Keeps the own class's hook, which may register what it is given, from running."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled as its own class and a rule, because the class made here cannot be found by its name."""
+        if "_rmsnorm_rule" not in vars(type(self)):
+            return super().__reduce_ex__(protocol)  # of a class made from ours: it would come back as ours
+        return _rebuild, (self._rmsnorm_original, self._rmsnorm_rule), self.__getstate__()
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """For torch.jit.script, which compiles the source of the norm's own forward: the same norm, not replaced."""
+        own: nn.Module = object.__new__(self._rmsnorm_original)
+        own.__dict__.update(vars(self))
+        return own
+
+
+def weight_of(module: Any) -> Any:
+    """The weight, also where a parametrization or an older FSDP has put something else in the parameter's place."""
+    try:
+        return module._parameters["weight"]
+    except KeyError:
+        return module.weight
+
+
+def why_own(module: Any, x: Any) -> str | None:
+    """Why a replaced norm runs its own forward on x; None where ours runs."""
+    rule, w, eps = _held(module)
+    return _changed(rule, module, w, eps) or _unproven(rule, x, w) or _unserved(x, w, rule.shape)
+
+
+def changed(module: Any) -> str | None:
+    """Why a replaced norm runs its own forward on every input; None if it does not."""
+    rule, w, eps = _held(module)
+    return _changed(rule, module, w, eps)
+
+
+def _held(module: Any) -> tuple[Rule, Any, float | None]:
+    """The rule of a replaced norm, its weight and its eps, which is None if it is nothing that we could take."""
+    rule = rule_of(module)
+    assert rule is not None
+    return rule, weight_of(module) if rule.weighted else None, rule.number(getattr(module, rule.eps, Absent))
+
+
+def _changed(rule: Rule, module: Any, w: Any, eps: float | None) -> str | None:
+    """Why the proof says nothing about the module as it is now."""
+    if eps is None:
+        return f"its {rule.eps} is {getattr(module, rule.eps, 'missing')}"
+    if w is None and rule.weighted:
+        return "its weight is None"
+    for name, value in rule.facts:
+        now = getattr(module, name, Absent)
+        if now is not value and (type(now) is not type(value) or now != value):
+            return f"its {name} has changed since it was proven"
+    return None
+
+
+def _unproven(rule: Rule, x: Any, w: Any) -> str | None:
+    """Why the proof says nothing about this input."""
+    if not isinstance(x, Tensor):
+        return f"its input is a {type(x).__name__}"
+    if rule.own and (x.dtype, None if w is None else w.dtype) in rule.own:
+        return f"it was not proven for {_dtypes(x, w)}"
+    if x.dim() not in rule.ranks:
+        return f"it was not proven for an input of {x.dim()} dimensions"
+    if rule.autocast and torch.is_autocast_enabled(x.device.type):
+        return "autocast may cast its input"
+    return None
+
+
+def _dtypes(x: Tensor, w: Tensor | None) -> str:
+    text = f"{x.dtype} input" + ("" if w is None else f" with {w.dtype} weight")
+    return text.replace("torch.", "")
+
+
+# Subclasses that take our operators apart themselves, or know them.
+_KNOWN_SUBCLASSES = ("torch._subclasses.", "torch.distributed.")
+
+
+def _unserved(x: Tensor, w: Tensor | None, shape: tuple[int, ...] | None) -> str | None:
+    """Why our kernels cannot serve a call that the norm's own forward may well serve."""
+    for name, t in (("input", x), ("weight", w)):
+        if t is None:
+            continue
+        if t.is_nested or t.layout is not torch.strided or t.dtype not in DTYPES:
+            return f"its {name} is a {'nested' if t.is_nested else t.layout} tensor of {t.dtype}".replace("torch.", "")
+        cls = type(t)
+        if cls.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not cls.__module__.startswith(_KNOWN_SUBCLASSES):
+            return f"its {name} is a {cls.__name__}"
+    expected = x.shape[-1:] if shape is None else shape
+    if shape is not None and x.shape[-len(shape) :] != shape:
+        return f"its input has shape {tuple(x.shape)}"
+    if w is not None and w.shape != expected:
+        return f"its weight has shape {tuple(w.shape)}, its input {tuple(x.shape)}"
+    if w is not None and w.device != x.device:
+        return f"its weight is on {w.device}, its input on {x.device}"
+    return _exported() or _inference_tensor(x, w)
+
+
+def _exported() -> str | None:
+    """Whether a graph is made for others, who do not have our operators."""
+    onnx = sys.modules.get("torch.onnx")
+    if onnx is not None and onnx.is_in_onnx_export():
+        return "it is exported to ONNX"
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing() and torch.is_grad_enabled():  # type: ignore
+        return "it is traced by torch.jit with gradients"
+    return None
+
+
+def _inference_tensor(x: Tensor, w: Tensor | None) -> str | None:
+    """Autograd keeps no tensor that was made in inference mode; the norm's own forward has it keep a copy."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or w is None or not w.requires_grad:
+        return None
+    return "its input was made in inference mode and its weight is trained" if x.is_inference() else None
+
+
+@functools.cache
+def replacement(cls: type[nn.Module], rule: Rule) -> type[nn.Module]:
+    """A subclass of the class, by the same name, since users of transformers match on it."""
+    cast, offset, held = rule.cast, rule.offset, rule.eps
+    weighted, shape = rule.weighted, rule.shape
+    k = 1 if shape is None else len(shape)
+    (argument,) = arguments(cls)
+    theirs: Callable[..., Tensor] = cls.forward
+
+    def forward(self: Any, *args: Tensor, **named: Tensor) -> Tensor:
+        if len(args) + len(named) != 1 or (named and argument.name not in named):
+            return theirs(self, *args, **named)  # which raises the error that it always raised
+        x = args[0] if args else named[argument.name]
+        w = weight_of(self) if weighted else None
+        eps = getattr(self, held, Absent)
+        if type(eps) is not float:
+            eps = rule.number(eps)
+        if eps is None or _changed(rule, self, w, eps) is not None or _unproven(rule, x, w) is not None:
+            return theirs(self, x)
+        if k == 1 and not torch.compiler.is_compiling():
+            y = host.norm(x, None, w, eps, cast, offset)
+            if y is not None:
+                return y  # type: ignore[no-any-return]
+        if _unserved(x, w, shape) is not None:
+            return theirs(self, x)
+        if k == 1:
+            return rms_norm(x, w, eps, cast=cast, offset=offset)
+        w = None if w is None else w.flatten()
+        return rms_norm(x.flatten(-k), w, eps, cast=cast, offset=offset).view(x.shape)
+
+    # Not functools.wraps: what follows __wrapped__ would find the original forward.
+    forward.__name__, forward.__qualname__, forward.__doc__ = "forward", theirs.__qualname__, theirs.__doc__
+    forward.__signature__ = inspect.signature(theirs)  # type: ignore[attr-defined]
+    body = {"_rmsnorm_rule": rule, "_rmsnorm_original": cls, "forward": forward}
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    metaclass: Any = type(cls)
+    return metaclass(cls.__name__, (_Replacement, cls), body | names)  # type: ignore[no-any-return]
+
+
+def _rebuild(cls: type[nn.Module], rule: Rule) -> nn.Module:
+    made = replacement(cls, rule)  # type: ignore[arg-type]  # classes hash by identity
+    return made.__new__(made)
+
+
+def become(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Change the module's class, and what accelerate has kept of it: its bound forward."""
+    before = type(module).forward
+    if cls is type(module):
+        return
+    module.__class__ = cls
+    for key, value in vars(module).items():
+        if is_bound(module, value, before):
+            module.__dict__[key] = MethodType(cls.forward, module)
+
+
+def is_bound(module: nn.Module, value: object, function: object) -> bool:
+    """Whether the value is the function as a method of the module."""
+    return isinstance(value, MethodType) and value.__self__ is module and value.__func__ is function
+
+
+def rebound(module: nn.Module) -> str | None:
+    """Who has put another forward on the instance, where neither its class's nor accelerate's hook is there."""
+    own, forward = vars(module), type(module).forward
+    if "forward" not in own or is_bound(module, own["forward"], forward):
+        return None
+    if "_hf_hook" in own and is_bound(module, own.get("_old_forward"), forward):
+        return None
+    value = own["forward"]
+    function = getattr(getattr(value, "func", value), "__func__", getattr(value, "func", value))
+    where = getattr(function, "__module__", None)
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return f"{where}.{name}" if where else name
