@@ -82,10 +82,10 @@ class _StandIn:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: object) -> None:
-        refuse(_state(self), f"its forward writes its attribute {name}")
+        refuse(_state(self), f"its forward writes the attribute {name}")
 
     def __delattr__(self, name: str) -> None:
-        refuse(_state(self), f"its forward deletes its attribute {name}")
+        refuse(_state(self), f"its forward writes the attribute {name}")
 
 
 _KEY = "_rmsnorm_state"
@@ -208,12 +208,14 @@ class _Questions(TorchFunctionMode):
             sys.setprofile(calls)
 
     def _judged(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = getattr(func, "__name__", str(func))
+        name, where = getattr(func, "__name__", str(func)), "Tensor"
         if name in ("__get__", "__set__"):
             name = func.__self__.__name__ if name == "__get__" else f"{func.__self__.__name__} ="
+        elif not getattr(func, "__qualname__", "").startswith(("Tensor.", "TensorBase.")):
+            where = "torch"
         self.functions.add(name)
         if name in _EFFECTS:
-            refuse(self.state, f"its forward uses Tensor.{name}")
+            refuse(self.state, f"its forward uses {where}.{name}")
         result = func(*args, **kwargs)
         if name in _SIZES:
             return self._sizes(result, args, kwargs)
@@ -221,7 +223,7 @@ class _Questions(TorchFunctionMode):
             return self.device
         if name in _ASKED or _holds_tensor(result):
             return result
-        return refuse(self.state, f"its forward uses Tensor.{name}")
+        return refuse(self.state, f"its forward uses {where}.{name}")
 
     def _sizes(self, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args and args[0] is self.state.weight:
@@ -259,13 +261,15 @@ _TORCH_ASKED = ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_ena
 _TORCH_FILES = ("torch.nn.functional", "torch.functional", "torch._tensor", "torch.overrides", "torch.types",
                 "torch.nn.modules.normalization", "torch._VF", "torch.amp.autocast_mode",
                 "torch.cuda.amp.autocast_mode", "torch.cpu.amp.autocast_mode")  # fmt: skip
-_STORES = {"STORE_ATTR": "an attribute", "DELETE_ATTR": "an attribute", "STORE_GLOBAL": "the global variable",
+_WRITES = {"STORE_ATTR": "the attribute", "DELETE_ATTR": "the attribute", "STORE_GLOBAL": "the global variable",
            "DELETE_GLOBAL": "the global variable", "STORE_SUBSCR": "an item of a container",
            "DELETE_SUBSCR": "an item of a container"}  # fmt: skip
+# Of Python's special methods and attributes, which can write or read anything, these only read what cannot change.
+_HARMLESS = ("__class__", "__name__", "__qualname__", "__module__", "__doc__", "__version__")
 
 
 class _Calls:
-    """A profiler of this thread that judges what code outside torch calls and writes."""
+    """A profiler of this thread that judges what code outside torch calls and writes, before it does."""
 
     def __init__(self, state: Any) -> None:
         self.state = state
@@ -275,33 +279,33 @@ class _Calls:
         if event == "call":
             self._entered(frame)
         elif event == "c_call" and not _of_torch_or_ours(frame) and _by_forward(frame) and not _without_effect(arg):
-            self._refuse(f"its forward calls {_name_of(arg)}")
+            refuse(self.state, f"its forward calls {_name_of(arg)}")
 
     def _entered(self, frame: FrameType) -> None:
         if _of_torch_or_ours(frame):
             if frame.f_back is not None and not _of_torch_or_ours(frame.f_back) and _by_forward(frame.f_back):
                 module = str(frame.f_globals["__name__"])
                 if module.startswith("torch.") and module not in _TORCH_FILES:
-                    self._refuse(f"its forward calls {module}.{frame.f_code.co_name}")
+                    refuse(self.state, f"its forward calls {module}.{frame.f_code.co_name}")
         elif _by_forward(frame) and frame.f_code not in self.scanned:
             self.scanned.add(frame.f_code)
             self._scan(frame.f_code)
 
     def _scan(self, code: CodeType) -> None:
         for step in dis.get_instructions(code):
-            stores = step.opname == "STORE_DEREF" and step.argval in code.co_freevars
-            if step.opname in _STORES or stores:
-                name = f" {step.argval}" if isinstance(step.argval, str) else ""
-                what = _STORES.get(step.opname, "the variable")
-                self._refuse(f"its forward writes to {what}{name}, in {code.co_name}")
-
-    def _refuse(self, reason: str) -> None:
-        # An exception here would end the profiling; what is refused is raised when the forward has returned.
-        self.state.refusal = self.state.refusal or reason
+            name = str(step.argval)
+            if step.opname in _WRITES:
+                named = f" {name}" if isinstance(step.argval, str) else ""
+                refuse(self.state, f"its forward writes {_WRITES[step.opname]}{named} (in {code.co_name})")
+            if step.opname == "STORE_DEREF" and name in code.co_freevars:
+                refuse(self.state, f"its forward writes the variable {name} of the function around {code.co_name}")
+            special = step.opname in ("LOAD_ATTR", "LOAD_METHOD") and name.startswith("__") and name.endswith("__")
+            if special and name not in _HARMLESS:
+                refuse(self.state, f"its forward uses {name} (in {code.co_name})")
 
 
 def _of_torch_or_ours(frame: FrameType) -> bool:
-    return str(frame.f_globals.get("__name__", "")).startswith(("torch.", "rmsnorm."))
+    return f"{frame.f_globals.get('__name__', '')}.".startswith(("torch.", "rmsnorm."))
 
 
 def _by_forward(frame: FrameType | None) -> bool:

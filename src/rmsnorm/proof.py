@@ -30,7 +30,7 @@ from rmsnorm import observe, reference
 from rmsnorm.expression import BACKWARD, Node, Operators, Refusal, epsilon, loosened
 from rmsnorm.measure import differing, saved_for_backward
 from rmsnorm.observe import Absent, Observation, is_plain
-from rmsnorm.spec import DTYPES, Cast, Spec
+from rmsnorm.spec import DTYPES, LARGEST_EPS, Cast, Spec
 
 # The dtypes in which a spec must hold where input and weight share one; in any other pair it may be the class's own.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -83,7 +83,7 @@ class Rule:
         """What the attribute that holds eps means; None if it means nothing that we could take."""
         if eps is None and self.torch_eps:
             return torch.finfo(torch.float32).eps
-        if type(eps) in (int, float) and 0 <= eps <= torch.finfo(torch.float32).max:  # type: ignore[operator]
+        if type(eps) in (int, float) and 0 <= eps <= LARGEST_EPS:  # type: ignore[operator]
             return float(eps)  # type: ignore[arg-type]
         return None
 
@@ -457,7 +457,7 @@ class _Probe:
         """How far its outputs are from the nearest *exact*, in words."""
         numbers = {float(v) for v in vars(self.module).values() if type(v) in (int, float) and 0 <= v < 1}
         found = []
-        x, w = self._draw(shape, *pair, leading=(self._many(shape),))
+        x, w = self._draw(shape, *pair, leading=(1, self._many(shape)))
         with contextlib.suppress(Exception, Refusal):
             y = self.cls.forward(self._stand_in(w), x.clone())
             for spec in (c for eps in numbers for c in self._candidates(eps)):
@@ -476,11 +476,10 @@ class _Probe:
         """Raise unless its gradients are those of the formula. By how many bytes a row it keeps more for them."""
         more = {}
         shape = self.shapes[0]
-        rows = 24
         for pair in ((x, w) for x in DTYPES for w in (DTYPES if self.weighted else (None,)) if (x, w) not in own):
             usual = pair[0] in _DTYPES and pair[1] in (pair[0], None)
             for training in (False, True) if usual else (True,):
-                x, w = self._draw(shape, *pair, leading=(rows,), smallest=-3.0)  # or gradients overflow where eps is 0
+                x, w = self._draw(shape, *pair, leading=(4, 6), smallest=-3.0)  # or gradients overflow where eps is 0
                 x.requires_grad_()
                 made = self._stand_in(w, training)
                 y, kept = self._kept(made, x)
@@ -488,7 +487,7 @@ class _Probe:
                     raise _NotProven("its output carries no gradient")
                 if usual:
                     half = self._kept(made, x.detach()[:1].clone().requires_grad_())[1]  # what it keeps once falls out
-                    more[_name(pair[0])] = (kept - half) // (rows - 1) - (math.prod(shape) * x.element_size() + 4)
+                    more[_name(pair[0])] = (kept - half) // 18 - (math.prod(shape) * x.element_size() + 4)
                 self._check_gradients(x, made, y, spec)
         return more
 
@@ -539,7 +538,7 @@ class _Probe:
         changed = {}
         for dtype in _DTYPES:
             x, w = self._draw(
-                self.shapes[0], dtype, dtype if self.weighted else None, leading=(self._many(self.shapes[0]),)
+                self.shapes[0], dtype, dtype if self.weighted else None, leading=(1, self._many(self.shapes[0]))
             )
             y = self.cls.forward(self._stand_in(w), x)
             count, ulp = differing(y, self._exact(x, w, spec))

@@ -7,6 +7,7 @@ forward  ->  why_own   None: our kernel
 import functools
 import inspect
 import sys
+import warnings
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -18,7 +19,7 @@ from rmsnorm.kernels import host
 from rmsnorm.observe import Absent
 from rmsnorm.ops import rms_norm
 from rmsnorm.proof import Rule, arguments
-from rmsnorm.spec import DTYPES
+from rmsnorm.spec import DTYPES, LARGEST_EPS
 
 
 def original(module: nn.Module) -> type[nn.Module]:
@@ -49,10 +50,12 @@ class _Replacement:
         return _rebuild, (self._rmsnorm_original, self._rmsnorm_rule), self.__getstate__()
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """For torch.jit.script, which compiles the source of the norm's own forward: the same norm, not replaced."""
-        own: nn.Module = object.__new__(self._rmsnorm_original)
-        own.__dict__.update(vars(self))
-        return own
+        """For torch.jit.script, which compiles the source of a forward: the norm gets its own class back."""
+        norm: Any = self
+        become(norm, self._rmsnorm_original)
+        words = "torch.jit.script has given the norm its own class back: patch the model again to use it in Python"
+        warnings.warn(f"[patch] {words}", stacklevel=2)
+        return norm  # type: ignore[no-any-return]
 
 
 def weight_of(module: Any) -> Any:
@@ -142,8 +145,8 @@ def _exported() -> str | None:
     onnx = sys.modules.get("torch.onnx")
     if onnx is not None and onnx.is_in_onnx_export():
         return "it is exported to ONNX"
-    if not torch.compiler.is_compiling() and torch.jit.is_tracing() and torch.is_grad_enabled():  # type: ignore
-        return "it is traced by torch.jit with gradients"
+    if not torch.compiler.is_compiling() and torch._C._is_tracing():
+        return "it is traced by torch.jit"
     return None
 
 
@@ -169,7 +172,7 @@ def replacement(cls: type[nn.Module], rule: Rule) -> type[nn.Module]:
         x = args[0] if args else named[argument.name]
         w = weight_of(self) if weighted else None
         eps = getattr(self, held, Absent)
-        if type(eps) is not float:
+        if type(eps) is not float or not 0.0 <= eps <= LARGEST_EPS:
             eps = rule.number(eps)
         if eps is None or _changed(rule, self, w, eps) is not None or _unproven(rule, x, w) is not None:
             return theirs(self, x)

@@ -11,7 +11,7 @@ from rmsnorm.errors import complaint
 Cast = Literal["early", "late"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_LARGEST_EPS = torch.finfo(torch.float32).max
+LARGEST_EPS = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Spec:
 
 def check_spec(where: str, eps: float, cast: str, offset: float) -> None:
     """Raise `TypeError` or `ValueError`, naming the argument, unless the three make an RMSNorm."""
-    if type(eps) is float and 0.0 <= eps <= _LARGEST_EPS and offset == 0.0 and (cast == "early" or cast == "late"):
+    if type(eps) is float and 0.0 <= eps <= LARGEST_EPS and offset == 0.0 and (cast == "early" or cast == "late"):
         return  # nearly every call
     for name, value in (("eps", eps), ("offset", offset)):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(complaint(where, name, f"is a {type(value).__name__}", "a number"))
-    if not 0.0 <= eps <= _LARGEST_EPS:
+    if not 0.0 <= eps <= LARGEST_EPS:
         raise ValueError(complaint(where, "eps", f"is {eps}", "a number of at least 0 that fp32 can hold"))
     if cast not in ("early", "late"):
         raise ValueError(complaint(where, "cast", f"is {cast!r}", "'early' or 'late'"))
