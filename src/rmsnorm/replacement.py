@@ -125,15 +125,18 @@ def _unserved(x: Tensor, w: Tensor | None, shape: tuple[int, ...] | None) -> str
     for name, t in (("input", x), ("weight", w)):
         if t is None:
             continue
-        if t.is_nested or t.layout is not torch.strided or t.dtype not in DTYPES:
+        if t.dtype not in DTYPES or t.is_nested or t.layout is not torch.strided:
             return f"its {name} is a {'nested' if t.is_nested else t.layout} tensor of {t.dtype}".replace("torch.", "")
         cls = type(t)
-        if cls.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not cls.__module__.startswith(_KNOWN_SUBCLASSES):
+        if (
+            cls not in (Tensor, nn.Parameter)
+            and cls.__torch_dispatch__ is not Tensor.__torch_dispatch__
+            and not cls.__module__.startswith(_KNOWN_SUBCLASSES)
+        ):
             return f"its {name} is a {cls.__name__}"
-    expected = x.shape[-1:] if shape is None else shape
     if shape is not None and x.shape[-len(shape) :] != shape:
         return f"its input has shape {tuple(x.shape)}"
-    if w is not None and w.shape != expected:
+    if w is not None and w.shape != (x.shape[-1:] if shape is None else shape):
         return f"its weight has shape {tuple(w.shape)}, its input {tuple(x.shape)}"
     if w is not None and w.device != x.device:
         return f"its weight is on {w.device}, its input on {x.device}"
@@ -142,17 +145,15 @@ def _unserved(x: Tensor, w: Tensor | None, shape: tuple[int, ...] | None) -> str
 
 def _exported() -> str | None:
     """Whether a graph is made for others, who do not have our operators."""
-    onnx = sys.modules.get("torch.onnx")
-    if onnx is not None and onnx.is_in_onnx_export():
-        return "it is exported to ONNX"
-    if not torch.compiler.is_compiling() and torch._C._is_tracing():
-        return "it is traced by torch.jit"
-    return None
+    if torch.compiler.is_compiling():
+        onnx = "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
+        return "it is exported to ONNX" if onnx else None
+    return "it is traced by torch.jit" if torch._C._is_tracing() else None
 
 
 def _inference_tensor(x: Tensor, w: Tensor | None) -> str | None:
     """Autograd keeps no tensor that was made in inference mode; the norm's own forward has it keep a copy."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or w is None or not w.requires_grad:
+    if w is None or not w.requires_grad or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
     return "its input was made in inference mode and its weight is trained" if x.is_inference() else None
 
@@ -161,7 +162,8 @@ def _inference_tensor(x: Tensor, w: Tensor | None) -> str | None:
 def replacement(cls: type[nn.Module], rule: Rule) -> type[nn.Module]:
     """A subclass of the class, by the same name, since users of transformers match on it."""
     cast, offset, held = rule.cast, rule.offset, rule.eps
-    weighted, shape = rule.weighted, rule.shape
+    weighted, shape, ranks, facts = rule.weighted, rule.shape, rule.ranks, rule.facts
+    judged = bool(rule.own) or rule.autocast  # what else can be unproven is asked here, in a fraction of the time
     k = 1 if shape is None else len(shape)
     (argument,) = arguments(cls)
     theirs: Callable[..., Tensor] = cls.forward
@@ -174,7 +176,8 @@ def replacement(cls: type[nn.Module], rule: Rule) -> type[nn.Module]:
         eps = getattr(self, held, Absent)
         if type(eps) is not float or not 0.0 <= eps <= LARGEST_EPS:
             eps = rule.number(eps)
-        if eps is None or _changed(rule, self, w, eps) is not None or _unproven(rule, x, w) is not None:
+        unlike = eps is None or (w is None and weighted) or (facts and _changed(rule, self, w, eps) is not None)
+        if unlike or (judged and _unproven(rule, x, w) is not None) or not isinstance(x, Tensor) or x.dim() not in ranks:
             return theirs(self, x)
         if k == 1 and not torch.compiler.is_compiling():
             y = host.norm(x, None, w, eps, cast, offset)
