@@ -18,10 +18,12 @@ import torch
 import transformers
 from torch import nn
 
+from rmsnorm import machine, replacement
 from rmsnorm.models import Verdict, patch
 
 TABLE = Path(__file__).parent.parent / "docs" / "verdicts.md"
 N = 96
+MEASURED = "Measured with torch"
 # What the constructors call their arguments, other than the width, which goes by many names.
 ARGUMENTS = {"group_size": N // 4, "activation": "silu"}
 
@@ -36,12 +38,24 @@ class Found:
     problem: str = ""
 
     @functools.cached_property
-    def verdict(self) -> Verdict | None:
+    def _judged(self) -> tuple[Verdict | None, type[nn.Module] | None]:
+        """The verdict, and the class that patch gave to the module."""
         if self.problem:
-            return None
+            return None, None
         module = self.build()
         verdicts = patch(nn.ModuleDict({"norm": module})).verdicts
-        return next((v for v in verdicts if v.name == "norm"), None)
+        return next((v for v in verdicts if v.name == "norm"), None), type(module)
+
+    @property
+    def verdict(self) -> Verdict | None:
+        return self._judged[0]
+
+    def replaced(self) -> nn.Module:
+        """As `module`, with the class that patch gives it; to prove each of these again would take minutes."""
+        module, cls = self.module(), self._judged[1]
+        assert cls is not None
+        replacement.become(module, cls)
+        return module
 
     def module(self) -> nn.Module:
         """A fresh one, its weight drawn at random."""
@@ -123,9 +137,12 @@ def table() -> str:
         "# What patch finds in transformers",
         "",
         f"Every RMSNorm class of transformers {transformers.__version__}, written by `python tests/verdicts.py`.",
-        "Each class that can be built on its own is, with the arguments that it has by default; what it holds then and",
-        "how it is called decide, so another configuration of the same class may get another verdict. In the last three",
-        "columns: the share of outputs that change when it is replaced, on random rows, and by how many ulp at most.",
+        "Each class that can be built on its own is, with its default arguments; what it holds and how it is called then",
+        "decide, so another configuration of the same class may get another verdict. The verdicts do not depend on the",
+        "machine. The last three columns do: the share of outputs that change when the norm is replaced, on random rows,",
+        "and by how many ulp at most, against the class run eagerly.",
+        "",
+        _machine(),
         "",
         "| classes | verdict |",
         "|---|---|",
@@ -142,6 +159,12 @@ def table() -> str:
         changes = [] if v is None or v.spec is None else [_change(c.share, c.ulp) for c in v.changed.values()]
         lines.append(f"| {f.folder} | {f.cls} | {said} | {' | '.join(changes or ['-'] * 3)} |")
     return "\n".join(lines) + "\n"
+
+
+def _machine() -> str:
+    facts = machine.describe()
+    torch_version = facts["versions"]["torch"].partition("+")[0]
+    return f"{MEASURED} {torch_version} on an {facts['cpu']}, {facts['isa']}."
 
 
 def _change(share: float, ulp: int) -> str:
