@@ -145,8 +145,9 @@ def test_compiled_whole_it_has_the_bits_of_eager(backend: str, cls: type[nn.Modu
     x = draw(16, 5, N)
     assert runs_ours(norm, own, x)
     assert_same_bits(compiled(x), norm(x))
-    seven = draw(1, 2, 1, 2, 1, 3, N)
-    assert compiled(seven).shape == seven.shape
+    if backend == "aot_eager":
+        seven = draw(1, 2, 1, 2, 1, 3, N)  # runs its own forward
+        assert_same_bits(compiled(seven), own(seven))
 
 
 # --- what the module holds -------------------------------------------------------------------------------------

@@ -176,13 +176,9 @@ def replacement(cls: type[nn.Module], rule: Rule) -> type[nn.Module]:
         eps = getattr(self, held, Absent)
         if type(eps) is not float or not 0.0 <= eps <= LARGEST_EPS:
             eps = rule.number(eps)
-        unlike = eps is None or (w is None and weighted) or (facts and _changed(rule, self, w, eps) is not None)
-        if (
-            unlike
-            or (judged and _unproven(rule, x, w) is not None)
-            or not isinstance(x, Tensor)
-            or x.dim() not in ranks
-        ):
+        if eps is None or (w is None and weighted) or (facts and _changed(rule, self, w, eps) is not None):
+            return theirs(self, x)
+        if not isinstance(x, Tensor) or x.dim() not in ranks or (judged and _unproven(rule, x, w) is not None):
             return theirs(self, x)
         if k == 1 and not torch.compiler.is_compiling():
             y = host.norm(x, None, w, eps, cast, offset)
