@@ -7,7 +7,10 @@ BIN := .venv/bin
 STAMP := .venv/.complete
 PINS := .venv/constraints.txt
 
-.PHONY: setup report test check bench test-gpu
+# The tests whose outcome could depend on how a processor sums and takes roots, if a verdict or bound were wrong.
+SENSITIVE := $(addprefix tests/test_,models.py proof.py properties.py reference.py replacement.py verdicts.py)
+
+.PHONY: setup report test test-processors check bench test-gpu
 
 setup: $(STAMP)
 
@@ -19,6 +22,11 @@ bench: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# torch's vector code for less capable processors than this one.
+test-processors: $(STAMP)
+	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -q $(SENSITIVE)
+	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -q $(SENSITIVE)
 
 test-gpu: $(STAMP)
 	$(BIN)/rmsnorm verify --device cuda
