@@ -26,7 +26,7 @@ from torch.nn import Parameter
 from rmsnorm import reference
 from rmsnorm.errors import complaint
 from rmsnorm.kernels import host
-from rmsnorm.spec import DTYPES, Cast, check_spec, check_tensors
+from rmsnorm.spec import DTYPES, Cast, check_gradients, check_memory, check_spec, check_tensors
 
 
 def rms_norm(
@@ -47,7 +47,7 @@ def rms_norm(
         if y is not None:
             return y  # type: ignore[no-any-return]
     check_spec("rms_norm", eps, cast, offset)
-    check_tensors("rms_norm", x, None, weight, offset)
+    check_tensors("rms_norm", x, None, weight, offset, torch.compiler.is_compiling())
     return _norm(x, None, weight, eps, cast, offset)[0]  # type: ignore[no-any-return]
 
 
@@ -72,7 +72,7 @@ def add_rms_norm(
         if outputs is not None:
             return outputs  # type: ignore[no-any-return]
     check_spec("add_rms_norm", eps, cast, offset)
-    check_tensors("add_rms_norm", x, residual, weight, offset)
+    check_tensors("add_rms_norm", x, residual, weight, offset, torch.compiler.is_compiling())
     y, s = _norm(x, residual, weight, eps, cast, offset)[:2]
     return y, s
 
@@ -82,17 +82,25 @@ def explain(
     weight: Tensor | None = None,
     residual: Tensor | None = None,
     *,
+    eps: float = 1e-6,
     cast: Cast = "early",
     offset: float = 0.0,
 ) -> str:
-    """Which kernel `rms_norm(x, weight)` would run (with a residual: `add_rms_norm`), and why. Computes nothing."""
-    check_spec("explain", 0.0, cast, offset)
+    """Which kernel `rms_norm(x, weight)` would run (with a residual: `add_rms_norm`), and why. Computes nothing.
+
+    In place of the weight it takes a norm that `patch` has replaced: then it says whether our kernel or the norm's own
+    forward would run on x, and why.
+    """
+    own = getattr(weight, "_rmsnorm_explain", None)
+    if own is not None:
+        return own(x)  # type: ignore[no-any-return]
+    check_spec("explain", eps, cast, offset)
     check_tensors("explain", x, residual, weight, offset)
     kernel, reason = _choose(x, residual, weight)
     name = getattr(kernel, "NAME", "the reference, in plain torch")
     if kernel is not reference and _plain(x, residual, weight):
         host.look(_in_python)
-        reason = host.described()
+        reason = host.described(x, residual, weight, float(eps), cast, float(offset))
     lines = [f"{x.device.type}, {str(x.dtype).removeprefix('torch.')}: {name}" + (f" ({reason})" if reason else "")]
     copied = [
         label
@@ -194,6 +202,18 @@ def _plain(*tensors: Tensor | None) -> bool:
     return True
 
 
+def _caller(residual: Tensor | None) -> str:
+    """Of the public function that is called."""
+    return "rms_norm" if residual is None else "add_rms_norm"
+
+
+def _check_backward(
+    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, offset: float, need_dw: bool
+) -> None:
+    check_gradients(_caller(ds), dy, ds, x, w, rstd, offset, need_dw)
+    check_memory(_caller(ds), backward=True, dy=dy, ds=ds, x=x, weight=w, rstd=rstd)
+
+
 def _learn_sharding() -> None:
     """Load what the operators do with DTensors, if there can be any yet. torch.compile does so while it traces."""
     if "torch.distributed.tensor" in sys.modules:
@@ -205,6 +225,7 @@ def _forward(
     plain: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     if plain:
+        check_memory(_caller(residual), x=x, residual=residual, weight=w)
         return _choose(x, residual, w)[0].forward(x, residual, w, eps, cast, offset, with_rstd)  # type: ignore[no-any-return]
     _learn_sharding()
     y, s, rstd = torch.ops.rmsnorm.forward.default(x, residual, w, eps, cast, offset, with_rstd)
@@ -224,6 +245,7 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     batched = torch._C._functorch.is_legacy_batchedtensor  # what is_grads_batched=True makes of a cotangent
     if not (batched(dy) or (ds is not None and batched(ds))) and _plain(dy, ds, x, w, rstd):
+        _check_backward(dy, ds, x, w, rstd, offset, need_dw)
         return _choose(x, None, w)[0].backward(dy, ds, x, w, rstd, cast, offset, need_dx, need_dw)  # type: ignore[no-any-return]
     dx, dw = torch.ops.rmsnorm.backward.default(dy, ds, x, w, rstd, cast, offset, need_dx, need_dw)
     return dx if need_dx else None, dw if need_dw else None
@@ -264,11 +286,24 @@ def _leaked(*tensors: Tensor | None) -> bool:
     return False
 
 
+def _saved(ctx: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+    """What the forward pass has kept. Raises RuntimeError if it was modified in place since, as torch does."""
+    try:
+        return ctx.saved_tensors  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "[rms_norm] x or weight was modified in place after the forward pass, which keeps them for the backward "
+            f"pass: write x = x + ... instead of x += ..., or rmsnorm.unpatch the norm ({error})"
+        ) from None
+
+
 def _gradients(
     ctx: Any, dy: Tensor | None, ds: Tensor | None, backward: Callable[..., Any]
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, residual and w; dy or ds is None where nothing depends on that output."""
-    rows, w, rstd = ctx.saved_tensors
+    rows, w, rstd = _saved(ctx)
     needs = ctx.needs_input_grad
     need_x, need_residual, need_dw = needs[:3]
     if dy is None:
@@ -394,21 +429,32 @@ _LIB.define(
 )
 
 
-def _run_forward(x: Tensor, residual: Tensor | None, w: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    y, s, rstd = _choose(x, residual, w)[0].forward(x, residual, w, *rest)
+def _run_forward(
+    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float, with_rstd: bool
+) -> tuple[Tensor, ...]:
+    where = _caller(residual)
+    check_spec(where, eps, cast, offset)
+    check_tensors(where, x, residual, w, offset)
+    check_memory(where, x=x, residual=residual, weight=w)
+    y, s, rstd = _choose(x, residual, w)[0].forward(x, residual, w, eps, cast, offset, with_rstd)
     return y, x.new_empty(0) if s is None else s, x.new_empty(0) if rstd is None else rstd
 
 
 def _run_backward(
-    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    dx, dw = _choose(x, None, w)[0].backward(dy, ds, x, w, rstd, *rest)
+    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, cast: str, offset: float, need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    check_spec(_caller(ds), 0.0, cast, offset)
+    _check_backward(dy, ds, x, w, rstd, offset, need_dw)
+    dx, dw = _choose(x, None, w)[0].backward(dy, ds, x, w, rstd, cast, offset, need_dx, need_dw)
     return x.new_empty(0) if dx is None else dx, x.new_empty(0) if dw is None else dw
 
 
 def _fake_forward(
     x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float, with_rstd: bool
 ) -> tuple[Tensor, ...]:
+    check_spec(_caller(residual), eps, cast, offset)
+    check_tensors(_caller(residual), x, residual, w, offset, symbolic=True)
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     y_dtype = torch.promote_types(dtype, w.dtype) if w is not None and cast == "early" else dtype
     return (
@@ -429,6 +475,8 @@ def _fake_backward(
     need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor, ...]:
+    check_spec(_caller(ds), 0.0, cast, offset)
+    check_gradients(_caller(ds), dy, ds, x, w, rstd, offset, need_dw, symbolic=True)
     dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
     return dx, w.new_empty(w.shape) if need_dw and w is not None else x.new_empty(0)
 
@@ -451,6 +499,10 @@ def _vmap_rule(op: Any, tensors: int) -> Any:
             ]
             outputs = op(*rows, front[2], *args[tensors:])
             return outputs, tuple(None if o.dim() == 1 and o.numel() == 0 else 0 for o in outputs)
+        if info.batch_size == 0:  # the shapes, of one sample that is made up
+            one = [a.new_ones(a.shape[1:]) if is_batched else a for a, is_batched in zip(front, batched, strict=True)]
+            outputs = op(*one, *args[tensors:])
+            return tuple(o.new_empty(0, *o.shape) for o in outputs), (0,) * len(outputs)
         samples = [
             op(*(a[i] if is_batched else a for a, is_batched in zip(front, batched, strict=True)), *args[tensors:])
             for i in range(info.batch_size)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rmsnorm.kernels import host
 from rmsnorm.observe import Absent
-from rmsnorm.ops import rms_norm
+from rmsnorm.ops import explain, rms_norm
 from rmsnorm.proof import Rule, arguments
 from rmsnorm.spec import DTYPES, LARGEST_EPS
 
@@ -48,6 +48,18 @@ class _Replacement:
         if "_rmsnorm_rule" not in vars(type(self)):
             return super().__reduce_ex__(protocol)  # of a class made from ours: it would come back as ours
         return _rebuild, (self._rmsnorm_original, self._rmsnorm_rule), self.__getstate__()
+
+    def _rmsnorm_explain(self, x: Any) -> str:
+        """For `rmsnorm.explain`."""
+        norm: Any = self
+        own = why_own(norm, x)
+        if own is not None:
+            return f"the norm's own forward, because {own}"
+        rule, w, eps = _held(norm)
+        assert eps is not None
+        k = 1 if rule.shape is None else len(rule.shape)
+        w = None if w is None else w.flatten()
+        return explain(x.flatten(-k), w, eps=eps, cast=rule.cast, offset=rule.offset)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """For torch.jit.script, which compiles the source of a forward: the norm gets its own class back."""

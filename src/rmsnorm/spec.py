@@ -49,36 +49,137 @@ def check_spec(where: str, eps: float, cast: str, offset: float) -> None:
 
 
 def check_tensors(
-    where: str, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, offset: float
+    where: str,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    offset: float,
+    symbolic: bool = False,
 ) -> None:
     """Raise `TypeError` or `ValueError`, naming the argument, unless the tensors fit each other.
 
     x: (..., N) with N >= 1; residual: the shape of x; weight: (N,). All of a floating dtype in `DTYPES`, dense,
-    on one device.
+    on one device. symbolic: whether sizes may be known only when a compiled program runs; it then checks them.
     """
-    if not (isinstance(x, torch.Tensor) and x.dtype in DTYPES and x.layout is torch.strided):
-        _refuse(where, "x", x)
-    shape = x.shape
-    if not shape or shape[-1] == 0:
-        raise ValueError(complaint(where, "x", f"has shape {tuple(shape)}", "(..., N) with N of at least 1"))
+    _check_rows(where, "x", x, symbolic)
     if residual is not None:
-        if not (isinstance(residual, torch.Tensor) and residual.dtype in DTYPES and residual.layout is torch.strided):
-            _refuse(where, "residual", residual)
-        if residual.shape != shape:
-            expected = f"{tuple(shape)}, the shape of x"
-            raise ValueError(complaint(where, "residual", f"has shape {tuple(residual.shape)}", expected))
-        if residual.device != x.device:
-            raise ValueError(complaint(where, "residual", f"is on {residual.device}", f"{x.device}, the device of x"))
-    if weight is not None:
-        if not (isinstance(weight, torch.Tensor) and weight.dtype in DTYPES and weight.layout is torch.strided):
-            _refuse(where, "weight", weight)
-        if weight.shape != shape[-1:]:
-            expected = f"({shape[-1]},), the last dimension of x"
-            raise ValueError(complaint(where, "weight", f"has shape {tuple(weight.shape)}", expected))
-        if weight.device != x.device:
-            raise ValueError(complaint(where, "weight", f"is on {weight.device}", f"{x.device}, the device of x"))
-    elif offset != 0.0:
+        _check_like(where, "residual", residual, "x", x, symbolic)
+    _check_weight(where, weight, x, symbolic)
+    if weight is None and offset != 0.0:
         raise ValueError(complaint(where, "weight", "is None with an offset", "a weight that the offset is added to"))
+
+
+def check_gradients(
+    where: str,
+    dy: torch.Tensor,
+    ds: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    rstd: torch.Tensor,
+    offset: float,
+    need_dw: bool,
+    symbolic: bool = False,
+) -> None:
+    """As `check_tensors`, for what the backward pass gets: dy, x and ds: (..., N); weight: (N,); rstd: (...,).
+
+    Autograd gives dy the shape of y, so what does not fit it has changed since the forward pass.
+    """
+    try:
+        _check_rows(where, "dy", dy, symbolic)
+        _check_like(where, "x", x, "dy", dy, symbolic)
+        if ds is not None:
+            _check_like(where, "ds", ds, "dy", dy, symbolic)
+        _check_weight(where, weight, x, symbolic)
+        if weight is None and (need_dw or offset != 0.0):
+            raise ValueError(complaint(where, "weight", "is None", "a weight, for its gradient or for an offset"))
+        if not (isinstance(rstd, torch.Tensor) and rstd.dtype in DTYPES and rstd.layout is torch.strided):
+            _refuse(where, "rstd", rstd)
+        if not _same_sizes(rstd.shape, x.shape[:-1], symbolic):
+            expected = f"{tuple(x.shape[:-1])}, a number for each row of x"
+            raise ValueError(complaint(where, "rstd", f"has shape {tuple(rstd.shape)}", expected))
+        _check_device(where, "rstd", rstd, x)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error} {_IN_BACKWARD}") from None
+
+
+_IN_BACKWARD = "(in the backward pass: what was saved for it must be as it was in the forward pass)"
+
+
+def check_memory(where: str, backward: bool = False, **tensors: torch.Tensor | None) -> None:
+    """Raise `ValueError`, naming the argument, unless each tensor's storage holds all that its shape says.
+
+    Engines that shard parameters free a storage, or swap it for a smaller one, while the shape stays. Only for
+    tensors that have memory of their own.
+    """
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        held = t.untyped_storage().nbytes()
+        elements = t.numel()
+        if elements and not t.is_contiguous():
+            elements = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        needed = (t.storage_offset() + elements) * t.element_size() if elements else 0
+        if held < needed:
+            words = complaint(where, name, f"has a storage of {held} bytes", f"{needed}: it was freed or made smaller")
+            raise ValueError(f"{words} {_IN_BACKWARD}" if backward else words)
+
+
+def _check_rows(where: str, name: str, x: torch.Tensor, symbolic: bool) -> None:
+    if not (isinstance(x, torch.Tensor) and x.dtype in DTYPES and x.layout is torch.strided):
+        _refuse(where, name, x)
+    shape = x.shape
+    if not shape or not _is_not_zero(shape[-1], symbolic):
+        raise ValueError(complaint(where, name, f"has shape {tuple(shape)}", "(..., N) with N of at least 1"))
+
+
+def _check_like(where: str, name: str, t: torch.Tensor, of: str, x: torch.Tensor, symbolic: bool) -> None:
+    if not (isinstance(t, torch.Tensor) and t.dtype in DTYPES and t.layout is torch.strided):
+        _refuse(where, name, t)
+    if not _same_sizes(t.shape, x.shape, symbolic):
+        raise ValueError(complaint(where, name, f"has shape {tuple(t.shape)}", f"{tuple(x.shape)}, the shape of {of}"))
+    _check_device(where, name, t, x, of)
+
+
+def _check_weight(where: str, weight: torch.Tensor | None, x: torch.Tensor, symbolic: bool) -> None:
+    if weight is None:
+        return
+    if not (isinstance(weight, torch.Tensor) and weight.dtype in DTYPES and weight.layout is torch.strided):
+        _refuse(where, "weight", weight)
+    if not _same_sizes(weight.shape, x.shape[-1:], symbolic):
+        expected = f"({x.shape[-1]},), the last dimension of x"
+        raise ValueError(complaint(where, "weight", f"has shape {tuple(weight.shape)}", expected))
+    _check_device(where, "weight", weight, x)
+
+
+def _check_device(where: str, name: str, t: torch.Tensor, x: torch.Tensor, of: str = "x") -> None:
+    if t.device != x.device:
+        raise ValueError(complaint(where, name, f"is on {t.device}", f"{x.device}, the device of {of}"))
+
+
+def _same_sizes(a: torch.Size, b: torch.Size, symbolic: bool) -> bool:
+    """Whether two shapes are the same, as far as that is known; what is not is checked when the program runs."""
+    if not symbolic:
+        return a == b
+    if len(a) != len(b):
+        return False
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    for m, n in zip(a, b, strict=True):
+        if guard_or_false(m != n):
+            return False
+        torch._check(m == n)
+    return True
+
+
+def _is_not_zero(n: int, symbolic: bool) -> bool:
+    if not symbolic:
+        return n != 0
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    if guard_or_false(n == 0):
+        return False
+    torch._check(n != 0)
+    return True
 
 
 def _refuse(where: str, name: str, value: object) -> NoReturn:

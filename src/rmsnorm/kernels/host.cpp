@@ -107,14 +107,33 @@ struct Launch {
   }
 };
 
+// Whether the storage holds all that the shape says: others may have freed it, or swapped it for a smaller one.
+bool in_memory(const Tensor& t) {
+  if (!t.defined() || t.numel() == 0) {
+    return true;
+  }
+  int64_t elements = t.numel();
+  if (!t.is_contiguous()) {
+    elements = 1;
+    for (int64_t i = 0; i < t.dim(); i++) {
+      elements += (t.size(i) - 1) * t.stride(i);
+    }
+  }
+  const auto needed = static_cast<size_t>(t.storage_offset() + elements) * t.element_size();
+  return t.storage().nbytes() >= needed;
+}
+
 struct Plan {
   std::vector<std::optional<Fresh>> fresh;
   std::vector<Launch> launches;
   Word aligned; // bits that no address may have
   std::shared_ptr<PyObject> keeps; // the compiled code, and what its arguments point to
 
-  // Appends the fresh tensors. False if nothing could be launched, or not all of it.
+  // Appends the fresh tensors. False if nothing could be launched, or not all of it: then Python says why.
   bool run(Tensors& tensors, const Tensor& rows) const {
+    if (!std::all_of(tensors.begin(), tensors.end(), in_memory)) {
+      return false;
+    }
     void* stream = nullptr;
     if (rows.is_cuda()) {
       const auto* gpu = c10::impl::getDeviceGuardImpl(c10::DeviceType::CUDA);
@@ -296,6 +315,20 @@ std::pair<Tensor, Tensor> gradients(const Tensors& inputs, Spec spec, bool need_
 
 namespace rmsnorm {
 
+// As ops._saved: torch's error about a tensor that was modified, with the way out.
+variable_list saved_variables(AutogradContext* ctx) {
+  try {
+    return ctx->get_saved_variables();
+  } catch (const c10::Error& error) {
+    const std::string said = error.what_without_backtrace();
+    TORCH_CHECK(
+        said.find("modified by an inplace operation") == std::string::npos,
+        "[rms_norm] x or weight was modified in place after the forward pass, which keeps them for the backward pass: "
+        "write x = x + ... instead of x += ..., or rmsnorm.unpatch the norm (", said, ")");
+    throw;
+  }
+}
+
 // As ops._Norm: saves what was normalized, the weight, and a number a row.
 struct Norm : torch::autograd::Function<Norm> {
   static constexpr bool is_traceable = true; // the backward pass knows nothing but what is saved here
@@ -313,7 +346,7 @@ struct Norm : torch::autograd::Function<Norm> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list given) {
-    const auto saved = ctx->get_saved_variables();
+    const auto saved = saved_variables(ctx);
     const auto how = ctx->saved_data["how"].toInt();
     const Spec spec{(how & 1) != 0, (how & 2) != 0};
     const bool adds = how >> 24 != 0;
@@ -367,26 +400,56 @@ std::optional<Spec> known_spec(PyObject* cast, PyObject* offset) {
   return Spec{early, added == 1.0};
 }
 
+struct Call {
+  Tensors tensors;
+  std::optional<Spec> spec;
+  bool differentiable = false;
+  std::shared_ptr<const Plan> plan; // or none
+};
+
+// The call of norm(x, residual, w, eps, cast, offset).
+Call call_of(PyObject* const* given, Py_ssize_t count) {
+  missed = false;
+  Call call;
+  if (count != 6 || !taken(given[0], call.tensors, false) || !taken(given[1], call.tensors, true) ||
+      !taken(given[2], call.tensors, true) || !PyFloat_CheckExact(given[3])) {
+    return call;
+  }
+  call.spec = known_spec(given[4], given[5]);
+  if (!call.spec || !plain(call.tensors)) {
+    return call;
+  }
+  bool inference = false;
+  if (at::GradMode::is_enabled()) {
+    for (const auto& t : call.tensors) {
+      call.differentiable = call.differentiable || (t.defined() && t.requires_grad());
+      inference = inference || (t.defined() && t.is_inference());
+    }
+  }
+  if (call.differentiable && inference) {
+    return call; // autograd cannot save such a tensor
+  }
+  call.plan = planned(forward_key(call.tensors, PyFloat_AS_DOUBLE(given[3]), *call.spec, call.differentiable));
+  return call;
+}
+
+// replays(x, residual, w, eps, cast, offset): whether `norm` would make this call.
+PyObject* replays(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  const auto call = call_of(given, count);
+  missed = false;
+  return PyBool_FromLong(call.plan != nullptr);
+  END_HANDLE_TH_ERRORS
+}
+
 // norm(x, residual, w, eps, cast, offset): y, or (y, s) with a residual; None if it is not planned.
 PyObject* norm(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  missed = false;
-  Tensors tensors;
-  if (count != 6 || !taken(given[0], tensors, false) || !taken(given[1], tensors, true) ||
-      !taken(given[2], tensors, true) || !PyFloat_CheckExact(given[3])) {
-    Py_RETURN_NONE;
-  }
-  const auto spec = known_spec(given[4], given[5]);
-  if (!spec || !plain(tensors)) {
-    Py_RETURN_NONE;
-  }
-  bool differentiable = false;
-  if (at::GradMode::is_enabled()) {
-    for (const auto& t : tensors) {
-      differentiable = differentiable || (t.defined() && t.requires_grad());
-    }
-  }
-  const auto plan = planned(forward_key(tensors, PyFloat_AS_DOUBLE(given[3]), *spec, differentiable));
+  auto call = call_of(given, count);
+  auto& tensors = call.tensors;
+  const auto& plan = call.plan;
+  const auto& spec = call.spec;
+  const bool differentiable = call.differentiable;
   if (!plan) {
     Py_RETURN_NONE;
   }
@@ -480,6 +543,7 @@ void learn(
 
 PyMethodDef fast_methods[] = {
     {"norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(norm)), METH_FASTCALL, nullptr},
+    {"replays", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(replays)), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 
 } // namespace
