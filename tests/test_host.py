@@ -544,6 +544,7 @@ for _ in range({looks}):
     if "being compiled" not in host.described():
         break
     time.sleep({pause})
+y = rmsnorm.rms_norm(x, w)
 print(rmsnorm.explain(x, w))
 """
 
@@ -664,7 +665,9 @@ def test_a_fork_while_it_is_compiled(cpp, tmp_path) -> None:
 _WARMUP = """
 import torch, rmsnorm
 rmsnorm.warmup(dtypes=(torch.float32,), weight_dtypes=(torch.float32,))
-print(rmsnorm.explain(torch.ones(2, 8), torch.ones(8)))
+x, w = torch.ones(2, 8), torch.ones(8)
+y = rmsnorm.rms_norm(x, w)
+print(rmsnorm.explain(x, w))
 """
 
 
@@ -737,6 +740,8 @@ def test_warmup_tries_again_what_has_failed(cpp, tmp_path) -> None:
 
 def test_explain_says_who_calls(made, randn) -> None:
     x, w = randn(2, 8), randn(8)
+    assert "called from Python, as the first call of a kind is" in explain(x, w)
+    rms_norm(x, w)
     assert explain(x, w) == "cpu, float32: cpu kernel (Numba) (called from C++)"
     assert "called from" not in explain(x.double(), w)
     assert "called from" not in explain(TwoTensor(x, x), w)

@@ -167,7 +167,7 @@ def test_proven_norms_compute_exact(norm: nn.Module, spec: Spec) -> None:
         (GatedRMSNorm(), "gate"),
         (Qwen3NextRMSNormGated(N), "gate"),
         (RaisingRMSNorm(), "RuntimeError under the probe: no CPU here"),
-        (HalvingRMSNorm(), "no spec gives its bits"),
+        (HalvingRMSNorm(), "match no supported RMSNorm"),
         (BiasedRMSNorm(), "more than a weight: bias"),
         (OverwritingRMSNorm(), "it writes to its input"),
         (DetachedRMSNorm(), "its forward uses Tensor.detach"),

@@ -295,7 +295,7 @@ def through_file(model: nn.Module) -> nn.Module:
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
-    replacement.replacement.cache_clear()  # as in another process, where nobody has patched yet
+    replacement._made.cache_clear()  # as in another process, where nobody has patched yet
     return torch.load(buffer, weights_only=False)  # type: ignore[no-any-return]
 
 

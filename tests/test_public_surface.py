@@ -11,7 +11,7 @@ import rmsnorm
 ROOT = Path(rmsnorm.__file__).parent
 ORDER = [
     "errors", "spec", "hardware", "machine", "reference", "kernels", "distributed", "ops", "module", "measure",
-    "proof", "models", "cost", "predict", "verify", "world", "plot", "peers", "bench", "report", "cli",
+    "bytecode", "expression", "observe", "proof", "replacement", "models", "cost", "predict", "verify", "world", "plot", "peers", "bench", "report", "cli",
 ]  # fmt: skip
 KERNELS = ["build", "host", "rows", "threads", "launch", "driver", "cpu", "gpu"]
 
@@ -25,7 +25,7 @@ SIGNATURES = {
     "cast='early', offset=0.0, elementwise_affine=True, master=False, threads=None",
     "Cost": "flops, read, written, kernels, saved, peak, least, parameters, gradients, optimizer, derived, terms",
     "unpatch": "model",
-    "explain": "x, weight=None, residual=None, *, cast='early', offset=0.0",
+    "explain": "x, weight=None, residual=None, *, eps=1e-06, cast='early', offset=0.0",
     "warmup": "device='cpu', dtypes=(torch.float32, torch.bfloat16, torch.float16), weight_dtypes=None, hidden_size=128",
     "Report": "verdicts",
 }

@@ -150,6 +150,29 @@ def test_compiled_whole_it_has_the_bits_of_eager(backend: str, cls: type[nn.Modu
         assert_same_bits(compiled(seven), own(seven))
 
 
+@pytest.mark.parametrize("shape", [(4, 8, N), (2, 3, 5, N)])
+def test_the_output_lies_in_memory_as_its_own_class_lays_it(shape: tuple[int, ...]) -> None:
+    norm, own = norms()
+    x = draw(*shape)
+    for y in (x.transpose(0, 1), x[:, ::2], x.transpose(0, 1)[1:], x[..., :1, :].expand(shape), x.flip(0)):
+        z = y.detach().clone(memory_format=torch.preserve_format).requires_grad_() if y.is_contiguous() else y
+        assert norm(z).stride() == own(z).stride()
+        expected = replacement.replacement(DeepseekV2RMSNorm, type(norm)._rmsnorm_rule).forward(norm, z.contiguous())
+        assert_same_bits(norm(z), expected)
+
+
+def test_an_inference_tensor_is_served_after_calls_that_were_planned() -> None:
+    norm, own = norms()
+    for _ in range(2):
+        norm(draw(4, N)).sum().backward()
+    with torch.inference_mode():
+        x = draw(4, N)
+    norm.weight.grad = None
+    norm(x).square().sum().backward()
+    own(x).square().sum().backward()
+    assert_same_bits(norm.weight.grad, own.weight.grad)
+
+
 # --- what the module holds -------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,8 @@ A row that lies in parts has the bits of a whole one because its partial sums tr
 not show.
 """
 
+import functools
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +23,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from rmsnorm import reference
 from rmsnorm.errors import complaint
+from rmsnorm.spec import check_gradients, check_memory, check_spec, check_tensors
 
 # One placement for each dimension of the mesh.
 Layout = tuple[Placement, ...]
@@ -42,7 +45,10 @@ def explained(x: Any, residual: Any, w: Any) -> str | None:
 def _forward(
     x: Any, residual: Any, w: Any, eps: float, cast: str, offset: float, with_rstd: bool
 ) -> tuple[DTensor, DTensor, DTensor]:
-    layout = _layout("rms_norm" if residual is None else "add_rms_norm", x, residual, w)
+    where = "rms_norm" if residual is None else "add_rms_norm"
+    layout = _layout(where, x, residual, w)
+    check_spec(where, 0.0 if isinstance(eps, torch.SymFloat) else eps, cast, offset)
+    check_tensors(where, x, residual, w, offset, symbolic=True)
     mesh, shape, last = x.device_mesh, x.shape, x.dim() - 1
     x, residual = _local(x, layout), _local(residual, layout)
     w = _local(w, _of_weight(layout, last))
@@ -67,6 +73,8 @@ def _backward(
     dy: Any, ds: Any, x: Any, w: Any, rstd: Any, cast: str, offset: float, need_dx: bool, need_dw: bool
 ) -> tuple[DTensor, DTensor]:
     layout = _layout("rms_norm", x, None, w)
+    check_spec("rms_norm", 0.0, cast, offset)
+    check_gradients("rms_norm", dy, ds, x, w, rstd, offset, need_dw, symbolic=True)
     mesh, shape, last = x.device_mesh, x.shape, x.dim() - 1
     dy, ds, x = (_local(t, layout) for t in (dy, ds, x))
     w, rstd = _local(w, _of_weight(layout, last)), _local(rstd, _of_rows(layout, last))
@@ -152,6 +160,8 @@ def _over_ranks(S: Tensor, mesh: Any, layout: Layout, shape: Sequence[int]) -> A
 
 # --- the arithmetic of a row in parts, opaque to a compiler -----------------------------------------------------
 
+_ARGUMENTS = {"rows": "x", "w": "weight"}  # what complaints call them
+
 
 def _begin_forward(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     """(s, Σ s²) with the sum in fp64; without a residual s is empty and x is meant."""
@@ -191,7 +201,15 @@ def _finish_backward(
 
 
 def _opaque(function: Any) -> Any:
-    op = torch.library.custom_op(f"rmsnorm::{function.__name__.lstrip('_')}_in_parts", function, mutates_args=())
+    names = [_ARGUMENTS.get(name, name) for name in inspect.signature(function).parameters]
+
+    @functools.wraps(function)
+    def checked(*args: Any) -> Any:
+        tensors = {name: a for name, a in zip(names, args, strict=True) if isinstance(a, Tensor)}
+        check_memory("rms_norm", backward="backward" in function.__name__, **tensors)
+        return function(*args)
+
+    op = torch.library.custom_op(f"rmsnorm::{function.__name__.lstrip('_')}_in_parts", checked, mutates_args=())
     op.register_fake(function)  # plain torch: it also says the shapes
     return op
 

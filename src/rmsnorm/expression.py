@@ -106,9 +106,9 @@ def _narrowed(e: Term) -> Term:
     """A statistic in fp64, as if it were taken in fp32."""
     if not isinstance(e, Node) or e.dtype != torch.float64:
         return e
-    args = tuple(_narrowed(a) for a in e.args)
+    args = tuple(cast(_narrowed(a), torch.float32) for a in e.args)
     if e.op == "cast":
-        return cast(args[0], torch.float32)
+        return args[0]
     return Node(e.op, torch.float32, args)
 
 

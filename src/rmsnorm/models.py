@@ -70,7 +70,7 @@ class Report:
     """One verdict for each norm that patch met, in the order of `named_modules`. As a string: one line a group."""
 
     verdicts: tuple[Verdict, ...]
-    _modules: tuple[Any, ...] = field(default=(), compare=False, repr=False)  # weak references, a verdict each
+    _modules: tuple[Any, ...] = field(default=(), init=False, compare=False, repr=False)  # weak references
 
     def __reduce__(self) -> Any:
         return Report, (self.verdicts,)
@@ -155,7 +155,9 @@ def patch(model: nn.Module, *, strict: bool = True) -> Report:
         if late is not None:
             raise RuntimeError(f"[patch] {name} {late}")
     verdicts = tuple(_replaced(name, module, proof) for name, module, proof in found)
-    return Report(verdicts, tuple(weakref.ref(module) for _, module, _ in found))
+    report = Report(verdicts)
+    object.__setattr__(report, "_modules", tuple(weakref.ref(module) for _, module, _ in found))
+    return report
 
 
 def _judged(module: nn.Module, strict: bool, proofs: dict[Any, Proof]) -> Proof:
@@ -169,7 +171,7 @@ def _judged(module: nn.Module, strict: bool, proofs: dict[Any, Proof]) -> Proof:
         if key not in proofs:
             proof = prove(cls, module, strict)
             if proof.rule is not None:
-                replacement(cls, proof.rule)  # type: ignore[arg-type]  # classes hash by identity
+                replacement(cls, proof.rule)
             proofs[key] = proof
         return proofs[key]
     except Exception as error:  # noqa: BLE001  # it must not end patch for the other norms
@@ -178,9 +180,9 @@ def _judged(module: nn.Module, strict: bool, proofs: dict[Any, Proof]) -> Proof:
 
 def _in_words(error: Exception) -> str:
     try:
-        return f"trying it raises {type(error).__name__}: {error}"
+        return f"the probe raised {type(error).__name__}: {' '.join(str(error).split())}"
     except Exception:  # noqa: BLE001
-        return f"trying it raises {type(error).__name__}"
+        return f"the probe raised {type(error).__name__}"
 
 
 def _replaced(name: str, module: nn.Module, proof: Proof) -> Verdict:
@@ -237,7 +239,7 @@ def _class_for(module: nn.Module, proof: Proof) -> type[nn.Module]:
         return original(module)
     if proof.rule == rule_of(module):
         return type(module)  # which FSDP may have made from ours
-    return replacement(original(module), proof.rule)  # type: ignore[arg-type]
+    return replacement(original(module), proof.rule)
 
 
 def _check_module(where: str, model: object) -> None:
@@ -248,7 +250,7 @@ def _check_module(where: str, model: object) -> None:
 def _norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         cls = original(module)
-        torchs_own = cls.__module__.startswith("torch.nn.modules.") and cls is not nn.RMSNorm
+        torchs_own = str(cls.__module__).startswith("torch.nn.modules.") and cls is not nn.RMSNorm
         if "norm" in cls.__name__.lower() and not torchs_own and not isinstance(module, (RMSNorm, DeepseekV2RMSNorm)):
             yield name, module
 

@@ -1,18 +1,15 @@
 """Runs the forward of a norm on a stand-in for the module, and watches what it does besides running operators.
 
-A stand-in has the module's attributes, a weight of its own, and a class made from the module's. It is refused
+A stand-in has the module's attributes, a weight of its own, and a class made from the module's. Its forward may not
 
-- to read an attribute that is no plain value, since such a value can change, or differ between two norms, unseen;
-- to write an attribute, a global variable, an item of a container, or a free variable;
-- to call anything but torch's functions of tensors and Python's own that have no effect;
-- to ask a tensor for more than its dtype, device and sizes, or to let the number of rows decide.
+- read an attribute that is no plain value: such a value can change, or differ between two norms, unseen;
+- write anything but its local variables, or use what could hold a state (see bytecode.py);
+- ask a tensor for more than its dtype, device and sizes, or let the sizes decide.
 """
 
-import builtins
-import dis
 import gc
-import math
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import CodeType, FrameType, FunctionType
@@ -22,30 +19,49 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from rmsnorm import bytecode
 from rmsnorm.expression import Node, Operators, Refusal
 
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, type(None))
 
 
 class Absent:
-    """In place of the value of an attribute that was looked for and is not there."""
+    """Marks an attribute that was looked for and is missing."""
+
+
+class Method:
+    """Marks an attribute that is a method of the class, which the instance has not replaced."""
 
 
 def is_plain(value: object) -> bool:
-    """Whether the value cannot change but by another assignment."""
-    if isinstance(value, (tuple, frozenset)):
-        return all(map(is_plain, value))
+    """Whether the value is immutable."""
+    if type(value) in (tuple, frozenset, torch.Size):
+        return all(map(is_plain, value))  # type: ignore[call-overload]
     return type(value) in _PLAIN
+
+
+def identity(value: object) -> object:
+    """A key that is equal for plain values of the same type and bits alone: 0.0 and -0.0, 1 and True differ."""
+    if isinstance(value, tuple):
+        return type(value), tuple(map(identity, value))
+    if isinstance(value, frozenset):
+        return type(value), frozenset(map(identity, value))
+    return type(value), value.hex() if isinstance(value, float) else value
 
 
 @dataclass
 class Observation:
-    """Of one call. expression: what y is. facts: the plain attributes that were read, by name."""
+    """Of one call.
+
+    expression: what y is. facts: the attributes that were read, by name. asked: by name, the functions of torch that
+    were called, and the questions that can decide between two paths. numbers: the constants in its code.
+    """
 
     y: Tensor
     expression: Node
     facts: dict[str, object] = field(default_factory=dict)
-    functions: set[str] = field(default_factory=set)
+    asked: set[str] = field(default_factory=set)
+    numbers: set[float] = field(default_factory=set)
 
 
 # --- the stand-in --------------------------------------------------------------------------------------------
@@ -59,13 +75,15 @@ class _StandIn:
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
-        if name in ("__class__", "training"):
-            return value
         state = _state(self)
-        if is_plain(value):
+        if name == "training":
+            state.asked.add(name)
+        elif is_plain(value):
             state.facts[name] = value
-        elif name == "__dict__" or not _of_class(type(self), name, value):
-            refuse(state, f"its forward reads its attribute {name}, a {type(value).__name__}")
+        elif name != "__class__":
+            if name == "__dict__" or not _of_class(type(self), name, value):
+                refuse(state, f"its forward reads its attribute {name}, a {type(value).__name__}")
+            state.facts[name] = Method
         return value
 
     def __getattr__(self, name: str) -> Any:
@@ -98,6 +116,8 @@ class _State:
     module: nn.Module
     weight: nn.Parameter | None
     facts: dict[str, object] = field(default_factory=dict)
+    asked: set[str] = field(default_factory=set)
+    numbers: set[float] = field(default_factory=set)
     refusal: str | None = None
 
 
@@ -142,33 +162,32 @@ def stand_in(cls: type[nn.Module], module: nn.Module, weight: nn.Parameter | Non
 _USUAL = frozenset(vars(nn.Module()))
 
 
-# --- what it asks tensors ------------------------------------------------------------------------------------
+# --- what it asks tensors --------------------------------------------------------------------------------------
 
 
 class _Rows(int):
-    """A size that differs from call to call, or a number made from one: it may be given to torch, and that is all."""
+    """A size that differs from call to call, or a number made from one: it may only be given to torch."""
 
     state: Any
-
-    def _of(self, value: Any) -> Any:
-        if type(value) is not int:
-            return value
-        made = _Rows(value)
-        made.state = self.state
-        return made
 
     def _seen(self, *_: object) -> NoReturn:
         refuse(self.state, "its forward decides by the size of its input")
 
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __hash__ = __str__ = __repr__ = __format__ = _seen
     __int__ = __float__ = __trunc__ = __floor__ = __ceil__ = __round__ = _seen
+    __truediv__ = __rtruediv__ = __divmod__ = __rdivmod__ = _seen
+    real = imag = numerator = denominator = property(_seen)
+    bit_length = bit_count = conjugate = as_integer_ratio = __index__ = _seen
 
 
 def _arithmetic(name: str) -> Callable[..., Any]:
     operation = getattr(int, name)
 
     def method(self: _Rows, *others: Any) -> Any:
-        return self._of(operation(int.__pos__(self), *(int.__pos__(o) if isinstance(o, int) else o for o in others)))
+        if not all(isinstance(other, int) for other in others):
+            self._seen()
+        value = operation(int.__pos__(self), *(int.__pos__(other) for other in others))
+        return _rows(value, self.state)
 
     return method
 
@@ -178,26 +197,75 @@ for _name in ("add", "sub", "mul", "floordiv", "mod", "pow", "lshift", "rshift",
         setattr(_Rows, f"__{_kind}{_name}__", _arithmetic(f"__{_kind}{_name}__"))
 for _name in ("neg", "pos", "abs", "invert"):
     setattr(_Rows, f"__{_name}__", _arithmetic(f"__{_name}__"))
-_Rows.__truediv__ = _Rows.__rtruediv__ = _Rows.__divmod__ = _Rows.__rdivmod__ = _Rows._seen  # type: ignore[assignment]
+
+
+def _rows(n: int, state: Any) -> _Rows:
+    rows = _Rows(n)
+    rows.state = state
+    return rows
+
+
+class _Shape(tuple):  # type: ignore[type-arg]
+    """Sizes of which some are `_Rows`. torch.Size could be printed, and counted, past them."""
+
+    state: Any
+
+    def _seen(self, *_: object) -> NoReturn:
+        refuse(self.state, "its forward decides by the size of its input")
+
+    __str__ = __repr__ = __format__ = __hash__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _seen
+    __contains__ = index = count = _seen
+
+    def __len__(self) -> int:
+        self.state.asked.add("len")
+        return super().__len__()
+
+    def __getitem__(self, key: Any) -> Any:
+        found = super().__getitem__(key)
+        return _shape(found, self.state) if isinstance(key, slice) else found
+
+    def __add__(self, other: Any) -> Any:
+        return _shape((*self, *other), self.state)
+
+    def __radd__(self, other: Any) -> Any:
+        return _shape((*other, *self), self.state)
+
+    def numel(self) -> _Rows:
+        product = 1
+        for n in self:
+            product *= int.__pos__(n)
+        return _rows(product, self.state)
+
+
+def _shape(sizes: Any, state: Any) -> _Shape:
+    shape = _Shape(sizes)
+    shape.state = state
+    return shape
+
 
 _SIZES = ("shape", "size", "numel", "nelement")
 _ASKED = ("dtype", "dim", "ndim", "ndimension", "requires_grad", "device", "is_floating_point", "is_complex", "layout",
           "is_sparse", "result_type", "can_cast", "promote_types", "is_tensor", "itemsize", "element_size")  # fmt: skip
-# What gives a tensor and yet is no operator, or cuts the gradient.
+# By these, or by what torch is asked, a forward can decide between two paths.
+DECISIVE = frozenset(
+    ("dim", "ndim", "ndimension", "requires_grad", "device", "len", "training", "is_grad_enabled", "is_inference",
+     "is_autocast_enabled", "is_autocast_cpu_enabled", "is_inference_mode_enabled")
+)  # fmt: skip
+# Calls that return a tensor without dispatching an operator, or that cut the gradient.
 _EFFECTS = ("detach", "detach_", "data", "requires_grad_", "set_", "share_memory_", "pin_memory", "register_hook",
             "apply_", "map_", "map2_", "as_subclass", "rename_", "grad")  # fmt: skip
 
 
 class _Questions(TorchFunctionMode):
-    """Judges the functions of tensors that give no tensor.
+    """Refuses functions of tensors that return no tensor, except those listed.
 
-    fixed: how many last dimensions are known. device: what to say if a tensor is asked for its device.
+    row: the last dimensions of x that are the same in every call. device: what tensors say that they are on, if not
+    where they are.
     """
 
-    def __init__(self, state: Any, fixed: int, device: torch.device | None) -> None:
+    def __init__(self, state: Any, row: tuple[int, ...], device: torch.device | None) -> None:
         super().__init__()
-        self.state, self.fixed, self.device = state, fixed, device
-        self.functions: set[str] = set()
+        self.state, self.row, self.device = state, row, device
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         calls = sys.getprofile()
@@ -213,7 +281,7 @@ class _Questions(TorchFunctionMode):
             name = func.__self__.__name__ if name == "__get__" else f"{func.__self__.__name__} ="
         elif not getattr(func, "__qualname__", "").startswith(("Tensor.", "TensorBase.")):
             where = "torch"
-        self.functions.add(name)
+        self.state.asked.add(name)
         if name in _EFFECTS:
             refuse(self.state, f"its forward uses {where}.{name}")
         result = func(*args, **kwargs)
@@ -226,82 +294,67 @@ class _Questions(TorchFunctionMode):
         return refuse(self.state, f"its forward uses {where}.{name}")
 
     def _sizes(self, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args and args[0] is self.state.weight:
+        t = args[0]
+        if t is self.state.weight:
             return result
+        k = len(self.row)
+        fixed = k if k and tuple(Tensor.size(t))[-k:] == self.row else 0
         if isinstance(result, torch.Size):
-            last = len(result) - self.fixed
-            return torch.Size([self._rows(n) if i < last else n for i, n in enumerate(result)])
+            last = len(result) - fixed
+            return _shape([_rows(n, self.state) if i < last else n for i, n in enumerate(result)], self.state)
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        if dim is not None and dim % args[0].dim() >= args[0].dim() - self.fixed:
+        if dim is not None and dim % t.dim() >= t.dim() - fixed:
             return result
-        return self._rows(result)
-
-    def _rows(self, n: int) -> _Rows:
-        rows = _Rows(n)
-        rows.state = self.state
-        return rows
+        return _rows(result, self.state)
 
 
 def _holds_tensor(value: Any) -> bool:
     return isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and any(map(_holds_tensor, value)))
 
 
-# --- what it calls and writes ----------------------------------------------------------------------------------
+# --- what it calls and writes ------------------------------------------------------------------------------------
 
-_WITHOUT_EFFECT = frozenset(
-    getattr(builtins, name)
-    for name in ("abs", "all", "any", "callable", "divmod", "getattr", "hasattr", "isinstance", "issubclass", "len",
-                 "max", "min", "pow", "round", "sorted", "sum")
-)  # fmt: skip
-_IMMUTABLE = (str, bytes, int, float, bool, tuple, frozenset, type(None), torch.dtype, torch.device, range)
-_TORCH_ASKED = ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled", "promote_types", "result_type",
-                "get_default_dtype", "is_autocast_cpu_enabled", "get_autocast_dtype", "get_autocast_gpu_dtype",
-                "get_autocast_cpu_dtype", "is_inference", "is_tensor")  # fmt: skip
-# Of torch's code in Python: what computes, or says which functions handle which tensors.
-_TORCH_FILES = ("torch.nn.functional", "torch.functional", "torch._tensor", "torch.overrides", "torch.types",
-                "torch.nn.modules.normalization", "torch._VF", "torch.amp.autocast_mode",
-                "torch.cuda.amp.autocast_mode", "torch.cpu.amp.autocast_mode")  # fmt: skip
-_WRITES = {"STORE_ATTR": "the attribute", "DELETE_ATTR": "the attribute", "STORE_GLOBAL": "the global variable",
-           "DELETE_GLOBAL": "the global variable", "STORE_SUBSCR": "an item of a container",
-           "DELETE_SUBSCR": "an item of a container"}  # fmt: skip
-# Of Python's special methods and attributes, which can write or read anything, these only read what cannot change.
-_HARMLESS = ("__class__", "__name__", "__qualname__", "__module__", "__doc__", "__version__")
+# Of torch's code in Python: what computes, or says how.
+_TORCH_FILES = ("torch.nn.functional", "torch.functional", "torch._tensor", "torch.nn.modules.normalization",
+                "torch._VF", "torch.amp.autocast_mode", "torch.cuda.amp.autocast_mode",
+                "torch.cpu.amp.autocast_mode")  # fmt: skip
+_DECORATES = ("__call__", "decorate_autocast", "autocast_decorator")
 
 
 class _Calls:
-    """A profiler of this thread that judges what code outside torch calls and writes, before it does."""
+    """A profiler of this thread that judges what code outside torch calls, before it does."""
 
-    def __init__(self, state: Any) -> None:
-        self.state = state
+    def __init__(self, state: Any, cls: type) -> None:
+        self.state, self.cls = state, cls
+        module = state.module
+        self.held = {*vars(module), *module._parameters, *module._buffers, *module._modules}
         self.scanned: set[CodeType] = set()
 
     def __call__(self, frame: FrameType, event: str, arg: Any) -> None:
         if event == "call":
             self._entered(frame)
-        elif event == "c_call" and not _of_torch_or_ours(frame) and _by_forward(frame) and not _without_effect(arg):
-            refuse(self.state, f"its forward calls {_name_of(arg)}")
+        elif event == "c_call" and not _of_torch_or_ours(frame) and _by_forward(frame):
+            name = getattr(arg, "__name__", "")
+            if name in bytecode.TORCH_ASKED:
+                self.state.asked.add(name)
+            if not bytecode.without_effect(arg) and not _of_immutable(arg):
+                refuse(self.state, f"its forward calls {_name_of(arg)}")
 
     def _entered(self, frame: FrameType) -> None:
-        if _of_torch_or_ours(frame):
-            if frame.f_back is not None and not _of_torch_or_ours(frame.f_back) and _by_forward(frame.f_back):
-                module = str(frame.f_globals["__name__"])
-                if module.startswith("torch.") and module not in _TORCH_FILES:
-                    refuse(self.state, f"its forward calls {module}.{frame.f_code.co_name}")
-        elif _by_forward(frame) and frame.f_code not in self.scanned:
-            self.scanned.add(frame.f_code)
-            self._scan(frame.f_code)
-
-    def _scan(self, code: CodeType) -> None:
-        for step in dis.get_instructions(code):
-            name = str(step.argval)
-            if step.opname in _WRITES:
-                named = f" {name}" if isinstance(step.argval, str) else ""
-                refuse(self.state, f"its forward writes {_WRITES[step.opname]}{named} (in {code.co_name})")
-            if step.opname == "STORE_DEREF" and name in code.co_freevars:
-                refuse(self.state, f"its forward writes the variable {name} of the function around {code.co_name}")
-            special = step.opname in ("LOAD_ATTR", "LOAD_METHOD") and name.startswith("__") and name.endswith("__")
-            if special and name not in _HARMLESS:
-                refuse(self.state, f"its forward uses {name} (in {code.co_name})")
+        before = frame.f_back
+        if not _of_torch_or_ours(frame):
+            if _by_forward(frame) and frame.f_code not in self.scanned:
+                self.scanned.add(frame.f_code)
+                self.state.numbers |= {float(n) for n in frame.f_code.co_consts if type(n) in (int, float)}
+                reason = bytecode.refused(frame, self.cls, self.held, _StandIn)
+                if reason is not None:
+                    refuse(self.state, reason)
+        elif before is not None and (before.f_code is observe.__code__ or not _of_torch_or_ours(before)):
+            module, name = str(frame.f_globals["__name__"]), frame.f_code.co_name
+            if module.partition(".")[0] == "torch" and _by_forward(before):
+                itself = before.f_code is observe.__code__ and module != "torch.nn.modules.normalization"
+                if itself or module not in _TORCH_FILES or name in _DECORATES:
+                    refuse(self.state, f"its forward calls {module}.{name}")
 
 
 def _of_torch_or_ours(frame: FrameType) -> bool:
@@ -310,24 +363,19 @@ def _of_torch_or_ours(frame: FrameType) -> bool:
 
 def _by_forward(frame: FrameType | None) -> bool:
     """Whether the frame is the forward's, or was called by it without torch in between."""
-    while frame is not None and not _of_torch_or_ours(frame):
+    while frame is not None and (not _of_torch_or_ours(frame) or frame.f_code in _PASSED_THROUGH):
         frame = frame.f_back
     return frame is not None and frame.f_code is observe.__code__
 
 
-def _without_effect(function: Any) -> bool:
-    owner = getattr(function, "__self__", None)
-    if function in _WITHOUT_EFFECT or isinstance(owner, (Tensor, *_IMMUTABLE)):
-        return True
-    if owner is math or getattr(owner, "__name__", "") == "_VariableFunctionsClass":
-        return True
-    if owner is torch._C._nn:
-        return True
-    objclass = getattr(function, "__objclass__", None)  # of a method that is called through its class
-    if objclass is not None:
-        return issubclass(objclass, (torch._C.TensorBase, *_IMMUTABLE))
-    of_torch: bool = str(getattr(function, "__module__", None) or "").partition(".")[0] == "torch" or owner is torch._C
-    return of_torch and str(function.__name__) in _TORCH_ASKED
+# The stand-in's own code, through which the getter of a property is called.
+_PASSED_THROUGH = (_StandIn.__getattribute__.__code__, _StandIn.__getattr__.__code__)
+
+
+def _of_immutable(function: Any) -> bool:
+    owner = getattr(function, "__objclass__", None) or type(getattr(function, "__self__", None))
+    plain = (str, bytes, int, float, bool, tuple, frozenset, torch.dtype, torch.device)
+    return issubclass(owner, (torch._C.TensorBase, *plain)) and not issubclass(owner, torch.Size)
 
 
 def _name_of(function: Any) -> str:
@@ -339,40 +387,55 @@ def _name_of(function: Any) -> str:
 
 
 class _Profiled:
-    """Without the collector of garbage, whose finalizers are somebody else's calls."""
+    """Garbage collection is off meanwhile, so that unrelated finalizers are not attributed to the forward."""
+
+    lock, inside, collected = threading.Lock(), 0, False
 
     def __init__(self, calls: _Calls) -> None:
         self.calls = calls
 
     def __enter__(self) -> None:
-        self.before, self.collects = sys.getprofile(), gc.isenabled()
-        gc.disable()
+        with _Profiled.lock:
+            if _Profiled.inside == 0:
+                _Profiled.collected = gc.isenabled()
+                gc.disable()
+            _Profiled.inside += 1
+        self.before = sys.getprofile()
         sys.setprofile(self.calls)
 
     def __exit__(self, *_: object) -> None:
-        sys.setprofile(self.before)
-        if self.collects:
-            gc.enable()
+        try:
+            if self.before is None or callable(self.before):
+                sys.setprofile(self.before)
+            else:
+                sys.setprofile(None)
+                self.before.enable()  # a profiler in C, which gives itself and is no function
+        finally:
+            with _Profiled.lock:
+                _Profiled.inside -= 1
+                if _Profiled.inside == 0 and _Profiled.collected:
+                    gc.enable()
 
 
 # --- one call ------------------------------------------------------------------------------------------------
 
 
 def observe(
-    forward: Callable[..., Any], made: nn.Module, x: Tensor, N: int, fixed: int, device: torch.device | None = None
+    cls: type[nn.Module], made: nn.Module, x: Tensor, N: int, row: tuple[int, ...], device: torch.device | None = None
 ) -> Observation:
-    """Call the forward of the stand-in. Raises Refusal, or whatever the forward raises.
+    """Call the forward of the class on the stand-in. Raises Refusal, or whatever the forward raises.
 
-    N: how many numbers a row has. fixed: how many last dimensions of x are the same in every call. device: what the
+    N: how many numbers a row has. row: the last dimensions of x that are the same in every call. device: what the
     tensors say that they are on, if not where they are.
     """
     state = _state(made)
     leaves = {"x": x} if state.weight is None else {"x": x, "w": state.weight}
-    operators, questions, calls = Operators(leaves, N), _Questions(state, fixed, device), _Calls(state)
+    operators, questions, calls = Operators(leaves, N), _Questions(state, row, device), _Calls(state, cls)
+    forward: Any = cls.forward
     try:
         with operators, questions, _Profiled(calls):
             y = forward(made, x)
-    except Exception:
+    except BaseException:
         if state.refusal or operators.refusal:
             raise Refusal(state.refusal or operators.refusal) from None
         raise
@@ -381,4 +444,4 @@ def observe(
         raise Refusal(reason)
     if not isinstance(y, Tensor):
         raise Refusal(f"its forward returns a {type(y).__name__}")
-    return Observation(y, operators.expression(y), state.facts, questions.functions)
+    return Observation(y, operators.expression(y), state.facts, state.asked, state.numbers)

@@ -100,7 +100,7 @@ def explain(
     name = getattr(kernel, "NAME", "the reference, in plain torch")
     if kernel is not reference and _plain(x, residual, weight):
         host.look(_in_python)
-        reason = host.described(x, residual, weight, float(eps), cast, float(offset))
+        reason = host.caller(x, residual, weight, float(eps), cast, float(offset))
     lines = [f"{x.device.type}, {str(x.dtype).removeprefix('torch.')}: {name}" + (f" ({reason})" if reason else "")]
     copied = [
         label
@@ -524,6 +524,8 @@ def _autograd_forward(
     x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float, with_rstd: bool
 ) -> tuple[Tensor, ...]:
     _learn_sharding()
+    check_spec(_caller(residual), eps, cast, offset)
+    check_tensors(_caller(residual), x, residual, w, offset, symbolic=not _plain(x, residual, w))
     if not _differentiated(x, residual, w):
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.rmsnorm.forward.default(x, residual, w, eps, cast, offset, with_rstd)  # type: ignore[no-any-return]

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rmsnorm import observe, reference
 from rmsnorm.expression import BACKWARD, Node, Operators, Refusal, epsilon, loosened
 from rmsnorm.measure import differing, saved_for_backward
-from rmsnorm.observe import Absent, Observation, is_plain
+from rmsnorm.observe import DECISIVE, Absent, Observation, identity, is_plain
 from rmsnorm.spec import DTYPES, LARGEST_EPS, Cast, Spec
 
 # The dtypes in which a spec must hold where input and weight share one; in any other pair it may be the class's own.
@@ -189,7 +189,7 @@ def fingerprint(cls: type[nn.Module], module: nn.Module) -> tuple[Any, ...]:
     """
     weight = module._parameters.get("weight")
     held = [{k: v is None for k, v in of.items()} for of in (module._parameters, module._buffers, module._modules)]
-    plain = {k: (type(v), v) if is_plain(v) else Absent for k, v in vars(module).items() if k != "training"}
+    plain = {k: identity(v) if is_plain(v) else Absent for k, v in vars(module).items() if k != "training"}
     return (
         cls, None if weight is None else weight.shape, *(frozenset(h.items()) for h in held), frozenset(plain.items())
     )  # fmt: skip
@@ -256,7 +256,8 @@ def _in_all_shapes(weighted: bool) -> Iterator[_State]:
 
     for way in ways:
         yield from (state(way, leading) for leading in ((), (2,), (2, 3), (2, 1, 5), (2, 3, 2, 2)))
-        yield state(way, (2, 3), device="cuda:0")
+        for device in ("cuda:0", "cuda:1", "mps", "xpu:0", "meta"):
+            yield state(way, (2, 3), device=device)
     yield from (state(next(turn), leading) for leading in ((0,), (1,), (40,), (1, 1), (3, 0, 2)) for _ in range(2))
     for strides in _STRIDES[1:]:
         yield from (state(next(turn), leading, strides=strides) for leading in ((5,), (3, 2), (2, 3, 4)))
@@ -290,6 +291,7 @@ def prove(cls: type[nn.Module], module: nn.Module, strict: bool) -> Proof:
             torch.autocast("cpu", enabled=False),
             torch.random.fork_rng(devices=[]),
             torch.device("cpu"),
+            torch.autograd.set_detect_anomaly(False),
             warnings.catch_warnings(action="ignore"),  # of dtypes that nobody mixes but the probe
         ):
             return _Probe(cls, module).run(strict)
@@ -314,10 +316,12 @@ class _Probe:
         if weight is not None:
             self.shapes = [tuple(weight.shape)]
         self.k = len(self.shapes[0])
-        self.fixed = self.k if self.weighted or self.normalized is not None else 0
+        self.row = self.shapes[0] if self.weighted or self.normalized is not None else ()
         self.facts: dict[str, object] = {}
-        self.functions: set[str] = set()
+        self.asked: set[str] = set()
+        self.numbers: set[float] = set()
         self.loose = False
+        self.by_autocast, self.by_pair = False, set[_Pair]()  # what the combinations have shown
 
     def run(self, strict: bool) -> Proof:
         candidates = self._specs()
@@ -331,6 +335,8 @@ class _Probe:
             raise _NotProven(f"{len(candidates)} specs give its bits, so none is proven")
         (spec,) = candidates
         ranks = self._shapes(spec)
+        if self.asked & DECISIVE:
+            self._all_together(spec, ranks)
         rule = Rule(
             spec.cast, spec.offset, self._eps(spec), self.weighted, self.torch_eps, self._own(spec),
             self._autocast(spec), ranks, (), self.normalized,
@@ -354,10 +360,10 @@ class _Probe:
                     seen, x, w = self._observed(state, shape)
                     if candidates is None:
                         eps = epsilon(loosened(seen.expression, math.prod(shape)))
-                        candidates = [] if eps is None or not 0 <= eps < 1 else self._candidates(eps)
+                        candidates = [] if eps is None or not 0 <= eps <= LARGEST_EPS else self._candidates(eps)
                     before, candidates = candidates, [c for c in candidates if self._agrees(seen, x, w, c)]
                     if not candidates:
-                        self.refusal = f"no spec gives its bits for {state}"
+                        self.refusal = f"its operators match no supported RMSNorm for {state}"
                         self.refusal += self._nearest(shape, pair) if self.loose else self._hint(seen, x, w, before)
                         return []
         return candidates or []
@@ -386,16 +392,34 @@ class _Probe:
                 try:
                     seen, x, w = self._observed(state, shape)
                 except _Raised:
-                    raises.add(rank)
+                    if state.strides == "dense" and state.device is None:
+                        raises.add(rank)  # else ours runs where it raises, or where this machine has no such device
                     continue
                 ranks.add(rank)
                 if not self._agrees(seen, x, w, spec):
-                    raise _NotProven(f"no spec gives its bits for {state}")
+                    raise _NotProven(f"its operators match no supported RMSNorm for {state}")
         return frozenset(ranks - raises)
+
+    def _all_together(self, spec: Spec, ranks: frozenset[int]) -> None:
+        """Where it asks what can decide between two paths: every combination of the answers."""
+        pairs = [(x, w) for x in _DTYPES for w in (_DTYPES if self.weighted else (None,))]
+        leadings = [one for one in ((), (2,), (1, 2), (2, 3), (1, 3, 2), (1, 2, 1, 3)) if self.k + len(one) in ranks]
+        for pair, leading, training, grad, autocast in itertools.product(
+            pairs, leadings, (False, True), _GRADS, (None, torch.bfloat16)
+        ):
+            usual = pair[1] in (pair[0], None)
+            state = _State(pair, leading, training, grad, autocast=autocast)
+            holds = self._holds(spec, state, self.shapes[0])
+            if not holds and autocast is not None:
+                self.by_autocast = True
+            elif not holds and usual:
+                raise _NotProven(f"its operators match no supported RMSNorm for {state}")
+            elif not holds:
+                self.by_pair.add(pair)
 
     def _own(self, spec: Spec) -> frozenset[_Pair]:
         """The pairs of dtypes in which it is not the spec, so that only its own forward gives its bits."""
-        own = []
+        own: list[_Pair] = [*self.by_pair]
         for pair in ((x, w) for x in DTYPES for w in (DTYPES if self.weighted else (None,))):
             if pair[0] in _DTYPES and pair[1] in (pair[0], None):
                 continue
@@ -407,7 +431,7 @@ class _Probe:
 
     def _autocast(self, spec: Spec) -> bool:
         """Whether autocast changes what it computes, on this device or on another."""
-        if "rms_norm" in self.functions:
+        if "rms_norm" in self.asked or self.by_autocast:
             return True
         states = [s for dtype in _DTYPES for s in _in_autocast((dtype, dtype if self.weighted else None))]
         return not all(self._holds(spec, state, shape) for state in states for shape in self.shapes)
@@ -428,13 +452,24 @@ class _Probe:
             value = vars(self.module).get(name, Absent)
             if type(value) not in (int, float) and not (value is None and name == "eps"):
                 continue
-            other = 0.0078125 if value is None else value * 2 + 0.0078125
+            doubled = 0.0 if value is None else float(value) * 2
+            others = {
+                0.0,
+                1.0,
+                0.0078125,
+                3.3e-9,
+                doubled + 0.0078125,
+                *(n for n in self.numbers if 0 <= n <= LARGEST_EPS),
+            }
             with contextlib.suppress(_NotProven):
-                seen, x, w = self._observed(state, shape, **{name: other})
-                if self._agrees(seen, x, w, replace(spec, eps=float(other))):
+                if all(self._follows(name, other, state, shape, spec) for other in sorted(others)):
                     self.torch_eps = self._means_torchs(name, state, shape, spec)
                     return name
         raise _NotProven("it has no attribute that could be its eps")
+
+    def _follows(self, name: str, eps: float, state: _State, shape: tuple[int, ...], spec: Spec) -> bool:
+        seen, x, w = self._observed(state, shape, **{name: eps})
+        return self._agrees(seen, x, w, replace(spec, eps=eps))
 
     def _means_torchs(self, name: str, state: _State, shape: tuple[int, ...], spec: Spec) -> bool:
         torchs = replace(spec, eps=torch.finfo(torch.float32).eps)
@@ -447,7 +482,7 @@ class _Probe:
         """Whether strict=False would take it there, in words."""
         if not candidates:
             eps = epsilon(loosened(seen.expression, math.prod(self.shapes[0])))
-            candidates = [] if eps is None or not 0 <= eps < 1 else self._candidates(eps)
+            candidates = [] if eps is None or not 0 <= eps <= LARGEST_EPS else self._candidates(eps)
         self.loose = True
         taken = any(self._agrees(seen, x, w, c) for c in candidates)
         self.loose = False
@@ -541,6 +576,8 @@ class _Probe:
                 self.shapes[0], dtype, dtype if self.weighted else None, leading=(1, self._many(self.shapes[0]))
             )
             y = self.cls.forward(self._stand_in(w), x)
+            if not _close(y, self._published(x, w, spec)):
+                raise _NotProven(f"its operators match no supported RMSNorm for {x.shape[1]} rows")
             count, ulp = differing(y, self._exact(x, w, spec))
             changed[_name(dtype)] = Change(count / y.numel(), ulp)
         return changed
@@ -565,17 +602,21 @@ class _Probe:
             made = self._stand_in(w, state.training, state.grad in ("both", "weight"), **attributes)
             if state.autocast is not None:
                 contexts.enter_context(torch.autocast("cpu", state.autocast))
+                contexts.enter_context(_flagged("cuda"))
             device = None if state.device is None else torch.device(state.device)
             try:
-                seen = observe.observe(self.cls.forward, made, x, math.prod(shape), self.fixed, device)
+                seen = observe.observe(self.cls, made, x, math.prod(shape), self.row, device)
             except Refusal as refusal:
                 raise _NotProven(str(refusal)) from None
-            except Exception as error:
-                why = f"its forward raises {type(error).__name__} under the probe: {error}"[:200]
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                why = f"its forward raises {type(error).__name__} under the probe: {' '.join(str(error).split())}"[:200]
                 raise _Raised(why) from error
         if not attributes:
             self.facts |= seen.facts
-            self.functions |= seen.functions
+            self.asked |= seen.asked
+            self.numbers |= seen.numbers
         return seen, x.detach(), w
 
     def _stand_in(
@@ -621,6 +662,17 @@ class _Probe:
     def _flat(self, compute: Callable[..., Tensor], x: Tensor, w: Tensor | None, spec: Spec) -> Tensor:
         rows = x.flatten(-self.k)
         return compute(rows, None if w is None else w.flatten(), spec.eps, spec.cast, spec.offset).view(x.shape)
+
+
+@contextlib.contextmanager
+def _flagged(device: str) -> Iterator[None]:
+    """Autocast that says it is on for a device which may not be there."""
+    before = torch.is_autocast_enabled(device)
+    torch.set_autocast_enabled(device, True)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device, before)
 
 
 class _Raised(_NotProven):

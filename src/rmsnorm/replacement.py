@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rmsnorm.kernels import host
-from rmsnorm.observe import Absent
+from rmsnorm.observe import Absent, Method, identity, is_plain
 from rmsnorm.ops import explain, rms_norm
 from rmsnorm.proof import Rule, arguments
 from rmsnorm.spec import DTYPES, LARGEST_EPS
@@ -75,7 +75,7 @@ def weight_of(module: Any) -> Any:
     try:
         return module._parameters["weight"]
     except KeyError:
-        return module.weight
+        return getattr(module, "weight", None)
 
 
 def why_own(module: Any, x: Any) -> str | None:
@@ -104,8 +104,12 @@ def _changed(rule: Rule, module: Any, w: Any, eps: float | None) -> str | None:
     if w is None and rule.weighted:
         return "its weight is None"
     for name, value in rule.facts:
-        now = getattr(module, name, Absent)
-        if now is not value and (type(now) is not type(value) or now != value):
+        if value is Method:
+            same = name not in vars(module)
+        else:
+            now = getattr(module, name, Absent)
+            same = now is value or (is_plain(now) and identity(now) == identity(value))
+        if not same:
             return f"its {name} has changed since it was proven"
     return None
 
@@ -170,15 +174,31 @@ def _inference_tensor(x: Tensor, w: Tensor | None) -> str | None:
     return "its input was made in inference mode and its weight is trained" if x.is_inference() else None
 
 
-@functools.cache
+def _order(x: Tensor, k: int) -> list[int] | None:
+    """The dimensions of x as they lie in memory, if that is another order: torch's own operators keep it for y.
+
+    None where our kernels, which give y in the order of its dimensions, give what torch gives.
+    """
+    rows, strides = range(x.dim() - k), x.stride()
+    order = sorted(rows, key=lambda axis: -strides[axis] if x.shape[axis] > 1 else 0)
+    moved = [axis for axis in order if x.shape[axis] > 1]
+    if moved == sorted(moved) or any(x.stride(axis) == 0 for axis in moved):
+        return None
+    return [*order, *range(x.dim() - k, x.dim())]
+
+
 def replacement(cls: type[nn.Module], rule: Rule) -> type[nn.Module]:
     """A subclass of the class, by the same name, since users of transformers match on it."""
+    return _made(cls, rule, cls.forward)  # type: ignore[arg-type]  # classes hash by identity
+
+
+@functools.cache
+def _made(cls: type[nn.Module], rule: Rule, theirs: Callable[..., Tensor]) -> type[nn.Module]:
     cast, offset, held = rule.cast, rule.offset, rule.eps
     weighted, shape, ranks, facts = rule.weighted, rule.shape, rule.ranks, rule.facts
     judged = bool(rule.own) or rule.autocast  # what else can be unproven is asked here, in a fraction of the time
     k = 1 if shape is None else len(shape)
     (argument,) = arguments(cls)
-    theirs: Callable[..., Tensor] = cls.forward
 
     def forward(self: Any, *args: Tensor, **named: Tensor) -> Tensor:
         if len(args) + len(named) != 1 or (named and argument.name not in named):
@@ -192,6 +212,9 @@ def replacement(cls: type[nn.Module], rule: Rule) -> type[nn.Module]:
             return theirs(self, x)
         if not isinstance(x, Tensor) or x.dim() not in ranks or (judged and _unproven(rule, x, w) is not None):
             return theirs(self, x)
+        if not x.is_contiguous() and (order := _order(x, k)) is not None:
+            y = forward(self, x.permute(order))
+            return y.permute([order.index(axis) for axis in range(x.dim())])
         if k == 1 and not torch.compiler.is_compiling():
             y = host.norm(x, None, w, eps, cast, offset)
             if y is not None:
@@ -213,7 +236,7 @@ def replacement(cls: type[nn.Module], rule: Rule) -> type[nn.Module]:
 
 
 def _rebuild(cls: type[nn.Module], rule: Rule) -> nn.Module:
-    made = replacement(cls, rule)  # type: ignore[arg-type]  # classes hash by identity
+    made = replacement(cls, rule)
     return made.__new__(made)
 
 

@@ -92,7 +92,7 @@ def check_gradients(
         _check_weight(where, weight, x, symbolic)
         if weight is None and (need_dw or offset != 0.0):
             raise ValueError(complaint(where, "weight", "is None", "a weight, for its gradient or for an offset"))
-        if not (isinstance(rstd, torch.Tensor) and rstd.dtype in DTYPES and rstd.layout is torch.strided):
+        if not (_is_dense(rstd) and rstd.dtype in DTYPES):
             _refuse(where, "rstd", rstd)
         if not _same_sizes(rstd.shape, x.shape[:-1], symbolic):
             expected = f"{tuple(x.shape[:-1])}, a number for each row of x"
@@ -108,13 +108,15 @@ _IN_BACKWARD = "(in the backward pass: what was saved for it must be as it was i
 def check_memory(where: str, backward: bool = False, **tensors: torch.Tensor | None) -> None:
     """Raise `ValueError`, naming the argument, unless each tensor's storage holds all that its shape says.
 
-    Engines that shard parameters free a storage, or swap it for a smaller one, while the shape stays. Only for
-    tensors that have memory of their own.
+    Engines that shard parameters free a storage, or make it smaller, while the shape stays.
     """
     for name, t in tensors.items():
         if t is None:
             continue
-        held = t.untyped_storage().nbytes()
+        try:
+            held = t.untyped_storage().nbytes()
+        except NotImplementedError:
+            continue  # the tensors of some devices have no storage
         elements = t.numel()
         if elements and not t.is_contiguous():
             elements = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
@@ -125,7 +127,7 @@ def check_memory(where: str, backward: bool = False, **tensors: torch.Tensor | N
 
 
 def _check_rows(where: str, name: str, x: torch.Tensor, symbolic: bool) -> None:
-    if not (isinstance(x, torch.Tensor) and x.dtype in DTYPES and x.layout is torch.strided):
+    if not (_is_dense(x) and x.dtype in DTYPES):
         _refuse(where, name, x)
     shape = x.shape
     if not shape or not _is_not_zero(shape[-1], symbolic):
@@ -133,7 +135,7 @@ def _check_rows(where: str, name: str, x: torch.Tensor, symbolic: bool) -> None:
 
 
 def _check_like(where: str, name: str, t: torch.Tensor, of: str, x: torch.Tensor, symbolic: bool) -> None:
-    if not (isinstance(t, torch.Tensor) and t.dtype in DTYPES and t.layout is torch.strided):
+    if not (_is_dense(t) and t.dtype in DTYPES):
         _refuse(where, name, t)
     if not _same_sizes(t.shape, x.shape, symbolic):
         raise ValueError(complaint(where, name, f"has shape {tuple(t.shape)}", f"{tuple(x.shape)}, the shape of {of}"))
@@ -143,7 +145,7 @@ def _check_like(where: str, name: str, t: torch.Tensor, of: str, x: torch.Tensor
 def _check_weight(where: str, weight: torch.Tensor | None, x: torch.Tensor, symbolic: bool) -> None:
     if weight is None:
         return
-    if not (isinstance(weight, torch.Tensor) and weight.dtype in DTYPES and weight.layout is torch.strided):
+    if not (_is_dense(weight) and weight.dtype in DTYPES):
         _refuse(where, "weight", weight)
     if not _same_sizes(weight.shape, x.shape[-1:], symbolic):
         expected = f"({x.shape[-1]},), the last dimension of x"
@@ -182,9 +184,15 @@ def _is_not_zero(n: int, symbolic: bool) -> bool:
     return True
 
 
+def _is_dense(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_nested
+
+
 def _refuse(where: str, name: str, value: object) -> NoReturn:
     if not isinstance(value, torch.Tensor):
         raise TypeError(complaint(where, name, f"is a {type(value).__name__}", "a torch.Tensor"))
     if value.layout is not torch.strided:
         raise TypeError(complaint(where, name, f"has layout {value.layout}", "a dense tensor"))
+    if value.is_nested:
+        raise TypeError(complaint(where, name, "is a nested tensor", "a dense tensor"))
     raise TypeError(complaint(where, name, f"has dtype {value.dtype}", "float32, bfloat16, float16 or float64"))

@@ -300,7 +300,7 @@ std::pair<Tensor, Tensor> gradients(const Tensors& inputs, Spec spec, bool need_
   // In grad mode the gradient must stay tied to its inputs, to raise if it is differentiated.
   const bool ours = !at::GradMode::is_enabled() && plain(inputs) && rstd.is_contiguous() &&
       rstd.scalar_type() == at::kFloat && rstd.device() == rows.device() &&
-      rstd.sizes() == rows.sizes().slice(0, rows.dim() - 1);
+      rows.dim() > 0 && rstd.sizes() == rows.sizes().slice(0, rows.dim() - 1);
   if (ours) {
     const auto plan = planned(backward_key(inputs, spec, need_dx, need_dw));
     Tensors tensors(inputs);

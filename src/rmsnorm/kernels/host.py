@@ -109,13 +109,17 @@ def _words(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def described(*arguments: Any) -> str:
-    """Who would make this call of `norm`, and why."""
-    if _State.module is None:
-        return f"called from Python: {_State.reason}"
-    if _State.module.replays(*arguments):
-        return "called from C++"
-    return "called from Python: the first of its kind, or one of those that need several CPU threads or a copy"
+def described() -> str:
+    """Who makes calls of a kind that was seen before, and why."""
+    return "called from C++" if _State.module is not None else f"called from Python: {_State.reason}"
+
+
+def caller(*arguments: Any) -> str:
+    """Who would make this very call of `norm`, and why."""
+    if _State.module is None or _State.module.replays(*arguments):
+        return described()
+    several = "every one that takes several CPU threads or converts an argument"
+    return f"called from Python, as the first call of a kind is, and {several}"
 
 
 def learns() -> bool:

@@ -1,0 +1,637 @@
+"""Every way into a kernel checks what it is given: no size, dtype or freed storage makes one read memory that is not its own."""
+
+import copy
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.decorators import mark_unbacked
+from torch.autograd.graph import saved_tensors_hooks
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2RMSNorm
+
+from rmsnorm import RMSNorm, add_rms_norm, explain, patch, rms_norm
+from rmsnorm.kernels import host
+from tolerance import assert_same_bits
+
+M, N = 4, 64
+EPS = 1e-6
+FROM_CPP, FROM_PYTHON = "called from C++", "called from Python"
+Draw = Callable[..., Tensor]
+Change = Callable[["Run"], object]
+
+
+def _skip_without_cpp() -> None:
+    """Also makes the host forget the call that finds out."""
+    x, w = torch.ones(1, 8), torch.ones(8)
+    rms_norm(x, w)
+    said = explain(x, w)
+    host.forget()
+    if FROM_CPP not in said:
+        pytest.skip(said)
+
+
+@pytest.fixture
+def cpp() -> None:
+    _skip_without_cpp()
+
+
+@pytest.fixture(params=["C++", "Python"])
+def node(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whose autograd node the calls of the test make."""
+    if request.param == "C++":
+        _skip_without_cpp()
+    else:
+        monkeypatch.setattr(host, "norm", lambda *arguments: None)
+    return str(request.param)
+
+
+class Run:
+    """A forward pass of a planned kind, through the named node, and the backward pass that follows."""
+
+    def __init__(self, node: str, randn: Draw, adds: bool = False, dtype: torch.dtype = torch.float32) -> None:
+        x, self.w, r = randn(M, N, dtype=dtype), nn.Parameter(randn(N, dtype=dtype)), randn(M, N, dtype=dtype)
+        self.x, self.r = x.requires_grad_(), r.requires_grad_() if adds else None
+        self.dy, self.ds = randn(M, N, dtype=dtype), randn(M, N, dtype=dtype) if adds else None
+        # Python makes the first call of a kind, and the first backward pass of C++'s node.
+        self.untouched = [self.forward().backward() for _ in range(2)][1]
+        self.forward()
+        name = self.y.grad_fn.name()
+        assert ("CppNode<rmsnorm::Norm>" in name) if node == "C++" else (name == "_NormBackward"), name
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [t for t in (self.x, self.r, self.w) if t is not None]
+
+    def forward(self) -> "Run":
+        if self.r is None:
+            self.y, self.s = rms_norm(self.x, self.w, EPS), None
+        else:
+            self.y, self.s = add_rms_norm(self.x, self.r, self.w, EPS)
+        return self
+
+    def backward(self) -> list[Tensor]:
+        outputs, cotangents = ([self.y], [self.dy]) if self.s is None else ([self.y, self.s], [self.dy, self.ds])
+        return [*torch.autograd.grad(outputs, self.leaves, cotangents)]
+
+
+def set_data(t: Tensor, data: Tensor) -> None:
+    t.data = data
+
+
+def resize(t: Tensor, size: int) -> None:
+    t.untyped_storage().resize_(size)
+
+
+# --- between the forward and the backward pass ---------------------------------------------------------------
+
+CHANGES: dict[str, tuple[bool, Change, str]] = {
+    "the weight is emptied": (
+        False,
+        lambda run: set_data(run.w, torch.empty(0)),
+        "[rms_norm] weight has shape (0,), expected (64,), the last dimension of x",
+    ),
+    "the weight is shortened": (
+        False,
+        lambda run: set_data(run.w, torch.ones(N - 1)),
+        "[rms_norm] weight has shape (63,), expected (64,), the last dimension of x",
+    ),
+    "the weight is of two dimensions": (
+        False,
+        lambda run: set_data(run.w, torch.ones(1, N)),
+        "[rms_norm] weight has shape (1, 64), expected (64,), the last dimension of x",
+    ),
+    "x loses rows": (
+        False,
+        lambda run: set_data(run.x, torch.ones(M - 1, N)),
+        "[rms_norm] x has shape (3, 64), expected (4, 64), the shape of dy",
+    ),
+    "x loses columns": (
+        False,
+        lambda run: set_data(run.x, torch.ones(M, N - 1)),
+        "[rms_norm] x has shape (4, 63), expected (4, 64), the shape of dy",
+    ),
+    "x is emptied": (
+        False,
+        lambda run: set_data(run.x, torch.empty(0)),
+        "[rms_norm] x has shape (0,), expected (4, 64), the shape of dy",
+    ),
+    "the weight is shortened after a sum": (
+        True,
+        lambda run: set_data(run.w, torch.ones(N - 1)),
+        "[add_rms_norm] weight has shape (63,), expected (64,), the last dimension of x",
+    ),
+    "the weight is freed": (
+        False,
+        lambda run: resize(run.w, 0),
+        "[rms_norm] weight has a storage of 0 bytes, expected 256: it was freed or made smaller",
+    ),
+    "the weight's storage is made smaller": (
+        False,
+        lambda run: resize(run.w, 252),
+        "[rms_norm] weight has a storage of 252 bytes, expected 256: it was freed or made smaller",
+    ),
+    "x is freed": (
+        False,
+        lambda run: resize(run.x, 0),
+        "[rms_norm] x has a storage of 0 bytes, expected 1024: it was freed or made smaller",
+    ),
+    "x's storage is made smaller": (
+        False,
+        lambda run: resize(run.x, 1020),
+        "[rms_norm] x has a storage of 1020 bytes, expected 1024: it was freed or made smaller",
+    ),
+    "dy is freed": (
+        False,
+        lambda run: resize(run.dy, 0),
+        "[rms_norm] dy has a storage of 0 bytes, expected 1024: it was freed or made smaller",
+    ),
+    "dy's storage is made smaller": (
+        False,
+        lambda run: resize(run.dy, 1020),
+        "[rms_norm] dy has a storage of 1020 bytes, expected 1024: it was freed or made smaller",
+    ),
+    "ds is freed": (
+        True,
+        lambda run: resize(run.ds, 0),
+        "[add_rms_norm] ds has a storage of 0 bytes, expected 1024: it was freed or made smaller",
+    ),
+    "the sum is freed": (
+        True,
+        lambda run: resize(run.s, 0),
+        "[add_rms_norm] x has a storage of 0 bytes, expected 1024: it was freed or made smaller",
+    ),
+}
+
+
+@pytest.mark.parametrize(("adds", "change", "words"), CHANGES.values(), ids=CHANGES.keys())
+def test_the_backward_pass_names_what_has_changed_since_the_forward_pass(node, randn, adds, change, words) -> None:
+    run = Run(node, randn, adds)
+    change(run)
+    with pytest.raises(ValueError, match=re.escape(words) + r" \(in the backward pass: "):
+        run.backward()
+
+
+def test_strided_rows_that_reach_past_their_storage_are_named(node, randn) -> None:
+    """The last row of a slice ends before its stride does."""
+    whole = randn(M, 2 * N)
+    x, w, dy = whole[:, :N].requires_grad_(), randn(N), randn(M, N)
+    expected = torch.autograd.grad(rms_norm(x, w, EPS), x, dy)[0]
+    least = ((M - 1) * 2 * N + N) * 4
+    resize(whole, least)
+    for _ in range(2):
+        assert_same_bits(torch.autograd.grad(rms_norm(x, w, EPS), x, dy)[0], expected)
+    y = rms_norm(x, w, EPS)
+    resize(whole, least - 4)
+    words = re.escape(f"[rms_norm] x has a storage of {least - 4} bytes, expected {least}")
+    with pytest.raises(ValueError, match=words):
+        torch.autograd.grad(y, x, dy)
+    with pytest.raises(ValueError, match=words):
+        rms_norm(x, w, EPS)
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_back_in_time_gives_the_gradients_of_an_untouched_run(node, randn, adds, dtype) -> None:
+    """As an engine does that shards parameters: it frees the weight after the forward pass and gathers it again."""
+    run = Run(node, randn, adds, dtype)
+    held, rows = run.w.data, run.x.data
+    set_data(run.w, torch.empty(0, dtype=dtype))
+    set_data(run.x, torch.empty(0, dtype=dtype))
+    set_data(run.w, held)
+    set_data(run.x, rows)
+    found = [run.backward()]
+    run.forward()
+    kept = run.w.detach().clone()
+    size = run.w.untyped_storage().nbytes()
+    resize(run.w, 0)
+    resize(run.w, size)
+    run.w.data.copy_(kept)
+    found.append(run.backward())
+    run.forward()
+    set_data(run.w, kept)  # elsewhere, but the same values
+    found.append(run.backward())
+    for gradients in found:
+        for a, b in zip(gradients, run.untouched, strict=True):
+            assert_same_bits(a, b)
+
+
+def freed(t: Tensor) -> Tensor:
+    t = t.clone()
+    resize(t, 0)
+    return t
+
+
+UNPACKED = {
+    "shorter": (lambda t: t[:-1].clone(), ValueError, "has shape "),
+    "of another rank": (lambda t: t[None].clone(), ValueError, "has shape "),
+    "complex": (lambda t: t.to(torch.complex64), TypeError, "has dtype torch.complex64, expected float32"),
+    "sparse": (lambda t: t.to_sparse(), TypeError, "has layout torch.sparse_coo, expected a dense tensor"),
+    "freed": (freed, ValueError, "has a storage of 0 bytes"),
+}
+
+
+@pytest.mark.parametrize("which", ["x", "weight", "rstd"])
+@pytest.mark.parametrize(("unpacked", "error", "words"), UNPACKED.values(), ids=UNPACKED.keys())
+def test_what_a_hook_unpacks_is_checked(node, randn, which, unpacked, error, words) -> None:
+    run = Run(node, randn)
+    shape = {"x": (M, N), "weight": (N,), "rstd": (M,)}[which]
+    changed = []
+
+    def unpack(t: Tensor) -> Tensor:
+        if t.shape != shape:
+            return t
+        changed.append(which)
+        return unpacked(t)
+
+    with saved_tensors_hooks(lambda t: t.detach(), unpack):
+        run.forward()
+    with pytest.raises(error, match=re.escape(f"[rms_norm] {which} {words}")):
+        run.backward()
+    assert changed == [which]
+
+
+def test_hooks_that_give_back_what_they_took_change_no_bits(node, randn) -> None:
+    run = Run(node, randn)
+    with saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t.clone()):
+        run.forward()
+    for a, b in zip(run.backward(), run.untouched, strict=True):
+        assert_same_bits(a, b)
+
+
+# --- in the forward pass -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("which", ["x", "residual", "weight"])
+def test_the_forward_pass_names_what_was_freed(node, randn, which, trains) -> None:
+    for size in (0, 252):
+        x, r, w = randn(M, N), randn(M, N), randn(N).requires_grad_(trains)
+        adds = which == "residual"
+
+        def call() -> object:
+            return add_rms_norm(x, r, w, EPS) if adds else rms_norm(x, w, EPS)
+
+        for _ in range(2):
+            call()
+        gone = {"x": x, "residual": r, "weight": w}[which]
+        whole = gone.untyped_storage().nbytes()
+        resize(gone, size)
+        where = "add_rms_norm" if adds else "rms_norm"
+        words = f"[{where}] {which} has a storage of {size} bytes, expected {whole}: it was freed or made smaller"
+        with pytest.raises(ValueError, match=re.escape(words) + "$"):
+            call()
+
+
+@pytest.mark.parametrize("shape", [(0, N), (0, 3, N), (2, 0, N)])
+def test_no_rows_need_no_memory(node, randn, shape) -> None:
+    x, r = (randn(*shape).requires_grad_() for _ in range(2))
+    w = randn(N).requires_grad_()
+    resize(x, 0)
+    for _ in range(3):
+        y, s = add_rms_norm(x, r, w, EPS)
+        dx, dr, dw = torch.autograd.grad([y, s], [x, r, w], [torch.ones(shape), torch.ones(shape)])
+        assert y.shape == s.shape == dx.shape == dr.shape == shape
+        assert torch.equal(dw, torch.zeros(N))
+        y = rms_norm(x, w, EPS)
+        assert torch.equal(torch.autograd.grad(y, w, torch.ones(shape))[0], torch.zeros(N))
+
+
+# --- the operators -------------------------------------------------------------------------------------------
+
+
+def forward_arguments(randn: Draw, **others: Any) -> dict[str, Any]:
+    return {
+        "x": randn(M, N), "residual": None, "weight": randn(N), "eps": EPS, "cast": "early", "offset": 0.0,
+        "with_rstd": True, **others,
+    }  # fmt: skip
+
+
+def backward_arguments(randn: Draw) -> dict[str, Any]:
+    return {
+        "dy": randn(M, N), "ds": None, "x": randn(M, N), "weight": randn(N), "rstd": randn(M).square() + 1,
+        "cast": "early", "offset": 0.0, "need_dx": True, "need_dw": True,
+    }  # fmt: skip
+
+
+ROWS, FLAT = torch.ones(M, N), torch.ones(N)
+BAD_FORWARD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "short weight": ({"weight": FLAT[:-1]}, ValueError, "[rms_norm] weight has shape (63,), expected (64,)"),
+    "no weight to add the offset to": (
+        {"weight": None, "cast": "late", "offset": 1.0}, ValueError, "[rms_norm] weight is None"),
+    "short residual": ({"residual": ROWS[:-1]}, ValueError, "[add_rms_norm] residual has shape (3, 64), expected (4"),
+    "narrow residual": ({"residual": ROWS[:, 1:]}, ValueError, "[add_rms_norm] residual has shape (4, 63), expected"),
+    "cast": ({"cast": "erly"}, ValueError, "[rms_norm] cast is 'erly', expected 'early' or 'late'"),
+    "negative eps": ({"eps": -1e-6}, ValueError, "[rms_norm] eps is -1e-06"),
+    "offset": ({"offset": 0.5, "cast": "late"}, ValueError, "[rms_norm] offset is 0.5, expected 0 or 1"),
+    "integer x": ({"x": ROWS.int()}, TypeError, "[rms_norm] x has dtype torch.int32"),
+    "integer weight": ({"weight": FLAT.int()}, TypeError, "[rms_norm] weight has dtype torch.int32"),
+    "integer residual": ({"residual": ROWS.int()}, TypeError, "[add_rms_norm] residual has dtype torch.int32"),
+    "sparse x": ({"x": ROWS.to_sparse()}, TypeError, "[rms_norm] x has layout torch.sparse_coo"),
+    "sparse weight": ({"weight": FLAT.to_sparse()}, TypeError, "[rms_norm] weight has layout torch.sparse_coo"),
+    "no columns": ({"x": ROWS[:, :0], "weight": FLAT[:0]}, ValueError, "[rms_norm] x has shape (4, 0), expected (...,"),
+    "no dimension": ({"x": ROWS[0, 0]}, ValueError, "[rms_norm] x has shape (), expected (..., N)"),
+}  # fmt: skip
+BAD_BACKWARD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "short weight": ({"weight": FLAT[:-1]}, ValueError, "[rms_norm] weight has shape (63,), expected (64,)"),
+    "no weight, but its gradient": ({"weight": None}, ValueError, "[rms_norm] weight is None"),
+    "no weight to add the offset to": (
+        {"weight": None, "cast": "late", "offset": 1.0, "need_dw": False}, ValueError, "[rms_norm] weight is None"),
+    "short rstd": ({"rstd": torch.ones(M - 1)}, ValueError, "[rms_norm] rstd has shape (3,), expected (4,)"),
+    "no rstd": ({"rstd": torch.ones(0)}, ValueError, "[rms_norm] rstd has shape (0,), expected (4,)"),
+    "integer rstd": ({"rstd": torch.ones(M).int()}, TypeError, "[rms_norm] rstd has dtype torch.int32"),
+    "short x": ({"x": ROWS[:-1]}, ValueError, "[rms_norm] x has shape (3, 64), expected (4, 64), the shape of dy"),
+    "narrow dy": ({"dy": ROWS[:, 1:]}, ValueError, "[rms_norm] x has shape (4, 64), expected (4, 63), the shape of dy"),
+    "short ds": ({"ds": ROWS[:-1]}, ValueError, "[add_rms_norm] ds has shape (3, 64), expected (4, 64)"),
+    "cast": ({"cast": "erly"}, ValueError, "[rms_norm] cast is 'erly', expected 'early' or 'late'"),
+    "offset": ({"offset": 0.5, "cast": "late"}, ValueError, "[rms_norm] offset is 0.5, expected 0 or 1"),
+    "integer dy": ({"dy": ROWS.int()}, TypeError, "[rms_norm] dy has dtype torch.int32"),
+    "integer x": ({"x": ROWS.int()}, TypeError, "[rms_norm] x has dtype torch.int32"),
+    "integer ds": ({"ds": ROWS.int()}, TypeError, "[add_rms_norm] ds has dtype torch.int32"),
+    "sparse dy": ({"dy": ROWS.to_sparse()}, TypeError, "[rms_norm] dy has layout torch.sparse_coo"),
+    "sparse x": ({"x": ROWS.to_sparse()}, TypeError, "[rms_norm] x has layout torch.sparse_coo"),
+    "no columns": (
+        {"dy": ROWS[:, :0], "x": ROWS[:, :0], "weight": FLAT[:0]}, ValueError, "[rms_norm] dy has shape (4, 0)"),
+    "no dimension": ({"dy": ROWS[0, 0], "x": ROWS[0, 0]}, ValueError, "[rms_norm] dy has shape (), expected (..., N)"),
+}  # fmt: skip
+BAD = {f"forward, {name}": ("forward", *case) for name, case in BAD_FORWARD.items()}
+BAD |= {f"backward, {name}": ("backward", *case) for name, case in BAD_BACKWARD.items()}
+
+
+def on_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
+@pytest.mark.parametrize("meta", [False, True], ids=["cpu", "meta"])
+@pytest.mark.parametrize(("name", "others", "error", "words"), BAD.values(), ids=BAD.keys())
+def test_the_operators_name_the_argument_that_is_wrong(randn, name, others, error, words, meta) -> None:
+    op = getattr(torch.ops.rmsnorm, name)
+    given = forward_arguments(randn) if name == "forward" else backward_arguments(randn)
+    (op if not meta else lambda **named: op(**{k: on_meta(v) for k, v in named.items()}))(**given)  # the right ones
+    given |= others
+    if meta:
+        given = {key: on_meta(value) for key, value in given.items()}
+    with pytest.raises(error, match=re.escape(words)):
+        op(**given)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_operators_refuse_tensors_of_two_devices(randn, device) -> None:
+    other = "meta" if device == "cpu" else "cpu"
+    for name, arguments in (("forward", forward_arguments), ("backward", backward_arguments)):
+        given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments(randn).items()}
+        given["weight"] = torch.ones(N, device=other)
+        with pytest.raises(ValueError, match=re.escape(f"[rms_norm] weight is on {other}, expected {device}")):
+            getattr(torch.ops.rmsnorm, name)(**given)
+
+
+@pytest.mark.parametrize("which", ["x", "weight", "residual", "dy", "ds", "rstd"])
+def test_the_operators_name_what_was_freed(randn, which) -> None:
+    backward = which in ("dy", "ds", "rstd")
+    given = backward_arguments(randn) if backward else forward_arguments(randn)
+    if given[which] is None:
+        given[which] = randn(M, N)
+    op = torch.ops.rmsnorm.backward if backward else torch.ops.rmsnorm.forward
+    op(**given)
+    resize(given[which], 0)
+    with pytest.raises(ValueError, match=rf"norm\] {which} has a storage of 0 bytes, expected "):
+        op(**given)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in BAD_FORWARD if "integer weight" not in case and case[:6] != "sparse"]
+)
+def test_the_forward_operator_checks_what_is_trained(randn, case) -> None:
+    others, error, words = BAD_FORWARD[case]
+    given = forward_arguments(randn, **others)
+    trained = "x" if given["weight"] is None else "weight"
+    given[trained] = given[trained].clone().requires_grad_()
+    with pytest.raises(error, match=re.escape(words)):
+        torch.ops.rmsnorm.forward(**given)
+
+
+# --- traced, exported, compiled ------------------------------------------------------------------------------
+
+SHORT = "[rms_norm] weight has shape (63,), expected (64,), the last dimension of x"
+
+
+def test_a_traced_norm_of_one_width_refuses_another(randn) -> None:
+    w = randn(N)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # jit.trace is deprecated, and says what it takes for constants
+        traced = torch.jit.trace(lambda x: rms_norm(x, w, EPS), (randn(M, N),))
+    x = randn(2 * M, N)
+    assert_same_bits(traced(x), rms_norm(x, w, EPS))
+    words = "[rms_norm] weight has shape (64,), expected (4096,), the last dimension of x"
+    with pytest.raises(RuntimeError, match=re.escape(words)):
+        traced(randn(M, 4096))
+
+
+class OfAnInput(nn.Module):
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        return rms_norm(x, w, EPS)
+
+
+def test_an_exported_norm_refuses_a_short_weight_that_is_an_input(randn) -> None:
+    x, w = randn(M, N), randn(N)
+    program = torch.export.export(OfAnInput(), (x, w))
+    assert_same_bits(program.module()(x, w), rms_norm(x, w, EPS))
+    with pytest.raises((AssertionError, RuntimeError)):  # torch's own check
+        program.module()(x, w[:-1].clone())
+    with pytest.raises(ValueError, match=re.escape(SHORT)):  # without it
+        program.graph_module(x, w[:-1].clone())
+
+
+@pytest.mark.parametrize(
+    "trains",
+    [
+        False,
+        True,
+    ],
+)
+def test_an_exported_layer_refuses_a_short_weight_in_its_state(randn, trains) -> None:
+    x, layer = randn(M, N), RMSNorm(N, EPS)
+    nn.init.normal_(layer.weight)
+    layer.requires_grad_(trains)
+    exported = torch.export.export(layer, (x,)).module()
+    assert_same_bits(exported(x), layer(x))
+    set_data(exported.weight, torch.ones(N - 1))
+    with pytest.raises(ValueError, match=re.escape(SHORT)):
+        exported(x)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_compiled_norm_refuses_a_short_weight(fresh_dynamo, randn, trains) -> None:
+    x, w = randn(M, N), randn(N).requires_grad_(trains)
+    compiled = torch.compile(rms_norm, backend="aot_eager")
+    assert_same_bits(compiled(x, w), rms_norm(x, w))
+    with pytest.raises(ValueError, match=re.escape(SHORT)):
+        compiled(x, randn(N - 1).requires_grad_(trains))
+
+
+# --- sizes that only a run knows -----------------------------------------------------------------------------
+
+
+def unbacked(t: Tensor, dim: int) -> Tensor:
+    mark_unbacked(t, dim)
+    return t
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_rows_that_only_a_run_knows_compile(fresh_dynamo, randn, backend) -> None:
+    compiled = torch.compile(add_rms_norm, fullgraph=True, backend=backend)
+    w = randn(N).requires_grad_()
+    for rows in (5, 7, 1):
+        x, r = (unbacked(randn(rows, N).requires_grad_(), 0) for _ in range(2))
+        cotangents = [randn(rows, N), randn(rows, N)]
+        runs = []
+        for call in (compiled, add_rms_norm):
+            outputs = call(x, r, w, EPS)
+            runs.append([*outputs, *torch.autograd.grad(outputs, [x, r, w], cotangents)])
+        for a, b in zip(*runs, strict=True):
+            assert_same_bits(a, b)
+    x, r = unbacked(randn(5, N), 0), unbacked(randn(6, N), 0)
+    with pytest.raises((AssertionError, RuntimeError)):  # by torch's compiler, or by the program that it made
+        compiled(x, r, w, EPS)
+
+
+def test_a_width_that_only_a_run_knows_compiles(fresh_dynamo, randn) -> None:
+    compiled = torch.compile(rms_norm, fullgraph=True, backend="aot_eager")
+    for width in (N, 33):
+        x, w = unbacked(randn(M, width).requires_grad_(), 1), unbacked(randn(width).requires_grad_(), 0)
+        dy = randn(M, width)
+        runs = []
+        for call in (compiled, rms_norm):
+            y = call(x, w, EPS)
+            runs.append([y, *torch.autograd.grad(y, [x, w], dy)])
+        for a, b in zip(*runs, strict=True):
+            assert_same_bits(a, b)
+    with pytest.raises((AssertionError, RuntimeError)):
+        compiled(unbacked(randn(M, N), 1), unbacked(randn(N - 1), 0), EPS)
+
+
+# --- modified in place ---------------------------------------------------------------------------------------
+
+
+def test_what_was_modified_in_place_is_named_with_the_way_out(cpp, randn, monkeypatch) -> None:
+    """The same words from C++'s node and from Python's; torch's own follow."""
+    for which in ("x", "w", "s"):
+        said = []
+        for node in ("C++", "Python"):
+            with monkeypatch.context() as patched:
+                if node == "Python":
+                    patched.setattr(host, "norm", lambda *arguments: None)
+                run = Run(node, randn, adds=which == "s")
+                with torch.no_grad():
+                    getattr(run, which).add_(1)
+                with pytest.raises(RuntimeError) as found:
+                    run.backward()
+                said.append(str(found.value).split(" (one of the variables needed for gradient computation")[0])
+        assert said[0] == said[1] == (
+            "[rms_norm] x or weight was modified in place after the forward pass, which keeps them for the backward "
+            "pass: write x = x + ... instead of x += ..., or rmsnorm.unpatch the norm"
+        )  # fmt: skip
+
+
+def test_other_errors_of_what_was_saved_stay_torchs(node, randn) -> None:
+    run = Run(node, randn)
+    run.backward()
+    with pytest.raises(RuntimeError, match="Trying to backward through the graph a second time") as found:
+        run.backward()
+    assert "[rms_norm]" not in str(found.value)
+
+
+# --- explain -------------------------------------------------------------------------------------------------
+
+
+def test_explain_says_of_each_call_who_would_make_it(cpp, randn, threads) -> None:
+    threads(2)
+    x, w, r = randn(M, N), randn(N), randn(M, N)
+    half = randn(N, dtype=torch.bfloat16)
+    cases = {
+        "small": (x, w, None, True),
+        "without a weight": (x, None, None, True),
+        "with a residual": (x, w, r, True),
+        "strided rows": (randn(M, 2 * N)[:, :N], w, None, True),
+        "on several threads": (randn(8192, 1280), randn(1280), None, False),
+        "a weight of another dtype": (x, half, None, False),
+        "a transposed x": (randn(N, M).T, w, None, False),
+        "a residual of another dtype": (x, w, randn(M, N, dtype=torch.bfloat16), False),
+    }
+    for name, (x, w, r, planned) in cases.items():
+        assert FROM_PYTHON in explain(x, w, r), f"{name}: nothing was called yet"
+        for _ in range(2):
+            _ = rms_norm(x, w) if r is None else add_rms_norm(x, r, w)
+        said = explain(x, w, r)
+        assert (FROM_CPP in said, FROM_PYTHON in said) == (planned, not planned), f"{name}: {said}"
+        assert (host.norm(x, r, w, EPS, "early", 0.0) is not None) == planned, name
+
+
+def test_explain_asks_for_the_very_call(cpp, randn) -> None:
+    x, w = randn(M, N), randn(N)
+    rms_norm(x, w)
+    assert FROM_CPP in explain(x, w)
+    assert FROM_CPP in explain(x.clone(), w.clone())
+    assert FROM_PYTHON in explain(x, w, eps=1e-5)
+    assert FROM_PYTHON in explain(x, w, cast="late")
+    assert FROM_PYTHON in explain(x[:2], w)
+    assert FROM_PYTHON in explain(x.bfloat16(), w.bfloat16())
+    assert FROM_PYTHON in explain(x, w.clone().requires_grad_())
+    rms_norm(x, w.clone().requires_grad_())
+    assert FROM_CPP in explain(x, w.clone().requires_grad_())
+
+
+# --- a batch of nothing --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batched", [(0, None), (None, 0), (0, 0)], ids=["x", "weight", "both"])
+def test_vmap_takes_no_samples(randn, batched) -> None:
+    x, w = (randn(*([0] if d == 0 else []), *shape) for d, shape in zip(batched, ((M, N), (N,)), strict=True))
+    assert torch.vmap(rms_norm, batched)(x, w).shape == (0, M, N)
+    y, s = torch.vmap(add_rms_norm, (batched[0], batched[0], batched[1]))(x, x, w) if batched[0] == 0 else (None, None)
+    assert y is None or y.shape == s.shape == (0, M, N)
+
+
+def test_vmap_takes_no_samples_of_a_residual_alone(randn) -> None:
+    y, s = torch.vmap(add_rms_norm, (None, 0, None))(randn(M, N), randn(0, M, N), randn(N))
+    assert y.shape == s.shape == (0, M, N)
+
+
+@pytest.mark.parametrize("batched", [(0, 0), (0, None), (None, 0)], ids=["both", "x", "weight"])
+def test_gradients_of_no_samples_have_their_shapes(randn, batched) -> None:
+    x, w = (randn(*([0] if d == 0 else []), *shape) for d, shape in zip(batched, ((M, N), (N,)), strict=True))
+    gradient = torch.func.grad(lambda x, w: rms_norm(x, w).square().sum(), (0, 1))
+    dx, dw = torch.vmap(gradient, batched)(x, w)
+    assert dx.shape == (0, M, N)
+    assert dw.shape == (0, N)
+
+
+def test_gradients_of_no_samples_of_a_sum_have_their_shapes(randn) -> None:
+    def loss(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        y, s = add_rms_norm(x, r, w)
+        return y.sum() + s.square().sum()
+
+    found = torch.vmap(torch.func.grad(loss, (0, 1, 2)))(randn(0, M, N), randn(0, M, N), randn(0, N))
+    assert [t.shape for t in found] == [(0, M, N), (0, M, N), (0, N)]
+
+
+# --- a replaced norm -----------------------------------------------------------------------------------------
+
+
+def test_an_inference_tensor_reaches_a_trained_norm_that_has_planned_its_calls(node, randn) -> None:
+    norm = DeepseekV2RMSNorm(N)
+    nn.init.normal_(norm.weight)
+    own = copy.deepcopy(norm)
+    patch(nn.ModuleDict({"norm": norm}))
+    with torch.inference_mode():
+        x = randn(M, N)
+    for _ in range(2):
+        norm(x.clone())
+    if node == "C++":
+        assert FROM_CPP in explain(x.clone(), norm.weight, eps=norm.variance_epsilon)
+    dy = randn(M, N)
+    (found,), (expected,) = (torch.autograd.grad(one(x), one.weight, dy) for one in (norm, own))
+    assert_same_bits(found, expected)
