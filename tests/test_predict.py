@@ -219,7 +219,7 @@ def test_no_tokens_cost_nothing() -> None:
         ({"model_type": "frobnicator", "hidden_size": 64}, "does not know the architecture 'frobnicator'"),
         ({"model_type": "frobnicator", "auto_map": {"AutoConfig": "evil.Config"}}, "does not know the architecture"),
         ({"model_type": "deepseek_vl_v2", "language_config": {}}, "has no model_type"),
-        ({"model_type": "llama", "hidden_size": "wide", "num_hidden_layers": 2}, "cannot read this llama"),
+        ({"model_type": "llama", "hidden_size": "wide", "num_hidden_layers": 2}, 'has hidden_size "wide", expected'),
         ({"model_type": "llama", "hidden_size": 7, "num_hidden_layers": 2}, "cannot read this llama"),
         ({"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2}, "GPT2Model has no RMSNorm"),
     ],
