@@ -328,7 +328,7 @@ class AtMost(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.left -= 1
-        if self.left < 0:
+        if self.left < 0 and self.left % 1000 == 999:  # not each time: no_grad and the like call torch to end
             raise CallsExhausted
         return func(*args, **(kwargs or {}))
 
@@ -338,7 +338,12 @@ def build_on_meta(config: Any, transformers: Any, what: str) -> nn.Module:
     cls = model_class(config, transformers)
     model: nn.Module
     try:
-        with blame(f"transformers cannot build {what}"), torch.device("meta"), AtMost(_BUILD_CALLS):
+        with (
+            blame(f"transformers cannot build {what}"),
+            torch.enable_grad(),
+            torch.device("meta"),
+            AtMost(_BUILD_CALLS),
+        ):
             if cls is not transformers.AutoModel:
                 model = cls(config)
             else:
@@ -375,3 +380,11 @@ def on_tokens(model: nn.Module, ids: Tensor) -> Any:
     if "use_cache" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values()):
         named["use_cache"] = False
     return model(**named)
+
+
+def norm_width(module: nn.Module) -> int | None:
+    """How wide the rows are that a norm takes; None where it has no weight and takes any."""
+    weight, shape = module._parameters.get("weight"), getattr(module, "normalized_shape", None)
+    if weight is not None:
+        return weight.numel()
+    return math.prod(shape) if isinstance(shape, tuple) else None

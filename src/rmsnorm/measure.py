@@ -215,7 +215,7 @@ def check_file(path: Path, argument: str) -> int | None:
     if stat.S_ISDIR(mode) or stat.S_ISBLK(mode):
         raise CommandError(f"{argument} {path} is a folder or a disk, expected a file")
     if stat.S_ISREG(mode):
-        check_folder(Path(os.path.realpath(path)).parent, argument)
+        check_folder((Path(os.path.realpath(path)) if path.is_symlink() else path.absolute()).parent, argument)
         return None
     try:
         handle = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe without a reader is an error

@@ -7,7 +7,6 @@ predictions: bytes at a share of the published bandwidth, or the launches where 
 
 import collections
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -375,7 +374,7 @@ def _groups(
     found: dict[Any, list[str]] = {}
     for name, verdict in proven.items():
         if name in calls:
-            width = _width(modules[name])
+            width = checkpoint.norm_width(modules[name])
             key = calls[name], width or next((w for _, w in calls[name]), 0), verdict.cls, verdict.spec
             found.setdefault((*key, _weight(modules[name]) is not None), []).append(name)
     for (called, width, cls, spec, weighted), names in found.items():
@@ -392,14 +391,6 @@ def _left(report: models.Report) -> Iterator[Left]:
 
 def _weight(module: nn.Module) -> Tensor | None:
     return module._parameters.get("weight")
-
-
-def _width(module: nn.Module) -> int | None:
-    """Of the rows that the norm takes; None where any will do."""
-    weight, shape = _weight(module), getattr(module, "normalized_shape", None)
-    if weight is not None:
-        return weight.numel()
-    return math.prod(shape) if isinstance(shape, tuple) else None
 
 
 # --- the inputs of the norms ---------------------------------------------------------------------------------
@@ -427,7 +418,7 @@ def _calls(
         short = " and ".join(map(str, _SHORT))
         said = "it takes too long" if isinstance(reason.__cause__, CallsExhausted) else str(reason)
         return found, (f"rows are extrapolated from runs of {short} tokens: of {seq:,} {said}", *_unreached(found))
-    widths = {name: width for name, module in norms.items() if (width := _width(module))}
+    widths = {name: width for name, module in norms.items() if (width := checkpoint.norm_width(module))}
     guessed: dict[str, tuple[Call, ...]] = {
         name: ((_rows(name, width, config, batch * seq), width),) for name, width in widths.items()
     }
@@ -459,14 +450,14 @@ def _observed(
         return hook
 
     hooks = [
-        module.register_forward_pre_hook(watch(name, _width(module)), with_kwargs=True)
+        module.register_forward_pre_hook(watch(name, checkpoint.norm_width(module)), with_kwargs=True)
         for name, module in norms.items()
     ]
     with contextlib.suppress(Exception):  # transformers' form of experts in which no shape depends on the routing
         model.set_experts_implementation("batched_mm")  # type: ignore[operator]
     model.eval()
     try:
-        with AtMost(most), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with torch.no_grad(), AtMost(most), FakeTensorMode(allow_non_fake_inputs=True):
             checkpoint.on_tokens(model, torch.zeros(batch, seq, dtype=torch.long, device="meta"))
     finally:
         for handle in hooks:
@@ -489,15 +480,17 @@ def _rows(name: str, width: int, config: Any, tokens: int) -> int:
     """A guess for a model that cannot be run: a norm of queries or keys as wide as a head runs once a head."""
     last = name.rpartition(".")[2]
     heads = _number(config, "num_attention_heads") or 1
-    if width == _head_dim(config) != getattr(config, "hidden_size", None) and last.startswith(("q_", "k_")):
+    if width == _head_dim(config) != _number(config, "hidden_size") and last.startswith(("q_", "k_")):
         return tokens * (heads if last.startswith("q_") else _number(config, "num_key_value_heads") or heads)
     return tokens
 
 
 def _number(config: Any, key: str) -> int:
-    """A size of the configuration; 0 where it has none, or one for each layer."""
-    value = getattr(config, key, None)
-    return value if isinstance(value, int) else 0
+    """A size of the configuration; 0 where it has none, or one for each layer, for which transformers may raise."""
+    value = None
+    with contextlib.suppress(Exception):
+        value = getattr(config, key, None)
+    return int(value) if isinstance(value, int) else 0
 
 
 def _head_dim(config: Any) -> int:
@@ -524,15 +517,20 @@ def _matmul_flops(model: nn.Module, config: Any, batch: int, seq: int) -> int:
     met += _number(text, "vocab_size") * _number(text, "hidden_size")
     nope = _number(config, "qk_nope_head_dim")
     mla = nope and any(name.endswith("kv_a_layernorm") for name, _ in model.named_modules())
-    scores = nope + config.qk_rope_head_dim if mla else _head_dim(text)
-    values = config.v_head_dim if mla else _head_dim(text)
     heads, layers = _number(text, "num_attention_heads"), _number(text, "num_hidden_layers")
+    per_layer = getattr(text, "per_layer_config", None) or []  # where layers differ, as Gemma 4's do
+    if mla:
+        a_layer = heads * (nope + _number(config, "qk_rope_head_dim") + _number(config, "v_head_dim"))
+    elif per_layer:
+        a_layer = sum(_number(c, "num_attention_heads") * 2 * _head_dim(c) for c in per_layer) // len(per_layer)
+    else:
+        a_layer = heads * 2 * _head_dim(text)
     parts = [part for part in ("encoder", "decoder") if isinstance(getattr(model, part, None), nn.Module)]
     if getattr(config, "is_encoder_decoder", False) and "encoder" in parts:
         encoder = _number(getattr(config, "encoder", None) or config, "num_hidden_layers")
         decoder = _number(config, "num_decoder_layers") or layers
         layers = 2 * encoder + (3 * decoder if "decoder" in parts else 0)
-    return 2 * batch * seq * met + batch * seq * seq * layers * heads * (scores + values)
+    return 2 * batch * seq * met + batch * seq * seq * layers * a_layer
 
 
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")

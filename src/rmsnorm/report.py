@@ -333,7 +333,7 @@ def _measure(
     with checkpoint.blame(f"the norms of {type(model).__name__} cannot be proven"):
         verdicts = patch(model).verdicts
     modules = dict(model.named_modules())
-    norms = tuple(Norm(v, _width(modules[v.name])) for v in verdicts)
+    norms = tuple(Norm(v, checkpoint.norm_width(modules[v.name])) for v in verdicts)
     facts = _model_facts(model, [modules[v.name] for v in verdicts], tokens, expected)
 
     forward = training = saved = None
@@ -358,11 +358,6 @@ def _measure(
     )  # fmt: skip
     measure.write_json(out / "report.json", result.to_json())
     return result
-
-
-def _width(module: nn.Module) -> int | None:
-    weight = getattr(module, "weight", None)
-    return weight.numel() if isinstance(weight, Tensor) and weight.dim() else None
 
 
 def _model_facts(
