@@ -1,11 +1,18 @@
 """The command line: what it prints where, and its exit codes."""
 
+import contextlib
 import json
+import os
+import resource
+import subprocess
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 
+import rmsnorm.measure
+import rmsnorm.predict
 import rmsnorm.verify
 from rmsnorm.cli import main
 from rmsnorm.errors import CommandError
@@ -81,3 +88,95 @@ def test_without_the_extra_it_says_what_to_install(missing, monkeypatch, capsys)
     assert (
         capsys.readouterr().err.strip() == f"rmsnorm: the command line needs {missing}: pip install 'rmsnorm[report]'"
     )
+
+
+@pytest.mark.parametrize("verb", ["verify", "cost"])
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda p: p.symlink_to("/dev/full"), "No space left on device"),
+        (os.mkfifo, "No such device or address"),  # nobody reads it
+        (lambda p: p.mkdir(), "is a folder or a disk, expected a file"),
+        (lambda p: p.symlink_to(p), "Too many levels of symbolic links"),
+        (lambda p: p.symlink_to("/proc/self/nothing.json"), "nothing can be written into /proc"),
+    ],
+)
+def test_a_json_that_cannot_be_written_is_refused_before_the_work(
+    verb, make, says, monkeypatch, capsys, tmp_path
+) -> None:
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("it worked")
+
+    monkeypatch.setattr(rmsnorm.verify, "verify", work)
+    monkeypatch.setattr(rmsnorm.predict, "main", work)
+    make(tmp_path / "x.json")
+    target = ["deepseek-ocr"] if verb == "cost" else []
+    assert call(monkeypatch, verb, *target, "--json", str(tmp_path / "x.json")) == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert says in said
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """No file may grow beyond some bytes, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_is_full_or_fills_up_is_one_line(monkeypatch, capsys, tmp_path) -> None:
+    stub(monkeypatch, ok=True)
+    file = tmp_path / "v.json"
+    with full_disk():
+        assert call(monkeypatch, "verify", "--json", str(file)) == 2
+        assert call(monkeypatch, "report", "deepseek-ocr", "--out", str(tmp_path / "out")) == 2
+    early, out = (line for line in capsys.readouterr().err.splitlines() if line.strip())
+    assert "nothing can be written into" in early
+    assert "File too large" in early
+    assert "--out" in out
+    monkeypatch.setattr(rmsnorm.measure, "check_file", lambda *_: None)  # it fills up during the work
+    with full_disk():
+        assert call(monkeypatch, "verify", "--json", str(file)) == 2
+    (late,) = (line for line in capsys.readouterr().err.splitlines() if line.strip())
+    assert late == f"rmsnorm: {file} cannot be written: File too large"
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_pipe_gets_the_json_and_nothing_of_the_trial(monkeypatch, tmp_path) -> None:
+    stub(monkeypatch, ok=True)
+    reader, writer = os.pipe()
+    with os.fdopen(reader) as file:
+        assert call(monkeypatch, "verify", "--json", f"/dev/fd/{writer}") == 0
+        os.close(writer)
+        assert json.loads(file.read()) == {"ok": True, "quick": False}
+
+
+def test_a_link_to_a_file_stays_one(monkeypatch, tmp_path) -> None:
+    stub(monkeypatch, ok=True)
+    (tmp_path / "link.json").symlink_to("target.json")
+    assert call(monkeypatch, "verify", "--json", str(tmp_path / "link.json")) == 0
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "target.json").read_text())["ok"]
+
+
+def test_standard_output_that_takes_no_more_is_one_line() -> None:
+    code = "import sys; sys.argv = ['rmsnorm', 'cost', 'deepseek-ocr', '--json', '-']; from rmsnorm.cli import main; main()"
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, timeout=300, check=False
+        )
+    assert run.returncode == 2
+    assert run.stderr.strip() == "rmsnorm: standard output cannot be written: No space left on device"
+
+
+def test_a_message_of_several_lines_and_control_characters_is_one(monkeypatch, capsys) -> None:
+    def verify(*_: object) -> None:
+        raise CommandError("one\ntwo \x1b[31mthree")
+
+    monkeypatch.setattr(rmsnorm.verify, "verify", verify)
+    assert call(monkeypatch, "verify") == 2
+    assert capsys.readouterr().err.strip() == "rmsnorm: one two \\x1b[31mthree"

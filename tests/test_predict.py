@@ -114,6 +114,118 @@ def test_norms_of_queries_and_keys_run_once_a_head(tmp_path) -> None:
     assert result.norm_parameters == 4 * 32 + 5 * 96
 
 
+TEXT = {k: v for k, v in QWEN3.items() if k != "model_type"} | {"num_attention_heads": 4, "num_key_value_heads": 2}
+TEXT |= {"hidden_size": 64, "head_dim": 16}
+T5 = {"vocab_size": 64, "d_model": 64, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "d_kv": 16}
+CPMANT = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "dim_head": 16,
+    "dim_ff": 96,
+    "num_hidden_layers": 2,
+}
+MAMBA = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}
+QWEN3_NEXT = TEXT | {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "parameters", "found"),
+    [  # found: (how many, rows of each in a step, in how many calls, width)
+        ("t5", T5, 12 * 64, {(12, 64, 1, 64)}),
+        ("umt5", T5, 12 * 64, {(12, 64, 1, 64)}),
+        ("t5", T5 | {"architectures": ["T5EncoderModel"]}, 5 * 64, {(5, 64, 1, 64)}),
+        # Two norms of the global side input, a row for each block of 16 tokens.
+        ("longt5", T5 | {"encoder_attention_type": "transient-global"}, 14 * 64, {(12, 64, 1, 64), (2, 4, 1, 64)}),
+        ("t5gemma", {"encoder": TEXT, "decoder": TEXT}, 22 * 64, {(22, 64, 1, 64)}),
+        ("cpmant", CPMANT, 5 * 64, {(5, 64 + 32, 1, 64)}),  # a prompt of 32 goes before the tokens
+        ("nanochat", TEXT, 0, {(4, 64, 1, 64), (1, 128, 2, 64), (2, 256, 1, 16), (2, 128, 1, 16)}),
+        ("hrm_text", TEXT, 0, {(5, 384, 6, 64), (5, 128, 2, 64)}),  # its layers run several times
+        # The norm of queries and keys is one, without a weight, run on both.
+        ("llama4_text", TEXT | {"num_local_experts": 4, "intermediate_size_mlp": 96}, 5 * 64,
+         {(5, 64, 1, 64), (2, 64 * (4 + 2), 2, 16)}),
+        ("falcon_mamba", MAMBA, 3 * 64, {(3, 64, 1, 64), (4, 64, 1, 8), (2, 64, 1, 4)}),
+    ],
+)  # fmt: skip
+def test_what_patch_proves_is_counted_as_it_runs(kind, content, parameters, found, tmp_path) -> None:
+    result = count(written(tmp_path, content | {"model_type": kind}))
+    counted: dict[tuple[int, int, int], int] = {}
+    for g in result.norms:
+        key = g.rows, len(g.calls), g.width
+        counted[key] = counted.get(key, 0) + g.count
+    assert {(n, *key) for key, n in counted.items()} == found
+    assert result.norm_parameters == parameters
+    assert result.weight.parameters == 2 * parameters
+    assert result.weight.gradients == 2 * parameters
+    assert (result.left, result.notes) == ((), ())
+    calls = [(g.count, g.cls, call, g.weighted, g.spec) for g in result.norms for call in g.calls]
+    flops = sum(
+        n * cost(call, cast=spec.cast, offset=spec.offset, elementwise_affine=weighted).flops
+        for n, _, call, weighted, spec in calls
+    )
+    assert result.inference["ours"].flops == flops
+    text(result)
+
+
+def test_gemma_4_has_layers_of_several_widths(tmp_path) -> None:
+    result = count(written(tmp_path, {"model_type": "gemma4", "text_config": TEXT}))
+    assert result.count == 18
+    # The value's norm has no weight; a sliding layer's heads have 16 columns, a full one's 512.
+    widths = {(g.width, g.weighted) for g in result.norms}
+    assert {(64, True), (16, True), (512, True), (512, False)} <= widths
+    assert result.norm_parameters == sum(g.count * g.width for g in result.norms if g.weighted)
+    assert result.matmul_flops > 0
+    json.dumps(result.to_json())
+
+
+def test_what_patch_leaves_is_named_and_not_counted(tmp_path) -> None:
+    result = count(written(tmp_path, QWEN3_NEXT | {"model_type": "qwen3_next"}))
+    assert result.count == 7
+    (left,) = result.left
+    assert (left.count, left.cls, left.first) == (1, "Qwen3NextRMSNormGated", "layers.0.linear_attn.norm")
+    assert "not one tensor" in left.reason
+    assert "not counted: 1 x Qwen3NextRMSNormGated" in " ".join(text(result).split())
+    assert result.to_json()["left"][0]["left_because"] == left.reason
+
+
+@pytest.mark.parametrize(("kind", "content"), [("falcon_mamba", MAMBA), ("cpmant", CPMANT), ("t5", T5)])
+def test_rows_of_a_long_sequence_are_extrapolated(kind, content, tmp_path, monkeypatch) -> None:
+    target = written(tmp_path, content | {"model_type": kind})
+    whole = count(target, batch=3, seq=80)
+    monkeypatch.setattr(predict, "_SHORT", (4, 8))
+    monkeypatch.setattr(predict, "_observed", too_long(predict._observed))
+    extrapolated = count(target, batch=3, seq=80)
+    assert extrapolated.norms == whole.norms
+    assert "runs of 4 and 8 tokens: of 80 it takes too long" in extrapolated.notes[0]
+    assert torch.is_grad_enabled()
+
+
+def too_long(observed: Any) -> Any:
+    """As if a run of more than 8 tokens called torch too often."""
+    return lambda norms, model, batch, seq, most: observed(norms, model, batch, seq, 1 if seq > 8 else most)
+
+
+def test_rows_of_a_model_that_does_not_run_are_guessed_and_it_says_so(tmp_path, monkeypatch) -> None:
+    target = written(tmp_path, TEXT | {"model_type": "qwen3"})
+    observed = count(target, batch=2)
+
+    def raises(*_: object) -> None:
+        raise RuntimeError("no, not on tokens")
+
+    monkeypatch.setattr("rmsnorm.checkpoint.on_tokens", raises)
+    guessed = count(target, batch=2)
+    assert guessed.norms == observed.norms
+    assert "guessed by the norms' names" in guessed.notes[0]
+    assert guessed.notes[0].endswith("RuntimeError: no, not on tokens")
+    weightless = count(written(tmp_path, MAMBA | {"model_type": "falcon_mamba"}))
+    assert weightless.count == 3
+    assert "6 norms without a weight are not counted" in weightless.notes[1]
+
+
 def test_what_a_norm_computes_is_proven_not_assumed(tmp_path) -> None:
     gemma = {k: v for k, v in QWEN3.items() if k != "model_type"} | {"model_type": "gemma", "head_dim": 16}
     (group,) = count(written(tmp_path, gemma)).norms
@@ -219,7 +331,7 @@ def test_no_tokens_cost_nothing() -> None:
         ({"model_type": "frobnicator", "hidden_size": 64}, "does not know the architecture 'frobnicator'"),
         ({"model_type": "frobnicator", "auto_map": {"AutoConfig": "evil.Config"}}, "does not know the architecture"),
         ({"model_type": "deepseek_vl_v2", "language_config": {}}, "has no model_type"),
-        ({"model_type": "llama", "hidden_size": "wide", "num_hidden_layers": 2}, "cannot read this llama"),
+        ({"model_type": "llama", "hidden_size": "wide", "num_hidden_layers": 2}, 'has hidden_size "wide", expected'),
         ({"model_type": "llama", "hidden_size": 7, "num_hidden_layers": 2}, "cannot read this llama"),
         ({"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2}, "GPT2Model has no RMSNorm"),
     ],

@@ -11,7 +11,8 @@ import rmsnorm
 ROOT = Path(rmsnorm.__file__).parent
 ORDER = [
     "errors", "spec", "hardware", "machine", "reference", "kernels", "distributed", "ops", "module", "measure",
-    "bytecode", "expression", "observe", "proof", "replacement", "models", "cost", "predict", "verify", "world", "plot", "peers", "bench", "report", "cli",
+    "checkpoint", "bytecode", "expression", "observe", "proof", "replacement", "models", "cost", "predict", "verify",
+    "world", "plot", "peers", "bench", "report", "cli",
 ]  # fmt: skip
 KERNELS = ["build", "host", "rows", "threads", "launch", "driver", "cpu", "gpu"]
 

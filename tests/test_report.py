@@ -16,15 +16,24 @@ from torch import Tensor
 from transformers import (
     DeepseekV2Config,
     DeepseekV2Model,
+    FalconMambaConfig,
+    FalconMambaModel,
     Gemma2Config,
     Gemma2Model,
     Gemma3TextConfig,
     Gemma3TextModel,
+    Gemma4TextConfig,
+    Gemma4TextModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextModel,
+    T5Config,
+    T5EncoderModel,
+    T5Model,
 )
 
 from rmsnorm import replacement, report
@@ -170,6 +179,48 @@ def test_a_checkpoint(
     assert f"proven: {cast}, eps {eps:g}" in shown(result)
     assert "bytes a row less saved" in shown(result)
     assert "exact bits" in shown(result)
+
+
+TINY = {k: v for k, v in SMALL.items() if k != "max_position_embeddings"} | {"num_attention_heads": 4, "head_dim": 16}
+T5 = {"vocab_size": 64, "d_model": 64, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "d_kv": 16}
+
+
+def qwen3_next() -> PreTrainedModel:
+    return Qwen3NextModel(
+        Qwen3NextConfig(
+            **TINY, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32,
+            linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
+            layer_types=["linear_attention", "full_attention"],
+        )
+    )  # fmt: skip
+
+
+def falcon_mamba() -> PreTrainedModel:
+    return FalconMambaModel(FalconMambaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, state_size=8))
+
+
+@pytest.mark.parametrize(
+    ("build", "norms", "left", "widths"),
+    [
+        (lambda: T5EncoderModel(T5Config(**T5)), 5, 0, {64}),
+        (lambda: T5Model(T5Config(**T5)), 12, 0, {64}),
+        (lambda: Gemma4TextModel(Gemma4TextConfig(**TINY)), 18, 0, {64, 16, 256, 512}),
+        (falcon_mamba, 9, 0, {64, 8, 4}),
+        (qwen3_next, 8, 1, {64, 16}),
+    ],
+    ids=["T5's encoder", "T5", "Gemma 4", "Falcon Mamba", "Qwen3-Next"],
+)
+def test_checkpoints_of_other_kinds(build, norms: int, left: int, widths: set[int], tmp_path: Path) -> None:
+    model = saved(build, tmp_path / "checkpoint")
+    result = run(model, tmp_path / "out", tokens=16)
+    assert result.ok
+    assert (len(result.norms), sum(n.verdict.spec is None for n in result.norms)) == (norms, left)
+    proven = [n for n in result.norms if n.verdict.spec is not None]
+    assert {n.width for n in proven} <= widths
+    assert all(n.calls == 1 and n.rows >= 16 and n.outputs == n.rows * (n.width or 0) for n in proven)
+    assert result.model["class"] == type(build()).__name__
+    assert result.training is not None
+    shown(result)
 
 
 def test_the_saved_bytes_are_what_the_arithmetic_says(checkpoint: Path, tmp_path: Path) -> None:
@@ -392,6 +443,14 @@ def test_bad_options(target: str, options: dict[str, Any], says: str, tmp_path: 
     with pytest.raises(CommandError, match=says):
         run(target, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_out_that_cannot_hold_the_report(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "taken" / "report.json").mkdir(parents=True)
+    for out in (tmp_path / "link", tmp_path / "taken", Path("/proc/nothing"), Path("/dev/null")):
+        with pytest.raises(CommandError, match="--out"):
+            run("deepseek-ocr", out)
 
 
 def test_an_out_that_is_a_file(tmp_path: Path) -> None:

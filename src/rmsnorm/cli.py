@@ -1,12 +1,15 @@
 """The command `rmsnorm`: parse, call, print. Exit code 0 if all is well, 1 if a check is red, 2 for a wrong call."""
 
+import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
-from rmsnorm.errors import CommandError
+from rmsnorm import measure
+from rmsnorm.errors import CommandError, one_line
 
 
 def main() -> None:
@@ -18,8 +21,8 @@ def main() -> None:
     app()
 
 
-def _fail(message: str) -> None:
-    print(f"rmsnorm: {message}", file=sys.stderr)
+def _fail(message: str) -> NoReturn:
+    print(f"rmsnorm: {one_line(message)}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -106,9 +109,13 @@ def _run(call: Callable[[Callable[[int, int, str], None]], Any], json_path: Path
     from rich.console import Console
     from rich.progress import Progress
 
-    if json_path is not None and str(json_path) != "-" and not json_path.absolute().parent.is_dir():
-        _fail(f"--json {json_path}: there is no folder {json_path.absolute().parent}")
+    to_screen = json_path is not None and str(json_path) in ("-", "/dev/stdout")
+    handle = None
     try:
+        if json_path is not None and not to_screen:
+            if not json_path.absolute().parent.is_dir():
+                _fail(f"--json {json_path}: there is no folder {json_path.absolute().parent}")
+            handle = measure.check_file(json_path, "--json")
         with Progress(console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("", total=None)
 
@@ -116,16 +123,31 @@ def _run(call: Callable[[Callable[[int, int, str], None]], Any], json_path: Path
                 bar.update(task, completed=done, total=total, description=what)
 
             result = call(progress)
+        text = json.dumps(result.to_json(), indent=2) + "\n"
+        if json_path is not None and not to_screen:
+            measure.write_output(json_path, text.encode(), "--json", handle)
+        _show(text if to_screen else result.table())
     except CommandError as error:
         _fail(str(error))
-    text = json.dumps(result.to_json(), indent=2)
-    if str(json_path) == "-":
-        print(text)
-    else:
-        Console().print(result.table())
-        if json_path is not None:
-            json_path.write_text(text + "\n")
     raise SystemExit(0 if result.ok else 1)
+
+
+def _show(what: Any) -> None:
+    """Print a text as it is, anything else as rich draws it. Raises CommandError if standard output takes no more."""
+    from rich.console import Console
+
+    try:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # of a terminal that has no ≠
+        if isinstance(what, str):
+            sys.stdout.write(what)
+        else:
+            Console().print(what)
+        sys.stdout.flush()
+    except OSError as error:
+        with open(os.devnull, "w") as nowhere, contextlib.suppress(OSError, ValueError):
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # or the rest fails once more as Python exits
+        raise CommandError(f"standard output cannot be written: {one_line(error)}") from None
 
 
 if __name__ == "__main__":

@@ -8,3 +8,13 @@ class CommandError(Exception):
 def complaint(where: str, argument: str, was: object, expected: str) -> str:
     """`[rms_norm] weight has shape (512,), expected (1280,), the last dimension of x`."""
     return f"[{where}] {argument} {was}, expected {expected}"
+
+
+def one_line(error: object) -> str:
+    """An exception or a text in one line that a terminal can show: an exception's class and all that it says."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror
+    elif isinstance(error, BaseException):
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text).rstrip(".")

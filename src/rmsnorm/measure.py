@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import stat
 import statistics
 import tempfile
 import time
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rmsnorm import machine
-from rmsnorm.errors import CommandError
+from rmsnorm.errors import CommandError, one_line
 
 # (how many steps are done, of how many, what comes next)
 Progress = Callable[[int, int, str], None]
@@ -27,6 +28,8 @@ Progress = Callable[[int, int, str], None]
 _SHORTEST_SAMPLE = 100e-6
 _MOST_REPEATS = 200
 _FEWEST_FOR_QUARTILES = 5
+# More than a command writes: whether so much fits is tried before the work.
+_LARGEST_RESULT = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -182,12 +185,58 @@ def _ordered(t: Tensor) -> Tensor:
 
 
 def check_folder(out: Path, argument: str = "--out") -> None:
-    """Raise CommandError, before any work is done for it, unless a file could be written into `out`."""
+    """Raise CommandError, before any work is done for it, unless a file could be written into `out`.
+
+    Writes a nameless file where `out` is or would be made, since permissions say nothing of a full disk.
+    """
     existing = out
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise CommandError(f"nothing can be written into {out}: give {argument} a folder that can be written to")
+    try:
+        while not existing.exists() and not existing.is_symlink() and existing != existing.parent:
+            existing = existing.parent
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(bytes(_LARGEST_RESULT))
+    except (OSError, ValueError) as error:
+        advice = f"give {argument} a folder that can be written to"
+        raise CommandError(f"nothing can be written into {out} ({one_line(error)}): {advice}") from None
+
+
+def check_file(path: Path, argument: str) -> int | None:
+    """Raise CommandError, before any work is done for it, unless `write_output` could write the file.
+
+    Returns the handle of a pipe or a device, None for a file: a pipe that is closed and opened again is two to who
+    reads it.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+    except OSError as error:
+        raise CommandError(f"{argument} {path} cannot be written: {one_line(error)}") from None
+    if stat.S_ISDIR(mode) or stat.S_ISBLK(mode):
+        raise CommandError(f"{argument} {path} is a folder or a disk, expected a file")
+    if stat.S_ISREG(mode):
+        check_folder((Path(os.path.realpath(path)) if path.is_symlink() else path.absolute()).parent, argument)
+        return None
+    try:
+        handle = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe without a reader is an error
+        os.set_blocking(handle, True)
+        if stat.S_ISCHR(mode) and not os.isatty(handle):
+            os.write(handle, b"\n")  # which changes no JSON document; /dev/full refuses it
+    except OSError as error:
+        raise CommandError(f"{argument} {path} cannot be written: {one_line(error)}") from None
+    return handle
+
+
+def write_output(path: Path, content: bytes, argument: str, handle: int | None) -> None:
+    """Write what `check_file` was asked about, and gave the handle of. Raises CommandError if it cannot be written."""
+    if handle is None:
+        write_whole(Path(os.path.realpath(path)), content)  # a link stays one
+        return
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+    except OSError as error:
+        raise CommandError(f"{argument} {path} cannot be written: {one_line(error)}") from None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -196,14 +245,20 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write the whole file or none of it: into a file beside it, and then under its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write the whole file or none of it: into a file beside it, and then under its name.
+
+    Raises CommandError if it cannot be written.
+    """
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".rmsnorm-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+    except OSError as error:
+        raise CommandError(f"{path} cannot be written: {one_line(error)}") from None

@@ -1,12 +1,12 @@
 """`rmsnorm cost`: a model's norms from its configuration alone, what they cost, and what that is of a step.
 
-The model is built by transformers' own code on the meta device: no weights, no code from a repository. Each norm is
-proven as `patch` proves it, so that what is counted is what it computes. Times are predictions: bytes at a share of
-the published bandwidth, or the launches where those take longer.
+The model is built by transformers' own code on the meta device: no weights, no code from a repository. The norms that
+`patch` proves are counted, over the shapes that reach them when the model runs on tensors without memory. Times are
+predictions: bytes at a share of the published bandwidth, or the launches where those take longer.
 """
 
+import collections
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -14,17 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from rmsnorm import models
+# Has no public name, though torch documents it: the mode in which operators compute shapes alone. transformers knows
+# its tensors and then asks for no values, as it would of plain tensors on the meta device.
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from rmsnorm import checkpoint, models
+from rmsnorm.checkpoint import AtMost, CallsExhausted
 from rmsnorm.cost import TRACED_TORCH, Cost, Implementation, Phase, cost
-from rmsnorm.errors import CommandError
+from rmsnorm.errors import CommandError, one_line
 from rmsnorm.hardware import GPUS, Gpu
 from rmsnorm.measure import Progress
 from rmsnorm.spec import Spec
 
 # What a kernel of this kind gets of a published bandwidth, and a matrix product of a published peak.
 EFFICIENCY = 0.75
+# How many calls of torch the run on tensors without memory may take, a few seconds; a scan over a long sequence takes
+# more, and its rows are extrapolated from two short ones.
+_RUN_CALLS = 100_000
+_SHORT = (16, 32)
 # What it takes the host to put one eager operator on a stream.
 LAUNCH_SECONDS = 5e-6
 COMPARED: tuple[Implementation, ...] = ("eager", "F.rms_norm", "LayerNorm", "ours")
@@ -34,17 +43,40 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 # --- what comes out ------------------------------------------------------------------------------------------
 
 
+Call = tuple[int, int]  # rows and width of one input of a norm
+
+
 @dataclass(frozen=True)
 class Group:
-    """Norms that cost the same: `count` of them, over `rows` rows of `width` columns; spec is None if not proven."""
+    """Proven norms that cost the same: `count` of them, each run once a step for every entry of `calls`."""
 
     count: int
-    rows: int
+    calls: tuple[Call, ...]
     width: int
     cls: str
     first: str
-    spec: Spec | None
-    reason: str = ""
+    spec: Spec
+    weighted: bool
+
+    @property
+    def rows(self) -> int:
+        """Of one norm, in all of its calls of a step."""
+        return sum(rows for rows, _ in self.calls)
+
+    @property
+    def parameters(self) -> int:
+        """Of all of them."""
+        return self.count * self.width if self.weighted else 0
+
+
+@dataclass(frozen=True)
+class Left:
+    """Norms that `patch` does not replace, and so are not counted: of one class, for one reason."""
+
+    count: int
+    cls: str
+    first: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -81,6 +113,7 @@ class Result:
     model: str
     parameters: int
     norms: tuple[Group, ...]
+    left: tuple[Left, ...]
     weight: Cost  # its parameter, gradient and optimizer bytes, summed over the norms
     optimizer_master: int
     batch: int
@@ -102,7 +135,7 @@ class Result:
 
     @property
     def norm_parameters(self) -> int:
-        return sum(g.count * g.width for g in self.norms)
+        return sum(g.parameters for g in self.norms)
 
     def step_seconds(self, training: bool) -> float | None:
         """The matrix products of a step, predicted; None without a GPU or a peak for the dtype."""
@@ -145,14 +178,16 @@ class Result:
                 {
                     "count": g.count,
                     "rows": g.rows,
+                    "calls": len(g.calls),
                     "width": g.width,
+                    "weighted": g.weighted,
                     "class": g.cls,
                     "first": g.first,
-                    "spec": None if g.spec is None else vars(g.spec),
-                    "left_because": g.reason or None,
+                    "spec": vars(g.spec),
                 }
                 for g in self.norms
             ],
+            "left": [{"count": n.count, "class": n.cls, "first": n.first, "left_because": n.reason} for n in self.left],
             "counts_of": self.device,
             "derived": self.derived,
             "gpu": None if self.gpu is None else vars(self.gpu),
@@ -187,8 +222,8 @@ class Result:
         for column in ("class", "what it computes", "first"):
             groups.add_column(column)
         for g in self.norms:
-            spec = f"not proven: {g.reason}" if g.spec is None else f"{g.spec.cast}, offset {g.spec.offset:g}"
-            groups.add_row(f"{g.count}", f"{g.rows:,}", f"{g.width:,}", g.cls, spec, g.first)
+            spec = f"{g.spec.cast}, offset {g.spec.offset:g}" if g.weighted else "no weight"
+            groups.add_row(f"{g.count}", _rows_of(g.calls), f"{g.width:,}", g.cls, spec, g.first)
         costs = Table(title=f"All norms of a step, on {self.device}: {self._status()}")
         costs.add_column("MB: 10⁶ bytes")
         for name in COMPARED:
@@ -207,7 +242,8 @@ class Result:
                     continue
                 costs.add_row(f"{what}: {label}", *(cell(of[name]) for name in COMPARED))
             costs.add_section()
-        below = [*self._conclusions(), *(f"note: {note}" for note in self.notes)]
+        left = [f"not counted: {n.count} x {n.cls} ({n.first}), which patch leaves: {n.reason}" for n in self.left]
+        below = [*self._conclusions(), *left, *(f"note: {note}" for note in self.notes)]
         return Lines(*map(Text, head), groups, costs, *map(Text, below))
 
     def _status(self) -> str:
@@ -245,6 +281,12 @@ class Result:
         return lines
 
 
+def _rows_of(calls: tuple[Call, ...]) -> str:
+    """`8,192` or, of norms that run several times a step, `2 × 8,192`; `0` of those that no input reaches."""
+    counted = collections.Counter(rows for rows, _ in calls)
+    return " + ".join(f"{rows:,}" if n == 1 else f"{n} × {rows:,}" for rows, n in counted.items()) or "0"
+
+
 def _mb(count: int) -> str:
     return f"{count / 1e6:,.3f}" if abs(count) < 1e6 else f"{count / 1e6:,.1f}"
 
@@ -267,31 +309,34 @@ def main(target: str, progress: Progress, *, batch: int, seq: int, dtype: str, g
     if gpu is not None and gpu.lower() not in GPUS:
         raise CommandError(f"--gpu is {gpu!r}, expected one of {', '.join(GPUS)}")
     read = None if target in PRESETS else _read(target)
-    progress(0, 3, "importing transformers")
-    try:
-        import transformers
-    except ImportError:
-        raise CommandError("cost needs transformers to build the model: pip install 'rmsnorm[hf]'") from None
-
-    with _quiet(transformers):
-        progress(1, 3, "building the model on the meta device")
+    progress(0, 4, "importing transformers")
+    transformers = checkpoint.transformers_for("cost")
+    with checkpoint.quiet():
+        progress(1, 4, "building the model on the meta device")
         config, notes = (PRESETS[target](), ()) if read is None else _config(read, transformers)
-        model = _build(config, target, transformers)
-    progress(2, 3, "counting")
-    groups = tuple(_groups(model, config, batch * seq))
-    if not groups:
+        model = checkpoint.build_on_meta(config, transformers, target)
+        progress(2, 4, "proving its norms")
+        with checkpoint.blame(f"the norms of {type(model).__name__} cannot be proven"):
+            report = models.patch(model)
+            models.unpatch(model)
+        progress(3, 4, "running it without memory")
+        modules = dict(model.named_modules())
+        proven = {v.name: v for v in report.proven}
+        calls, said = _calls({name: modules[name] for name in proven}, model, config, batch, seq)
+    notes += said
+    if not report.verdicts:
         raise CommandError(f"{type(model).__name__} has no RMSNorm")
+    groups = tuple(_groups(proven, modules, calls))
     where = "cpu" if gpu is None else "cuda"
     peaks = None if gpu is None else GPUS[gpu.lower()]
     inference, training = (
         {str(name): _totals(groups, name, DTYPES[dtype], both, where, peaks) for name in COMPARED}
         for both in (False, True)
     )
-    notes += tuple(f"{g.first}: counted as the Definition, not proven ({g.reason})" for g in groups if g.spec is None)
     weight, master = _weights(groups, DTYPES[dtype])
     return Result(
-        target, type(model).__name__, sum(p.numel() for p in model.parameters()), groups, weight, master, batch, seq,
-        dtype, peaks, where, cost((1, 1), device=where).derived, inference, training,
+        target, type(model).__name__, sum(p.numel() for p in model.parameters()), groups, tuple(_left(report)), weight,
+        master, batch, seq, dtype, peaks, where, cost((1, 1), device=where).derived, inference, training,
         _matmul_flops(model, config, batch, seq), notes, time.perf_counter() - start,
     )  # fmt: skip
 
@@ -302,64 +347,165 @@ def _totals(
     totals = Totals(seconds=None if gpu is None else 0.0)
     phases: tuple[Phase, ...] = ("forward", "backward") if training else ("inference",)
     for g in groups:
-        spec = g.spec or Spec()
-        for phase in phases:
-            c = cost(
-                (g.rows, g.width), dtype, implementation=name, phase=phase, device=device, cast=spec.cast,
-                offset=spec.offset,
-            )  # fmt: skip
-            totals = totals.plus(c, phase, g.count, gpu)
+        for (rows, width), times in collections.Counter(g.calls).items():
+            for phase in phases:
+                c = cost(
+                    (rows, width), dtype, implementation=name, phase=phase, device=device, cast=g.spec.cast,
+                    offset=g.spec.offset, elementwise_affine=g.weighted,
+                )  # fmt: skip
+                totals = totals.plus(c, phase, g.count * times, gpu)
     return totals
 
 
 def _weights(groups: tuple[Group, ...], dtype: torch.dtype) -> tuple[Cost, int]:
-    plain = [(g.count, cost((1, g.width), dtype)) for g in groups]
+    weighted = [g for g in groups if g.weighted]
+    plain = [(g.count, cost((1, g.width), dtype)) for g in weighted]
     summed = {
         name: sum(count * getattr(c, name) for count, c in plain) for name in ("parameters", "gradients", "optimizer")
     }
-    master = sum(g.count * cost((1, g.width), dtype, master=True).optimizer for g in groups)
+    master = sum(g.count * cost((1, g.width), dtype, master=True).optimizer for g in weighted)
     return replace(cost((0, 1), dtype), **summed), master
 
 
-def _groups(model: nn.Module, config: Any, tokens: int) -> Iterator[Group]:
-    """The norms, by what they cost, in the order in which they come."""
-    verdicts = {v.name: v for v in models.patch(model).verdicts}
-    models.unpatch(model)
+def _groups(
+    proven: dict[str, models.Verdict], modules: dict[str, nn.Module], calls: dict[str, tuple[Call, ...]]
+) -> Iterator[Group]:
+    """The norms whose inputs are known, by what they cost, in the order in which they come."""
     found: dict[Any, list[str]] = {}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if type(module).__name__.endswith("RMSNorm") and weight is not None:
-            verdict = verdicts.get(name)
-            spec, reason = (None, "patch leaves it") if verdict is None else (verdict.spec, verdict.reason)
-            width = weight.shape[-1]
-            found.setdefault(
-                (_rows(name, width, config, tokens), width, type(module).__name__, spec, reason), []
-            ).append(name)
-    for (rows, width, cls, spec, reason), names in found.items():
-        yield Group(len(names), rows, width, cls, names[0], spec, reason)
+    for name, verdict in proven.items():
+        if name in calls:
+            width = checkpoint.norm_width(modules[name])
+            key = calls[name], width or next((w for _, w in calls[name]), 0), verdict.cls, verdict.spec
+            found.setdefault((*key, _weight(modules[name]) is not None), []).append(name)
+    for (called, width, cls, spec, weighted), names in found.items():
+        yield Group(len(names), called, width, cls, names[0], spec, weighted)
+
+
+def _left(report: models.Report) -> Iterator[Left]:
+    found: dict[tuple[str, str], list[str]] = {}
+    for v in report.left:
+        found.setdefault((v.cls, v.reason), []).append(v.name)
+    for (cls, reason), names in found.items():
+        yield Left(len(names), cls, names[0], reason)
+
+
+def _weight(module: nn.Module) -> Tensor | None:
+    return module._parameters.get("weight")
+
+
+# --- the inputs of the norms ---------------------------------------------------------------------------------
+
+
+def _calls(
+    norms: dict[str, nn.Module], model: nn.Module, config: Any, batch: int, seq: int
+) -> tuple[dict[str, tuple[Call, ...]], tuple[str, ...]]:
+    """What reaches each norm in one step, and notes. A norm that is not in it has no weight and no known input."""
+    if not norms:
+        return {}, ()
+    # A run needs at least one token; without any there are no rows.
+    tokens = (batch, seq) if batch and seq else (1, 1)
+    try:
+        with checkpoint.blame("a run without data"):
+            found = _observed(norms, model, *tokens, _RUN_CALLS)
+        if not (batch and seq):
+            found = {name: tuple((0, width) for _, width in called) for name, called in found.items()}
+        return found, _unreached(found)
+    except CommandError as error:
+        reason = error
+    with contextlib.suppress(CommandError), checkpoint.blame("a run without data"):
+        one, two = (_observed(norms, model, 1, short, 4 * _RUN_CALLS) for short in _SHORT)
+        found = {name: _extrapolated(one[name], two[name], batch, seq) for name in norms}
+        short = " and ".join(map(str, _SHORT))
+        said = "it takes too long" if isinstance(reason.__cause__, CallsExhausted) else str(reason)
+        return found, (f"rows are extrapolated from runs of {short} tokens: of {seq:,} {said}", *_unreached(found))
+    widths = {name: width for name, module in norms.items() if (width := checkpoint.norm_width(module))}
+    guessed: dict[str, tuple[Call, ...]] = {
+        name: ((_rows(name, width, config, batch * seq), width),) for name, width in widths.items()
+    }
+    notes: tuple[str, ...] = (
+        f"rows are guessed by the norms' names, as the model does not run on token ids alone: {reason}",
+    )
+    if unknown := [name for name in norms if name not in guessed]:
+        notes += (f"{len(unknown)} norms without a weight are not counted, {unknown[0]} first: their width is unknown",)
+    return guessed, notes
+
+
+def _unreached(found: dict[str, tuple[Call, ...]]) -> tuple[str, ...]:
+    names = [name for name, called in found.items() if not called]
+    return (f"{len(names)} norms are not run in a step on token ids, {names[0]} first",) if names else ()
+
+
+def _observed(
+    norms: dict[str, nn.Module], model: nn.Module, batch: int, seq: int, most: int
+) -> dict[str, tuple[Call, ...]]:
+    """What reaches the norms in a forward pass over tensors without memory. Raises what the model raises."""
+    found: dict[str, list[Call]] = {name: [] for name in norms}
+
+    def watch(name: str, width: int | None) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            (x,) = (a for a in (*args, *named.values()) if isinstance(a, Tensor))
+            n = width or x.shape[-1]
+            found[name].append((x.numel() // n, n))
+
+        return hook
+
+    hooks = [
+        module.register_forward_pre_hook(watch(name, checkpoint.norm_width(module)), with_kwargs=True)
+        for name, module in norms.items()
+    ]
+    with contextlib.suppress(Exception):  # transformers' form of experts in which no shape depends on the routing
+        model.set_experts_implementation("batched_mm")  # type: ignore[operator]
+    model.eval()
+    try:
+        with torch.no_grad(), AtMost(most), FakeTensorMode(allow_non_fake_inputs=True):
+            checkpoint.on_tokens(model, torch.zeros(batch, seq, dtype=torch.long, device="meta"))
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return {name: tuple(called) for name, called in found.items()}
+
+
+def _extrapolated(one: tuple[Call, ...], two: tuple[Call, ...], batch: int, seq: int) -> tuple[Call, ...]:
+    """Rows as a line through those of two short sequences. Raises ValueError where the calls are not the same."""
+    short, long = _SHORT
+    if [width for _, width in one] != [width for _, width in two]:
+        raise ValueError("the number of calls depends on the length of the sequence")
+    return tuple(
+        (batch * (a + (b - a) * (seq - short) // (long - short)) if batch and seq else 0, width)
+        for (a, width), (b, _) in zip(one, two, strict=True)
+    )
 
 
 def _rows(name: str, width: int, config: Any, tokens: int) -> int:
-    """A norm of queries or keys that is as wide as a head runs once a head."""
+    """A guess for a model that cannot be run: a norm of queries or keys as wide as a head runs once a head."""
     last = name.rpartition(".")[2]
-    heads = getattr(config, "num_attention_heads", None) or 1
-    if width == _head_dim(config) != getattr(config, "hidden_size", None) and last.startswith(("q_", "k_")):
-        return tokens * (heads if last.startswith("q_") else getattr(config, "num_key_value_heads", None) or heads)
+    heads = _number(config, "num_attention_heads") or 1
+    if width == _head_dim(config) != _number(config, "hidden_size") and last.startswith(("q_", "k_")):
+        return tokens * (heads if last.startswith("q_") else _number(config, "num_key_value_heads") or heads)
     return tokens
 
 
+def _number(config: Any, key: str) -> int:
+    """A size of the configuration; 0 where it has none, or one for each layer, for which transformers may raise."""
+    value = None
+    with contextlib.suppress(Exception):
+        value = getattr(config, key, None)
+    return int(value) if isinstance(value, int) else 0
+
+
 def _head_dim(config: Any) -> int:
-    heads = getattr(config, "num_attention_heads", None) or 1
-    return getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
+    heads = _number(config, "num_attention_heads") or 1
+    return _number(config, "head_dim") or _number(config, "d_kv") or _number(config, "hidden_size") // heads
 
 
 def _matmul_flops(model: nn.Module, config: Any, batch: int, seq: int) -> int:
-    """Of a forward pass: 2 for each weight a token meets, causal attention's scores and sums, and the head.
+    """Of a forward pass: 2 for each weight a token meets, attention's scores and sums, and the head.
 
-    Of experts a token meets `num_experts_per_tok`; every layer's attention is taken to see the whole sequence.
+    Of experts a token meets `num_experts_per_tok`; every layer's attention is taken to see the whole sequence. Half
+    of the scores are masked in a decoder's own attention, none in an encoder's and between the two.
     """
-    experts = next((n for n in (getattr(config, k, None) for k in _EXPERTS) if n), 1)
-    used = getattr(config, "num_experts_per_tok", None) or experts
+    experts = next((n for n in (_number(config, k) for k in _EXPERTS) if n), 1)
+    used = _number(config, "num_experts_per_tok") or experts
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     met = 0
     for name, p in model.named_parameters():
@@ -367,13 +513,24 @@ def _matmul_flops(model: nn.Module, config: Any, batch: int, seq: int) -> int:
             continue
         routed = (p.dim() == 3 and p.shape[0] == experts) or (".experts." in name and p.dim() == 2)
         met += p.numel() * used // experts if routed else p.numel()
-    met += getattr(config, "vocab_size", 0) * getattr(config, "hidden_size", 0)
-    nope = getattr(config, "qk_nope_head_dim", None)
+    text = getattr(config, "decoder", None) or config  # of two that have their own: the decoder's sizes
+    met += _number(text, "vocab_size") * _number(text, "hidden_size")
+    nope = _number(config, "qk_nope_head_dim")
     mla = nope and any(name.endswith("kv_a_layernorm") for name, _ in model.named_modules())
-    scores = nope + config.qk_rope_head_dim if mla else _head_dim(config)
-    values = config.v_head_dim if mla else _head_dim(config)
-    heads, layers = (getattr(config, k, None) or 0 for k in ("num_attention_heads", "num_hidden_layers"))
-    return 2 * batch * seq * met + batch * seq * seq * layers * heads * (scores + values)
+    heads, layers = _number(text, "num_attention_heads"), _number(text, "num_hidden_layers")
+    per_layer = getattr(text, "per_layer_config", None) or []  # where layers differ, as Gemma 4's do
+    if mla:
+        a_layer = heads * (nope + _number(config, "qk_rope_head_dim") + _number(config, "v_head_dim"))
+    elif per_layer:
+        a_layer = sum(_number(c, "num_attention_heads") * 2 * _head_dim(c) for c in per_layer) // len(per_layer)
+    else:
+        a_layer = heads * 2 * _head_dim(text)
+    parts = [part for part in ("encoder", "decoder") if isinstance(getattr(model, part, None), nn.Module)]
+    if getattr(config, "is_encoder_decoder", False) and "encoder" in parts:
+        encoder = _number(getattr(config, "encoder", None) or config, "num_hidden_layers")
+        decoder = _number(config, "num_decoder_layers") or layers
+        layers = 2 * encoder + (3 * decoder if "decoder" in parts else 0)
+    return 2 * batch * seq * met + batch * seq * seq * layers * a_layer
 
 
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
@@ -429,17 +586,15 @@ PRESETS: dict[str, Any] = {
 
 def _read(target: str) -> dict[str, Any]:
     path = Path(target)
-    if path.is_dir():
-        path /= "config.json"
-    if not path.is_file():
-        raise CommandError(f"{target!r} is neither a config.json nor a preset: give {', '.join(PRESETS)}, or a file")
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CommandError(f"{path} is no JSON: {_first_line(error)}") from None
-    if not isinstance(content, dict):
-        raise CommandError(f"{path} holds no JSON object, so it is no model's configuration")
-    return content
+        if path.is_dir():
+            path /= "config.json"
+        there = path.exists() or path.is_symlink()
+    except OSError as error:
+        raise CommandError(f"{target!r} cannot be read: {one_line(error)}") from None
+    if not there:
+        raise CommandError(f"{target!r} is neither a config.json nor a preset: give {', '.join(PRESETS)}, or a file")
+    return checkpoint.read_config(path)
 
 
 def _config(content: dict[str, Any], transformers: Any) -> tuple[Any, tuple[str, ...]]:
@@ -458,19 +613,19 @@ def _config(content: dict[str, Any], transformers: Any) -> tuple[Any, tuple[str,
         raise CommandError(f"transformers {transformers.__version__} does not know the architecture {kind!r}")
     if kind == "deepseek_v2" and content.get("use_mla") is False:
         kind, content = "deepseek_ocr2_text", _without_mla(content)
-    try:
+    with checkpoint.blame(f"transformers cannot read this {kind} configuration"):
         cls = transformers.AutoConfig.for_model(kind).__class__
-        nested = [content, *(v for k, v in content.items() if k.endswith("_config") and isinstance(v, dict))]
+        nested = [content, *(v for v in content.values() if isinstance(v, dict))]
         for needed in ("hidden_size", "num_hidden_layers"):
             spelled = {needed, cls.attribute_map.get(needed, needed)}
             if not any(spelled & set(part) for part in nested):
                 raise CommandError(f"the configuration has no {needed}")
         config = transformers.AutoConfig.for_model(kind, **{k: v for k, v in content.items() if k != "model_type"})
+        # Of an encoder and a decoder of text, which have a configuration each, both are counted.
+        both = getattr(config, "is_encoder_decoder", False) and hasattr(config, "encoder")
+        if both and _number(config.encoder.get_text_config(), "vocab_size"):
+            return config, notes
         text = config.get_text_config()
-    except CommandError:
-        raise
-    except Exception as error:  # noqa: BLE001  # transformers raises what it likes
-        raise CommandError(f"transformers cannot read this {kind} configuration: {_first_line(error)}") from None
     if text is not config:
         notes += (f"{kind}: its language part alone is counted",)
     return text, notes
@@ -489,8 +644,9 @@ def _harmless(content: dict[str, Any]) -> dict[str, Any]:
 
 def _of_architecture(content: dict[str, Any], transformers: Any) -> str | None:
     classes = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    wanted = content.get("architectures") or [None]
-    return next((kind for kind, cls in classes.items() if cls == wanted[0]), None)
+    named = content.get("architectures")
+    wanted = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
+    return next((kind for kind, cls in classes.items() if wanted is not None and cls == wanted), None)
 
 
 def _without_mla(content: dict[str, Any]) -> dict[str, Any]:
@@ -501,32 +657,3 @@ def _without_mla(content: dict[str, Any]) -> dict[str, Any]:
     if isinstance(layers, int) and isinstance(dense, int):
         kept["mlp_layer_types"] = ["dense"] * dense + ["sparse"] * (layers - dense)
     return kept
-
-
-def _build(config: Any, target: str, transformers: Any) -> nn.Module:
-    try:
-        with torch.device("meta"):
-            if config.model_type == "deepseek_ocr2_text":
-                from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2TextModel
-
-                model: nn.Module = DeepseekOcr2TextModel(config)
-            else:
-                model = transformers.AutoModel.from_config(config, trust_remote_code=False)
-    except Exception as error:  # noqa: BLE001  # transformers raises what it likes
-        raise CommandError(f"transformers cannot build {target}: {_first_line(error)}") from None
-    return model
-
-
-@contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    logging = transformers.utils.logging
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")

@@ -1,7 +1,6 @@
 """`rmsnorm report`: what replacing a model's norms changes and gains, measured on the activations that reach them."""
 
-import contextlib
-import json
+import os
 import resource
 import sys
 import time
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rmsnorm import machine, measure
-from rmsnorm.errors import CommandError
+from rmsnorm import checkpoint, machine, measure
+from rmsnorm.errors import CommandError, one_line
 from rmsnorm.measure import Progress, Timing
 from rmsnorm.models import Report, Verdict, exact, patch, unpatch
 from rmsnorm.ops import wait_for_host
@@ -307,25 +306,34 @@ def main(
     where = machine.find_device(device)
     if tokens < 1:
         raise CommandError(f"tokens is {tokens}: give at least 1")
-    measure.check_folder(out)
+    measure.check_file(out / "report.json", "--out")
     build = _builder(target)
-    _require_transformers()
+    checkpoint.transformers_for("the report")
     say = _Steps(progress)
     say(f"building {target}")
-    with _quiet():
+    with checkpoint.quiet():
         model, expected, notes = build(where)
-    text = model.config.get_text_config()
-    vocabulary = getattr(text, "vocab_size", None)
-    if not vocabulary:
+        return _measure(target, out, where, model, expected, notes, tokens, seconds, start, say)
+
+
+def _measure(
+    target: str, out: Path, where: torch.device, model: Any, expected: tuple[int, int] | None, notes: tuple[str, ...],
+    tokens: int, seconds: float, start: float, say: _Steps,
+) -> Result:  # fmt: skip
+    with checkpoint.blame(f"the configuration of {type(model).__name__} is of no language model"):
+        text = model.config.get_text_config()
+    vocabulary, positions = (getattr(text, key, None) for key in ("vocab_size", "max_position_embeddings"))
+    if not isinstance(vocabulary, int) or vocabulary < 1:
         raise CommandError(f"{type(model).__name__} takes no token ids: give the folder of a language model")
-    tokens = min(tokens, getattr(text, "max_position_embeddings", None) or tokens)
+    tokens = min(tokens, positions if isinstance(positions, int) and positions > 0 else tokens)
     ids = torch.randint(0, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0)).to(where)
 
     say("proving and replacing its norms")
     originals = {name: type(module) for name, module in model.named_modules()}
-    verdicts = patch(model).verdicts
+    with checkpoint.blame(f"the norms of {type(model).__name__} cannot be proven"):
+        verdicts = patch(model).verdicts
     modules = dict(model.named_modules())
-    norms = tuple(Norm(v, _width(modules[v.name])) for v in verdicts)
+    norms = tuple(Norm(v, checkpoint.norm_width(modules[v.name])) for v in verdicts)
     facts = _model_facts(model, [modules[v.name] for v in verdicts], tokens, expected)
 
     forward = training = saved = None
@@ -338,8 +346,9 @@ def main(
         left = max(0.0, seconds - (time.perf_counter() - start))
         try:
             training, saved = _training_step(model, ids, _total(norms, "training"), left, say)
-        except (RuntimeError, NotImplementedError) as error:
-            notes = (*notes, f"no training step: {type(error).__name__}: {_first_line(error)}")
+        except Exception as error:  # noqa: BLE001  # some models raise what they like in training
+            said = str(error) if isinstance(error, CommandError) else one_line(error)
+            notes = (*notes, f"no training step: {said}")
     else:
         notes = (*notes, "no norm was proven, so there is nothing to compare")
 
@@ -349,11 +358,6 @@ def main(
     )  # fmt: skip
     measure.write_json(out / "report.json", result.to_json())
     return result
-
-
-def _width(module: nn.Module) -> int | None:
-    weight = getattr(module, "weight", None)
-    return weight.numel() if isinstance(weight, Tensor) and weight.dim() else None
 
 
 def _model_facts(
@@ -411,7 +415,7 @@ def _look(n: Norm, original: type[nn.Module], module: nn.Module, x: Tensor, y: T
     wrong = measure.differing(y, before if expected is None else expected)[0]
     changed, ulp = measure.differing(y, before)
     del before, expected
-    n.width = n.width or x.shape[-1]
+    n.width = n.width or y.shape[-1]
     n.calls += 1
     n.rows += x.numel() // n.width
     n.outputs += y.numel()
@@ -506,13 +510,10 @@ def _timed(step: Callable[[], None], device: torch.device) -> float:
 
 
 def _run(model: nn.Module, ids: Tensor) -> Tensor:
-    try:
-        output = model(input_ids=ids, use_cache=False)
-    except (TypeError, ValueError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {_first_line(error)}"
-        raise CommandError(f"{type(model).__name__} cannot be run on token ids alone: {reason}") from error
-    y: Tensor | None = getattr(output, "last_hidden_state", None)
-    first: Tensor = output[0] if y is None else y
+    with checkpoint.blame(f"{type(model).__name__} cannot be run on token ids alone"):
+        output = checkpoint.on_tokens(model, ids)
+        y: Tensor | None = getattr(output, "last_hidden_state", None)
+        first: Tensor = output[0] if y is None else y
     return first
 
 
@@ -532,13 +533,17 @@ def _builder(target: str) -> _Builder:
     if target in PRESETS:
         return PRESETS[target]
     folder = Path(target)
-    if not folder.is_dir():
+    try:
+        there = folder.is_dir()
+    except OSError as error:
+        raise CommandError(f"{target!r} cannot be read: {one_line(error)}") from None
+    if not there:
         raise CommandError(
             f"{target!r} is neither a preset nor a folder: give {', '.join(PRESETS)}, or a folder that holds "
             "config.json and *.safetensors"
         )
-    _check_checkpoint(folder)
-    return lambda device: _load(folder, device)
+    config, weights = _checked(folder)
+    return lambda device: _load(folder, config, weights, device)
 
 
 def _deepseek_ocr(device: torch.device) -> _Built:
@@ -583,46 +588,56 @@ def _deepseek_ocr(device: torch.device) -> _Built:
 PRESETS: dict[str, _Builder] = {"deepseek-ocr": _deepseek_ocr}
 
 
-def _load(folder: Path, device: torch.device) -> _Built:
+def _load(folder: Path, content: dict[str, Any], weights: list[Path], device: torch.device) -> _Built:
     """The folder's model as transformers' own code builds it; nothing in the folder is executed."""
-    from transformers import AutoConfig, AutoModel
-
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model, info = AutoModel.from_pretrained(
-            folder, config=config, local_files_only=True, trust_remote_code=False, use_safetensors=True,
-            dtype="auto", output_loading_info=True,
-        )  # fmt: skip
-    except Exception as error:
-        raise CommandError(
-            f"transformers cannot load {folder}: {_first_line(error)} "
-            "(it must hold config.json and *.safetensors of a model that transformers itself implements)"
-        ) from error
+    transformers = checkpoint.transformers_for("the report")
+    with checkpoint.vetted(content, weights) as vetted:
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        with checkpoint.blame(f"transformers cannot load {folder}", (vetted, str(folder))):
+            config = transformers.AutoConfig.from_pretrained(vetted, **options)
+            _check_memory(checkpoint.build_on_meta(config, transformers, str(folder)), folder)
+            options |= {"config": config, "use_safetensors": True, "dtype": "auto", "output_loading_info": True}
+            cls = checkpoint.model_class(config, transformers)
+            try:
+                model, info = cls.from_pretrained(vetted, **options)
+            except RuntimeError:
+                # transformers logs the shapes that differ, and does not say them.
+                _, info = cls.from_pretrained(vetted, device_map="meta", ignore_mismatched_sizes=True, **options)
+                if not info["mismatched_keys"]:
+                    raise
+                name, stored, wanted = min(info["mismatched_keys"])
+                raise CommandError(
+                    f"transformers cannot load {folder}: {name} has shape {tuple(stored)}, its config.json expects "
+                    f"{tuple(wanted)}"
+                ) from None
+            model = model.to(device)
     missing = sorted(info["missing_keys"])
     notes: tuple[str, ...] = ()
     if missing:
         notes = (f"{len(missing)} parameters are not in the folder and were drawn at random, {missing[0]} first",)
-    return model.to(device), None, notes
+    return model, None, notes
 
 
-def _check_checkpoint(folder: Path) -> None:
-    """Raise CommandError unless the folder holds a configuration and whole safetensors files, read by us alone."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        assert isinstance(config, dict)
-    except FileNotFoundError:
-        raise CommandError(f"{folder} holds no config.json: give the folder of a Hugging Face checkpoint") from None
-    except (OSError, ValueError, AssertionError):
-        raise CommandError(f"{folder / 'config.json'} is no JSON object: fetch the checkpoint again") from None
+def _check_memory(model: nn.Module, folder: Path) -> None:
+    """What the folder lacks is drawn at random, so its files do not say how much is allocated."""
+    needed = 2 * sum(p.numel() for p in model.parameters())
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        has = f"this machine has {there / 1e9:,.0f}"
+        raise CommandError(f"{folder} is of a model of at least {needed / 1e9:,.0f} GB in 16 bits, {has}")
+
+
+def _checked(folder: Path) -> tuple[dict[str, Any], list[Path]]:
+    """The folder's configuration and the files of its weights. Raises CommandError unless these can be trusted."""
+    path = folder / "config.json"
+    if not os.path.lexists(path):
+        raise CommandError(f"{folder} holds no config.json: give the folder of a Hugging Face checkpoint")
+    config = checkpoint.read_config(path)
     for key, value in _strings(config):
         # A kernel of this form would be fetched and run.
         if key.endswith(("attn_implementation", "experts_implementation")) and "/" in value:
-            raise CommandError(f"{folder / 'config.json'} asks for foreign code, {key} {value!r}: remove that line")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CommandError(f"{folder} holds no *.safetensors: convert its weights to safetensors first")
-    for file in files:
-        _check_safetensors(file)
+            raise CommandError(f"{path} asks for foreign code, {key} {value!r}: remove that line")
+    return config, checkpoint.check_weights(folder)
 
 
 def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -634,47 +649,3 @@ def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, list):
         for inner in value:
             yield from _strings(inner, key)
-
-
-def _check_safetensors(file: Path) -> None:
-    """The file begins with the length of a JSON header, which says where each tensor ends."""
-    size = file.stat().st_size
-    needed: int | None = None
-    with file.open("rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        if 8 + length <= size:
-            with contextlib.suppress(ValueError, TypeError, AttributeError, KeyError):
-                header = json.loads(f.read(length))
-                ends = [t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"]
-                needed = 8 + length + max(ends, default=0)
-    if needed != size:
-        expected = "" if needed is None else f", its header says {needed}"
-        raise CommandError(f"{file} is cut short or damaged ({size} bytes{expected}): fetch it again")
-
-
-def _require_transformers() -> None:
-    try:
-        import transformers  # noqa: F401
-    except ImportError:
-        raise CommandError("the report needs transformers: pip install 'rmsnorm[hf]'") from None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' own bars and warnings off the screen: the report has its own progress."""
-    from transformers.utils import logging as transformers_logging
-
-    logging: Any = transformers_logging  # it has no types
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
