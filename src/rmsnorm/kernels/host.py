@@ -11,6 +11,7 @@ $RMSNORM_CXX, else $CXX, else c++; with RMSNORM_CXX= (empty) all stays in Python
 import contextlib
 import functools
 import hashlib
+import importlib.machinery
 import importlib.util
 import os
 import shlex
@@ -339,11 +340,11 @@ def _open(file: int, target: Path, backward: Callable[..., Any]) -> None:
     """Load the very file that was examined, and close it."""
     global norm
     try:
-        spec = importlib.util.spec_from_file_location(_NAME, f"/proc/self/fd/{file}")
+        loader = importlib.machinery.ExtensionFileLoader(_NAME, f"/proc/self/fd/{file}")
+        spec = importlib.util.spec_from_loader(_NAME, loader)
         assert spec is not None
-        assert spec.loader is not None
         module: Any = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
     except ImportError as error:
         raise _Replaceable(f"{target} cannot be loaded: {error}{_AGAIN}") from None
     finally:
