@@ -6,6 +6,7 @@ import gc
 import itertools
 import os
 import shlex
+import signal
 import stat
 import subprocess
 import sys
@@ -611,15 +612,205 @@ def test_one_of_many_processes_compiles_and_all_load(cpp, tmp_path) -> None:
     assert (tmp_path / "log").read_text() == "asked\n"
 
 
-def test_damaged_files_and_folders_that_cannot_be_used(cpp, tmp_path) -> None:
-    name = host.built().relative_to(host.built().parent.parent)
-    (tmp_path / name).parent.mkdir()
-    (tmp_path / name).write_bytes(b"no library")
-    assert "cannot be loaded" in process(tmp_path, "c++")
+def test_folders_that_cannot_be_used(cpp, tmp_path) -> None:
     (tmp_path / "file").write_text("")
     said = process(tmp_path / "file", "true", looks=300)
     assert "called from Python" in said
     assert "being compiled" not in said
+
+
+def copied(folder: Path) -> Path:
+    """The file, as it was compiled, in a folder that may be harmed."""
+    target = folder / host.built().relative_to(host.built().parent.parent)
+    target.parent.mkdir(mode=0o700, parents=True)
+    target.write_bytes(host.built().read_bytes())
+    target.chmod(0o700)
+    return target
+
+
+def test_a_damaged_file_is_compiled_again(cpp, tmp_path) -> None:
+    """In a process of its own: a truncated library that is loaded ends it with SIGBUS."""
+    (tmp_path / "go").touch()
+    compiler = handing_out(tmp_path)
+    target = copied(tmp_path / "out")
+    whole = target.read_bytes()
+    half = len(whole) // 2
+    changed = whole[:half] + bytes([whole[half] ^ 1]) + whole[half + 1 :]
+    for content in (
+        b"",
+        whole[:half],
+        bytes(len(whole)),
+        whole[:half] + bytes(len(whole) - half),
+        b"no library",
+        changed,
+    ):
+        target.write_bytes(content)
+        assert "called from C++" in process(tmp_path / "out", compiler, looks=300)
+        assert build.unsealed(target.read_bytes()) is not None
+    assert (tmp_path / "log").read_text() == 6 * "asked\n"
+    assert sorted(f.suffix for f in target.parent.iterdir()) == [".lock", ".so"]
+
+
+def test_warmup_replaces_what_cannot_be_loaded(cpp, tmp_path) -> None:
+    """A file that is whole, but for another system."""
+    (tmp_path / "go").touch()
+    compiler = handing_out(tmp_path)
+    target = copied(tmp_path / "out")
+    target.write_bytes(build.sealed(b"no library"))
+    said = process(tmp_path / "out", compiler)
+    assert "cannot be loaded" in said
+    assert "rmsnorm.warmup() compiles it again" in said
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "out"), "RMSNORM_CXX": compiler}
+    done = subprocess.run([sys.executable, "-c", _WARMUP], env=environment, capture_output=True, text=True, timeout=120)
+    assert "called from C++" in done.stdout, done.stderr
+    assert "called from C++" in process(tmp_path / "out", "false")
+
+
+def test_only_ones_own_files_are_loaded(cpp, tmp_path) -> None:
+    """Not through a link either, nor from a folder that others can write."""
+    target = copied(tmp_path / "out")
+    folder, elsewhere = target.parent, tmp_path / "elsewhere"
+    assert "called from C++" in process(tmp_path / "out", "false")
+
+    def refused() -> str:
+        said = process(tmp_path / "out", "false")
+        assert "called from Python" in said
+        return said
+
+    for mode in (0o777, 0o770, 0o1777):
+        folder.chmod(mode)
+        assert f"can be written by others, its mode is {mode:04o}" in refused()
+    folder.chmod(0o700)
+    for mode in (0o666, 0o620):
+        target.chmod(mode)
+        assert f"can be written by others, its mode is {mode:04o}" in refused()
+    target.chmod(0o700)
+    if os.geteuid() == 0:
+        for path in (target, folder):
+            os.chown(path, 65534, 65534)
+            assert "is another user's" in refused()
+            os.chown(path, 0, 0)
+    assert "called from C++" in process(tmp_path / "out", "false")
+    target.rename(elsewhere)
+    target.symlink_to(elsewhere)
+    assert "cannot be opened" in refused()
+    target.unlink()
+    os.mkfifo(target)
+    assert "cannot be opened" in refused()
+    target.unlink()
+    elsewhere.rename(target)
+    folder.rename(elsewhere)
+    folder.symlink_to(elsewhere)
+    assert "is no folder" in refused()
+
+
+def test_the_file_that_was_examined_is_loaded(cpp, tmp_path) -> None:
+    """Though another one takes its name in between."""
+    target = copied(tmp_path / "out")
+    code = f"""
+import os, torch, rmsnorm
+from rmsnorm.kernels import build
+distrust = build.distrust
+def swapped(found):
+    if {str(target)!r} and os.path.exists({str(target)!r}) and os.stat({str(target)!r}).st_ino == found.st_ino:
+        os.unlink({str(target)!r})
+        open({str(target)!r}, "wb").write(b"another one")
+    return distrust(found)
+build.distrust = swapped
+rmsnorm.rms_norm(torch.randn(2, 8))
+print(rmsnorm.explain(torch.randn(2, 8)))
+"""
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "out"), "RMSNORM_CXX": "false"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert "called from C++" in done.stdout, done.stdout + done.stderr
+    assert target.read_bytes() == b"another one"
+
+
+def test_links_are_not_followed_where_something_is_written(cpp, tmp_path) -> None:
+    target = copied(tmp_path / "out")
+    victim, new = tmp_path / "victim", tmp_path / "new"
+    victim.write_text("precious")
+    target.unlink()
+    failed, lock = Path(f"{target}.failed"), target.with_suffix(".lock")
+    compiler = script(tmp_path / "cxx", "exit 1")
+    failed.symlink_to(victim)
+    assert "it could not be compiled" in process(tmp_path / "out", compiler, looks=300)
+    assert not failed.is_symlink()
+    lock.unlink()
+    lock.symlink_to(new)
+    assert "cannot be written" in process(tmp_path / "out", compiler, looks=300)
+    lock.unlink()
+    lock.symlink_to(victim)
+    assert "cannot be written" in process(tmp_path / "out", compiler, looks=300)
+    lock.unlink()
+    (tmp_path / "go").touch()
+    target.symlink_to(victim)
+    environment = {
+        **os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "out"), "RMSNORM_CXX": handing_out(tmp_path)
+    }  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", _WARMUP], env=environment, capture_output=True, text=True, timeout=120)
+    assert "called from C++" in done.stdout, done.stderr
+    assert not target.is_symlink()
+    assert victim.read_text() == "precious"
+    assert not new.exists()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def gone(pid: int) -> bool:
+    """Whether it runs no more; nobody may have asked yet how it ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def slow(folder: Path) -> str:
+    """A compiler that notes its processes, begins to write, and does not end."""
+    note = f"echo $$ >> {folder}/pids"
+    child = script(folder / "child", f"{note}; echo part > $TMPDIR/of_the_compiler.s; exec sleep 1000")
+    body = f'trap "" TERM; {note}; {child} & while [ "$1" != -o ]; do shift; done; echo part > "$2"; wait'
+    return script(folder / "slow", body)
+
+
+def pids(folder: Path) -> list[int]:
+    return [int(pid) for pid in (folder / "pids").read_text().split()] if (folder / "pids").exists() else []
+
+
+def test_a_compiler_that_takes_too_long_is_ended(cpp, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(build, "_SECONDS", 1)
+    (tmp_path / "out").mkdir()
+    assert not build.compiled(str(tmp_path / "out" / "made.so"), shlex.split(slow(tmp_path)))
+    until(lambda: all(gone(pid) for pid in pids(tmp_path)))
+    assert [f.name for f in (tmp_path / "out").iterdir()] == ["made.so.failed"]
+
+
+@pytest.mark.parametrize("ending", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_a_compiler_ends_with_the_warmup_that_waits_for_it(ending, tmp_path) -> None:
+    out = tmp_path / "out"
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(out), "RMSNORM_CXX": slow(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", _WARMUP], env=environment, stderr=subprocess.DEVNULL) as waiting:
+        until(lambda: len(pids(tmp_path)) == 2)
+        waiting.send_signal(getattr(signal, ending))
+        waiting.wait(60)
+    until(lambda: all(gone(pid) for pid in pids(tmp_path)))
+    until(lambda: [f.suffix for f in out.glob("*/*")] == [".lock"])
+
+
+@pytest.mark.parametrize("ending", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_compiler_ends_with_the_process_that_was_to_compile(ending, tmp_path) -> None:
+    out = tmp_path / "out"
+    assert "being compiled" in process(out, slow(tmp_path))
+    until(lambda: len(pids(tmp_path)) == 2)
+    parent = int(Path(f"/proc/{pids(tmp_path)[0]}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(parent, getattr(signal, ending))
+    until(lambda: all(gone(pid) for pid in [parent, *pids(tmp_path)]))
+    until(lambda: [f.suffix for f in out.glob("*/*")] == [".lock"])
 
 
 def test_what_ends_too_early(cpp, tmp_path) -> None:

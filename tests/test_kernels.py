@@ -7,6 +7,7 @@ import gc
 import hashlib
 import itertools
 import multiprocessing
+import os
 import re
 import threading
 import warnings
@@ -413,6 +414,7 @@ def test_torchs_threads_and_a_pool_compute_the_same(randn, threads, monkeypatch)
     for label, got, right in zip(("y", "dx", "dw"), everything(*draw), expected, strict=True):
         assert_same_bits(got, right, label)
     assert kernel_threads._pool.cache_info().currsize == 1
+    assert len(kernel_threads._pool(os.getpid())[1]) == 2
 
 
 def test_pairs_and_single_numbers_of_bf16_have_the_same_bits(randn, monkeypatch) -> None:

@@ -69,32 +69,65 @@ def cache(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def files(cache: Path) -> list[Path]:
-    return sorted(f for f in cache.rglob("*") if f.suffix in (".nbi", ".nbc"))
+    return sorted(cache.rglob("*.nbc"))
 
 
 def test_processes_that_compile_at_once(cache) -> None:
-    assert {f.suffix for f in files(cache)} == {".nbi", ".nbc"}, "there was nothing to compete for"
+    assert len(files(cache)) >= 3, "there was nothing to compete for"
+    assert not list(cache.rglob("scratch.*"))
+
+
+NOTHING_COMPILES = """
+from numba.core.ccallback import CFunc
+def fail(*args): raise AssertionError('nothing can be compiled')
+CFunc._compile_uncached = fail
+"""
 
 
 def test_the_cache_is_used(package, cache) -> None:
-    code = "from numba.core.ccallback import CFunc\ndef fail(*args): raise AssertionError('compiled again')\n"
-    code += "CFunc._compile_uncached = fail\n" + COMPUTE
+    code = NOTHING_COMPILES + COMPUTE
     before = {f: f.stat().st_mtime_ns for f in files(cache)}
     assert finish(start(package, code, NUMBA_CACHE_DIR=str(cache))) == "right"
     assert {f: f.stat().st_mtime_ns for f in files(cache)} == before
 
 
-@pytest.mark.parametrize("kind", [".nbi", ".nbc"])
-def test_a_damaged_cache(kind, package, cache, tmp_path) -> None:
-    """One file is empty, one cut short, one is noise."""
+def damage(content: bytes, way: int) -> bytes:
+    """Empty, cut short, noise, zeros at the end, zeros in the machine code, one bit changed."""
+    middle = len(content) // 2
+    return (
+        b"", content[:middle], b"\xff\x00 no pickle", content[:middle] + bytes(len(content) - middle),
+        content[:middle] + bytes(256) + content[middle + 256:],
+        content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:],
+    )[way]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", range(6))
+def test_a_damaged_cache_is_compiled_again_and_replaced(way, package, cache, tmp_path) -> None:
     folder = tmp_path / "cache"
     shutil.copytree(cache, folder)
-    damaged = [f for f in files(folder) if f.suffix == kind]
-    assert len(damaged) >= 3
-    for i, f in enumerate(damaged):
-        content = f.read_bytes()
-        f.write_bytes((b"", content[: len(content) // 2], b"\xff\x00 no pickle")[i % 3])
+    assert len(files(folder)) >= 3
+    for f in files(folder):
+        f.write_bytes(damage(f.read_bytes(), way))
     assert finish(start(package, COMPUTE, NUMBA_CACHE_DIR=str(folder))) == "right"
+    assert finish(start(package, NOTHING_COMPILES + COMPUTE, NUMBA_CACHE_DIR=str(folder))) == "right"
+
+
+def test_a_cache_of_another_source_is_not_used(package, cache, tmp_path) -> None:
+    """An edit that moves no line: the files have the same names."""
+    copy, folder = package / "other", tmp_path / "cache"
+    shutil.copytree(package / "rmsnorm", copy / "rmsnorm")
+    shutil.copytree(cache, folder)
+    ((of_package,),) = [list(folder.iterdir())]
+    source = copy / "rmsnorm" / "kernels" / "cpu.py"
+    source.write_text(source.read_text() + "# edited\n")
+    assert finish(start(copy, COMPUTE, NUMBA_CACHE_DIR=str(folder))) == "right"
+    (of_copy,) = [f for f in folder.iterdir() if f != of_package]
+    assert [f.name for f in files(of_copy)] == [f.name for f in files(of_package)]
+    for f in files(of_package):
+        shutil.copy(f, of_copy)
+    before = {f: f.read_bytes() for f in files(of_copy)}
+    assert finish(start(copy, COMPUTE, NUMBA_CACHE_DIR=str(folder))) == "right"
+    assert all(f.read_bytes() != content for f, content in before.items())
 
 
 def test_no_folder_for_a_cache(package, tmp_path) -> None:

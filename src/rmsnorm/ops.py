@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from rmsnorm import reference
+from rmsnorm import kernels, reference
 from rmsnorm.errors import complaint
 from rmsnorm.kernels import host
 from rmsnorm.spec import DTYPES, Cast, check_gradients, check_memory, check_spec, check_tensors
@@ -86,10 +86,11 @@ def explain(
     cast: Cast = "early",
     offset: float = 0.0,
 ) -> str:
-    """Which kernel `rms_norm(x, weight)` would run (with a residual: `add_rms_norm`), and why. Computes nothing.
+    """Which kernel `rms_norm(x, weight)` would run (with a residual: `add_rms_norm`), and why.
 
     In place of the weight it takes a norm that `patch` has replaced: then it says whether our kernel or the norm's own
-    forward would run on x, and why.
+    forward would run on x, and why. Computes nothing, but compiles a CPU kernel as the first call would, to say whether
+    that is possible.
     """
     own = getattr(weight, "_rmsnorm_explain", None)
     if own is not None:
@@ -97,6 +98,9 @@ def explain(
     check_spec("explain", eps, cast, offset)
     check_tensors("explain", x, residual, weight, offset)
     kernel, reason = _choose(x, residual, weight)
+    if hasattr(kernel, "failure"):
+        failure = kernel.failure(x, residual, weight, cast)
+        kernel, reason = (kernel, reason) if failure is None else (reference, failure)
     name = getattr(kernel, "NAME", "the reference, in plain torch")
     if kernel is not reference and _plain(x, residual, weight):
         host.look(_in_python)
@@ -160,7 +164,9 @@ def _backend(device_type: str) -> tuple[ModuleType, str]:
     name, library = _KERNELS[device_type]
     try:
         return importlib.import_module(f"rmsnorm.kernels.{name}"), ""
-    except Exception as error:  # noqa: BLE001  # a missing or broken library must not take the layer down
+    except Exception as error:  # a missing or broken library must not take the layer down
+        if kernels.is_of_a_signal(error):
+            raise
         return reference, f"{library} cannot be used: {type(error).__name__}: {error}"
 
 

@@ -1,5 +1,20 @@
 """One file a device. Only cpu.py and gpu.py import Numba or Triton, and nothing imports them until a tensor asks."""
 
 import os
+import signal
 
 PROCESS = os.getpid()  # a child that is forked from it has none of the threads that torch started in it
+
+
+def is_of_a_signal(error: BaseException) -> bool:
+    """Whether a signal handler raised it, a timeout for example: it is the caller's, whatever it interrupted."""
+    handlers = [handler for number in signal.valid_signals() if callable(handler := signal.getsignal(number))]
+    codes = {
+        getattr(handler, "__code__", None) or getattr(type(handler).__call__, "__code__", 0) for handler in handlers
+    }
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code in codes:
+            return True
+        trace = trace.tb_next
+    return False

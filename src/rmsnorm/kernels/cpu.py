@@ -7,29 +7,44 @@ one. No function carries `fastmath`: the one instruction that may be reordered o
 sum, says so itself (`_add_square`, `_add`).
 """
 
+import contextlib
 import ctypes
 import functools
+import hashlib
 import math
 import mmap
+import os
+import pickle
+import re
+import stat
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import filelock
+import llvmlite.binding
 import numba
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
+from numba.core import ccallback, cgutils, sigutils
 from numba.core.caching import FunctionCache
+from numba.core.registry import cpu_target
+from numba.core.serialize import dumps
 from numba.extending import intrinsic
 from torch import Tensor
 
-from rmsnorm.kernels import host, threads
+from rmsnorm import kernels, reference
+from rmsnorm.kernels import build, host, threads
 from rmsnorm.kernels.host import A_NUMBER_A_ROW, LIKE_ROWS, LIKE_WEIGHT, ONES_LIKE_WEIGHT, Launch
 from rmsnorm.kernels.rows import walk, walked
 
 NAME = "cpu kernel (Numba)"
+
+if numba.config.DISABLE_JIT:
+    raise ImportError("NUMBA_DISABLE_JIT is set")
 
 # --- what the kernels are written in -------------------------------------------------------------------------
 
@@ -165,14 +180,47 @@ def _take(typing_context: Any, counter: Any) -> Any:
     return types.int64(counter), code
 
 
+@intrinsic
+def _finish(typing_context: Any, call: Any, rows: Any) -> Any:
+    """Count the rows of a piece that is done: whoever sees the count also sees the piece."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.atomic_rmw("add", builder.gep(args[0], [ir.IntType(64)(1)]), args[1], "release")
+        return context.get_dummy_value()
+
+    return types.void(call, rows), code
+
+
+@intrinsic
+def _finished(typing_context: Any, call: Any) -> Any:
+    """How many rows are done."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load_atomic(builder.gep(args[0], [ir.IntType(64)(1)]), "acquire", 8)
+
+    return types.int64(call), code
+
+
+@intrinsic
+def _yield_processor(typing_context: Any) -> Any:
+    """Let another thread run, if one waits for the processor."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if os.name == "posix":
+            builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(_I32, []), "sched_yield"), [])
+        return context.get_dummy_value()
+
+    return types.void(), code
+
+
 @intrinsic(prefer_literal=True)
 def _invoke(typing_context: Any, call: Any, pointers: Any, first: Any, last: Any) -> Any:
-    """Run the kernel whose address is call[3], and whose pointers follow, for the rows from first to last."""
+    """Run the kernel whose address is call[4], and whose pointers follow, for the rows from first to last."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         byte, word = ir.IntType(8).as_pointer(), ir.IntType(64)
         address, *values = (
-            builder.load(builder.gep(args[0], [word(3 + i)])) for i in range(1 + pointers.literal_value)
+            builder.load(builder.gep(args[0], [word(4 + i)])) for i in range(1 + pointers.literal_value)
         )
         kernel = ir.FunctionType(ir.VoidType(), [byte] * len(values) + [word] * 2).as_pointer()
         given = [builder.inttoptr(value, byte) for value in values]
@@ -282,16 +330,26 @@ def _sum_chunks(partials: Any, dw: Any, chunks: int, N: int) -> None:
 
 
 def _drain(pointers: int) -> Callable[[Any], None]:
-    """What each thread does of a call, which is a counter, M, the rows of a piece, a kernel and its pointers."""
+    """What each thread does of a call.
+
+    That is how many pieces are taken, how many rows are done, M, the rows of a piece, a kernel and its pointers.
+    """
 
     def drain(call: Any) -> None:
-        M, rows = call[1], call[2]
+        M, rows = call[2], call[3]
         first = _take(call) * rows
         while first < M:
-            _invoke(call, pointers, first, min(first + rows, M))
+            last = min(first + rows, M)
+            _invoke(call, pointers, first, last)
+            _finish(call, last - first)
             first = _take(call) * rows
 
     return drain
+
+
+def _wait(call: Any) -> None:
+    while _finished(call) < call[2]:
+        _yield_processor()
 
 
 # --- compiling them ------------------------------------------------------------------------------------------
@@ -301,9 +359,12 @@ _PAIR = types.uint32
 _WORD, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
+_FAILURES: list[str] = []  # what Numba said where it could not compile
+
+
 @functools.cache
 def _compiled(kernel: Callable[..., None], *pointees: Any) -> Any:
-    """The kernel as machine code: pointers to these types first, then two integers."""
+    """The kernel as machine code: pointers to these types first, then two integers. None if it cannot be compiled."""
     return _code(kernel, [types.CPointer(pointee) for pointee in pointees], 2)
 
 
@@ -312,27 +373,127 @@ def _compiled_drain(pointers: int) -> Any:
     return _code(_drain(pointers), [types.CPointer(types.int64)], 0)
 
 
-def _code(function: Callable[..., None], pointers: Sequence[Any], integers: int) -> Any:
-    """Machine code that is called through ctypes, which releases the GIL, with addresses as plain integers.
+@functools.cache
+def _compiled_wait() -> Any:
+    return _code(_wait, [types.CPointer(types.int64)], 0)
 
-    It is kept in Numba's cache; a lock keeps processes that compile at once from pairing an index with another one's
-    code.
-    """
-    signature = types.void(*pointers, *[types.int64] * integers)
-    code = _cached(function, signature) or numba.cfunc(signature, error_model="numpy")(function)
+
+def _code(function: Callable[..., None], pointers: Sequence[Any], integers: int) -> Any:
+    """Machine code that is called through ctypes, which releases the GIL, with addresses as plain integers."""
+    code = _Code(function, sigutils.normalize_signature(types.void(*pointers, *[types.int64] * integers)))
+    try:
+        code.compile()
+    except Exception as error:  # whatever it is, the reference can compute
+        if kernels.is_of_a_signal(error):
+            raise
+        said = str(error).strip().partition("\n")[0]
+        _FAILURES.append(f"Numba cannot compile the kernel: {type(error).__name__}: {said}")
+        return None
     callable_ = ctypes.CFUNCTYPE(None, *[_POINTER] * len(pointers), *[_WORD] * integers)(code.address)
     callable_.keeps, callable_.address = code, code.address  # type: ignore[attr-defined]  # the code lives as long
     return callable_
 
 
-def _cached(function: Callable[..., None], signature: Any) -> Any:
-    """The function from Numba's cache or compiled into it; None where no folder can be written or a file is damaged."""
+_CFunc: Any = ccallback.CFunc
+
+
+class _Code(_CFunc):  # type: ignore[misc]
+    """A function that Numba compiles to machine code, or has compiled before."""
+
+    def __init__(self, function: Callable[..., None], signature: Any) -> None:
+        super().__init__(function, signature, locals={}, options={"error_model": "numpy"})
+        self._kept: _Kept | None = None
+        with _whatever_ails_the_cache():
+            self._kept = _Kept(function)
+
+    def _compile_uncached(self) -> Any:
+        if self._kept is None:
+            return super()._compile_uncached()
+        context = self._targetdescr.target_context
+        found = self._kept.load(self._sig, context)
+        if found is None:
+            with self._kept.lock():
+                found = self._kept.load(self._sig, context)  # what the process that we waited for compiled
+                if found is None:
+                    found = super()._compile_uncached()
+                    self._kept.save(self._sig, found)
+        return found
+
+
+@contextlib.contextmanager
+def _whatever_ails_the_cache() -> Iterator[None]:
+    """Goes on without: a compilation says what is wrong, if anything is."""
     try:
-        folder = FunctionCache(function).cache_path
-        with filelock.FileLock(f"{folder}/rmsnorm.lock", timeout=60):
-            return numba.cfunc(signature, cache=True, error_model="numpy")(function)
-    except Exception:  # noqa: BLE001  # whatever ails the cache, a compilation without it says what is wrong
+        yield
+    except Exception as error:
+        if kernels.is_of_a_signal(error):
+            raise
+
+
+class _Kept:
+    """Numba's cache of a function, in the folder that Numba chooses, but each signature in a file of its own.
+
+    So reading takes no lock, and no file is of use for another signature, source or version; `build.sealed` sees to
+    the latter two. What is read is executed, hence the folder and the file must be the user's own.
+    """
+
+    _waits = True  # for other processes that compile, until one took too long
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._cache = FunctionCache(function)  # makes the folder
+        self._folder = Path(self._cache.cache_path)
+        # Beside the sources there is nothing to check: Python itself executes what lies there.
+        self._checks = self._folder != Path(__file__).parent / "__pycache__"
+        if self._checks:
+            _check_own(self._folder)
+        locator = self._cache._impl.locator
+        versions = numba.__version__, llvmlite.__version__, sys.version
+        self._about = repr((versions, locator.get_source_stamp())).encode()
+
+    def _path(self, signature: Any, context: Any) -> Path:
+        key = self._cache._index_key(signature, context.codegen())
+        return (
+            self._folder
+            / f"{self._cache._impl.filename_base}.{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.nbc"
+        )
+
+    def load(self, signature: Any, context: Any) -> Any:
+        """What was compiled; None if there is no file, or it is damaged or not the user's own."""
+        with _whatever_ails_the_cache(), contextlib.ExitStack() as stack:
+            context.refresh()
+            file = build.opened(self._path(signature, context))
+            stack.callback(os.close, file)
+            if not self._checks or build.distrust(os.fstat(file)) is None:
+                content = build.unsealed(build.content(file), self._about)
+                return None if content is None else self._cache._impl.rebuild(context, pickle.loads(content))
         return None
+
+    def save(self, signature: Any, result: Any) -> None:
+        with _whatever_ails_the_cache():
+            content = dumps(self._cache._impl.reduce(result))
+            path = self._path(signature, cpu_target.target_context)
+            build.write(str(path), build.sealed(content, self._about), 0o644)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """One process compiles while the others wait, so that they need not; but not for long."""
+        with contextlib.ExitStack() as stack:
+            with _whatever_ails_the_cache():
+                try:
+                    timeout = 10 if _Kept._waits else 0
+                    stack.enter_context(filelock.FileLock(self._folder / "rmsnorm.compiling", timeout, mode=0o600))
+                except filelock.Timeout:
+                    _Kept._waits = False
+            yield
+
+
+def _check_own(folder: Path) -> None:
+    """Raises PermissionError where anybody can put files into the folder, or another folder in its place."""
+    own, around = folder.stat(), folder.parent.stat()
+    if own.st_uid not in (0, os.geteuid()) or own.st_mode & stat.S_IWOTH:
+        raise PermissionError(f"{folder} can be written by others")
+    if around.st_mode & stat.S_IWOTH and not around.st_mode & stat.S_ISVTX:  # with it, as /tmp, others can only add
+        raise PermissionError(f"{folder.parent} can be written by others")
 
 
 class _Types(NamedTuple):
@@ -417,7 +578,35 @@ def refuses(x: torch.dtype, residual: torch.dtype | None, w: torch.dtype | None)
     for name, dtype in (("x", x), ("residual", residual), ("weight", w)):
         if dtype is not None and dtype not in _ELEMENT:
             return f"{name} is {dtype}: computed in fp32 and returned as {dtype} by plain torch"
+    if torch.promote_types(x, residual or x) == torch.float16 and not _has_fp16():
+        return "the processor that Numba compiles for has no instructions for fp16: computed by plain torch"
     return None
+
+
+@functools.cache
+def _has_fp16() -> bool:
+    """Whether the conversions of fp16 are instructions, and no calls of a library that the process may not have."""
+    triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()
+    half, single = ir.HalfType(), ir.FloatType()
+    module = ir.Module()
+    module.triple = triple
+    for source, target, convert in ((half, single, "fpext"), (single, half, "fptrunc")):
+        pointers = [source.as_pointer(), target.as_pointer()]
+        function = ir.Function(module, ir.FunctionType(ir.VoidType(), pointers), convert)
+        builder = ir.IRBuilder(function.append_basic_block())
+        builder.store(getattr(builder, convert)(builder.load(function.args[0]), target), function.args[1])
+        builder.ret_void()
+    machine = llvmlite.binding.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features)
+    assembly = machine.emit_assembly(llvmlite.binding.parse_assembly(str(module)))
+    return re.search(r"__\w*(hf|f2h|h2f)", assembly) is None
+
+
+def failure(x: Tensor, residual: Tensor | None, w: Tensor | None, cast: str) -> str | None:
+    """Why the forward kernel for these cannot be compiled, after trying; None if it can."""
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    read = _types(dtype, None if w is None else w.dtype, cast)
+    even = all(size % 2 == 0 for size in (x.shape[-1], *x.stride()[:-1]))
+    return _FAILURES[-1] if _forward_kernel(dtype, read, even) is None else None
 
 
 def forward(
@@ -451,6 +640,8 @@ def forward(
     )
     even = plan.even and _aligned(addresses)
     kernel = _forward_kernel(x.dtype, read, even)
+    if kernel is None:
+        return reference.forward(*given, eps, cast, offset, with_rstd)
     _run(kernel, addresses, plan.M, plan.grain)
     if host.learns() and plan.grain >= plan.M and even == plan.even:
         tensors = ((0, x), (1, residual), (6 if w is None else 2, scale), (3, y), (4, s), (5, rstd))
@@ -493,12 +684,15 @@ def backward(
     )
     even = plan.even and _aligned(addresses)
     kernel = _backward_kernel(x.dtype, read, even)
+    sums = w is not None and need_dw and plan.chunks > 0
+    of_sum = _sum_kernel(x.dtype, read, even) if sums else None
+    if kernel is None or (sums and of_sum is None):
+        return reference.backward(*given, cast, offset, need_dx, need_dw)
     _run(kernel, addresses, plan.M, plan.rows)
-    dw = of_sum = None
+    dw = None
     if w is not None and partials is not None:
         dw = torch.empty(plan.N, dtype=read.w, device="cpu") if plan.chunks > 0 else torch.zeros_like(w)
-        if plan.chunks > 0:
-            of_sum = _sum_kernel(x.dtype, read, even)
+        if of_sum is not None:
             of_sum(partials.data_ptr(), dw.data_ptr(), plan.chunks, plan.N)
     if host.learns() and plan.chunks == 1 and even == plan.even:
         scaled_by = (8 if w is None else 3, scale)
@@ -532,13 +726,14 @@ def _spec(eps: float, offset: float, cast: str) -> Any:
 def _run(kernel: Any, addresses: tuple[int | None, ...], M: int, rows: int) -> None:
     """The kernel over M rows, on several threads where there is more than one piece of so many rows."""
     pieces = -(-M // rows)
-    if pieces <= 1:
+    drain = _compiled_drain(len(addresses)) if pieces > 1 else None
+    if drain is None:
         kernel(*addresses, 0, M)
         return
     rows *= max(1, pieces // (_PIECES * torch.get_num_threads()))
-    words = (0, M, rows, kernel.address, *(address or 0 for address in addresses))
+    words = (0, 0, M, rows, kernel.address, *(address or 0 for address in addresses))
     call = (_WORD * len(words))(*words)
-    threads.run(_compiled_drain(len(addresses)), ctypes.addressof(call), -(-M // rows))
+    threads.run(drain, _compiled_wait, ctypes.addressof(call), -(-M // rows), call)
 
 
 def _readable(w: Tensor | None, N: int, read: _Types) -> Tensor:

@@ -11,10 +11,12 @@ $RMSNORM_CXX, else $CXX, else c++; with RMSNORM_CXX= (empty) all stays in Python
 import contextlib
 import functools
 import hashlib
+import importlib.machinery
 import importlib.util
 import os
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import sysconfig
@@ -26,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rmsnorm import kernels
 from rmsnorm.kernels import build
 
 _NAME = "rmsnorm_host"
@@ -34,6 +37,7 @@ _FLAGS = ("-O2", "-DNDEBUG", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hid
 _LIBRARIES = ("c10", "torch", "torch_cpu", "torch_python")
 _BETWEEN_LOOKS, _DAY = 1.0, 86400.0  # seconds
 _COMPILING = "the C++ is being compiled"
+_AGAIN = "; rmsnorm.warmup() compiles it again"
 
 # How large a fresh tensor is: as the rows that are normalized, with a number a row, as the weight, the same full of
 # ones; or so many numbers.
@@ -86,9 +90,14 @@ def look(backward: Callable[..., Any]) -> None:
         if _State.compiling is not None and _State.compiling.poll() is None:
             return
         target = _target()
-        if target.exists() or _compiled_beside(target):
-            _open(target, backward)
-    except Exception as error:  # noqa: BLE001  # whatever it is, Python can make the calls
+        file = _found(target)
+        if file is None:
+            file = _compiled_beside(target)
+        if file is not None:
+            _open(file, target, backward)
+    except Exception as error:  # whatever it is, Python can make the calls
+        if kernels.is_of_a_signal(error):
+            raise
         _State.reason, _State.look_at = _words(error), float("inf")
 
 
@@ -98,9 +107,11 @@ def load(backward: Callable[..., Any]) -> None:
         return
     try:
         if not _State.hopeless:
-            _open(built(), backward)
+            _open_built(backward)
             return
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
+        if kernels.is_of_a_signal(error):
+            raise
         _State.reason, _State.hopeless, _State.look_at = _words(error), True, float("inf")
     raise Unusable(_State.reason)
 
@@ -161,39 +172,120 @@ def forget() -> None:
 
 def built() -> Path:
     """The file, compiled unless it was, by this process or by one that does so already. Raises Unusable, or OSError."""
-    target, begun = _target(), time.time()
-    if not target.exists():
-        with _lock(target, wait=True):
-            if not target.exists():
-                _check_failure(target, begun)  # whoever it was that we waited for
-                if not build.compiled(str(target), _command()):
-                    _check_failure(target, 0.0)
-                    raise Unusable("it could not be compiled")
+    target = _target()
+    os.close(_built(target))
     return target
 
 
-def _compiled_beside(target: Path) -> bool:
-    """Whether it is there now. If not, a process of its own compiles it, since this one may end sooner.
+def _built(target: Path, unlike: int | None = None) -> int:
+    """As `built`, and open. unlike: the inode of one that cannot be loaded, and is to be replaced."""
+
+    def there() -> int | None:
+        try:
+            file = _found(target)
+        except _Replaceable:
+            return None
+        if file is not None and os.fstat(file).st_ino == unlike:
+            os.close(file)
+            return None
+        return file
+
+    begun = time.time()
+    file = there()
+    if file is None:
+        with _lock(target, wait=True) as lock:
+            file = there()
+            if file is None:
+                _check_failure(target, begun)  # whoever it was that we waited for
+                if not _compiled(target, lock):
+                    _check_failure(target, 0.0)
+                    raise Unusable("it could not be compiled")
+                file = _found(target)
+    if file is None:
+        raise Unusable(f"{target} is gone")
+    return file
+
+
+def _compiled(target: Path, lock: int | None) -> bool:
+    """Whether it was, by a process that ends with this one where there can be one, else by this one."""
+    if not _has_python():
+        return build.compiled(str(target), _command())
+    assert lock is not None
+    compiling = _start(target, lock, os.getpid())
+    try:
+        return compiling.wait() == 0
+    finally:
+        compiling.terminate()
+        compiling.wait()
+
+
+def _compiled_beside(target: Path) -> int | None:
+    """The file, open, if it is there now. If not, a process of its own compiles it, since this one may end sooner.
 
     That process inherits the lock, so however it ends nobody waits for it in vain. Raises Unusable where none should.
     """
     with _lock(target, wait=False) as lock:
         if lock is None:
             _State.reason = _COMPILING
-            return False
-        if target.exists():
-            return True
+            return None
+        file = _found(target)
+        if file is not None:
+            return file
         _check_failure(target, time.time() - _DAY)
         if _State.compiling is not None:
             raise Unusable(f"the process that compiled it ended with {_State.compiling.returncode}")
-        if getattr(sys, "frozen", False) or not Path(sys.executable or "").name.startswith("python"):
+        if not _has_python():
             raise Unusable("it takes a Python to compile it beside this process: call rmsnorm.warmup()")
-        _State.compiling = subprocess.Popen(
-            [sys.executable, "-I", "-S", build.__file__, str(target), *_command()], pass_fds=[lock],
-            process_group=0, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        _State.compiling = _start(target, lock, 0)
         _State.reason = _COMPILING
-        return False
+        return None
+
+
+def _has_python() -> bool:
+    return not getattr(sys, "frozen", False) and Path(sys.executable or "").name.startswith("python")
+
+
+def _start(target: Path, lock: int, parent: int) -> "subprocess.Popen[bytes]":
+    """A process that compiles it, and inherits the lock. parent: the process that it ends with, or 0."""
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", build.__file__, str(parent), str(target), *_command()], pass_fds=[lock],
+        process_group=0, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def _check_folder(target: Path) -> None:
+    """Make the folder if there is none. Raises Unusable if others could put something into it, or nobody can."""
+    folder = target.parent
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = os.lstat(folder)
+    except OSError as error:
+        raise Unusable(f"nothing can be written into {folder}: {error.strerror}") from None
+    fault = build.distrust(found) if stat.S_ISDIR(found.st_mode) else "is no folder"
+    if fault is not None:
+        raise Unusable(f"{folder} {fault}: delete it, or name a folder of your own in TORCH_EXTENSIONS_DIR")
+
+
+class _Replaceable(Unusable):
+    """What is there must not be loaded, but may be replaced."""
+
+
+def _found(target: Path) -> int | None:
+    """The file, open; None if there is none, or not all of it. Raises Unusable if others can have put it there."""
+    _check_folder(target)
+    try:
+        file = build.opened(target)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _Replaceable(f"{target} cannot be opened: {error.strerror or error}{_AGAIN}") from None
+    fault = build.distrust(os.fstat(file))
+    if fault is None and build.unsealed(build.content(file)) is not None:
+        return file
+    os.close(file)
+    if fault is not None:
+        raise _Replaceable(f"{target} {fault}{_AGAIN}")
+    return None
 
 
 @contextlib.contextmanager
@@ -204,11 +296,12 @@ def _lock(target: Path, wait: bool) -> Iterator[int | None]:
     """
     import fcntl  # not everywhere, but nothing is compiled elsewhere
 
+    _check_folder(target)
     try:
-        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        file = os.open(target.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        file = os.open(target.with_suffix(".lock"), flags, 0o600)
     except OSError as error:
-        raise Unusable(f"nothing can be written into {target.parent}: {error.strerror}") from None
+        raise Unusable(f"{target.with_suffix('.lock')} cannot be written: {error.strerror}") from None
     try:
         held = True
         try:
@@ -223,9 +316,14 @@ def _lock(target: Path, wait: bool) -> Iterator[int | None]:
 def _check_failure(target: Path, since: float) -> None:
     """Raise Unusable if the very command has failed since then."""
     failed = Path(f"{target}.failed")
-    with contextlib.suppress(FileNotFoundError):
-        same = failed.read_bytes().startswith(build.first_line(_command()))
-        if same and failed.stat().st_mtime >= since:
+    with contextlib.suppress(OSError):
+        file = build.opened(failed)
+        try:
+            same = build.content(file).startswith(build.first_line(_command()))
+            recent = os.fstat(file).st_mtime >= since
+        finally:
+            os.close(file)
+        if same and recent:
             raise Unusable(f"it could not be compiled, see {failed}; rmsnorm.warmup() tries again")
 
 
@@ -246,20 +344,32 @@ def _command() -> list[str]:
     ]  # fmt: skip
 
 
-def _open(target: Path, backward: Callable[..., Any]) -> None:
+def _open(file: int, target: Path, backward: Callable[..., Any]) -> None:
+    """Load the very file that was examined, and close it."""
     global norm
-    if target.stat().st_uid not in (0, os.geteuid()):
-        raise Unusable(f"{target} is another user's")
-    spec = importlib.util.spec_from_file_location(_NAME, target)
-    assert spec is not None
-    assert spec.loader is not None
     try:
+        loader = importlib.machinery.ExtensionFileLoader(_NAME, f"/proc/self/fd/{file}")
+        spec = importlib.util.spec_from_loader(_NAME, loader)
+        assert spec is not None
         module: Any = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
     except ImportError as error:
-        raise Unusable(f"{target} cannot be loaded, and should be deleted: {error}") from None
+        raise _Replaceable(f"{target} cannot be loaded: {error}{_AGAIN}") from None
+    finally:
+        os.close(file)
     module.begin(backward)
     _State.module, norm = module, module.norm
+
+
+def _open_built(backward: Callable[..., Any]) -> None:
+    """Compile or wait, and load; compile once more what cannot be loaded."""
+    target = _target()
+    file = _built(target)
+    unlike = os.fstat(file).st_ino
+    try:
+        _open(file, target, backward)
+    except _Replaceable:
+        _open(_built(target, unlike), target, backward)
 
 
 def _target() -> Path:

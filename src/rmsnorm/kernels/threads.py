@@ -2,13 +2,21 @@
 
 Threads of another pool would compete with torch's for the processors, and take 60 us to wake. But a team of OpenMP
 hangs in a forked child, and not every build of torch has OpenMP; Numba's own layers would fail there too.
+
+A signal handler of Python can raise between any two bytecodes. So everything from the first thread's start to the end
+of the last one's work is a single call into C: no exception can leave a thread at work on memory that is gone.
 """
 
+import _thread
+import collections
+import contextlib
 import ctypes
 import functools
+import operator
 import os
+import queue
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,29 +24,30 @@ import torch
 from rmsnorm import kernels
 
 Task = Callable[[int], None]  # what ctypes makes of machine code
+_Jobs = queue.SimpleQueue[tuple[Task, int, Any]]
 
 
-def run(task: Task, argument: int, pieces: int) -> None:
+def run(task: Task, wait: Callable[[], Task | None], argument: int, pieces: int, keeps: Any) -> None:
     """Have task(argument) run on several threads at once, at most `pieces`; the calling thread is one of them.
 
-    Each takes pieces of the work until none is left. The task must not need the GIL.
+    Each takes pieces of the work until none is left. Neither may need the GIL. wait()(argument) returns when all
+    pieces are done. keeps: what a thread that comes too late to get a piece still reads.
     """
     count = torch.get_num_threads()
-    team = _team_of_openmp() if os.getpid() == kernels.PROCESS else None
+    team = _team_of_openmp() if os.getpid() == kernels.PROCESS and not _was_forked() else None
     if min(count, pieces) < 2:
         task(argument)
     elif team is not None:
         team(task, argument, count, 0)  # all of torch's: those beyond a smaller team would end
     else:
-        helpers = min(count, pieces) - 1
-        pool = _pool(os.getpid(), helpers)
-        futures = [pool.submit(task, argument) for _ in range(helpers)]
-        try:
+        until_done = wait()
+        jobs, helpers = _helpers(min(count, pieces) - 1)
+        if until_done is None or helpers == 0:
             task(argument)
-        finally:  # also on KeyboardInterrupt: a helper must not outlive the tensors it works on
-            for future in futures:
-                if not future.cancel():
-                    future.result()
+            return
+        functions: tuple[Any, ...] = (*[jobs.put] * helpers, task, until_done)
+        arguments: tuple[Any, ...] = (*[(task, argument, keeps)] * helpers, argument, argument)
+        collections.deque(map(operator.call, functions, arguments), maxlen=0)  # one call into C, see above
 
 
 @functools.cache
@@ -51,7 +60,36 @@ def _team_of_openmp() -> Callable[[Task, int, int, int], Any] | None:
     return team
 
 
+_FORKED_AND_NO_EXEC = 0x40  # PF_FORKNOEXEC of Linux: no program was executed since the process was forked
+
+
+@functools.cache
+def _was_forked() -> bool:
+    """Whether this process has its memory from another one, which may have used a team before rmsnorm was imported."""
+    try:
+        flags = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()[6]
+    except (OSError, IndexError):  # no Linux
+        return False
+    return bool(int(flags) & _FORKED_AND_NO_EXEC)
+
+
+def _helpers(wanted: int) -> tuple[_Jobs, int]:
+    """The queue that the helpers of this process take jobs from, and how many there are, at most as many as wanted."""
+    jobs, started = _pool(os.getpid())
+    with contextlib.suppress(RuntimeError):  # the system may have no thread left to give
+        while len(started) < wanted:
+            # Not threading.Thread, nor a ThreadPoolExecutor: an exception inside of their locks leaves them locked.
+            started.append(_thread.start_new_thread(_serve, (jobs,)))
+    return jobs, min(wanted, len(started))
+
+
 @functools.lru_cache(maxsize=1)
-def _pool(pid: int, helpers: int) -> ThreadPoolExecutor:
+def _pool(pid: int) -> tuple[_Jobs, list[int]]:
     """The pid is a key because threads do not survive a fork: a child makes a pool of its own."""
-    return ThreadPoolExecutor(helpers, thread_name_prefix="rmsnorm")
+    return queue.SimpleQueue(), []
+
+
+def _serve(jobs: _Jobs) -> None:
+    while True:
+        task, argument, _ = jobs.get()
+        task(argument)

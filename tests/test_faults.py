@@ -1,0 +1,369 @@
+"""Signals, forks, processors without fp16, a Numba that cannot compile: each in a process that a crash would end."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from test_processes import NOTHING_COMPILES, finish, package, start  # noqa: F401
+
+# --- signals and forks ---------------------------------------------------------------------------------------
+
+_SIGNALS = """
+import os, random, signal, sys, time
+import torch, rmsnorm
+from rmsnorm.kernels import threads
+torch.set_num_threads(3)
+x, w = torch.randn(4000, 512), torch.randn(512)
+dy = torch.randn(4000, 512)
+class Timeout(Exception): pass
+def handler(*_): raise Timeout
+signal.signal(signal.SIGALRM, handler)
+def call(x):
+    y = torch.ops.rmsnorm.forward.default(x, None, w, 1e-6, "early", 0.0, True)
+    return (y[0], *torch.ops.rmsnorm.backward.default(dy, None, x, w, y[2], "early", 0.0, True, True))
+expected = call(x)
+def loop():
+    seen = calls = 0
+    deadline = time.monotonic() + 60
+    while (seen < 60 or calls < 60) and time.monotonic() < deadline:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 6e-3), 1e-3)
+            try:
+                got = call(torch.clone(x))
+                calls += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except Timeout:
+            seen += 1
+            continue
+        for a, b in zip(got, expected):
+            assert torch.equal(a, b)
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    assert seen >= 60, seen
+    for a, b in zip(call(x), expected):
+        assert torch.equal(a, b)
+"""
+_IN_CHILD = """
+def in_child(work):
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    deadline = time.monotonic() + 90
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+            sys.exit("the child hangs")
+        time.sleep(0.02)
+    assert os.waitstatus_to_exitcode(ended[1]) == 0, os.waitstatus_to_exitcode(ended[1])
+"""
+
+
+@pytest.mark.parametrize(
+    "where", ["in_child(loop)", "loop()", "threads._team_of_openmp = lambda: None; loop()"],
+    ids=["forked child", "torch's threads", "pool"],
+)  # fmt: skip
+def test_an_exception_of_a_signal_handler_leaves_no_thread_at_work(where, package) -> None:  # noqa: F811
+    code = _SIGNALS.replace("y[0], *torch.ops", "y[0], *torch.ops") + _IN_CHILD
+    # torch's own parallel functions hang in a forked child: the copy is made by numpy.
+    code = code.replace("torch.clone(x)", "torch.from_numpy(x.numpy().copy())")
+    code = code.replace("torch.equal(a, b)", "(a.numpy() == b.numpy()).all()")
+    assert finish(start(package, f"{code}\n{where}\nprint('right')")) == "right"
+
+
+_IMPORTED_IN_A_CHILD = """
+import os, sys, time
+import numpy, torch
+torch.set_num_threads(3)
+torch.ones(3000, 1280).exp_().sum()  # the threads of a team, which no child inherits
+x = numpy.random.default_rng(0).standard_normal((3000, 1280)).astype("float32")
+def work():
+    import rmsnorm
+    y = rmsnorm.rms_norm(torch.from_numpy(x))
+    expected = x / numpy.sqrt((x.astype("float64") ** 2).mean(-1, keepdims=True) + 1e-6)
+    assert abs(y.numpy() - expected).max() < 1e-5
+def twice():
+    in_child(work)
+    work()
+"""
+
+
+@pytest.mark.parametrize("how", ["in_child(work)", "in_child(twice)"], ids=["a child", "a child and its child"])
+def test_a_forked_child_that_imports_first_computes(how, package) -> None:  # noqa: F811
+    if not Path("/proc/self/stat").exists():
+        pytest.skip("this system does not say whether a process was forked")
+    assert finish(start(package, _IMPORTED_IN_A_CHILD + _IN_CHILD + how + "\nprint('right')")) == "right"
+
+
+_TIMEOUT_IN_THE_FIRST_CALL = """
+import signal, torch, rmsnorm
+from rmsnorm import ops
+from numba.core.ccallback import CFunc
+class Timeout(Exception): pass
+class Handler:
+    def __call__(self, *_): raise Timeout
+def raises(*_): raise Timeout
+signal.signal(signal.SIGALRM, HANDLER)
+compiled = CFunc._compile_uncached
+def interrupted(self):
+    signal.raise_signal(signal.SIGALRM)
+    return compiled(self)
+CFunc._compile_uncached = interrupted
+x = torch.randn(3, 8)
+for call in (lambda: rmsnorm.rms_norm(x), lambda: rmsnorm.explain(x)):
+    try:
+        call()
+    except Timeout:
+        pass
+    else:
+        raise AssertionError("the exception was lost")
+CFunc._compile_uncached = compiled
+rmsnorm.rms_norm(x)
+print(rmsnorm.explain(x))
+"""
+
+
+@pytest.mark.parametrize("handler", ["raises", "Handler()", "Handler().__call__"])
+def test_a_timeout_during_the_first_call_is_raised_and_not_remembered(handler, package, tmp_path) -> None:  # noqa: F811
+    code = _TIMEOUT_IN_THE_FIRST_CALL.replace("HANDLER", handler)
+    said = finish(start(package, code, NUMBA_CACHE_DIR=str(tmp_path), RMSNORM_CXX=""))
+    assert said.startswith("cpu, float32: cpu kernel (Numba)")
+
+
+# --- who computes --------------------------------------------------------------------------------------------
+
+_EVERYTHING = """
+import itertools, torch, rmsnorm
+from rmsnorm import reference
+def same(a, b):
+    assert a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+floats = (torch.float32, torch.bfloat16, torch.float16)
+for dtype, of_w, of_residual, N, cast in itertools.product(floats, (*floats, None), (*floats, None), (7, 8), ("early", "late")):
+    if N == 7 and of_residual is not None:
+        continue
+    x = torch.randn(5, N).to(dtype).requires_grad_()
+    w = None if of_w is None else torch.randn(N).to(of_w).requires_grad_()
+    residual = None if of_residual is None else torch.randn(5, N).to(of_residual).requires_grad_()
+    leaves = [t for t in (x, residual, w) if t is not None]
+    if residual is None:
+        y = rmsnorm.rms_norm(x, w, cast=cast)
+    else:
+        y, s = rmsnorm.add_rms_norm(x, residual, w, cast=cast)
+    expected, s_ref, rstd = reference.forward(x, residual, w, 1e-6, cast, 0.0, True)
+    same(y, expected)
+    dy = torch.randn(5, N).to(y.dtype)
+    grads = torch.autograd.grad(y, leaves, dy)
+    dx, dw = reference.backward(dy, None, x if s_ref is None else s_ref, w, rstd, cast, 0.0, True, w is not None)
+    same(grads[0], dx.to(x.dtype))
+    if w is not None:
+        same(grads[-1], dw)
+many = torch.randn(3000, 128)
+same(rmsnorm.rms_norm(many), reference.forward(many, None, None, 1e-6, "early", 0.0, False)[0])
+rmsnorm.warmup()
+for dtype in floats:
+    print(rmsnorm.explain(torch.ones(2, 8, dtype=dtype), torch.ones(8, dtype=dtype)))
+print(rmsnorm.explain(torch.ones(2, 8, dtype=floats[1]), residual=torch.ones(2, 8, dtype=floats[1])))
+"""
+
+
+@pytest.mark.parametrize("processor", ["generic", "nehalem", "x86-64-v2"])
+def test_a_processor_without_fp16(processor, package, tmp_path) -> None:  # noqa: F811
+    """And what it compiled is in the cache: nothing of it may serve another processor."""
+    if os.uname().machine != "x86_64":
+        pytest.skip("the processors are those of x86")
+    environment = {"NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": ""}
+    fp32, bf16, fp16, added = finish(start(package, _EVERYTHING, **environment)).splitlines()
+    for said in (fp32, bf16, added):
+        assert "cpu kernel (Numba)" in said
+    assert "reference" in fp16
+    assert "no instructions for fp16" in fp16
+
+
+def test_a_processor_with_fp16_uses_it(package, tmp_path) -> None:  # noqa: F811
+    if os.uname().machine != "x86_64":
+        pytest.skip("the processor is one of x86")
+    environment = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "+f16c,+avx"}
+    code = "import torch, rmsnorm; print(rmsnorm.explain(torch.ones(2, 8).half()))"
+    if "f16c" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has no fp16")
+    assert "cpu kernel (Numba)" in finish(start(package, code, NUMBA_CACHE_DIR=str(tmp_path), **environment))
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["empty cache", "full cache"])
+def test_without_jit(full, package, tmp_path) -> None:  # noqa: F811
+    if full:
+        finish(start(package, "import rmsnorm; rmsnorm.warmup()", NUMBA_CACHE_DIR=str(tmp_path)))
+    out = finish(start(package, _EVERYTHING, NUMBA_CACHE_DIR=str(tmp_path), NUMBA_DISABLE_JIT="1"))
+    for said in out.splitlines():
+        assert "reference" in said
+        assert "NUMBA_DISABLE_JIT is set" in said
+
+
+_LLVM = "import llvmlite.binding\ndef fail(*args, **kwargs): raise RuntimeError('no LLVM')\n"
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        (NOTHING_COMPILES, "AssertionError: nothing can be compiled"),
+        (_LLVM + "llvmlite.binding.parse_assembly = fail\n", "RuntimeError: no LLVM"),
+        (_LLVM + "llvmlite.binding.create_mcjit_compiler = fail\n", "RuntimeError: no LLVM"),
+        ("import sys; sys.modules['llvmlite'] = None\n", "Numba cannot be used"),
+        ("import sys; sys.modules['filelock'] = None\n", "Numba cannot be used"),
+    ],
+    ids=["compiler", "LLVM's parser", "LLVM's engine", "no llvmlite", "no filelock"],
+)  # fmt: skip
+def test_where_numba_cannot_compile_the_reference_computes(how, reason, package, tmp_path) -> None:  # noqa: F811
+    out = finish(start(package, how + _EVERYTHING, NUMBA_CACHE_DIR=str(tmp_path)))
+    for said in out.splitlines():
+        assert "reference" in said
+        assert reason in said
+
+
+def test_where_only_the_forward_kernels_were_compiled(package, tmp_path) -> None:  # noqa: F811
+    forward = "import torch, rmsnorm\nrmsnorm.rms_norm(torch.randn(3, 8))\n"
+    finish(start(package, forward, NUMBA_CACHE_DIR=str(tmp_path)))
+    out = finish(start(package, NOTHING_COMPILES + _EVERYTHING, NUMBA_CACHE_DIR=str(tmp_path))).splitlines()
+    assert ["reference" in said for said in out] == [False, True, True, True]
+
+
+# --- Numba's cache -------------------------------------------------------------------------------------------
+
+_SMALL = """
+import torch, rmsnorm
+x, w = torch.randn(3, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+rmsnorm.rms_norm(x, w).sum().backward()
+print(rmsnorm.explain(x, w))
+"""
+_RUNS = "cpu, float32: cpu kernel (Numba)"
+_NOBODY = 65534
+
+
+def as_root() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files to another user")
+
+
+@pytest.fixture(scope="module")
+def cache(package, tmp_path_factory) -> Path:  # noqa: F811
+    folder = tmp_path_factory.mktemp("small")
+    finish(start(package, _SMALL, NUMBA_CACHE_DIR=str(folder)))
+    return folder
+
+
+_EXECUTED = """
+import pickle
+whole = pickle.loads
+def loads(*args, **kwargs):
+    print("executed")
+    return whole(*args, **kwargs)
+pickle.loads = loads
+"""
+
+
+def executed(package: Path, folder: Path) -> bool:  # noqa: F811
+    out = finish(start(package, _EXECUTED + _SMALL, NUMBA_CACHE_DIR=str(folder), RMSNORM_CXX=""))
+    assert _RUNS in out
+    return "executed" in out
+
+
+def test_a_cache_that_others_can_write_is_not_used(package, cache) -> None:  # noqa: F811
+    assert executed(package, cache)
+    (leaf,) = (f for f in cache.iterdir() if f.is_dir())
+    file = next(leaf.glob("*.nbc"))
+    for path, mode in ((cache, 0o777), (leaf, 0o777), (leaf, 0o1777)):
+        before = path.stat().st_mode
+        path.chmod(mode)
+        assert not executed(package, cache), (path, oct(mode))
+        path.chmod(before)
+    cache.chmod(0o1777)  # as /tmp
+    assert executed(package, cache)
+    cache.chmod(0o700)
+    for f in leaf.glob("*.nbc"):
+        f.chmod(0o666)
+    assert not executed(package, cache)
+    assert file.stat().st_mode & 0o777 == 0o644  # replaced
+    assert executed(package, cache)
+
+
+def test_a_cache_of_another_user_is_not_used(package, cache, tmp_path) -> None:  # noqa: F811
+    as_root()
+    (leaf,) = (f for f in cache.iterdir() if f.is_dir())
+    os.chown(leaf, _NOBODY, _NOBODY)
+    assert not executed(package, cache)
+    os.chown(leaf, 0, 0)
+    assert executed(package, cache)
+    for f in leaf.glob("*.nbc"):
+        os.chown(f, _NOBODY, _NOBODY)
+    assert not executed(package, cache)
+    for f in leaf.glob("*.nbc"):
+        f.rename(tmp_path / f.name)
+        f.symlink_to(tmp_path / f.name)
+    assert not executed(package, cache)
+    assert executed(package, cache)
+
+
+@pytest.mark.parametrize("name", ["rmsnorm.lock", "rmsnorm.compiling"])
+def test_a_lock_that_is_held_does_not_keep_anyone_from_reading(name, package, cache) -> None:  # noqa: F811
+    import fcntl
+
+    (leaf,) = (f for f in cache.iterdir() if f.is_dir())
+    with open(leaf / name, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert executed(package, cache)  # and waits for nothing: see the next
+
+
+def test_a_lock_that_is_held_delays_compiling_once(package, cache, tmp_path) -> None:  # noqa: F811
+    """Others cannot open it, and whoever holds it is waited for once, whatever there is to compile."""
+    import fcntl
+    import shutil
+
+    folder = tmp_path / "cache"
+    shutil.copytree(cache, folder)
+    (leaf,) = (f for f in folder.iterdir() if f.is_dir())
+    for f in leaf.glob("*.nbc"):
+        f.unlink()
+    lock = leaf / "rmsnorm.compiling"
+    assert lock.stat().st_mode & 0o777 == 0o600
+    waits = """
+import filelock
+acquire = filelock.FileLock.acquire
+def noted(self, *args, **kwargs):
+    print("timeout", self.timeout)
+    self.timeout = 0
+    return acquire(self, *args, **kwargs)
+filelock.FileLock.acquire = noted
+"""
+    with open(lock, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        out = finish(start(package, waits + _SMALL, NUMBA_CACHE_DIR=str(folder))).splitlines()
+    found = [float(line.split()[1]) for line in out if line.startswith("timeout")]
+    assert len(found) >= 3
+    assert found[0] <= 10
+    assert not any(found[1:])
+
+
+@pytest.mark.parametrize("what", ["file", "read-only"])
+def test_a_cache_folder_that_cannot_be_used(what, package, tmp_path) -> None:  # noqa: F811
+    place = tmp_path / "place"
+    if what == "file":
+        place.write_text("")
+    else:
+        place.mkdir()
+    fixed = ["chattr", "+i", str(place)]
+    if what == "read-only" and subprocess.run(fixed, capture_output=True, check=False).returncode != 0:
+        pytest.skip("no folder can be made immutable here")
+    try:
+        out = finish(start(package, _SMALL, NUMBA_CACHE_DIR=str(place), HOME=str(place), XDG_CACHE_HOME=str(place)))
+    finally:
+        if what == "read-only":
+            subprocess.run(["chattr", "-i", str(place)], check=True)
+    assert _RUNS in out
