@@ -1,6 +1,7 @@
 """Signals, forks, processors without fp16, a Numba that cannot compile: each in a process that a crash would end."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def in_child(work):
     ids=["forked child", "torch's threads", "pool"],
 )  # fmt: skip
 def test_an_exception_of_a_signal_handler_leaves_no_thread_at_work(where, package) -> None:  # noqa: F811
-    code = _SIGNALS.replace("y[0], *torch.ops", "y[0], *torch.ops") + _IN_CHILD
+    code = _SIGNALS + _IN_CHILD
     # torch's own parallel functions hang in a forked child: the copy is made by numpy.
     code = code.replace("torch.clone(x)", "torch.from_numpy(x.numpy().copy())")
     code = code.replace("torch.equal(a, b)", "(a.numpy() == b.numpy()).all()")
@@ -103,14 +104,21 @@ def test_a_forked_child_that_imports_first_computes(how, package) -> None:  # no
     assert finish(start(package, _IMPORTED_IN_A_CHILD + _IN_CHILD + how + "\nprint('right')")) == "right"
 
 
+def test_a_forked_child_computes_where_the_system_does_not_say_that_it_was_forked(package) -> None:  # noqa: F811
+    unknown = "import pathlib\ndef fail(self): raise FileNotFoundError(self)\npathlib.Path.read_bytes = fail\n"
+    code = unknown + _IMPORTED_IN_A_CHILD + _IN_CHILD + "in_child(work)\nprint('right')"
+    assert finish(start(package, code)) == "right"
+
+
 _TIMEOUT_IN_THE_FIRST_CALL = """
-import signal, torch, rmsnorm
-from rmsnorm import ops
+import functools, signal, torch, rmsnorm
 from numba.core.ccallback import CFunc
 class Timeout(Exception): pass
 class Handler:
     def __call__(self, *_): raise Timeout
 def raises(*_): raise Timeout
+@functools.wraps(print)
+def wrapper(*_): raise Timeout
 signal.signal(signal.SIGALRM, HANDLER)
 compiled = CFunc._compile_uncached
 def interrupted(self):
@@ -131,7 +139,12 @@ print(rmsnorm.explain(x))
 """
 
 
-@pytest.mark.parametrize("handler", ["raises", "Handler()", "Handler().__call__"])
+@pytest.mark.parametrize(
+    "handler", [
+        "raises", "Handler()", "Handler().__call__", "functools.partial(raises, 1)",
+        "functools.partial(functools.partial(Handler(), 1), 2)", "functools.lru_cache(raises)", "wrapper",
+    ],
+)  # fmt: skip
 def test_a_timeout_during_the_first_call_is_raised_and_not_remembered(handler, package, tmp_path) -> None:  # noqa: F811
     code = _TIMEOUT_IN_THE_FIRST_CALL.replace("HANDLER", handler)
     said = finish(start(package, code, NUMBA_CACHE_DIR=str(tmp_path), RMSNORM_CXX=""))
@@ -300,6 +313,9 @@ def test_a_cache_of_another_user_is_not_used(package, cache, tmp_path) -> None: 
     os.chown(leaf, _NOBODY, _NOBODY)
     assert not executed(package, cache)
     os.chown(leaf, 0, 0)
+    os.chown(cache, _NOBODY, _NOBODY)
+    assert not executed(package, cache)
+    os.chown(cache, 0, 0)
     assert executed(package, cache)
     for f in leaf.glob("*.nbc"):
         os.chown(f, _NOBODY, _NOBODY)
@@ -309,6 +325,18 @@ def test_a_cache_of_another_user_is_not_used(package, cache, tmp_path) -> None: 
         f.symlink_to(tmp_path / f.name)
     assert not executed(package, cache)
     assert executed(package, cache)
+
+
+def test_a_file_of_the_cache_serves_only_its_own_signature(package, cache, tmp_path) -> None:  # noqa: F811
+    folder = tmp_path / "cache"
+    shutil.copytree(cache, folder)
+    files = sorted(folder.rglob("*.nbc"))
+    contents = [f.read_bytes() for f in files]
+    assert len(set(contents)) >= 3
+    for f, content in zip(files, contents[1:] + contents[:1], strict=True):
+        f.write_bytes(content)
+    assert not executed(package, folder)
+    assert executed(package, folder)  # what was compiled has replaced them
 
 
 @pytest.mark.parametrize("name", ["rmsnorm.lock", "rmsnorm.compiling"])
@@ -324,7 +352,6 @@ def test_a_lock_that_is_held_does_not_keep_anyone_from_reading(name, package, ca
 def test_a_lock_that_is_held_delays_compiling_once(package, cache, tmp_path) -> None:  # noqa: F811
     """Others cannot open it, and whoever holds it is waited for once, whatever there is to compile."""
     import fcntl
-    import shutil
 
     folder = tmp_path / "cache"
     shutil.copytree(cache, folder)

@@ -433,8 +433,8 @@ def _whatever_ails_the_cache() -> Iterator[None]:
 class _Kept:
     """Numba's cache of a function, in the folder that Numba chooses, but each signature in a file of its own.
 
-    So reading takes no lock, and no file is of use for another signature, source or version; `build.sealed` sees to
-    the latter two. What is read is executed, hence the folder and the file must be the user's own.
+    So reading takes no lock. The seal of a file covers its signature, processor, source and versions: a file that was
+    renamed is not loaded. What is read is executed, hence the folder and the file must be the user's own.
     """
 
     _waits = True  # for other processes that compile, until one took too long
@@ -448,31 +448,31 @@ class _Kept:
             _check_own(self._folder)
         locator = self._cache._impl.locator
         versions = numba.__version__, llvmlite.__version__, sys.version
-        self._about = repr((versions, locator.get_source_stamp())).encode()
+        self._about = versions, locator.get_source_stamp()
 
-    def _path(self, signature: Any, context: Any) -> Path:
+    def _file(self, signature: Any, context: Any) -> tuple[Path, bytes]:
+        """Its path, and what its seal is about."""
         key = self._cache._index_key(signature, context.codegen())
-        return (
-            self._folder
-            / f"{self._cache._impl.filename_base}.{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.nbc"
-        )
+        digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+        return self._folder / f"{self._cache._impl.filename_base}.{digest}.nbc", repr((self._about, key)).encode()
 
     def load(self, signature: Any, context: Any) -> Any:
         """What was compiled; None if there is no file, or it is damaged or not the user's own."""
         with _whatever_ails_the_cache(), contextlib.ExitStack() as stack:
             context.refresh()
-            file = build.opened(self._path(signature, context))
+            path, about = self._file(signature, context)
+            file = build.opened(path)
             stack.callback(os.close, file)
             if not self._checks or build.distrust(os.fstat(file)) is None:
-                content = build.unsealed(build.content(file), self._about)
+                content = build.unsealed(build.content(file), about)
                 return None if content is None else self._cache._impl.rebuild(context, pickle.loads(content))
         return None
 
     def save(self, signature: Any, result: Any) -> None:
         with _whatever_ails_the_cache():
             content = dumps(self._cache._impl.reduce(result))
-            path = self._path(signature, cpu_target.target_context)
-            build.write(str(path), build.sealed(content, self._about), 0o644)
+            path, about = self._file(signature, cpu_target.target_context)
+            build.write(str(path), build.sealed(content, about), 0o644)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -490,7 +490,10 @@ class _Kept:
 def _check_own(folder: Path) -> None:
     """Raises PermissionError where anybody can put files into the folder, or another folder in its place."""
     own, around = folder.stat(), folder.parent.stat()
-    if own.st_uid not in (0, os.geteuid()) or own.st_mode & stat.S_IWOTH:
+    for path, found in ((folder, own), (folder.parent, around)):
+        if found.st_uid not in (0, os.geteuid()):
+            raise PermissionError(f"{path} is another user's")
+    if own.st_mode & stat.S_IWOTH:
         raise PermissionError(f"{folder} can be written by others")
     if around.st_mode & stat.S_IWOTH and not around.st_mode & stat.S_ISVTX:  # with it, as /tmp, others can only add
         raise PermissionError(f"{folder.parent} can be written by others")

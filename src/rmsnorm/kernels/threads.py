@@ -65,12 +65,12 @@ _FORKED_AND_NO_EXEC = 0x40  # PF_FORKNOEXEC of Linux: no program was executed si
 
 @functools.cache
 def _was_forked() -> bool:
-    """Whether this process has its memory from another one, which may have used a team before rmsnorm was imported."""
+    """Whether another process, which may have used a team, was forked into this one. True where that is unknown."""
     try:
         flags = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()[6]
-    except (OSError, IndexError):  # no Linux
-        return False
-    return bool(int(flags) & _FORKED_AND_NO_EXEC)
+        return bool(int(flags) & _FORKED_AND_NO_EXEC)
+    except (OSError, IndexError, ValueError):  # no Linux, or /proc is not mounted
+        return True
 
 
 def _helpers(wanted: int) -> tuple[_Jobs, int]:
