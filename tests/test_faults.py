@@ -26,14 +26,13 @@ def call(x):
     return (y[0], *torch.ops.rmsnorm.backward.default(dy, None, x, w, y[2], "early", 0.0, True, True))
 expected = call(x)
 def loop():
-    seen = calls = 0
+    seen = 0
     deadline = time.monotonic() + 60
-    while (seen < 60 or calls < 60) and time.monotonic() < deadline:
+    while seen < 60 and time.monotonic() < deadline:
         try:
             signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 6e-3), 1e-3)
             try:
                 got = call(torch.clone(x))
-                calls += 1
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
         except Timeout:
