@@ -717,7 +717,8 @@ def swapped(found):
         open({str(target)!r}, "wb").write(b"another one")
     return distrust(found)
 build.distrust = swapped
-rmsnorm.rms_norm(torch.randn(2, 8))
+for _ in range(2):  # the first loads the C++, the second plans
+    rmsnorm.rms_norm(torch.randn(2, 8))
 print(rmsnorm.explain(torch.randn(2, 8)))
 """
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "out"), "RMSNORM_CXX": "false"}
