@@ -13,7 +13,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rmsnorm import add_rms_norm, reference, rms_norm
-from tolerance import CENTRED, DX, FOLDED, FP64, IDEMPOTENT, LAYER_NORM, SCALED, TANGENT, XH, assert_same_bits
+from tolerance import (
+    CENTRED,
+    DX,
+    FOLDED,
+    FP32_GRADIENT_NARROW,
+    FP64,
+    GRADIENT_ELEMENTS,
+    IDEMPOTENT,
+    LAYER_NORM,
+    SCALED,
+    TANGENT,
+    XH,
+    assert_same_bits,
+)  # fmt: skip
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SPECS = (("early", 0.0), ("late", 0.0), ("late", 1.0))
@@ -276,3 +289,28 @@ def test_backward_from_y_is_the_closed_form(randn) -> None:
     _, _, r = exactly(x.detach(), 1e-6)
     xh, g = y.detach() / w, dy * w
     torch.testing.assert_close(r * (g - xh * (g * xh).mean(-1, keepdim=True)), dx, rtol=FP64, atol=FP64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("N", [1, 2, 5, 15])
+@pytest.mark.parametrize("eps", [1e-6, 0.5])
+def test_gradients_of_narrow_rows_are_within_ulps_of_what_cancels(dtype: torch.dtype, N: int, eps: float) -> None:
+    """Below 16 columns dx is a difference that cancels, in one column wholly: the bound is on what is subtracted."""
+    generator = torch.Generator().manual_seed(N)
+    x = torch.randn(GRADIENT_ELEMENTS // N, N, generator=generator).to(dtype).requires_grad_()
+    w = torch.randn(N, generator=generator).to(dtype).requires_grad_()
+    y = rms_norm(x, w, eps)
+    dy = torch.randn(y.shape, generator=generator).to(dtype)
+    dx, dw = torch.autograd.grad(y, [x, w], dy)
+    wide, scale = x.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+    right, right_w = torch.autograd.grad(reference.truth(wide, scale, eps, 0.0), [wide, scale], dy.double())
+    rstd = (wide.detach().square().mean(-1, keepdim=True) + eps).rsqrt()
+    rounding = torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 0.0
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    subtracted = (rstd * dy.double() * scale.detach()).norm()
+    bound = FP32_GRADIENT_NARROW * subtracted + rounding * right.norm() + tiny * right.numel() ** 0.5
+    assert (dx.double() - right).norm() <= bound
+    sums = (dy.double() * wide.detach() * rstd).abs().sum(0)
+    assert (
+        (dw.double() - right_w).abs() <= (FP32_GRADIENT_NARROW + 2 * rounding) * sums + rounding * right_w.abs()
+    ).all()

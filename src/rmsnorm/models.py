@@ -114,6 +114,8 @@ class Report:
         lines = [self._head()]
         for group in self.groups:
             lines += [f"  {line(group)}", *(f"    {v.name}{v._figures([v]).replace('; ', ': ', 1)}" for v in group)]
+        if self.proven:
+            lines.append("  the backward pass keeps the input itself: write x = x + f(norm(x)), not x += f(norm(x))")
         return "\n".join(lines)
 
     def _head(self) -> str:
