@@ -932,7 +932,7 @@ def test_warmup_tries_again_what_has_failed(cpp, tmp_path) -> None:
 
 def test_explain_says_who_calls(made, randn) -> None:
     x, w = randn(2, 8), randn(8)
-    assert "called from Python, as the first call of a kind is" in explain(x, w)
+    assert "called from Python, as each new kind of call is" in explain(x, w)
     rms_norm(x, w)
     assert explain(x, w) == "cpu, float32: cpu kernel (Numba) (called from C++)"
     assert "called from" not in explain(x.double(), w)

@@ -130,7 +130,7 @@ def caller(*arguments: Any) -> str:
     if _State.module is None or _State.module.replays(*arguments):
         return described()
     several = "every one that takes several CPU threads or converts an argument"
-    return f"called from Python, as the first call of a kind is, and {several}"
+    return f"called from Python, as each new kind of call is, and {several}"
 
 
 def learns() -> bool:
