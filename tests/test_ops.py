@@ -959,7 +959,7 @@ def test_warmup_leaves_nothing_to_compile(randn, monkeypatch) -> None:
     def fail(*args: Any) -> None:
         raise AssertionError(f"compiled after warmup: {args}")
 
-    monkeypatch.setattr(cpu, "_cached", fail)
+    monkeypatch.setattr(cpu, "_code", fail)
     for dtype, cast in itertools.product(FLOATS, ("early", "late")):
         for w_dtype in (dtype, torch.float32):
             x, w = randn(3, 50, dtype=dtype).requires_grad_(), randn(50, dtype=w_dtype).requires_grad_()
