@@ -379,9 +379,6 @@ def test_batched_cotangents_and_hooks(learned, randn) -> None:
         y = rms_norm(x, w)  # its rstd comes back with gaps
     for a, b in zip(torch.autograd.grad(y, [x, w], learned["dy"]), learned["one"][1:], strict=True):
         assert_same_bits(a, b, "gaps")
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.double(), lambda t: t):
-        y = rms_norm(x, w)  # all comes back in fp64, rstd too
-    assert torch.autograd.grad(y, w, learned["dy"])[0].isfinite().all()
     y = torch.utils.checkpoint.checkpoint(rms_norm, x, w, use_reentrant=False)
     for a, b in zip(torch.autograd.grad(y, [x, w], learned["dy"]), learned["one"][1:], strict=True):
         assert_same_bits(a, b, "checkpoint")

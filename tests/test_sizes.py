@@ -124,6 +124,21 @@ CHANGES: dict[str, tuple[bool, Change, str]] = {
         lambda run: set_data(run.w, torch.ones(N - 1)),
         "[add_rms_norm] weight has shape (63,), expected (64,), the last dimension of x",
     ),
+    "the weight's dtype": (
+        False,
+        lambda run: set_data(run.w, run.w.double()),
+        "[rms_norm] weight has dtype torch.float64, expected float32",
+    ),
+    "x's dtype": (
+        False,
+        lambda run: set_data(run.x, run.x.detach().bfloat16()),
+        "[rms_norm] x has dtype torch.bfloat16, expected float32",
+    ),
+    "x is narrowed, and the weight": (
+        False,
+        lambda run: (set_data(run.x, torch.ones(M, 8)), set_data(run.w, torch.ones(8))),
+        "[rms_norm] x has shape (4, 8), expected (4, 64), the shape of dy",
+    ),
     "the weight is freed": (
         False,
         lambda run: resize(run.w, 0),
@@ -171,8 +186,24 @@ CHANGES: dict[str, tuple[bool, Change, str]] = {
 def test_the_backward_pass_names_what_has_changed_since_the_forward_pass(node, randn, adds, change, words) -> None:
     run = Run(node, randn, adds)
     change(run)
-    with pytest.raises(ValueError, match=re.escape(words) + r" \(in the backward pass: "):
+    with pytest.raises((TypeError, ValueError), match=re.escape(words) + r" \(in the backward pass: "):
         run.backward()
+
+
+def test_a_dtype_that_changed_to_that_of_another_planned_kind_is_named(node, randn) -> None:
+    """C++ has a plan for the backward pass of either kind, and must not take the one for the other's."""
+    x, dy = randn(M, N, dtype=torch.bfloat16).requires_grad_(), randn(M, N, dtype=torch.bfloat16)
+    narrow, wide = (randn(N, dtype=dtype).requires_grad_() for dtype in (torch.bfloat16, torch.float32))
+    for w in 3 * [wide] + 2 * [narrow]:
+        torch.autograd.grad(rms_norm(x, w, EPS, cast="late"), x, dy)
+    y = rms_norm(x, narrow, EPS, cast="late")
+    set_data(narrow, narrow.float())
+    with pytest.raises(TypeError, match=re.escape("[rms_norm] weight has dtype torch.float32, expected bfloat16")):
+        torch.autograd.grad(y, x, dy)
+    y = rms_norm(x, wide, EPS, cast="late")
+    set_data(wide, wide.bfloat16())
+    with pytest.raises(TypeError, match=re.escape("[rms_norm] weight has dtype torch.bfloat16, expected float32")):
+        torch.autograd.grad(y, x, dy)
 
 
 def test_strided_rows_that_reach_past_their_storage_are_named(node, randn) -> None:
@@ -229,11 +260,16 @@ UNPACKED = {
     "shorter": (lambda t: t[:-1].clone(), ValueError, "has shape "),
     "of another rank": (lambda t: t[None].clone(), ValueError, "has shape "),
     "complex": (lambda t: t.to(torch.complex64), TypeError, "has dtype torch.complex64, expected float32"),
+    "of more bits": (lambda t: t.double(), TypeError, "has dtype torch.float64, expected float32"),
+    "of fewer bits": (lambda t: t.half(), TypeError, "has dtype torch.float16, expected float32"),
+    "nested": (lambda t: torch.nested.nested_tensor([t]), TypeError, "is a nested tensor, expected a dense tensor"),
+    "on meta": (lambda t: t.to("meta"), ValueError, "is on meta, expected cpu"),
     "sparse": (lambda t: t.to_sparse(), TypeError, "has layout torch.sparse_coo, expected a dense tensor"),
     "freed": (freed, ValueError, "has a storage of 0 bytes"),
 }
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("which", ["x", "weight", "rstd"])
 @pytest.mark.parametrize(("unpacked", "error", "words"), UNPACKED.values(), ids=UNPACKED.keys())
 def test_what_a_hook_unpacks_is_checked(node, randn, which, unpacked, error, words) -> None:
@@ -413,6 +449,21 @@ def test_the_forward_operator_checks_what_is_trained(randn, case) -> None:
         torch.ops.rmsnorm.forward(**given)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_a_nested_tensor_is_refused(randn) -> None:
+    nested = torch.nested.nested_tensor([randn(M, N), randn(2, N)])
+    with pytest.raises(TypeError, match=re.escape("[rms_norm] x is a nested tensor, expected a dense tensor")):
+        rms_norm(nested, randn(N))
+    with pytest.raises((TypeError, NotImplementedError)):
+        torch.ops.rmsnorm.forward(nested, None, randn(N), EPS, "early", 0.0, True)
+
+
+def test_samples_are_not_taken_for_columns(randn) -> None:
+    """A sample without a dimension has no columns, though all samples together look like a row."""
+    with pytest.raises(ValueError, match=re.escape("[rms_norm] x has shape (), expected (..., N)")):
+        torch.vmap(lambda x: torch.ops.rmsnorm.forward(x, None, None, EPS, "early", 0.0, True)[0])(randn(N))
+
+
 # --- traced, exported, compiled ------------------------------------------------------------------------------
 
 SHORT = "[rms_norm] weight has shape (63,), expected (64,), the last dimension of x"
@@ -447,10 +498,7 @@ def test_an_exported_norm_refuses_a_short_weight_that_is_an_input(randn) -> None
 
 @pytest.mark.parametrize(
     "trains",
-    [
-        False,
-        True,
-    ],
+    [False, True],
 )
 def test_an_exported_layer_refuses_a_short_weight_in_its_state(randn, trains) -> None:
     x, layer = randn(M, N), RMSNorm(N, EPS)
@@ -496,6 +544,34 @@ def test_rows_that_only_a_run_knows_compile(fresh_dynamo, randn, backend) -> Non
     x, r = unbacked(randn(5, N), 0), unbacked(randn(6, N), 0)
     with pytest.raises((AssertionError, RuntimeError)):  # by torch's compiler, or by the program that it made
         compiled(x, r, w, EPS)
+
+
+def test_an_eps_that_only_a_run_knows_compiles(fresh_dynamo, randn) -> None:
+    x, w = randn(M, N), randn(N)
+    compiled = torch.compile(lambda eps: rms_norm(x, w, eps), fullgraph=True, backend="aot_eager")
+    for eps in (1e-6, 1e-3, 0.1):
+        assert_same_bits(compiled(eps), rms_norm(x, w, eps))
+
+
+class SumOfInputs(nn.Module):
+    def forward(self, x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(x, r, w, EPS)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_norm_of_any_size_refuses_those_that_differ(randn, strict) -> None:
+    any_size, columns = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}, {0: torch.export.Dim.DYNAMIC}
+    shapes = (any_size, any_size, columns)
+    given = (randn(5, N), randn(5, N), randn(N))
+    program = torch.export.export(SumOfInputs(), given, dynamic_shapes=shapes, strict=strict)
+    x, r, w = randn(7, 33), randn(7, 33), randn(33)
+    for a, b in zip(program.module()(x, r, w), add_rms_norm(x, r, w, EPS), strict=True):
+        assert_same_bits(a, b)
+    for wrong in ((x, r[1:], w), (x, r, w[1:]), (x, r[:, 1:], w)):
+        with pytest.raises((AssertionError, RuntimeError)):  # torch's own check
+            program.module()(*wrong)
+        with pytest.raises(ValueError, match=r"\[add_rms_norm\] \w+ has shape"):
+            program.graph_module(*wrong)
 
 
 def test_a_width_that_only_a_run_knows_compiles(fresh_dynamo, randn) -> None:
@@ -584,6 +660,15 @@ def test_explain_asks_for_the_very_call(cpp, randn) -> None:
     assert FROM_CPP in explain(x, w.clone().requires_grad_())
 
 
+def test_explain_knows_where_the_memory_lies(cpp, randn) -> None:
+    """A plan for pairs of numbers serves none at an odd place, though shape and strides are the same."""
+    store, w = randn(M * N + 1, dtype=torch.bfloat16), randn(N, dtype=torch.bfloat16)
+    even, odd = store[:-1].view(M, N), store[1:].view(M, N)
+    rms_norm(even, w)
+    assert FROM_CPP in explain(even, w)
+    assert FROM_PYTHON in explain(odd, w)
+
+
 # --- a batch of nothing --------------------------------------------------------------------------------------
 
 
@@ -593,6 +678,15 @@ def test_vmap_takes_no_samples(randn, batched) -> None:
     assert torch.vmap(rms_norm, batched)(x, w).shape == (0, M, N)
     y, s = torch.vmap(add_rms_norm, (batched[0], batched[0], batched[1]))(x, x, w) if batched[0] == 0 else (None, None)
     assert y is None or y.shape == s.shape == (0, M, N)
+
+
+def test_gradients_of_no_single_rows_have_their_shapes(randn) -> None:
+    """Their rstd has the shape (0,), as an output that was not asked for."""
+    x, w = randn(0, N), randn(N)
+    dx, dw = torch.vmap(torch.func.grad(lambda x, w: rms_norm(x, w).sum(), (0, 1)), (0, None))(x, w)
+    assert dx.shape == dw.shape == (0, N)
+    y, tangent = torch.vmap(lambda x: torch.func.jvp(lambda x: rms_norm(x, w), (x,), (x,)))(x)
+    assert y.shape == tangent.shape == (0, N)
 
 
 def test_vmap_takes_no_samples_of_a_residual_alone(randn) -> None:

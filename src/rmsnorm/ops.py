@@ -26,7 +26,7 @@ from torch.nn import Parameter
 from rmsnorm import kernels, reference
 from rmsnorm.errors import complaint
 from rmsnorm.kernels import host
-from rmsnorm.spec import DTYPES, Cast, check_gradients, check_memory, check_spec, check_tensors
+from rmsnorm.spec import DTYPES, Cast, check_gradients, check_memory, check_saved, check_spec, check_tensors
 
 
 def rms_norm(
@@ -103,8 +103,8 @@ def explain(
         kernel, reason = (kernel, reason) if failure is None else (reference, failure)
     name = getattr(kernel, "NAME", "the reference, in plain torch")
     if kernel is not reference and _plain(x, residual, weight):
-        host.look(_in_python)
-        reason = host.caller(x, residual, weight, float(eps), cast, float(offset))
+        host.look(_for_host)
+        reason = host.caller(x, residual, weight, eps, cast, offset)
     lines = [f"{x.device.type}, {str(x.dtype).removeprefix('torch.')}: {name}" + (f" ({reason})" if reason else "")]
     copied = [
         label
@@ -147,7 +147,7 @@ def warmup(
 def wait_for_host() -> None:
     """Until it is compiled and loaded, if it can be: `explain` says what came of it."""
     with contextlib.suppress(host.Unusable):
-        host.load(_in_python)
+        host.load(_for_host)
 
 
 # --- who computes --------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def _norm(
         return torch.ops.rmsnorm.forward.default(x, residual, w, eps, cast, offset, with_rstd)  # type: ignore[no-any-return]
     plain = _plain(x, residual, w)
     if plain:
-        host.look(_in_python)
+        host.look(_for_host)
     if forward_ad._current_level >= 0 or (not plain and torch._C._are_functorch_transforms_active()):
         return _TransformedNorm.apply(x, residual, w, eps, cast, offset)  # type: ignore[no-any-return, no-untyped-call]
     if torch.is_grad_enabled() and (
@@ -310,6 +310,7 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, residual and w; dy or ds is None where nothing depends on that output."""
     rows, w, rstd = _saved(ctx)
+    check_saved("rms_norm", rows, w, *ctx.saved_dtypes)
     needs = ctx.needs_input_grad
     need_x, need_residual, need_dw = needs[:3]
     if dy is None:
@@ -330,10 +331,12 @@ class _Norm(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor, Tensor]:
         eps, cast, offset, plain = how
         y, s, rstd = _forward(x, residual, w, eps, cast, offset, True, plain)
-        ctx.save_for_backward(x if s is None else s, w, rstd)
+        rows = x if s is None else s
+        ctx.save_for_backward(rows, w, rstd)
         ctx.set_materialize_grads(False)
         ctx.cast, ctx.offset = cast, offset
         ctx.dtypes = (x.dtype, None if residual is None else residual.dtype)
+        ctx.saved_dtypes = (rows.dtype, None if w is None else w.dtype)
         return y if s is None else (y, s)
 
     @staticmethod
@@ -341,8 +344,15 @@ class _Norm(torch.autograd.Function):
         return *_gradients(ctx, dy, ds, _in_python), None
 
 
+def _for_host(*args: Any) -> tuple[Tensor | None, Tensor | None]:
+    """As `_in_python`, for the host's node where it cannot take the gradients; the saved dtypes come last."""
+    *given, rows_dtype, w_dtype = args
+    check_saved("rms_norm", given[2], given[3], rows_dtype, w_dtype)
+    return _in_python(*given)
+
+
 def _in_python(*args: Any) -> tuple[Tensor | None, Tensor | None]:
-    """As `_backward`, for a node of autograd: this file's, or the host's, where it cannot take the gradients itself."""
+    """As `_backward`, for a node of autograd."""
     # Grad mode here means create_graph: then the gradient must stay tied to its inputs, to raise if it is used.
     tied = torch.is_grad_enabled() or forward_ad._current_level >= 0
     return (_Backward.apply if tied else _backward)(*args)
@@ -369,11 +379,13 @@ class _TransformedNorm(torch.autograd.Function):
         x, residual, w, _, ctx.cast, ctx.offset = inputs
         rstd = output[-1]
         ctx.mark_non_differentiable(rstd)
-        saved = (x if residual is None else output[1], w, rstd)
+        rows = x if residual is None else output[1]
+        saved = (rows, w, rstd)
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
         ctx.set_materialize_grads(False)
         ctx.dtypes = (x.dtype, None if residual is None else residual.dtype)
+        ctx.saved_dtypes = (rows.dtype, None if w is None else w.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -499,12 +511,16 @@ def _vmap_rule(op: Any, tensors: int) -> Any:
         batched = [d is not None for d in in_dims[:tensors]]
         rows_only = op is torch.ops.rmsnorm.forward.default and not batched[2]
         if rows_only:
+            if batched[0] and front[0].dim() == 1:  # the operator would take the samples for the columns of a row
+                expected = "(..., N) with N of at least 1"
+                raise ValueError(complaint(_caller(front[1]), "x", "has shape ()", expected))
             rows = [
                 a if a is None or is_batched else a.expand(info.batch_size, *a.shape)
                 for a, is_batched in zip(front[:2], batched[:2], strict=True)
             ]
             outputs = op(*rows, front[2], *args[tensors:])
-            return outputs, tuple(None if o.dim() == 1 and o.numel() == 0 else 0 for o in outputs)
+            with_s, with_rstd = front[1] is not None, args[-1]
+            return outputs, (0, 0 if with_s else None, 0 if with_rstd else None)
         if info.batch_size == 0:  # the shapes, of one sample that is made up
             one = [a.new_ones(a.shape[1:]) if is_batched else a for a, is_batched in zip(front, batched, strict=True)]
             outputs = op(*one, *args[tensors:])

@@ -92,14 +92,26 @@ def check_gradients(
         _check_weight(where, weight, x, symbolic)
         if weight is None and (need_dw or offset != 0.0):
             raise ValueError(complaint(where, "weight", "is None", "a weight, for its gradient or for an offset"))
-        if not (_is_dense(rstd) and rstd.dtype in DTYPES):
+        if not _is_dense(rstd):
             _refuse(where, "rstd", rstd)
+        if rstd.dtype is not torch.float32:
+            raise TypeError(complaint(where, "rstd", f"has dtype {rstd.dtype}", "float32"))
         if not _same_sizes(rstd.shape, x.shape[:-1], symbolic):
             expected = f"{tuple(x.shape[:-1])}, a number for each row of x"
             raise ValueError(complaint(where, "rstd", f"has shape {tuple(rstd.shape)}", expected))
         _check_device(where, "rstd", rstd, x)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error} {_IN_BACKWARD}") from None
+
+
+def check_saved(
+    where: str, x: torch.Tensor, weight: torch.Tensor | None, x_dtype: torch.dtype, weight_dtype: torch.dtype | None
+) -> None:
+    """Raise `TypeError`, naming the argument, unless x and the weight have the dtypes that they were saved with."""
+    for name, t, dtype in (("x", x, x_dtype), ("weight", weight, weight_dtype)):
+        if t is not None and t.dtype is not dtype:
+            words = complaint(where, name, f"has dtype {t.dtype}", str(dtype).removeprefix("torch."))
+            raise TypeError(f"{words} {_IN_BACKWARD}")
 
 
 _IN_BACKWARD = "(in the backward pass: what was saved for it must be as it was in the forward pass)"

@@ -14,6 +14,7 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/Dtype.h>
+#include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -129,18 +130,28 @@ struct Plan {
   Word aligned; // bits that no address may have
   std::shared_ptr<PyObject> keeps; // the compiled code, and what its arguments point to
 
-  // Appends the fresh tensors. False if nothing could be launched, or not all of it: then Python says why.
+  // What the key cannot tell: whether these inputs are in memory, aligned, and on the current device. If they are not,
+  // Python makes the call, or says what is wrong.
+  bool fits(const Tensors& inputs, const Tensor& rows) const {
+    Word bits = 0;
+    for (const auto& t : inputs) {
+      if (!in_memory(t)) {
+        return false;
+      }
+      bits |= t.defined() ? reinterpret_cast<Word>(t.const_data_ptr()) : 0;
+    }
+    return (bits & aligned) == 0 &&
+        (!rows.is_cuda() || c10::impl::getDeviceGuardImpl(c10::DeviceType::CUDA)->getDevice() == rows.device());
+  }
+
+  // Appends the fresh tensors to the inputs. False if nothing could be launched, or not all of it.
   bool run(Tensors& tensors, const Tensor& rows) const {
-    if (!std::all_of(tensors.begin(), tensors.end(), in_memory)) {
+    if (!fits(tensors, rows)) {
       return false;
     }
     void* stream = nullptr;
     if (rows.is_cuda()) {
-      const auto* gpu = c10::impl::getDeviceGuardImpl(c10::DeviceType::CUDA);
-      if (gpu->getDevice() != rows.device()) {
-        return false;
-      }
-      stream = gpu->getStream(rows.device()).native_handle();
+      stream = c10::impl::getDeviceGuardImpl(c10::DeviceType::CUDA)->getStream(rows.device()).native_handle();
     }
     for (const auto& one : fresh) {
       tensors.push_back(one ? one->of(rows) : Tensor());
@@ -265,6 +276,10 @@ bool plain(const Tensors& tensors) {
 
 PyObject* slow_backward = nullptr; // ops.py's, for what is not planned
 
+struct Dtypes {
+  at::ScalarType rows, w; // as they were saved; w: anything without a weight
+};
+
 PyObject* wrap(const Tensor& t) {
   return t.defined() ? THPVariable_Wrap(t) : Py_NewRef(Py_None);
 }
@@ -273,9 +288,10 @@ Tensor unwrap(py::handle object) {
   return object.is_none() ? Tensor() : THPVariable_Unpack(object.ptr());
 }
 
-std::pair<Tensor, Tensor> in_python(const Tensors& inputs, Spec spec, bool need_dx, bool need_dw) {
+std::pair<Tensor, Tensor> in_python(
+    const Tensors& inputs, Spec spec, bool need_dx, bool need_dw, const Dtypes& saved) {
   const py::gil_scoped_acquire gil;
-  py::tuple arguments(9);
+  py::tuple arguments(11);
   for (size_t i = 0; i < inputs.size(); i++) {
     arguments[i] = py::reinterpret_steal<py::object>(wrap(inputs[i]));
   }
@@ -283,6 +299,8 @@ std::pair<Tensor, Tensor> in_python(const Tensors& inputs, Spec spec, bool need_
   arguments[6] = py::float_(spec.offset ? 1.0 : 0.0);
   arguments[7] = py::bool_(need_dx);
   arguments[8] = py::bool_(need_dw);
+  arguments[9] = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(torch::getTHPDtype(saved.rows)));
+  arguments[10] = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(torch::getTHPDtype(saved.w)));
   const auto found = py::reinterpret_steal<py::object>(PyObject_CallObject(slow_backward, arguments.ptr()));
   if (!found) {
     python_error error;
@@ -294,13 +312,15 @@ std::pair<Tensor, Tensor> in_python(const Tensors& inputs, Spec spec, bool need_
 }
 
 // dx and dw; inputs: dy, ds, rows, w, rstd.
-std::pair<Tensor, Tensor> gradients(const Tensors& inputs, Spec spec, bool need_dx, bool need_dw) {
+std::pair<Tensor, Tensor> gradients(
+    const Tensors& inputs, Spec spec, bool need_dx, bool need_dw, const Dtypes& saved) {
   missed = false;
-  const auto &rows = inputs[2], &rstd = inputs[4];
+  const auto &rows = inputs[2], &w = inputs[3], &rstd = inputs[4];
   // In grad mode the gradient must stay tied to its inputs, to raise if it is differentiated.
   const bool ours = !at::GradMode::is_enabled() && plain(inputs) && rstd.is_contiguous() &&
       rstd.scalar_type() == at::kFloat && rstd.device() == rows.device() &&
-      rows.dim() > 0 && rstd.sizes() == rows.sizes().slice(0, rows.dim() - 1);
+      rows.dim() > 0 && rstd.sizes() == rows.sizes().slice(0, rows.dim() - 1) && rows.scalar_type() == saved.rows &&
+      (!w.defined() || w.scalar_type() == saved.w);
   if (ours) {
     const auto plan = planned(backward_key(inputs, spec, need_dx, need_dw));
     Tensors tensors(inputs);
@@ -308,7 +328,7 @@ std::pair<Tensor, Tensor> gradients(const Tensors& inputs, Spec spec, bool need_
       return {tensors[5], tensors[6]};
     }
   }
-  return in_python(inputs, spec, need_dx, need_dw);
+  return in_python(inputs, spec, need_dx, need_dw, saved);
 }
 
 } // namespace
@@ -337,11 +357,12 @@ struct Norm : torch::autograd::Function<Norm> {
       AutogradContext* ctx, const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& w,
       const Tensors* tensors, Spec spec) {
     const auto &y = (*tensors)[3], &s = (*tensors)[4], &rstd = (*tensors)[5];
-    ctx->save_for_backward({residual ? s : x, w ? *w : Tensor(), rstd});
+    const auto& rows = residual ? s : x;
+    ctx->save_for_backward({rows, w ? *w : Tensor(), rstd});
     ctx->set_materialize_grads(false);
     const auto dtype = [](const Tensor& t) { return static_cast<int64_t>(t.scalar_type()); };
-    ctx->saved_data["how"] = spec.early | spec.offset << 1 | dtype(x) << 8 | dtype(residual ? *residual : x) << 16 |
-        static_cast<int64_t>(residual.has_value()) << 24;
+    ctx->saved_data["how"] = spec.early | spec.offset << 1 | static_cast<int64_t>(residual.has_value()) << 2 |
+        dtype(x) << 8 | dtype(residual ? *residual : x) << 16 | dtype(rows) << 24 | dtype(w ? *w : rows) << 32;
     return residual ? variable_list{y, s} : variable_list{y};
   }
 
@@ -349,22 +370,21 @@ struct Norm : torch::autograd::Function<Norm> {
     const auto saved = saved_variables(ctx);
     const auto how = ctx->saved_data["how"].toInt();
     const Spec spec{(how & 1) != 0, (how & 2) != 0};
-    const bool adds = how >> 24 != 0;
+    const bool adds = (how & 4) != 0;
+    const auto dtype = [how](int bit) { return static_cast<at::ScalarType>(how >> bit & 0xFF); };
     const bool need_x = ctx->needs_input_grad(0), need_residual = adds && ctx->needs_input_grad(1);
     const bool need_dw = saved[1].defined() && ctx->needs_input_grad(adds ? 2 : 1);
     const auto ds = adds ? given[1] : Tensor();
     Tensor d_rows, dw;
     if (given[0].defined()) {
-      std::tie(d_rows, dw) =
-          gradients({given[0], ds, saved[0], saved[1], saved[2]}, spec, need_x || need_residual, need_dw);
+      std::tie(d_rows, dw) = gradients(
+          {given[0], ds, saved[0], saved[1], saved[2]}, spec, need_x || need_residual, need_dw, {dtype(24), dtype(32)});
     } else {
       d_rows = ds;
     }
-    const auto as = [&](int64_t dtype) {
-      return d_rows.defined() ? d_rows.to(static_cast<at::ScalarType>(dtype & 0xFF)) : d_rows;
-    };
+    const auto as = [&](at::ScalarType dtype) { return d_rows.defined() ? d_rows.to(dtype) : d_rows; };
     return {
-        need_x ? as(how >> 8) : Tensor(), need_residual ? as(how >> 16) : Tensor(), need_dw ? dw : Tensor(), Tensor(),
+        need_x ? as(dtype(8)) : Tensor(), need_residual ? as(dtype(16)) : Tensor(), need_dw ? dw : Tensor(), Tensor(),
         Tensor()};
   }
 };
@@ -438,7 +458,7 @@ PyObject* replays(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   const auto call = call_of(given, count);
   missed = false;
-  return PyBool_FromLong(call.plan != nullptr);
+  return PyBool_FromLong(call.plan != nullptr && call.plan->fits(call.tensors, call.tensors[0]));
   END_HANDLE_TH_ERRORS
 }
 

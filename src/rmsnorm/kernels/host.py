@@ -129,8 +129,8 @@ def caller(*arguments: Any) -> str:
     """Who would make this very call of `norm`, and why."""
     if _State.module is None or _State.module.replays(*arguments):
         return described()
-    several = "every one that takes several CPU threads or converts an argument"
-    return f"called from Python, as each new kind of call is, and {several}"
+    others = "every one that takes several CPU threads, converts an argument or is aligned otherwise"
+    return f"called from Python, as each new kind of call is, and {others}"
 
 
 def learns() -> bool:
