@@ -17,9 +17,10 @@ _WRITES = {"STORE_ATTR": "the attribute", "DELETE_ATTR": "the attribute", "STORE
            "DELETE_GLOBAL": "the global variable", "STORE_SUBSCR": "an item of a container",
            "DELETE_SUBSCR": "an item of a container"}  # fmt: skip
 _LOADS_ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
+_LOADS_FREE = ("LOAD_DEREF", "LOAD_CLASSDEREF")
 _BETWEEN = ("PUSH_NULL", "CACHE", "PRECALL", "EXTENDED_ARG")
 # Python's own functions and types that change nothing and look at nothing but their arguments.
-HARMLESS = frozenset(
+_HARMLESS = frozenset(
     getattr(builtins, name)
     for name in ("abs", "all", "any", "bool", "callable", "float", "getattr", "hasattr", "int", "isinstance", "len",
                  "max", "min", "pow", "round", "sum", "super", "tuple")
@@ -43,48 +44,44 @@ def refused(frame: FrameType, cls: type, attributes: Collection[str], stand_in: 
     code, where = frame.f_code, f"(in {frame.f_code.co_name})"
     steps = [step for step in dis.get_instructions(code) if step.opname not in _BETWEEN]
     known = _ATTRIBUTES | set(attributes) | {name for name in dir(cls) if not name.startswith("__")}
-    resolved: set[int] = set()  # attributes of what was loaded by name
+    end = 0  # of the attributes of what was loaded by name
     for i, step in enumerate(steps):
         name = str(step.argval)
         if step.opname in _WRITES:
-            return (
-                f"its forward writes {_WRITES[step.opname]}{' ' + name if isinstance(step.argval, str) else ''} {where}"
-            )
+            named = f" {name}" if isinstance(step.argval, str) else ""
+            return f"its forward writes {_WRITES[step.opname]}{named} {where}"
         if step.opname == "STORE_DEREF" and name in code.co_freevars:
             return f"its forward writes the variable {name} of the function around it {where}"
         if step.opname in ("IMPORT_NAME", "YIELD_VALUE", "GET_AWAITABLE"):
             return f"its forward imports a module, or is a generator or coroutine {where}"
-        if step.opname == "LOAD_GLOBAL" or (
-            step.opname in ("LOAD_DEREF", "LOAD_CLASSDEREF") and name in code.co_freevars
-        ):
-            value, path = _loaded(frame, name), [name]
-            if value is _MISSING:
-                continue
-            while i + len(path) < len(steps) and steps[i + len(path)].opname in _LOADS_ATTRIBUTE:
-                if not isinstance(value, (ModuleType, type)):
-                    break
-                attribute = str(steps[i + len(path)].argval)
-                value = getattr(value, attribute, _MISSING)
-                resolved.add(i + len(path))
-                path.append(attribute)
+        if step.opname in _LOADS_ATTRIBUTE and i >= end and name not in known:
+            if not _loads_module(frame, steps, i - 1, stand_in):  # which watches what is read of it
+                return f"its forward uses an attribute {name} {where}"
+        elif step.opname == "LOAD_GLOBAL" or (step.opname in _LOADS_FREE and name in code.co_freevars):
+            value, path = _resolved(frame, steps, i)
+            end = i + len(path)
             if value is getattr or value is hasattr:
-                named = i + 2 < len(steps) and steps[i + 2].opname == "LOAD_CONST"
-                if not (named and _loads_module(frame, steps, i + 1, stand_in)):
+                named_by = steps[i + 2].opname if i + 2 < len(steps) else ""
+                if named_by != "LOAD_CONST" or not _loads_module(frame, steps, i + 1, stand_in):
                     return f"its forward uses {name} of something that is not its module {where}"
-            elif not _allowed(value, path, cls):
+            elif not (value is _MISSING and len(path) == 1) and not _allowed(value, path, cls):
                 return f"its forward uses {'.'.join(path)}, a {type(value).__name__} {where}"
-        elif step.opname in _LOADS_ATTRIBUTE and i not in resolved and name not in known:
-            if _loads_module(frame, steps, i - 1, stand_in):
-                continue  # which watches what is read of it
-            return f"its forward uses an attribute {name} {where}"
     return None
 
 
-class _Missing:
-    pass
+_MISSING: Any = object()
 
 
-_MISSING = _Missing()
+def _resolved(frame: FrameType, steps: list[dis.Instruction], i: int) -> tuple[Any, list[str]]:
+    """What a variable holds, or an attribute of the module or class that it holds, and the path to it."""
+    path = [str(steps[i].argval)]
+    value = _loaded(frame, path[0])
+    for step in steps[i + 1 :]:
+        if step.opname not in _LOADS_ATTRIBUTE or not isinstance(value, (ModuleType, type)):
+            break
+        path.append(str(step.argval))
+        value = getattr(value, path[-1], _MISSING)
+    return value, path
 
 
 def _loaded(frame: FrameType, name: str) -> Any:
@@ -106,9 +103,9 @@ def _allowed(value: Any, path: list[str], cls: type) -> bool:
         return True  # judged when it is called
     if isinstance(value, type):
         ours = value in cls.__mro__ or value in _TORCH_CLASSES or issubclass(value, BaseException)
-        return ours or value in HARMLESS
+        return ours or value in _HARMLESS
     if isinstance(value, BuiltinFunctionType):
-        return value in HARMLESS or without_effect(value)
+        return without_effect(value)
     constant = isinstance(value, (torch.dtype, torch.device, int, float))
     return constant and path[0] in ("torch", "math") and len(path) > 1
 
@@ -116,9 +113,7 @@ def _allowed(value: Any, path: list[str], cls: type) -> bool:
 def without_effect(function: Any) -> bool:
     """Whether a function in C computes, or asks, and does nothing else. Operators are judged by what they dispatch."""
     owner = getattr(function, "__self__", None)
-    if function in HARMLESS or owner is math or owner is torch._C._nn:
-        return True
-    if isinstance(owner, torch.Tensor):
+    if function in _HARMLESS or owner is math or owner is torch._C._nn or isinstance(owner, torch.Tensor):
         return True
     if owner is None and function.__module__ == "torch" and hasattr(torch._C._VariableFunctions, function.__name__):
         return True  # torch.rsqrt and its like

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from rmsnorm import reference
 from rmsnorm.errors import complaint
-from rmsnorm.spec import check_gradients, check_memory, check_spec, check_tensors
+from rmsnorm.spec import caller, check_gradients, check_memory, check_spec, check_tensors
 
 # One placement for each dimension of the mesh.
 Layout = tuple[Placement, ...]
@@ -45,7 +45,7 @@ def explained(x: Any, residual: Any, w: Any) -> str | None:
 def _forward(
     x: Any, residual: Any, w: Any, eps: float, cast: str, offset: float, with_rstd: bool
 ) -> tuple[DTensor, DTensor, DTensor]:
-    where = "rms_norm" if residual is None else "add_rms_norm"
+    where = caller(residual)
     layout = _layout(where, x, residual, w)
     check_spec(where, 0.0 if isinstance(eps, torch.SymFloat) else eps, cast, offset)
     check_tensors(where, x, residual, w, offset, symbolic=True)

@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from rmsnorm import reference
-from rmsnorm.errors import complaint
+from rmsnorm.errors import complaint, one_line
 from rmsnorm.module import DeepseekV2RMSNorm, RMSNorm
 from rmsnorm.proof import Change, Proof, fingerprint, obstacle, prove
-from rmsnorm.replacement import become, changed, original, rebound, replacement, rule_of, weight_of, why_own
+from rmsnorm.replacement import become, changed, original, rebound, replacement, rule_of, served, why_own
 from rmsnorm.spec import Spec
 
 _ORDER = "the order that works: patch, then PEFT, then compile, FSDP, tensor parallel or accelerate"
@@ -182,7 +182,7 @@ def _judged(module: nn.Module, strict: bool, proofs: dict[Any, Proof]) -> Proof:
 
 def _in_words(error: Exception) -> str:
     try:
-        return f"the probe raised {type(error).__name__}: {' '.join(str(error).split())}"
+        return f"the probe raised {one_line(error)}"
     except Exception:  # noqa: BLE001
         return f"the probe raised {type(error).__name__}"
 
@@ -216,16 +216,10 @@ def unpatch(model: nn.Module) -> None:
 
 def exact(module: nn.Module, x: Tensor) -> Tensor | None:
     """What *exact* gives for a norm that `patch` replaced; None where its own forward runs."""
-    rule = rule_of(module)
-    assert rule is not None
     if why_own(module, x) is not None:
         return None
-    w = weight_of(module) if rule.weighted else None
-    eps = rule.number(getattr(module, rule.eps))
-    assert eps is not None
-    k = 1 if rule.shape is None else len(rule.shape)
-    w = None if w is None else w.flatten()
-    y = reference.forward(x.flatten(-k), None, w, eps, rule.cast, rule.offset, with_rstd=False)[0]
+    rows, w, spec = served(module, x)
+    y = reference.forward(rows, None, w, spec.eps, spec.cast, spec.offset, with_rstd=False)[0]
     return y.view(x.shape)
 
 

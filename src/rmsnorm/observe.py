@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import CodeType, FrameType, FunctionType
+from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any, NoReturn
 
 import torch
@@ -67,11 +67,22 @@ class Observation:
 # --- the stand-in --------------------------------------------------------------------------------------------
 
 
-class _StandIn:
-    """In front of the module's own class: what the forward reads of its module is noted or refused."""
+class InFront:
+    """Of what is put in front of a module's own class."""
 
     def __init_subclass__(cls) -> None:
         """Keeps the own class's hook, which may register what it is given, from running."""
+
+
+def put_in_front(front: type, cls: type[nn.Module], **body: object) -> type[nn.Module]:
+    """A subclass of both, by the name of the class. Raises what the class raises when it is subclassed."""
+    metaclass: Any = type(cls)
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return metaclass(cls.__name__, (front, cls), body | names)  # type: ignore[no-any-return]
+
+
+class _StandIn(InFront):
+    """In front of the module's own class: what the forward reads of its module is noted or refused."""
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
@@ -142,10 +153,7 @@ def _of_class(cls: type, name: str, value: object) -> bool:
 
 
 def stand_in_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """Raises what the class raises when it is subclassed."""
-    metaclass: Any = type(cls)
-    body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return metaclass(cls.__name__, (_StandIn, cls), body)  # type: ignore[no-any-return]
+    return put_in_front(_StandIn, cls)
 
 
 def stand_in(cls: type[nn.Module], module: nn.Module, weight: nn.Parameter | None, **attributes: object) -> nn.Module:
@@ -165,13 +173,14 @@ _USUAL = frozenset(vars(nn.Module()))
 # --- what it asks tensors --------------------------------------------------------------------------------------
 
 
+def _seen(size: Any, *_: object) -> NoReturn:
+    refuse(size.state, "its forward decides by the size of its input")
+
+
 class _Rows(int):
     """A size that differs from call to call, or a number made from one: it may only be given to torch."""
 
     state: Any
-
-    def _seen(self, *_: object) -> NoReturn:
-        refuse(self.state, "its forward decides by the size of its input")
 
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __hash__ = __str__ = __repr__ = __format__ = _seen
     __int__ = __float__ = __trunc__ = __floor__ = __ceil__ = __round__ = _seen
@@ -185,7 +194,7 @@ def _arithmetic(name: str) -> Callable[..., Any]:
 
     def method(self: _Rows, *others: Any) -> Any:
         if not all(isinstance(other, int) for other in others):
-            self._seen()
+            _seen(self)
         value = operation(int.__pos__(self), *(int.__pos__(other) for other in others))
         return _rows(value, self.state)
 
@@ -209,9 +218,6 @@ class _Shape(tuple):  # type: ignore[type-arg]
     """Sizes of which some are `_Rows`. torch.Size could be printed, and counted, past them."""
 
     state: Any
-
-    def _seen(self, *_: object) -> NoReturn:
-        refuse(self.state, "its forward decides by the size of its input")
 
     __str__ = __repr__ = __format__ = __hash__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _seen
     __contains__ = index = count = _seen
@@ -380,7 +386,7 @@ def _of_immutable(function: Any) -> bool:
 
 def _name_of(function: Any) -> str:
     owner = getattr(function, "__self__", None)
-    if owner is not None and not isinstance(owner, type(sys)):
+    if owner is not None and not isinstance(owner, ModuleType):
         return f"{type(owner).__name__}.{function.__name__}"
     module = getattr(function, "__module__", None) or getattr(owner, "__name__", "")
     return f"{module}.{function.__name__}".removeprefix("builtins.")

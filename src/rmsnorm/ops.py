@@ -26,7 +26,7 @@ from torch.nn import Parameter
 from rmsnorm import kernels, reference
 from rmsnorm.errors import complaint
 from rmsnorm.kernels import host
-from rmsnorm.spec import DTYPES, Cast, check_gradients, check_memory, check_saved, check_spec, check_tensors
+from rmsnorm.spec import DTYPES, Cast, caller, check_gradients, check_memory, check_saved, check_spec, check_tensors
 
 
 def rms_norm(
@@ -208,16 +208,11 @@ def _plain(*tensors: Tensor | None) -> bool:
     return True
 
 
-def _caller(residual: Tensor | None) -> str:
-    """Of the public function that is called."""
-    return "rms_norm" if residual is None else "add_rms_norm"
-
-
 def _check_backward(
     dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, offset: float, need_dw: bool
 ) -> None:
-    check_gradients(_caller(ds), dy, ds, x, w, rstd, offset, need_dw)
-    check_memory(_caller(ds), backward=True, dy=dy, ds=ds, x=x, weight=w, rstd=rstd)
+    check_gradients(caller(ds), dy, ds, x, w, rstd, offset, need_dw)
+    check_memory(caller(ds), backward=True, dy=dy, ds=ds, x=x, weight=w, rstd=rstd)
 
 
 def _learn_sharding() -> None:
@@ -231,7 +226,7 @@ def _forward(
     plain: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     if plain:
-        check_memory(_caller(residual), x=x, residual=residual, weight=w)
+        check_memory(caller(residual), x=x, residual=residual, weight=w)
         return _choose(x, residual, w)[0].forward(x, residual, w, eps, cast, offset, with_rstd)  # type: ignore[no-any-return]
     _learn_sharding()
     y, s, rstd = torch.ops.rmsnorm.forward.default(x, residual, w, eps, cast, offset, with_rstd)
@@ -450,7 +445,7 @@ _LIB.define(
 def _run_forward(
     x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float, with_rstd: bool
 ) -> tuple[Tensor, ...]:
-    where = _caller(residual)
+    where = caller(residual)
     check_spec(where, eps, cast, offset)
     check_tensors(where, x, residual, w, offset)
     check_memory(where, x=x, residual=residual, weight=w)
@@ -462,7 +457,7 @@ def _run_backward(
     dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, cast: str, offset: float, need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    check_spec(_caller(ds), 0.0, cast, offset)
+    check_spec(caller(ds), 0.0, cast, offset)
     _check_backward(dy, ds, x, w, rstd, offset, need_dw)
     dx, dw = _choose(x, None, w)[0].backward(dy, ds, x, w, rstd, cast, offset, need_dx, need_dw)
     return x.new_empty(0) if dx is None else dx, x.new_empty(0) if dw is None else dw
@@ -471,8 +466,8 @@ def _run_backward(
 def _fake_forward(
     x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float, with_rstd: bool
 ) -> tuple[Tensor, ...]:
-    check_spec(_caller(residual), eps, cast, offset)
-    check_tensors(_caller(residual), x, residual, w, offset, symbolic=True)
+    check_spec(caller(residual), eps, cast, offset)
+    check_tensors(caller(residual), x, residual, w, offset, symbolic=True)
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     y_dtype = torch.promote_types(dtype, w.dtype) if w is not None and cast == "early" else dtype
     return (
@@ -493,8 +488,8 @@ def _fake_backward(
     need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor, ...]:
-    check_spec(_caller(ds), 0.0, cast, offset)
-    check_gradients(_caller(ds), dy, ds, x, w, rstd, offset, need_dw, symbolic=True)
+    check_spec(caller(ds), 0.0, cast, offset)
+    check_gradients(caller(ds), dy, ds, x, w, rstd, offset, need_dw, symbolic=True)
     dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
     return dx, w.new_empty(w.shape) if need_dw and w is not None else x.new_empty(0)
 
@@ -513,7 +508,7 @@ def _vmap_rule(op: Any, tensors: int) -> Any:
         if rows_only:
             if batched[0] and front[0].dim() == 1:  # the operator would take the samples for the columns of a row
                 expected = "(..., N) with N of at least 1"
-                raise ValueError(complaint(_caller(front[1]), "x", "has shape ()", expected))
+                raise ValueError(complaint(caller(front[1]), "x", "has shape ()", expected))
             rows = [
                 a if a is None or is_batched else a.expand(info.batch_size, *a.shape)
                 for a, is_batched in zip(front[:2], batched[:2], strict=True)
@@ -546,11 +541,11 @@ def _autograd_forward(
     x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float, with_rstd: bool
 ) -> tuple[Tensor, ...]:
     _learn_sharding()
-    check_spec(_caller(residual), eps, cast, offset)
-    check_tensors(_caller(residual), x, residual, w, offset, symbolic=not _plain(x, residual, w))
     if not _differentiated(x, residual, w):
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.rmsnorm.forward.default(x, residual, w, eps, cast, offset, with_rstd)  # type: ignore[no-any-return]
+    check_spec(caller(residual), eps, cast, offset)  # from here it goes to the kernel without the operator
+    check_tensors(caller(residual), x, residual, w, offset, symbolic=not _plain(x, residual, w))
     y, *s, rstd = _TransformedNorm.apply(x, residual, w, eps, cast, offset)  # type: ignore[no-untyped-call]
     return y, s[0] if s else x.new_empty(0), rstd if with_rstd else x.new_empty(0)
 

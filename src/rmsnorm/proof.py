@@ -39,6 +39,8 @@ _ONE_TENSOR = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITI
 _WIDTHS = (64, 320)
 # Of how many outputs a distance from *exact* is taken.
 _OUTPUTS = 1 << 16
+# Gradients are taken of twice so many rows, and what is kept for them is the difference to so many.
+_ROWS = 12
 # Numbers of dimensions in front of those that are normalized over.
 _RANKS = range(5)
 # A gradient of other meaning is off by far more than this share of rstd · ‖dy·w‖; one of other rounding by far less.
@@ -79,6 +81,11 @@ class Rule:
     facts: tuple[tuple[str, object], ...] = ()
     shape: tuple[int, ...] | None = None
 
+    @property
+    def k(self) -> int:
+        """Over how many last dimensions it normalizes."""
+        return 1 if self.shape is None else len(self.shape)
+
     def number(self, eps: object) -> float | None:
         """What the attribute that holds eps means; None if it means nothing that we could take."""
         if eps is None and self.torch_eps:
@@ -98,7 +105,7 @@ class Rule:
             parts.append("for " + ", ".join(sorted(f"{_name(x)} input with {_name(w)} weight" for x, w in pairs if w)))
         if self.autocast:
             parts.append("under autocast")
-        missing = [r for r in _all_ranks(self.shape) if r not in self.ranks]
+        missing = [self.k + r for r in _RANKS if self.k + r not in self.ranks]
         if missing:
             parts.append(f"for inputs of {', '.join(map(str, missing))} dimensions")
         return " and ".join(parts)
@@ -237,11 +244,15 @@ _VALUES = ("zero", "tiny", "huge", "infinite", "NaN", "spiky")
 _STRIDES = ("dense", "sliced", "every second", "transposed", "expanded")
 
 
+def _shared(pair: _Pair) -> bool:
+    """Whether input and weight have one dtype, or there is no weight."""
+    return pair[1] in (pair[0], None)
+
+
 def _in_all_modes(pair: _Pair) -> Iterator[_State]:
     """In training or not, with and without gradients; fewer of these where nobody trains."""
-    usual = pair[1] in (pair[0], None)
     for training in (False, True):
-        for grad in _GRADS if usual or (torch.float64 not in pair and not training) else _GRADS[:2]:
+        for grad in _GRADS if _shared(pair) or (torch.float64 not in pair and not training) else _GRADS[:2]:
             yield _State(pair, training=training, grad=grad)
 
 
@@ -269,11 +280,6 @@ def _in_autocast(pair: _Pair) -> Iterator[_State]:
     for autocast in (torch.bfloat16, torch.float16):
         for grad in ("no_grad", "both"):
             yield _State(pair, grad=grad, autocast=autocast)
-
-
-def _all_ranks(shape: tuple[int, ...] | None) -> list[int]:
-    k = 1 if shape is None else len(shape)
-    return [k + rank for rank in _RANKS]
 
 
 # --- running it ------------------------------------------------------------------------------------------------
@@ -359,8 +365,7 @@ class _Probe:
                 for state in _in_all_modes(pair):
                     seen, x, w = self._observed(state, shape)
                     if candidates is None:
-                        eps = epsilon(loosened(seen.expression, math.prod(shape)))
-                        candidates = [] if eps is None or not 0 <= eps <= LARGEST_EPS else self._candidates(eps)
+                        candidates = self._candidates(self._added(seen, shape))
                     before, candidates = candidates, [c for c in candidates if self._agrees(seen, x, w, c)]
                     if not candidates:
                         self.refusal = f"its operators match no supported RMSNorm for {state}"
@@ -368,7 +373,14 @@ class _Probe:
                         return []
         return candidates or []
 
-    def _candidates(self, eps: float) -> list[Spec]:
+    def _added(self, seen: Observation, shape: tuple[int, ...]) -> float | None:
+        """The eps that was observed."""
+        return epsilon(loosened(seen.expression, math.prod(shape)))
+
+    def _candidates(self, eps: float | None) -> list[Spec]:
+        """The specs that a norm of this eps can be; none if it has none that we could take."""
+        if eps is None or not 0 <= eps <= LARGEST_EPS:
+            return []
         early = [Spec(eps)]
         if not self.weighted:
             return early
@@ -402,32 +414,31 @@ class _Probe:
 
     def _all_together(self, spec: Spec, ranks: frozenset[int]) -> None:
         """Where it asks what can decide between two paths: every combination of the answers."""
-        pairs = [(x, w) for x in _DTYPES for w in (_DTYPES if self.weighted else (None,))]
         leadings = [one for one in ((), (2,), (1, 2), (2, 3), (1, 3, 2), (1, 2, 1, 3)) if self.k + len(one) in ranks]
         for pair, leading, training, grad, autocast in itertools.product(
-            pairs, leadings, (False, True), _GRADS, (None, torch.bfloat16)
+            self._pairs(_DTYPES), leadings, (False, True), _GRADS, (None, torch.bfloat16)
         ):
-            usual = pair[1] in (pair[0], None)
             state = _State(pair, leading, training, grad, autocast=autocast)
             holds = self._holds(spec, state, self.shapes[0])
             if not holds and autocast is not None:
                 self.by_autocast = True
-            elif not holds and usual:
+            elif not holds and _shared(pair):
                 raise _NotProven(f"its operators match no supported RMSNorm for {state}")
             elif not holds:
                 self.by_pair.add(pair)
 
     def _own(self, spec: Spec) -> frozenset[_Pair]:
         """The pairs of dtypes in which it is not the spec, so that only its own forward gives its bits."""
-        own: list[_Pair] = [*self.by_pair]
-        for pair in ((x, w) for x in DTYPES for w in (DTYPES if self.weighted else (None,))):
-            if pair[0] in _DTYPES and pair[1] in (pair[0], None):
-                continue
-            for shape in self.shapes:
-                if not all(self._holds(spec, state, shape) for state in _in_all_modes(pair)):
-                    own.append(pair)
-                    break
-        return frozenset(own)
+        asked = [p for p in self._pairs(DTYPES) if p not in self.by_pair and not (p[0] in _DTYPES and _shared(p))]
+        return frozenset(self.by_pair).union(
+            pair
+            for pair in asked
+            if not all(self._holds(spec, state, shape) for shape in self.shapes for state in _in_all_modes(pair))
+        )
+
+    def _pairs(self, dtypes: Sequence[torch.dtype]) -> list[_Pair]:
+        """Every dtype of the input with every one of the weight, if there is one."""
+        return [(x, w) for x in dtypes for w in (dtypes if self.weighted else (None,))]
 
     def _autocast(self, spec: Spec) -> bool:
         """Whether autocast changes what it computes, on this device or on another."""
@@ -480,9 +491,7 @@ class _Probe:
 
     def _hint(self, seen: Observation, x: Tensor, w: Tensor | None, candidates: list[Spec]) -> str:
         """Whether strict=False would take it there, in words."""
-        if not candidates:
-            eps = epsilon(loosened(seen.expression, math.prod(self.shapes[0])))
-            candidates = [] if eps is None or not 0 <= eps <= LARGEST_EPS else self._candidates(eps)
+        candidates = candidates or self._candidates(self._added(seen, self.shapes[0]))
         self.loose = True
         taken = any(self._agrees(seen, x, w, c) for c in candidates)
         self.loose = False
@@ -511,10 +520,12 @@ class _Probe:
         """Raise unless its gradients are those of the formula. By how many bytes a row it keeps more for them."""
         more = {}
         shape = self.shapes[0]
-        for pair in ((x, w) for x in DTYPES for w in (DTYPES if self.weighted else (None,)) if (x, w) not in own):
-            usual = pair[0] in _DTYPES and pair[1] in (pair[0], None)
+        for pair in (p for p in self._pairs(DTYPES) if p not in own):
+            usual = pair[0] in _DTYPES and _shared(pair)
             for training in (False, True) if usual else (True,):
-                x, w = self._draw(shape, *pair, leading=(4, 6), smallest=-3.0)  # or gradients overflow where eps is 0
+                x, w = self._draw(
+                    shape, *pair, leading=(2, _ROWS), smallest=-3.0
+                )  # or gradients overflow where eps is 0
                 x.requires_grad_()
                 made = self._stand_in(w, training)
                 y, kept = self._kept(made, x)
@@ -522,7 +533,7 @@ class _Probe:
                     raise _NotProven("its output carries no gradient")
                 if usual:
                     half = self._kept(made, x.detach()[:1].clone().requires_grad_())[1]  # what it keeps once falls out
-                    more[_name(pair[0])] = (kept - half) // 18 - (math.prod(shape) * x.element_size() + 4)
+                    more[_name(pair[0])] = (kept - half) // _ROWS - (math.prod(shape) * x.element_size() + 4)
                 self._check_gradients(x, made, y, spec)
         return more
 

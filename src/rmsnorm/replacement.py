@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from rmsnorm.kernels import host
-from rmsnorm.observe import Absent, Method, identity, is_plain
+from rmsnorm.observe import Absent, InFront, Method, identity, is_plain, put_in_front
 from rmsnorm.ops import explain, rms_norm
 from rmsnorm.proof import Rule, arguments
-from rmsnorm.spec import DTYPES, LARGEST_EPS
+from rmsnorm.spec import DTYPES, LARGEST_EPS, Spec
 
 
 def original(module: nn.Module) -> type[nn.Module]:
@@ -32,16 +32,13 @@ def rule_of(module: nn.Module) -> Rule | None:
     return getattr(type(module), "_rmsnorm_rule", None)
 
 
-class _Replacement:
+class _Replacement(InFront):
     """What a replaced norm does, in front of its own class. Adds no attribute to any instance."""
 
     _rmsnorm_rule: Rule
     _rmsnorm_original: type[nn.Module]
     # The kernels library of Hugging Face would put its own forward over ours, since the name is inherited.
     kernel_condition = staticmethod(lambda module: False)
-
-    def __init_subclass__(cls) -> None:
-        """Keeps the own class's hook, which may register what it is given, from running."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled as its own class and a rule, because the class made here cannot be found by its name."""
@@ -55,11 +52,8 @@ class _Replacement:
         own = why_own(norm, x)
         if own is not None:
             return f"the norm's own forward, because {own}"
-        rule, w, eps = _held(norm)
-        assert eps is not None
-        k = 1 if rule.shape is None else len(rule.shape)
-        w = None if w is None else w.flatten()
-        return explain(x.flatten(-k), w, eps=eps, cast=rule.cast, offset=rule.offset)
+        x, w, spec = served(norm, x)
+        return explain(x, w, eps=spec.eps, cast=spec.cast, offset=spec.offset)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """For torch.jit.script, which compiles the source of a forward: the norm gets its own class back."""
@@ -95,6 +89,13 @@ def _held(module: Any) -> tuple[Rule, Any, float | None]:
     rule = rule_of(module)
     assert rule is not None
     return rule, weight_of(module) if rule.weighted else None, rule.number(getattr(module, rule.eps, Absent))
+
+
+def served(module: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Spec]:
+    """What our kernel is given where it runs, which `why_own` says: x with its rows flat, the weight, and the spec."""
+    rule, w, eps = _held(module)
+    assert eps is not None
+    return x.flatten(-rule.k), None if w is None else w.flatten(), Spec(eps, rule.cast, rule.offset)
 
 
 def _changed(rule: Rule, module: Any, w: Any, eps: float | None) -> str | None:
@@ -197,7 +198,7 @@ def _made(cls: type[nn.Module], rule: Rule, theirs: Callable[..., Tensor]) -> ty
     cast, offset, held = rule.cast, rule.offset, rule.eps
     weighted, shape, ranks, facts = rule.weighted, rule.shape, rule.ranks, rule.facts
     judged = bool(rule.own) or rule.autocast  # what else can be unproven is asked here, in a fraction of the time
-    k = 1 if shape is None else len(shape)
+    k = rule.k
     (argument,) = arguments(cls)
 
     def forward(self: Any, *args: Tensor, **named: Tensor) -> Tensor:
@@ -229,10 +230,7 @@ def _made(cls: type[nn.Module], rule: Rule, theirs: Callable[..., Tensor]) -> ty
     # Not functools.wraps: what follows __wrapped__ would find the original forward.
     forward.__name__, forward.__qualname__, forward.__doc__ = "forward", theirs.__qualname__, theirs.__doc__
     forward.__signature__ = inspect.signature(theirs)  # type: ignore[attr-defined]
-    body = {"_rmsnorm_rule": rule, "_rmsnorm_original": cls, "forward": forward}
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    metaclass: Any = type(cls)
-    return metaclass(cls.__name__, (_Replacement, cls), body | names)  # type: ignore[no-any-return]
+    return put_in_front(_Replacement, cls, _rmsnorm_rule=rule, _rmsnorm_original=cls, forward=forward)
 
 
 def _rebuild(cls: type[nn.Module], rule: Rule) -> nn.Module:

@@ -48,6 +48,11 @@ def check_spec(where: str, eps: float, cast: str, offset: float) -> None:
         raise ValueError(complaint(where, "offset", "is 1 with cast='early'", "cast='late' when there is an offset"))
 
 
+def caller(residual: torch.Tensor | None) -> str:
+    """The public function that is called with this residual, or with the gradient that arrives through its sum."""
+    return "rms_norm" if residual is None else "add_rms_norm"
+
+
 def check_tensors(
     where: str,
     x: torch.Tensor,
