@@ -475,7 +475,7 @@ def compare(case: Case, seed: int, device: torch.device, run: Run = run_whole, c
     drawn = _draw(case, seed)
     inputs = _placed(drawn, case.form, device)
     ours = run(inputs, case)
-    again = [run(inputs, case)]  # which the host's C++ makes, where it has learned from the first
+    again = [run(inputs, case)]  # by the plan that the first call made
     with _another_thread_count():
         again.append(run(inputs, case))
     unsteady = ours.astray + (sum(ours.changed(other) for other in again) if counts else 0)
