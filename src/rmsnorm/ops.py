@@ -4,6 +4,7 @@
                             ->  _Norm (autograd)  ->  _forward, _backward
                                                         |- plain tensors: straight to the kernel
                                                         `- anything else: torch.ops.rmsnorm.*, then the kernel
+    torch.ops.rmsnorm.*     ->  C++, once host.look has loaded it; else, and for what is not plain, _run_*, _autograd_*
 
 The operators are opaque on purpose: a compiler that traced through them would fuse the arithmetic and lose its bits.
 What is not plain (torch.compile, export, subclasses such as DTensor, fake tensors, vmap, dispatch modes) meets them
@@ -412,6 +413,7 @@ _LIB.define(
 def _run_forward(
     x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: Cast, offset: float, with_rstd: bool
 ) -> tuple[Tensor, ...]:
+    host.look()
     where = caller(residual)
     spec = spec_of(where, eps, cast, offset)
     check_tensors(where, x, residual, w, offset)
@@ -424,6 +426,7 @@ def _run_backward(
     dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, cast: Cast, offset: float, need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    host.look()
     spec = spec_of(caller(ds), 0.0, cast, offset)
     _check_backward(dy, ds, x, w, rstd, offset, need_dw)
     dx, dw = dispatch.backward(dy, ds, x, w, rstd, spec, need_dx, need_dw)

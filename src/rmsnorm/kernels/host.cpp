@@ -1,6 +1,6 @@
 // Norms by the plans that Python makes, run without it; see host.py.
 //
-//   norm               ->  Call  ->  Plan  ->  fresh tensors, launches  ->  what comes out
+//   norm, an operator  ->  Call  ->  Plan  ->  fresh tensors, launches  ->  what comes out
 //                                     ^ asked of Python once for each kind of call
 //               anything but plain tensors, or a kind that C++ cannot run: Python's turn
 //   Norm               ->  the same for the gradients, where autograd asks for them
@@ -10,6 +10,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/stack.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/record_function.h>
@@ -20,6 +21,7 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/library.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -561,6 +563,82 @@ struct Norm : torch::autograd::Function<Norm> {
 
 namespace {
 
+// --- the operators ---------------------------------------------------------------------------------------------
+
+// What Python has registered, for what C++ does not take; see ops.py.
+struct Registered {
+  c10::SafeKernelFunction backend, autograd;
+};
+
+Registered *python_forward = nullptr, *python_backward = nullptr;
+
+// The call of an operator with the arguments on the stack, if its spec is known.
+std::optional<Call> call_of(bool backward, torch::jit::Stack& stack) {
+  const size_t tensors = backward ? 5 : 3, count = backward ? 9 : 7;
+  const auto given = torch::jit::last(stack, count);
+  const auto* next = given.begin();
+  Call call{backward, {}, {}, {}};
+  for (size_t i = 0; i < tensors; i++, next++) {
+    call.tensors.push_back(next->isNone() ? Tensor() : next->toTensor());
+  }
+  const double eps = backward ? 0.0 : (next++)->toDouble();
+  const auto& cast = (next++)->toStringRef();
+  const auto spec = known_spec(eps, cast == "early", cast == "late", (next++)->toDouble());
+  if (!spec) {
+    return std::nullopt;
+  }
+  call.spec = *spec;
+  call.asked = {next->toBool(), backward && next[1].toBool()};
+  return call;
+}
+
+// Whether C++ has made the call: then its outputs are on the stack for its arguments.
+bool made(bool backward, bool autograd, torch::jit::Stack* stack) {
+  const auto call = call_of(backward, *stack);
+  if (!call || !plain(call->tensors) || (autograd && differentiable(call->tensors))) {
+    return false;
+  }
+  const auto found = run(*call);
+  if (!found) {
+    return false;
+  }
+  torch::jit::drop(*stack, backward ? 9 : 7);
+  for (const auto& t : *found) { // a schema cannot say "or none" of what it returns
+    stack->emplace_back(t.defined() ? t : at::empty({0}, call->rows().options()));
+  }
+  return true;
+}
+
+template <bool backward, bool autograd>
+void kernel(const c10::OperatorHandle& op, DispatchKeySet keys, torch::jit::Stack* stack) {
+  if (!made(backward, autograd, stack)) {
+    const auto& python = *(backward ? python_backward : python_forward);
+    (autograd ? python.autograd : python.backend).callBoxed(op, keys, stack);
+  }
+}
+
+// Beside what Python has registered for all devices, these come first on theirs. As for any library that is loaded while
+// a program runs, torch's dispatcher guards a registration against others, and not against calls at that very moment.
+void register_operators() {
+  const auto registered = [](const char* name) {
+    const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
+    return new Registered{
+        op.getComputedKernelForDispatchKey(DispatchKey::CPU),
+        op.getComputedKernelForDispatchKey(DispatchKey::AutogradCPU)};
+  };
+  python_forward = registered("rmsnorm::forward");
+  python_backward = registered("rmsnorm::backward");
+  for (const auto key : {DispatchKey::CPU, DispatchKey::CUDA, DispatchKey::AutogradCPU, DispatchKey::AutogradCUDA}) {
+    const bool autograd = key == DispatchKey::AutogradCPU || key == DispatchKey::AutogradCUDA;
+    auto& library = *new torch::Library(torch::Library::IMPL, "rmsnorm", key, __FILE__, __LINE__); // never undone
+    using torch::CppFunction;
+    library.impl("forward", autograd ? CppFunction::makeFromBoxedFunction<&kernel<false, true>>()
+                                     : CppFunction::makeFromBoxedFunction<&kernel<false, false>>());
+    library.impl("backward", autograd ? CppFunction::makeFromBoxedFunction<&kernel<true, true>>()
+                                      : CppFunction::makeFromBoxedFunction<&kernel<true, false>>());
+  }
+}
+
 // --- what Python calls -----------------------------------------------------------------------------------------
 
 bool taken(PyObject* object, Tensors& tensors, bool optional) {
@@ -647,6 +725,7 @@ PYBIND11_MODULE(RMSNORM_HOST, module) {
     native_forward = Py_NewRef(forward.ptr());
     native_backward = Py_NewRef(backward.ptr());
     check_saved = Py_NewRef(check.ptr());
+    register_operators();
   });
   module.def("forget", [] {
     Plans dropped;
