@@ -36,7 +36,7 @@ from transformers import (
     T5Model,
 )
 
-from rmsnorm import replacement, report
+from rmsnorm import loading, replacement, report
 from rmsnorm.errors import CommandError
 from rmsnorm.kernels import host
 from rmsnorm.measure import Timing
@@ -257,7 +257,7 @@ def test_wrong_bits_are_red_and_get_no_time(checkpoint: Path, tmp_path: Path, mo
 
 def test_the_preset_has_the_real_widths() -> None:
     """On no device, so in full size; the CPU's is the same but for three numbers, and 700 MB."""
-    model, expected, notes = report._deepseek_ocr(torch.device("meta"))
+    model, expected, notes = loading.PRESETS["deepseek-ocr"](torch.device("meta"))
     norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
     assert (len(norms), sum(m.weight.numel() for m in norms)) == (25, 32_000) == expected
     assert {m.weight.shape for m in norms} == {(1280,)}
@@ -269,7 +269,7 @@ def test_the_preset_has_the_real_widths() -> None:
 
 
 def test_a_preset_that_is_not_as_expected_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(report.PRESETS, "small", lambda device: (deepseek(), (25, 32_000), ()))
+    monkeypatch.setitem(loading.PRESETS, "small", lambda device: (deepseek(), (25, 32_000), ()))
     result = run("small", tmp_path)
     assert not any(n.wrong for n in result.norms)
     assert not result.ok
@@ -287,7 +287,7 @@ def test_norms_that_are_left_or_not_reached_are_listed(tmp_path: Path, monkeypat
         model.spare = type(model.norm)(64)
         return model, None, ("a note",)
 
-    monkeypatch.setitem(report.PRESETS, "small", build)
+    monkeypatch.setitem(loading.PRESETS, "small", build)
     result = run("small", tmp_path)
     assert result.ok
     by_name = {n.verdict.name: n for n in result.norms}
@@ -307,7 +307,7 @@ def test_a_model_without_norms_of_ours(tmp_path: Path, monkeypatch: pytest.Monke
                 model.set_submodule(name, torch.nn.LayerNorm(module.weight.shape[0]))
         return model, None, ()
 
-    monkeypatch.setitem(report.PRESETS, "small", build)
+    monkeypatch.setitem(loading.PRESETS, "small", build)
     result = run("small", tmp_path)
     assert result.ok
     assert result.forward is None
@@ -473,7 +473,7 @@ def test_a_model_of_something_else_than_tokens(tmp_path: Path, monkeypatch: pyte
         model.forward = lambda pixels: pixels
         return model, None, ()
 
-    monkeypatch.setitem(report.PRESETS, "pictures", refuses)
+    monkeypatch.setitem(loading.PRESETS, "pictures", refuses)
     with pytest.raises(CommandError, match="token ids alone"):
         run("pictures", tmp_path / "out")
     assert not (tmp_path / "out").exists()
