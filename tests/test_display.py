@@ -90,13 +90,13 @@ def test_every_figure_of_any_table_is_printed_whole(rows, width) -> None:
 
 
 def test_a_line_folds_between_words_and_not_between_a_number_and_its_unit() -> None:
-    said = "  tried 167.9 million outputs in 96.04 s at 4.185 TB/s, and 12.3 % of them twice"
+    said = "  tried 167.9 million outputs in 96.04 s at 4.185 TB/s, and 12.3 % of 8192 × 1280 twice"
     for width in range(40, 90):
         lines = render([said], width).splitlines()
         assert max(map(len, lines)) <= width
         assert all(line.startswith("  ") for line in lines)
         assert " ".join(line.strip() for line in lines) == said.strip()
-        for figure in ("167.9 million", "96.04 s", "4.185 TB/s", "12.3 %"):
+        for figure in ("167.9 million", "96.04 s", "4.185 TB/s", "12.3 %", "8192 × 1280"):
             assert any(figure in line for line in lines)
 
 

@@ -145,13 +145,13 @@ def run(target: Path | str, out: Path, **options: Any) -> report.Result:
         steps.append((done, total))
 
     result = report.main(str(target), out, progress, **{"device": "cpu", "tokens": 32} | options)
-    assert [done for done, _ in steps] == list(range(len(steps)))
-    assert all(done < total for done, total in steps)
+    assert steps == sorted(steps)
+    assert all(0 <= done < total == 100 for done, total in steps)
     return result
 
 
-def shown(result: Result, width: int = 200, verbose: bool = False) -> str:
-    return render(result.table(verbose), width)
+def shown(result: Result, width: int = 200) -> str:
+    return render(result.table(), width)
 
 
 # --- what it finds -------------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def test_wrong_bits_are_red_and_get_no_time(checkpoint: Path, tmp_path: Path, mo
     assert [(n.width, n.wrong, n.times) for n in red] == [(24, 1, {})] * 2
     assert result.total("forward") is None
     assert result.forward is result.training is None
-    assert "2 of 1 thousand outputs" in shown(result) or "outputs of the norms are wrong" in shown(result)
+    assert "2 of 4,608 outputs of the norms are wrong: not the exact bits." in shown(result)
     assert json.loads((tmp_path / "out" / "report.json").read_text())["ok"] is False
 
 
@@ -322,7 +322,7 @@ def test_norms_that_are_left_or_not_reached_are_listed(tmp_path: Path, monkeypat
     assert "(strange): left: " in text
     assert "No activation reached spare." in text
     assert "Note: a note" in text
-    assert "StrangeRMSNorm" in shown(result, verbose=True) or "strange" in shown(result, verbose=True)
+    assert "strange" in shown(replace(result, every_layer=True))
 
 
 def test_a_model_without_norms_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -630,16 +630,16 @@ UNIT = re.compile(r"(?:s|ms|µs|B|kB|MB|GB|×|%|thousand|million|billion|ulp)\b|
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])
-@pytest.mark.parametrize("verbose", [False, True], ids=["kinds", "layers"])
-def test_nothing_is_cut_at_any_width(width: int, verbose: bool) -> None:
-    text = shown(a_result(), width, verbose)
+@pytest.mark.parametrize("every_layer", [False, True], ids=["kinds", "layers"])
+def test_nothing_is_cut_at_any_width(width: int, every_layer: bool) -> None:
+    text = shown(a_result(every_layer=every_layer), width)
     assert "…" not in text.replace(", …)", "")
     assert all(len(line) <= width for line in text.splitlines())
     flat = " ".join(text.split())
     assert " ".join(REASON.split()).strip() in flat
     for figure in (
         "8.07 s",
-        "6.09 ms → 258 µs" if verbose else "12.2 ms → 517 µs",
+        "6.09 ms → 258 µs" if every_layer else "12.2 ms → 517 µs",
         "2.999 GB",
         "2.737 GB",
         "262 MB less",
@@ -657,10 +657,9 @@ def test_the_answer_comes_first_in_three_lines() -> None:
 
 
 def test_a_kind_of_norm_has_one_row_and_a_layer_one_where_that_is_asked_for() -> None:
-    result = a_result()
-    assert sum("ARMSNorm" in line and "→" in line for line in shown(result).splitlines()) == 1
-    for every in (shown(result, verbose=True), shown(replace(result, every_layer=True))):
-        assert sum("input_layernorm" in line and "→" in line for line in every.splitlines()) == 2
+    assert sum("ARMSNorm" in line and "→" in line for line in shown(a_result()).splitlines()) == 1
+    every = shown(a_result(every_layer=True))
+    assert sum("input_layernorm" in line and "→" in line for line in every.splitlines()) == 2
 
 
 def test_no_figure_has_more_than_four_digits() -> None:
@@ -807,7 +806,7 @@ def test_an_out_that_is_a_file(tmp_path: Path) -> None:
 
 def test_without_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(CommandError, match="pip install 'rmsnorm\\[hf\\]'"):
+    with pytest.raises(CommandError, match="pip install transformers safetensors"):
         run("deepseek-ocr", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

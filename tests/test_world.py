@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rmsnorm import machine, verify, world
+from rmsnorm.display import render
 from rmsnorm.errors import CommandError
 
 
@@ -27,7 +28,7 @@ def test_the_code_is_green_on_two_ranks() -> None:
     assert steps[-1] == (total, total, "done")
     result = verify.Result("cpu", "kernel", True, 1.0, machine.describe(), rows, 2)
     assert json.loads(json.dumps(result.to_json()))["world"] == 2
-    assert "2 ranks" in str(result.table().title)
+    assert "(quick sweep, 2 ranks)" in render(result.table())
 
 
 def test_a_rank_that_fails_ends_it_with_its_message() -> None:

@@ -132,9 +132,10 @@ class Table:
 Block = str | Text | Table
 
 _NARROWEST = 40  # of what we lay out for; a terminal that is narrower folds by itself
-_FEWEST_WORDS = 14  # to what width a column of text may be folded
+_FEWEST_WORDS, _LONGEST_WORD = 14, 24  # to what width a column of text may be folded, a long word in it broken
 _GAP = "  "
-_UNIT = re.compile(r"(?<=\d) (?=(?:s|ms|µs|[kMGTP]?B|thousand|million|billion|trillion|×|%)(?![\w%]))")
+# The space between a number and its unit, and those of a shape, as in 8192 × 1280.
+_UNIT = re.compile(r"(?<=\d) (?=(?:s|ms|µs|[kMGTP]?B|thousand|million|billion|trillion|×|%)(?![\w%]))|(?<=\d ×) (?=\d)")
 
 
 def render(blocks: Iterable[Block], width: int = 80, color: bool = False) -> str:
@@ -210,24 +211,22 @@ def _styled(text: str, style: Style, color: bool) -> str:
 
 
 def _parts(table: Table, width: int) -> list[_Part]:
-    """The whole table if it fits: as it is, else with folded headers, else with folded text; else several."""
-    everything = tuple(range(len(table.columns)))
-    loose, tight, least = ([needs(table, i) for i in everything] for needs in (_loose, _tight, _least))
-    if _line(loose) <= width:
-        return [_Part(everything, tuple(loose))]
-    if _line(least) <= width:
-        return [_Part(everything, tuple(_shrunk(tight, least, width)))]
+    """The whole table if it fits, or else as few parts as hold all of its columns."""
     parts: list[_Part] = []
-    taken: list[int] = []
-    for i in [*everything[1:], None]:
-        if i is None or (taken and _line([least[j] for j in (0, *taken, i)]) > width):
-            columns = (0, *taken)
-            widths = _shrunk([tight[j] for j in columns], [least[j] for j in columns], width)
-            parts.append(_Part(columns, tuple(widths)))
-            taken = []
-        if i is not None:
-            taken.append(i)
-    return parts
+    taken = [0]
+    for i in range(1, len(table.columns)):
+        if len(taken) > 1 and _line([_least(table, j) for j in (*taken, i)]) > width:
+            parts.append(_fitted(table, taken, width))
+            taken = [0]
+        taken.append(i)
+    return [*parts, _fitted(table, taken, width)]
+
+
+def _fitted(table: Table, columns: Sequence[int], width: int) -> _Part:
+    """These columns as wide as they would like to be; if that is too much headers fold, and then text."""
+    loose, tight, least = ([needs(table, i) for i in columns] for needs in (_loose, _tight, _least))
+    bounds = (loose, tight) if _line(tight) <= width else (tight, least)
+    return _Part(tuple(columns), tuple(_shrunk(*bounds, width)))
 
 
 def _line(widths: Sequence[int]) -> int:
@@ -247,11 +246,14 @@ def _tight(table: Table, i: int) -> int:
 
 
 def _least(table: Table, i: int) -> int:
-    return min(_tight(table, i), _FEWEST_WORDS) if table.columns[i].words else _tight(table, i)
+    if not table.columns[i].words:
+        return _tight(table, i)
+    word = max((len(word) for row in table.rows for word in _cell(row[i]).text.split()), default=0)
+    return min(_tight(table, i), max(_FEWEST_WORDS, min(word, _LONGEST_WORD)))
 
 
 def _shrunk(wanted: Sequence[int], least: Sequence[int], width: int) -> list[int]:
-    """The widths that are wanted, the widest of those that may fold made narrower until the line fits."""
+    """The widths that are wanted, the widest of those above their least made narrower until the line fits."""
     widths = list(wanted)
     while _line(widths) > width:
         widest = max(range(len(widths)), key=lambda i: (widths[i] > least[i], widths[i]))

@@ -309,8 +309,8 @@ class Result:
 
     # --- as it is printed ---
 
-    def table(self, verbose: bool = False) -> tuple[Block, ...]:
-        """The answer in three lines, a row a kind of norm (verbose: a row each norm), the whole model, notes."""
+    def table(self) -> tuple[Block, ...]:
+        """The answer in three lines, a row for each kind of norm or for each norm, the whole model, notes."""
         m = self.model
         phases = ", ".join(f"{duration(seconds, 2)} {name}" for name, seconds in self.phases.items())
         last = (
@@ -321,7 +321,7 @@ class Result:
         )
         return (
             *self._answer(),
-            *([self._norms_table() if verbose or self.every_layer else self._kinds_table()] if self.norms else []),
+            *([self._norms_table() if self.every_layer else self._kinds_table()] if self.norms else []),
             *self._model_table(),
             "",
             *self._verdicts(),
@@ -394,7 +394,7 @@ class Result:
                 )
             )
         return Table(
-            f"Each kind of norm, {self._where()}: the share of outputs that changed, the time of all its norms before → after",
+            f"Each kind of norm, {self._where()}: outputs that changed, and time of all its norms before → after",
             columns,
             tuple(rows),
         )
@@ -420,7 +420,7 @@ class Result:
                 )
             )
         return Table(
-            f"Each norm, {self._where()}: the share of outputs that changed, the time of a call before → after",
+            f"Each norm, {self._where()}: outputs that changed, and time of a call before → after",
             columns,
             tuple(rows),
         )
@@ -571,16 +571,13 @@ def _probe(run: Callable[[int], object], asked: int, seconds: float) -> _Cost:
 
 
 class _Say:
-    """Announces what comes next; how many steps there are to come is known only in part."""
+    """Announces what comes next, and how many percent of the seconds are spent."""
 
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.done, self.total = 0, 4
+    def __init__(self, progress: Progress, budget: _Budget) -> None:
+        self.progress, self.budget = progress, budget
 
     def __call__(self, what: str) -> None:
-        self.total = max(self.total, self.done + 1)
-        self.progress(self.done, self.total, what)
-        self.done += 1
+        self.progress(min(99, int(100 * self.budget.spent / self.budget.seconds)), 100, what)
 
 
 def main(
@@ -592,7 +589,7 @@ def main(
     Args:
         target: "deepseek-ocr", or the path of a folder with config.json and *.safetensors.
         out: The folder that report.json goes to; it is made if it is not there.
-        progress: Called before each step with how many are done, of how many, and what comes next.
+        progress: Called before each step with the percent of the seconds that are spent, 100, and what comes next.
         device: "cpu" or "cuda"; by default the GPU if there is one.
         tokens: The length of the sequence; less where the model has fewer positions or the time does not suffice.
         seconds: Wall time in which to be done. Only loading the model and proving its norms can take it further.
@@ -611,7 +608,7 @@ def main(
     measure.check_file(out / "report.json", "--out")
     build = loading.builder(target)
     checkpoint.transformers_for("the report")
-    say = _Say(progress)
+    say = _Say(progress, budget)
     say(f"building {target}")
     with checkpoint.quiet():
         wait_for_host(0.0)  # so that it is compiled meanwhile

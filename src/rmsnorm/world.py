@@ -12,6 +12,7 @@ import os
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from rmsnorm.verify import (
     count,
     differing,
     judge_rows,
+    named,
     run_whole,
     sweep,
 )
@@ -50,11 +52,17 @@ _TIMEOUT = datetime.timedelta(minutes=5)
 
 
 def verify_on_ranks(
-    world: int, device: str | None = None, quick: bool = False, progress: Progress = lambda done, total, what: None
+    world: int,
+    device: str | None = None,
+    quick: bool = False,
+    progress: Progress = lambda done, total, what: None,
+    *,
+    only: Sequence[str] = (),
 ) -> Result:
     """`verify.verify` with every case sharded over `world` ranks: gloo on the CPU, NCCL with one GPU for each.
 
-    Raises CommandError for a device or a number of ranks that is not there, and if a rank fails or dies.
+    Raises CommandError for a device or a number of ranks that is not there, for a text of `only` that is in no name,
+    and if a rank fails or dies.
     """
     place = machine.find_device(device)
     if world < 1:
@@ -63,10 +71,11 @@ def verify_on_ranks(
         raise CommandError(f"--world {world}: there are {torch.cuda.device_count()} GPUs; give fewer, or --device cpu")
     start = time.perf_counter()
     x = torch.ones(1, 1280, dtype=torch.bfloat16, device=place)
-    plans = sharded(sweep(quick), world)
+    plans = named(sharded(sweep(quick), world), only)
     rows = judge_rows(plans, tallies_of_ranks(plans, world, place.type, progress))
     kernel = explain(x, x[0])
-    return Result(place.type, kernel, quick, time.perf_counter() - start, machine.describe(place), rows, world)
+    facts = machine.describe(place)
+    return Result(place.type, kernel, quick, time.perf_counter() - start, facts, rows, world, tuple(only))
 
 
 def sharded(plans: list[Plan], world: int) -> list[Plan]:
