@@ -276,7 +276,7 @@ def test_wrong_bits_are_red_and_get_no_time(checkpoint: Path, tmp_path: Path, mo
     assert [(n.width, n.wrong, n.times) for n in red] == [(24, 1, {})] * 2
     assert result.total("forward") is None
     assert result.forward is result.training is None
-    assert "2 of 4,608 outputs of the norms are wrong: not the exact bits." in shown(result)
+    assert "2 of 12.8 thousand outputs of the norms are wrong: not the exact bits." in shown(result)
     assert json.loads((tmp_path / "out" / "report.json").read_text())["ok"] is False
 
 
