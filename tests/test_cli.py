@@ -22,7 +22,7 @@ import rmsnorm.world
 from rmsnorm import cli
 from rmsnorm.cli import main
 from rmsnorm.display import Block
-from rmsnorm.errors import CommandError
+from rmsnorm.errors import CommandError, one_line
 
 
 def call(*arguments: str) -> int:
@@ -102,7 +102,7 @@ def no_work(monkeypatch) -> None:
 
 
 DEVICES = [(verb, "--device", "nowhere", "give cpu or cuda") for verb in ("report", "verify", "bench")]
-WHOLE = "give a whole number of at least 1"
+WHOLE = "give a whole number from 1 to 1,000,000,000"
 NUMBERS = [
     (verb, option, value, takes)
     for verb, option, takes in (
@@ -112,7 +112,7 @@ NUMBERS = [
         ("cost deepseek-ocr", "--batch", WHOLE),
         ("cost deepseek-ocr", "--seq", WHOLE),
     )
-    for value in ("0", "-3", "nan", "inf", "many")
+    for value in ("0", "-3", "nan", "inf", "many", *(["1000000001"] if takes == WHOLE else []))
 ]
 
 
@@ -134,6 +134,7 @@ def test_an_option_that_will_not_do_is_judged_before_the_work(verb, option, valu
         (("cost",), "required: CONFIG.json|PRESET; rmsnorm cost --help lists"),
     ],
 )
+@pytest.mark.usefixtures("no_work")
 def test_unknown_verbs_and_options_exit_with_2(arguments, said, capsys) -> None:
     assert call(*arguments) == 2
     out, err = capsys.readouterr()
@@ -345,6 +346,12 @@ def test_standard_output_that_takes_no_more_is_one_line(arguments, monkeypatch, 
     assert call(*arguments) == 2
     full.close()
     assert capsys.readouterr().err == "rmsnorm: standard output cannot be written: No space left on device\n"
+
+
+def test_a_stack_of_torch_is_left_out(capsys) -> None:
+    assert one_line(
+        RuntimeError("Overflow\nException raised from f at a.h:79 (most recent call first):\nframe #0")
+    ) == ("RuntimeError: Overflow")
 
 
 def test_a_message_of_several_lines_and_control_characters_is_one(monkeypatch, capsys) -> None:
