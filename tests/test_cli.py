@@ -8,6 +8,7 @@ import resource
 import runpy
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,12 +18,13 @@ import rmsnorm.bench
 import rmsnorm.checkpoint
 import rmsnorm.measure
 import rmsnorm.predict
+import rmsnorm.report
 import rmsnorm.verify
 import rmsnorm.world
 from rmsnorm import cli
 from rmsnorm.cli import main
 from rmsnorm.display import Block
-from rmsnorm.errors import CommandError
+from rmsnorm.errors import CommandError, one_line
 
 
 def call(*arguments: str) -> int:
@@ -55,6 +57,55 @@ def test_exit_code_tells_whether_a_check_is_red(ok, monkeypatch, capsys, tmp_pat
     assert json.loads(capsys.readouterr().out) == {"ok": ok, "quick": True}
     assert call("verify", "--json", str(tmp_path / "v.json")) == (0 if ok else 1)
     assert json.loads((tmp_path / "v.json").read_text()) == {"ok": ok, "quick": False}
+
+
+OUT = Path("out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "verb", "given"),
+    [
+        ("report", "report.main", ("deepseek-ocr", Path(), {"device": None, "tokens": 2048, "seconds": 90.0, "every_layer": False})),
+        (
+            "report folder --out out --device cpu --tokens 5 --seconds 2.5 --all",
+            "report.main",
+            ("folder", OUT, {"device": "cpu", "tokens": 5, "seconds": 2.5, "every_layer": True}),
+        ),
+        ("verify", "verify.verify", (None, False, {"only": []})),
+        ("verify --device cpu --quick --only a --only b", "verify.verify", ("cpu", True, {"only": ["a", "b"]})),
+        ("verify --world 3", "world.verify_on_ranks", (3, None, False, {"only": []})),
+        (
+            "bench",
+            "bench.main",
+            (None, False, None, {"drawing": None, "stored": None, "dtypes": [], "modes": [], "names": []}),
+        ),
+        (
+            "bench --device cpu --quick --out out --plot a.svg --from b.json --dtype x --dtype y --mode m --provider p",
+            "bench.main",
+            (
+                "cpu", True, OUT,
+                {"drawing": Path("a.svg"), "stored": Path("b.json"), "dtypes": ["x", "y"], "modes": ["m"], "names": ["p"]},
+            ),
+        ),
+        ("cost a.json", "predict.main", ("a.json", {"batch": 1, "seq": 8192, "dtype": "bfloat16", "gpu": None})),
+        (
+            "cost deepseek-v3 --batch 2 --seq 3 --dtype float32 --gpu h100",
+            "predict.main",
+            ("deepseek-v3", {"batch": 2, "seq": 3, "dtype": "float32", "gpu": "h100"}),
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " in value else "",
+)  # fmt: skip
+def test_every_option_reaches_its_verb(arguments, verb, given, monkeypatch) -> None:
+    calls: list[tuple[object, ...]] = []
+
+    def work(*positional: object, **named: object) -> SimpleNamespace:
+        calls.append((*(value for value in positional if not callable(value)), named))
+        return SimpleNamespace(ok=True, to_json=dict, table=lambda *_: [])
+
+    monkeypatch.setattr(f"rmsnorm.{verb}", work)
+    assert call(*arguments.split()) == 0
+    assert calls == [given]
 
 
 def test_a_command_error_is_one_line_and_exit_code_2(monkeypatch, capsys) -> None:
@@ -102,7 +153,7 @@ def no_work(monkeypatch) -> None:
 
 
 DEVICES = [(verb, "--device", "nowhere", "give cpu or cuda") for verb in ("report", "verify", "bench")]
-WHOLE = "give a whole number of at least 1"
+WHOLE = "give a whole number from 1 to 1,000,000,000"
 NUMBERS = [
     (verb, option, value, takes)
     for verb, option, takes in (
@@ -112,7 +163,7 @@ NUMBERS = [
         ("cost deepseek-ocr", "--batch", WHOLE),
         ("cost deepseek-ocr", "--seq", WHOLE),
     )
-    for value in ("0", "-3", "nan", "inf", "many")
+    for value in ("0", "-3", "nan", "inf", "many", *(["1000000001"] if takes == WHOLE else []))
 ]
 
 
@@ -134,6 +185,7 @@ def test_an_option_that_will_not_do_is_judged_before_the_work(verb, option, valu
         (("cost",), "required: CONFIG.json|PRESET; rmsnorm cost --help lists"),
     ],
 )
+@pytest.mark.usefixtures("no_work")
 def test_unknown_verbs_and_options_exit_with_2(arguments, said, capsys) -> None:
     assert call(*arguments) == 2
     out, err = capsys.readouterr()
@@ -365,6 +417,12 @@ def test_standard_output_that_takes_no_more_is_one_line(arguments, monkeypatch, 
     assert call(*arguments) == 2
     full.close()
     assert capsys.readouterr().err == "rmsnorm: standard output cannot be written: No space left on device\n"
+
+
+def test_a_stack_of_torch_is_left_out(capsys) -> None:
+    assert one_line(
+        RuntimeError("Overflow\nException raised from f at a.h:79 (most recent call first):\nframe #0")
+    ) == ("RuntimeError: Overflow")
 
 
 def test_a_message_of_several_lines_and_control_characters_is_one(monkeypatch, capsys) -> None:

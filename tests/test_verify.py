@@ -222,6 +222,7 @@ def test_a_row_that_failed_is_printed_with_a_command_that_repeats_it_alone(quick
     assert f"FAILED  {rows[at].name}: " in text
     assert "\n  12 numbers are not exact's\n  the error of dx is too large\n" in text
     (command,) = (line for line in text.splitlines() if line.startswith("  rmsnorm verify "))
+    assert command in render(result_of(rows, "cpu", quick=quick).table(), 40).splitlines()  # to copy as it is
 
     tried: list[tuple[verify.Case, int]] = []
 
@@ -236,6 +237,7 @@ def test_a_row_that_failed_is_printed_with_a_command_that_repeats_it_alone(quick
         main(shlex.split(command)[1:])
     assert tried
     assert set(tried) <= set(whole)
+    assert len({seed for _, seed in whole}) == len(whole)  # no two cases draw the same numbers
     (plan,) = (plan for plan in verify.sweep(quick) if plan.name == rows[at].name)
     assert [case for case, _ in tried] == list(plan.cases)
 

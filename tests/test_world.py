@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from rmsnorm import machine, verify, world
 from rmsnorm.display import render
@@ -35,6 +36,18 @@ def test_a_rank_that_fails_ends_it_with_its_message() -> None:
     case = verify.Case(torch.float32, torch.float32, "early", 0.0, 8, 64, eps=-1.0, sharding="columns")
     with pytest.raises(CommandError, match=r"rank \d of 2 failed: ValueError: \[rms_norm\] eps is -1\.0"):
         world.tallies_of_ranks([verify.Plan("form", "wrong", (case,))], 2, "cpu", lambda *step: None)
+
+
+def test_ctrl_c_is_the_caller_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(*_: object) -> Any:
+        def interrupted(*_: object) -> None:
+            raise SignalException("got signal 2", sigval=signal.SIGINT)
+
+        return interrupted
+
+    monkeypatch.setattr(world, "elastic_launch", launch)
+    with pytest.raises(KeyboardInterrupt):
+        world.tallies_of_ranks([], 1, "cpu", lambda *step: None)
 
 
 def _killed_while_it_says_how_far_it_is(plans: Any, device: str, steps: Any) -> None:

@@ -60,11 +60,14 @@ class _Parser(argparse.ArgumentParser):
         raise CommandError(f"{message}; {self.prog} --help lists what there is")
 
 
+_LARGEST = 10**9  # beyond what anything here can count: numbers of 64 bits overflow
+
+
 def _whole_number(text: str) -> int:
     with contextlib.suppress(ValueError):
-        if int(text) >= 1:
+        if 1 <= int(text) <= _LARGEST:
             return int(text)
-    raise argparse.ArgumentTypeError(f"{text}: give a whole number of at least 1")
+    raise argparse.ArgumentTypeError(f"{text}: give a whole number from 1 to {_LARGEST:,}")
 
 
 def _seconds(text: str) -> float:

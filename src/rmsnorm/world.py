@@ -4,15 +4,18 @@ Every rank draws the whole of a case, gives the public API its own part as a DTe
 ranks take turns at counting it.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import itertools
+import logging
 import multiprocessing
 import os
+import signal
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
@@ -27,7 +31,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from rmsnorm import machine
 from rmsnorm.distributed import as_whole
 from rmsnorm.errors import CommandError
-from rmsnorm.measure import Progress
+from rmsnorm.measure import Progress, end_silently_on_ctrl_c
 from rmsnorm.ops import explain
 from rmsnorm.verify import (
     Case,
@@ -102,7 +106,7 @@ def tallies_of_ranks(plans: list[Plan], world: int, device: str, progress: Progr
 
     listener = threading.Thread(target=pass_on, daemon=True)
     listener.start()
-    with tempfile.TemporaryDirectory() as logs:
+    with tempfile.TemporaryDirectory() as logs, _launcher_silent():
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -116,6 +120,10 @@ def tallies_of_ranks(plans: list[Plan], world: int, device: str, progress: Progr
         )
         try:
             counted = elastic_launch(config, _rank)(plans, device, steps)
+        except SignalException as error:
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             message = failure.message["message"] if isinstance(failure.message, dict) else failure.message
@@ -125,8 +133,20 @@ def tallies_of_ranks(plans: list[Plan], world: int, device: str, progress: Progr
     return [sum(tallies, Tally()) for tallies in zip(*counted.values(), strict=True)]
 
 
+@contextlib.contextmanager
+def _launcher_silent() -> Iterator[None]:
+    """Without the launcher's warnings, of which Ctrl-C causes one a rank; what fails is raised."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+
+
 def _rank(plans: list[Plan], device_type: str, steps: Any) -> list[Tally]:
     """One rank. Only the first says how far it is."""
+    end_silently_on_ctrl_c()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if device_type == "cuda":
         torch.cuda.set_device(rank)
