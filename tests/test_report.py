@@ -619,7 +619,7 @@ def a_result(**changes: Any) -> Result:
     facts = machine.describe("cpu")
     values = {
         "target": "small", "facts": facts, "model": MODEL, "notes": ("a note",), "norms": norms, "forward": timed,
-        "training": timed, "saved": Saved(64, 2_999_123_456, 2_737_123_456), "asked": 90.0,
+        "training": timed, "saved": Saved(2048, 2_999_123_456, 2_737_123_456), "asked": 90.0,
         "phases": {"loading": 12.345, "norms": 60.0}, "peak_bytes": 3_123_456_789,
     }  # fmt: skip
     return Result(**values | changes)
@@ -654,6 +654,8 @@ def test_the_answer_comes_first_in_three_lines() -> None:
         "Norms forward + backward: 24.7 ms → 10.9 ms; saved for backward: 3 GB → 2.74 GB.",
         "Outputs: all 1,024 of the norms are exact; 3 of them changed, by 2 ulp at most.",
     ]
+    of_fewer = shown(a_result(saved=Saved(64, 2000, 1000)))
+    assert "saved for backward of 64 tokens: 2 kB → 1 kB." in of_fewer
 
 
 def test_a_kind_of_norm_has_one_row_and_a_layer_one_where_that_is_asked_for() -> None:

@@ -356,7 +356,8 @@ class Result:
         pairs = [(words, pair) for mode, words in named if (pair := self.total(mode)) is not None]
         parts.append(f"{pairs[0][0]}: {_arrow(pairs[0][1])}" if pairs else "No time was measured")
         if self.saved is not None:
-            parts.append(f"saved for backward: {size(self.saved.before, 3)} → {size(self.saved.after, 3)}")
+            of = "" if self.saved.tokens == self.model["tokens"] else f" of {self.saved.tokens:,} tokens"
+            parts.append(f"saved for backward{of}: {size(self.saved.before, 3)} → {size(self.saved.after, 3)}")
         return f"{'; '.join(parts)}."
 
     def _outputs(self) -> Text:
