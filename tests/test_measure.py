@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -33,6 +35,15 @@ def test_processes_side_by_side_take_every_share_and_pass_over_what_fails(tmp_pa
     measure.side_by_side(os.mkdir, folders, 0o700)
     assert sorted(tmp_path.iterdir()) == sorted(folders)
     assert {folder.stat().st_mode & 0o777 for folder in folders if folder.name != "there"} == {0o700}
+
+
+def interrupted_in_the_background(pids: Path) -> None:
+    (pids / str(os.getpid())).write_text(str(int(signal.getsignal(signal.SIGINT))))
+
+
+def test_the_terminal_s_ctrl_c_ends_a_process_beside_without_a_word(tmp_path: Path) -> None:
+    measure.side_by_side(interrupted_in_the_background, [tmp_path])
+    assert [file.read_text() for file in tmp_path.iterdir()] == [str(int(signal.SIG_DFL))]
 
 
 def test_every_call_gets_its_samples_and_no_fixed_neighbour() -> None:
@@ -128,6 +139,25 @@ def test_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts["cores"] >= 1
     assert facts["cpu"]
     assert "abc123" in machine.headline(facts)
+
+
+def test_an_installed_package_is_named_by_its_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RMSNORM_COMMIT", raising=False)
+    package = tmp_path / "rmsnorm"
+    package.mkdir()
+    (tmp_path / "rmsnorm-7.8.dist-info").mkdir()
+    (tmp_path / "rmsnorm-7.8.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: rmsnorm\nVersion: 7.8\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(machine, "__file__", str(package / "machine.py"))
+    facts = machine.describe("cpu")
+    assert (facts["commit"], facts["release"]) == (None, "7.8")
+    assert machine.headline(facts).endswith("; rmsnorm 7.8")
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "a copy" / "rmsnorm" / "machine.py"))
+    facts = machine.describe("cpu")
+    assert facts["release"] is None
+    assert machine.headline(facts).endswith("; commit unknown")
+    del facts["release"]  # as in results that were stored before there was one
+    assert machine.headline(facts).endswith("; commit unknown")
 
 
 @pytest.mark.parametrize("name", ["nonsense", "meta", "cuda:99", "cpu:x"])

@@ -1,7 +1,6 @@
 """`rmsnorm cost`: a model's norms from its configuration alone."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+import printed
 from rmsnorm import cost, predict
+from rmsnorm.display import render
 from rmsnorm.errors import CommandError
 from rmsnorm.hardware import GPUS
 
@@ -188,7 +189,7 @@ def test_what_patch_leaves_is_named_and_not_counted(tmp_path) -> None:
     (left,) = result.left
     assert (left.count, left.cls, left.first) == (1, "Qwen3NextRMSNormGated", "layers.0.linear_attn.norm")
     assert "not one tensor" in left.reason
-    assert "not counted: 1 x Qwen3NextRMSNormGated" in " ".join(text(result).split())
+    assert "not counted: 1 × Qwen3NextRMSNormGated" in " ".join(text(result).split())
     assert result.to_json()["left"][0]["left_because"] == left.reason
 
 
@@ -278,34 +279,31 @@ def test_amdahl() -> None:
     assert count("deepseek-ocr", gpu="h200", dtype="float32").amdahl(True) is None
 
 
-def text(result: predict.Result) -> str:
-    from rich.console import Console
-
-    console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(result.table())
-    return console.export_text()
+def text(result: predict.Result, verbose: bool = True) -> str:
+    return render(result.table(verbose), 400)
 
 
 def test_the_table_says_what_it_is(tmp_path) -> None:
     plain, predicted = count("deepseek-ocr"), count("deepseek-ocr", gpu="l4")
-    assert "25 norms, 32,000 parameters" in text(plain)
-    assert "on cpu: as traced" in text(plain)
-    assert "--gpu with one of h200" in text(plain)
-    assert "ms, predicted" not in text(plain)
+    for verbose in (False, True):
+        assert "25 norms with 32 thousand of them; 1 × 8192 tokens" in text(plain, verbose)
+        assert "on cpu: as traced" in text(plain, verbose)
+        assert "give --gpu one of h200" in text(plain, verbose)
+        assert "predicted time" not in text(plain, verbose)
+        assert "less kept for the backward pass" in text(plain, verbose)
+        assert "training: predicted time" in text(predicted, verbose)
+        assert "less a training step, of which the norms are" in text(predicted, verbose)
+        assert "has little fp64" in text(predicted, verbose)
     shown = text(predicted)
     assert predicted.derived is cost((1, 1), device="cuda").derived
     assert ("on cuda: derived" in shown) is predicted.derived
-    assert "predicted to save" not in text(plain)
-    for part in (
-        "predicted to save",
-        "training: norms are",
-        "at most",
-        "75% of 0.3 TB/s",
-        "NVIDIA L4 datasheet",
-        "has little fp64",
-    ):
+    for part in ("training: norms are", "at most", "75 % of 300 GB/s", "NVIDIA L4 datasheet"):
         assert part in shown
     for result in (plain, predicted):
+        short, full = printed.check(result.table()), printed.check(result.table(verbose=True))
+        assert len(short.splitlines()) <= 20
+        assert "layers.0.input_layernorm" in full
+        assert "layers.0.input_layernorm" not in short
         assert json.loads(json.dumps(result.to_json()))["norms"] == 25
 
 
@@ -361,7 +359,7 @@ def test_wrong_calls_say_what_is_known(target, options, words) -> None:
 
 def test_without_transformers_it_says_what_to_install(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(CommandError, match=r"pip install 'rmsnorm\[hf\]'"):
+    with pytest.raises(CommandError, match=r"pip install transformers safetensors"):
         count("deepseek-ocr")
 
 

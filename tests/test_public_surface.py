@@ -10,7 +10,7 @@ import rmsnorm
 
 ROOT = Path(rmsnorm.__file__).parent
 ORDER = [
-    "errors", "spec", "hardware", "machine", "reference", "kernels", "distributed", "ops", "module", "measure",
+    "errors", "display", "spec", "hardware", "machine", "reference", "kernels", "distributed", "ops", "module", "measure",
     "checkpoint", "bytecode", "expression", "observe", "proof", "replacement", "models", "cost", "predict", "verify",
     "world", "plot", "peers", "bench", "report", "cli",
 ]  # fmt: skip

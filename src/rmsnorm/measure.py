@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import stat
 import statistics
 import tempfile
@@ -138,10 +139,24 @@ def side_by_side(work: Callable[..., object], shares: Iterable[Any], *others: An
     """
     workers = min(machine.cores(), 16)
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for done in [pool.submit(work, share, *others) for share in shares]:
-            with contextlib.suppress(Exception):
-                done.result()
+    with ProcessPoolExecutor(workers, spawn, initializer=_as_a_worker) as pool:
+        try:
+            for done in [pool.submit(work, share, *others) for share in shares]:
+                with contextlib.suppress(Exception):
+                    done.result()
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _as_a_worker() -> None:
+    torch.set_num_threads(1)
+    end_silently_on_ctrl_c()
+
+
+def end_silently_on_ctrl_c() -> None:
+    """For a process that another one started: the terminal interrupts both, and only the first is to say so."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

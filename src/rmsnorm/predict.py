@@ -20,9 +20,10 @@ from torch import Tensor, nn
 # its tensors and then asks for no values, as it would of plain tensors on the meta device.
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rmsnorm import checkpoint, models
+from rmsnorm import checkpoint, display, models
 from rmsnorm.checkpoint import AtMost, CallsExhausted
 from rmsnorm.cost import TRACED_TORCH, Cost, Implementation, Phase, cost
+from rmsnorm.display import Block, Column, Table, Text
 from rmsnorm.errors import CommandError, one_line
 from rmsnorm.hardware import GPUS, Gpu
 from rmsnorm.measure import Progress
@@ -203,92 +204,116 @@ class Result:
             "seconds": round(self.seconds, 1),
         }
 
-    def table(self) -> Any:
-        """A rich renderable: the norms, what a step of them costs, what that is of the whole."""
-        from rich.console import Group as Lines
-        from rich.table import Table
-        from rich.text import Text
+    def table(self, verbose: bool = False) -> list[Block]:
+        """What to print: what ours saves, and what the norms cost; with `verbose` each kind of norm as well."""
+        details = _details(self) if verbose else [Text("\n--verbose prints each kind of norm and each count.", "note")]
+        return [*_answer(self), _costs(self, verbose), *_cautions(self), *details]
 
-        w = self.weight
-        head = [
-            f"{self.target}: {self.model}, {self.parameters:,} parameters; "
-            f"{self.batch} × {self.seq} tokens, {self.dtype}",
-            f"{self.count} norms, {self.norm_parameters:,} parameters: weights {_mb(w.parameters)} MB, gradients "
-            f"{_mb(w.gradients)} MB, AdamW {_mb(w.optimizer)} MB ({_mb(self.optimizer_master)} MB with fp32 weights)",
+
+# --- printing ------------------------------------------------------------------------------------------------
+
+
+def _answer(result: Result) -> list[Block]:
+    """The model, what ours saves a step, and what of a step that is."""
+    eager, ours = result.training["eager"], result.training["ours"]
+    lines: list[Block] = [
+        f"{result.target}: {result.model}, {display.count(result.parameters)} parameters; {result.count} norms with "
+        f"{display.count(result.norm_parameters)} of them; {result.batch} × {result.seq} tokens, {result.dtype}",
+        f"ours instead of eager: {display.size(eager.saved - ours.saved)} less kept for the backward pass; a training "
+        f"step moves {display.size(eager.bytes - ours.bytes)} less, in {display.count(eager.kernels - ours.kernels)} "
+        "fewer kernels",
+    ]
+    if result.gpu is None or eager.seconds is None or ours.seconds is None:
+        return [*lines, f"for predicted times give --gpu one of {', '.join(GPUS)}"]
+    saved = f"predicted on {result.gpu.name}: {display.duration(eager.seconds - ours.seconds)} less a training step"
+    shares = result.amdahl(True)
+    if shares is not None:
+        saved += f", of which the norms are {display.share(shares[0], 3)} and ours gains {display.share(shares[1], 3)}"
+    return [*lines, saved]
+
+
+def _costs(result: Result, verbose: bool) -> Table:
+    """All norms of a step, a column an implementation."""
+    figures: list[tuple[str, Callable[[Totals], str]]] = [
+        ("read and written", lambda t: display.size(t.bytes)),
+        ("kernels", lambda t: display.count(t.kernels)),
+        ("kept for backward", lambda t: display.size(t.saved)),
+    ]
+    if result.gpu is not None:
+        figures.append(("predicted time", lambda t: display.duration(t.seconds)))
+    if verbose:
+        figures += [
+            ("FLOPs", lambda t: display.count(t.flops)),
+            ("memory of one, at most", lambda t: display.size(t.peak)),
         ]
-        groups = Table(title="Norms")
-        for column in ("count", "rows", "width"):
-            groups.add_column(column, justify="right")
-        for column in ("class", "what it computes", "first"):
-            groups.add_column(column)
-        for g in self.norms:
-            spec = f"{g.spec.cast}, offset {g.spec.offset:g}" if g.weighted else "no weight"
-            groups.add_row(f"{g.count}", _rows_of(g.calls), f"{g.width:,}", g.cls, spec, g.first)
-        costs = Table(title=f"All norms of a step, on {self.device}: {self._status()}")
-        costs.add_column("MB: 10⁶ bytes")
-        for name in COMPARED:
-            costs.add_column(name, justify="right")
-        for what, of in (("inference", self.inference), ("training", self.training)):
-            cells: tuple[tuple[str, Callable[[Totals], str]], ...] = (
-                ("MFLOP", lambda t: f"{t.flops / 1e6:,.1f}"),
-                ("MB read and written", lambda t: f"{t.bytes / 1e6:,.1f}"),
-                ("kernels", lambda t: f"{t.kernels:,}"),
-                ("MB saved", lambda t: f"{t.saved / 1e6:,.1f}"),
-                ("MB of one, at most", lambda t: f"{t.peak / 1e6:,.1f}"),
-                ("ms, predicted", lambda t: "-" if t.seconds is None else f"{t.seconds * 1e3:,.3f}"),
-            )
-            for label, cell in cells:
-                if (label.startswith("MB saved") and what == "inference") or (self.gpu is None and "ms" in label):
-                    continue
-                costs.add_row(f"{what}: {label}", *(cell(of[name]) for name in COMPARED))
-            costs.add_section()
-        left = [f"not counted: {n.count} x {n.cls} ({n.first}), which patch leaves: {n.reason}" for n in self.left]
-        below = [*self._conclusions(), *left, *(f"note: {note}" for note in self.notes)]
-        return Lines(*map(Text, head), groups, costs, *map(Text, below))
+    rows = tuple(
+        (f"{what}: {label}", *(cell(of[name]) for name in COMPARED))
+        for what, of in (("inference", result.inference), ("training", result.training))
+        for label, cell in figures
+        if (what, label) != ("inference", "kept for backward")
+    )
+    status = "derived" if result.derived else f"as traced in torch {TRACED_TORCH}"
+    columns = (Column("", words=True), *map(Column, COMPARED))
+    return Table(f"All norms of a step, on {result.device}: {status}", columns, rows)
 
-    def _status(self) -> str:
-        return "derived" if self.derived else f"as traced in torch {TRACED_TORCH}"
 
-    def _conclusions(self) -> list[str]:
-        eager, ours = self.training["eager"], self.training["ours"]
-        lines = [
-            f"ours instead of eager: {_mb(eager.saved - ours.saved)} MB less kept for the backward pass, and "
-            f"{_mb(eager.bytes - ours.bytes)} MB less moved in {eager.kernels - ours.kernels:,} fewer kernels "
-            "a training step"
-        ]
-        if eager.seconds is not None and ours.seconds is not None:
-            lines[0] += f", predicted to save {(eager.seconds - ours.seconds) * 1e3:,.3f} ms"
-        if self.gpu is None:
-            known = ", ".join(GPUS)
-            return [*lines, f"for predicted times: --gpu with one of {known}"]
+def _cautions(result: Result) -> list[Block]:
+    """What is not in the counts, and what could make them wrong."""
+    lines = [f"not counted: {n.count} × {n.cls} ({n.first}), which patch leaves: {n.reason}" for n in result.left]
+    lines += [f"note: {note}" for note in result.notes]
+    if result.gpu is not None and result.gpu.few_fp64:
+        lines.append(f"note: {result.gpu.name} has little fp64, in which ours sums: it will fall short of this")
+    return ["", *lines] if lines else []
+
+
+def _details(result: Result) -> list[Block]:
+    """Each kind of norm, its weights, and what the predictions rest on."""
+    w = result.weight
+    columns = (
+        Column("first", words=True),
+        *map(Column, ("count", "rows", "width")),
+        *(Column(header, words=True) for header in ("what it computes", "class")),
+    )
+    rows = []
+    for g in result.norms:
+        spec = f"{g.spec.cast} cast, offset {g.spec.offset:g}" if g.weighted else "no weight"
+        rows.append((g.first, f"{g.count}", _rows_of(g.calls), f"{g.width:,}", spec, g.cls))
+    return [
+        Table("Norms", columns, tuple(rows)),
+        "",
+        f"weights {display.size(w.parameters)}, their gradients {display.size(w.gradients)}, AdamW "
+        f"{display.size(w.optimizer)} ({display.size(result.optimizer_master)} with fp32 weights)",
+        *_predictions(result),
+    ]
+
+
+def _predictions(result: Result) -> list[str]:
+    if result.gpu is None:
+        return []
+    efficiency = display.share(EFFICIENCY)
+    lines = [
+        f"predicted for {result.gpu.name}: bytes at {efficiency} of {display.speed(result.gpu.bandwidth)}, or "
+        f"{display.duration(LAUNCH_SECONDS)} a kernel where that is more; matrix products at {efficiency} of "
+        f"{display.number(result.gpu.matmul / 1e12)} TFLOP/s ({result.gpu.source})"
+    ]
+    for what, training in (("inference", False), ("training", True)):
+        shares, rest = result.amdahl(training), result.step_seconds(training)
+        totals = result.training if training else result.inference
+        if shares is None or rest is None:
+            continue
+        norms, gain = (display.share(share, 3) for share in shares)
+        step = display.duration(rest + (totals["eager"].seconds or 0.0))
         lines.append(
-            f"predicted for {self.gpu.name}: bytes at {EFFICIENCY:.0%} of {self.gpu.bandwidth / 1e12:g} TB/s, or "
-            f"{LAUNCH_SECONDS * 1e6:g} us a kernel where that is more; matrix products at {EFFICIENCY:.0%} of "
-            f"{self.gpu.matmul / 1e12:g} TFLOP/s ({self.gpu.source})"
+            f"{what}: norms are {norms} of the {step} that an eager step takes for them and its matrix products; at "
+            f"most {norms} to gain, {gain} with ours"
         )
-        for what, training in (("inference", False), ("training", True)):
-            shares, rest = self.amdahl(training), self.step_seconds(training)
-            totals = self.training if training else self.inference
-            if shares is None or rest is None:
-                continue
-            step = rest + (totals["eager"].seconds or 0.0)
-            lines.append(
-                f"{what}: norms are {shares[0]:.1%} of the {step * 1e3:,.2f} ms that an eager step takes for them and "
-                f"its matrix products; at most {shares[0]:.1%} to gain, {shares[1]:.1%} with ours"
-            )
-        if self.gpu.few_fp64:
-            lines.append(f"{self.gpu.name} has little fp64, in which ours sums: it will fall short of this")
-        return lines
+    return lines
 
 
 def _rows_of(calls: tuple[Call, ...]) -> str:
     """`8,192` or, of norms that run several times a step, `2 × 8,192`; `0` of those that no input reaches."""
     counted = collections.Counter(rows for rows, _ in calls)
     return " + ".join(f"{rows:,}" if n == 1 else f"{n} × {rows:,}" for rows, n in counted.items()) or "0"
-
-
-def _mb(count: int) -> str:
-    return f"{count / 1e6:,.3f}" if abs(count) < 1e6 else f"{count / 1e6:,.1f}"
 
 
 # --- counting ------------------------------------------------------------------------------------------------

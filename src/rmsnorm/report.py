@@ -294,8 +294,9 @@ class _Steps:
 
 
 def main(
-    target: str, out: Path, progress: Progress, *, device: str | None = None, tokens: int = 2048, seconds: float = 90.0
-) -> Result:
+    target: str, out: Path, progress: Progress, *, device: str | None = None, tokens: int = 2048, seconds: float = 90.0,
+    every_layer: bool = False,
+) -> Result:  # fmt: skip
     """Report on a preset ("deepseek-ocr") or on a local Hugging Face checkpoint folder; writes out/report.json.
 
     device: "cpu" or "cuda", by default the GPU if there is one. seconds: about how long it may take; whole-model
