@@ -372,6 +372,26 @@ def test_a_disk_that_is_full_or_fills_up_is_one_line(monkeypatch, capsys, tmp_pa
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("report", "--out", "r", "--json", "r"), "--json writes the file r, which --out needs as a folder"),
+        (("report", "--out", "there", "--json", "there/report.json"), "--out and --json both write there/report.json"),
+        (("report", "--json", "report.json"), "--out and --json both write report.json: give them different names"),
+        (("bench", "--out", "there", "--json", "there/bench-cpu.json"), "--out and --json both write there/bench"),
+        (("bench", "--plot", "a.svg", "--json", "a.svg"), "--plot and --json both write a.svg"),
+    ],
+)
+def test_results_that_would_overwrite_each_other_are_refused_before_any_work(
+    arguments, says, monkeypatch, capsys, tmp_path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    assert call(*arguments) == 2
+    assert f"rmsnorm: {says}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+
 def test_a_pipe_gets_the_json_and_nothing_of_the_trial(monkeypatch, tmp_path) -> None:
     stub(monkeypatch, ok=True)
     reader, writer = os.pipe()

@@ -197,6 +197,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.json is not None and not to_screen:
         if not args.json.absolute().parent.is_dir():
             raise CommandError(f"--json {args.json}: there is no folder {args.json.absolute().parent}")
+        for other in _files(args):
+            measure.check_apart(other, ("--json", args.json))
         handle = measure.check_file(args.json, "--json")
     progress = _ProgressLine(sys.stderr)
     try:
@@ -211,6 +213,13 @@ def _run(args: argparse.Namespace) -> int:
     else:
         _print(_drawn(result.table(args.verbose) if "verbose" in args else result.table()))
     return 0 if result.ok else 1
+
+
+def _files(args: argparse.Namespace) -> list[tuple[str, Path]]:
+    """What the verb writes besides --json: the name of the option, and the file."""
+    out, plot = getattr(args, "out", None), getattr(args, "plot", None)
+    names = ("report.json",) if args.work is _report else ("bench-cpu.json", "bench-cuda.json")
+    return [("--out", out / name) for name in names if out is not None] + ([("--plot", plot)] if plot else [])
 
 
 def _versions() -> str:

@@ -42,9 +42,10 @@ class Verdict:
     saved: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"{self._kind()}{self._figures([self])}"
+        return f"{self.kind}{self._figures([self])}"
 
-    def _kind(self) -> str:
+    @property
+    def kind(self) -> str:
         """What norms of one group have in common."""
         if self.spec is None:
             return f"left: {self.reason}"
@@ -103,7 +104,7 @@ class Report:
         """The verdicts that say the same about the same class, together."""
         groups: dict[tuple[str, str], list[Verdict]] = {}
         for v in self.verdicts:
-            groups.setdefault((v.cls, v._kind()), []).append(v)
+            groups.setdefault((v.cls, v.kind), []).append(v)
         return tuple(map(tuple, groups.values()))
 
     def __str__(self) -> str:
@@ -126,7 +127,7 @@ def line(group: Sequence[Verdict]) -> str:
     """One group of a Report in one line: how many, which class, what was found, the largest change, bytes saved."""
     first = group[0]
     names = first.name if len(group) == 1 else f"{first.name}, …"
-    return f"{len(group)} x {first.cls} ({names}) {first._kind()}{first._figures(group)}"
+    return f"{len(group)} x {first.cls} ({names}) {first.kind}{first._figures(group)}"
 
 
 def patch(model: nn.Module, *, strict: bool = True) -> Report:

@@ -144,10 +144,18 @@ def warmup(
                 rms_norm(x, w, cast=cast).sum().backward()
 
 
-def wait_for_host() -> None:
-    """Until it is compiled and loaded, if it can be: `explain` says what came of it."""
+def wait_for_host(seconds: float | None = None) -> bool:
+    """Wait until the C++ is compiled and loaded, if it can be: `explain` says what came of it.
+
+    seconds: the longest to wait. With 0 its compilation is begun, in another process.
+
+    Returns whether the wait is over: False if the C++ is still being compiled.
+    """
+    if seconds is not None:
+        return host.wait(_for_host, seconds)
     with contextlib.suppress(host.Unusable):
         host.load(_for_host)
+    return True
 
 
 # --- who computes --------------------------------------------------------------------------------------------
