@@ -13,12 +13,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from rmsnorm import reference
+from rmsnorm.drop_in import TorchRMSNorm
 from rmsnorm.errors import complaint, one_line
 from rmsnorm.module import DeepseekV2RMSNorm, RMSNorm
 from rmsnorm.proof import Change, Proof, fingerprint, obstacle, prove
 from rmsnorm.replacement import become, changed, original, rebound, replacement, rule_of, served, why_own
 from rmsnorm.spec import Spec
 
+_OURS = RMSNorm, DeepseekV2RMSNorm, TorchRMSNorm
 _ORDER = "the order that works: patch, then PEFT, then compile, FSDP, tensor parallel or accelerate"
 
 
@@ -247,7 +249,7 @@ def _norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         cls = original(module)
         torchs_own = str(cls.__module__).startswith("torch.nn.modules.") and cls is not nn.RMSNorm
-        if "norm" in cls.__name__.lower() and not torchs_own and not isinstance(module, (RMSNorm, DeepseekV2RMSNorm)):
+        if "norm" in cls.__name__.lower() and not torchs_own and not isinstance(module, _OURS):
             yield name, module
 
 
