@@ -46,6 +46,12 @@ class _Replacement(InFront):
             return super().__reduce_ex__(protocol)  # of a class made from ours: it would come back as ours
         return _rebuild, (self._rmsnorm_original, self._rmsnorm_rule), self.__getstate__()
 
+    def extra_repr(self) -> str:
+        """As the norm's own, and how it is computed now, so that the repr of a model shows what is patched."""
+        own = super().extra_repr()  # type: ignore[misc]
+        offset = f", offset {self._rmsnorm_rule.offset:g}" if self._rmsnorm_rule.offset else ""
+        return f"{own}{', ' if own else ''}rmsnorm: {self._rmsnorm_rule.cast}{offset}"
+
     def _rmsnorm_explain(self, x: Any) -> str:
         """For `rmsnorm.explain`."""
         return explained(self, self._rmsnorm_rule, x)
