@@ -274,7 +274,7 @@ def transformers_for(what: str) -> Any:
     try:
         import transformers
     except ImportError:
-        raise CommandError(f"{what} needs transformers: pip install 'rmsnorm[hf]'") from None
+        raise CommandError(f"{what} needs transformers: pip install transformers safetensors") from None
     except Exception as error:  # noqa: BLE001  # its import runs much code
         raise CommandError(f"transformers cannot be imported: {one_line(error)}") from None
     return transformers

@@ -23,7 +23,7 @@ def check(path: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise CommandError("--plot needs matplotlib: pip install 'rmsnorm[plot]'") from None
+        raise CommandError("--plot needs matplotlib: pip install matplotlib") from None
     measure.check_folder(path.parent, "--plot")
 
 
