@@ -410,7 +410,7 @@ def test_what_cannot_be_drawn_is_said_before_anything_is_measured(
             drawn(name)
     with pytest.MonkeyPatch.context() as hidden:
         hidden.setitem(sys.modules, "matplotlib", None)
-        with pytest.raises(CommandError, match=r"needs matplotlib: pip install matplotlib"):
+        with pytest.raises(CommandError, match=r"needs matplotlib: pip install matplotlib$"):
             drawn("a.svg")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     (tmp_path / "file").write_text("")

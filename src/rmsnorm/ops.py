@@ -13,10 +13,11 @@ as one node with a schema, a fake, and a rule for vmap.
 import contextlib
 import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, Never, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,11 +27,38 @@ from torch.nn import Parameter
 from rmsnorm import kernels, reference
 from rmsnorm.errors import complaint
 from rmsnorm.kernels import host
-from rmsnorm.spec import DTYPES, Cast, caller, check_gradients, check_memory, check_saved, check_spec, check_tensors
+from rmsnorm.spec import (
+    DTYPES,
+    Cast,
+    caller,
+    check_gradients,
+    check_memory,
+    check_order,
+    check_saved,
+    check_spec,
+    check_tensors,
+)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
+def _without_more(function: Callable[P, T]) -> Callable[P, T]:
+    """Leave the parameter `more` out of the signature that help and editors show: it is there for its error alone."""
+    signature = inspect.signature(function)
+    shown = [p for p in signature.parameters.values() if p.name != "more"]
+    function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    return function
+
+
+@_without_more
 def rms_norm(
-    x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, cast: Cast = "early", offset: float = 0.0
+    x: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *more: Never,
+    cast: Cast = "early",
+    offset: float = 0.0,
 ) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last dimension, with the Definition's bits on every device.
 
@@ -42,10 +70,11 @@ def rms_norm(
     Differentiable once, in reverse and in forward mode; a second derivative raises. Raises TypeError or ValueError,
     naming the argument, for what makes no sense.
     """
-    if not torch.compiler.is_compiling():
+    if not more and not torch.compiler.is_compiling():
         y = host.norm(x, None, weight, eps, cast, offset)
         if y is not None:
             return y  # type: ignore[no-any-return]
+    check_order("rms_norm", weight, more)
     check_spec("rms_norm", eps, cast, offset)
     check_tensors("rms_norm", x, None, weight, offset, torch.compiler.is_compiling())
     return _norm(x, None, weight, eps, cast, offset)[0]  # type: ignore[no-any-return]
