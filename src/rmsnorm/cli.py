@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--seconds", type=_seconds, default=90.0, metavar="S", help="about how long it may take; %(default)g by default"
     )
-    report.add_argument("--all", action="store_true", help="print and measure every layer, not one of each kind")
+    report.add_argument("--all", action="store_true", help="print a row for every norm, not one for each kind")
 
     verify = verb("verify", _verify, "Hold the kernels to the contract, over more than 10⁸ outputs.")
     device(verify)
