@@ -101,7 +101,8 @@ def deepseek_ocr(transformers: Any, layers: int = 12, **changes: Any) -> Any:
         "num_experts_per_tok": 6, "n_shared_experts": 2, "moe_intermediate_size": 896,
         "mlp_layer_types": ["dense"] + ["sparse"] * (layers - 1),
     }  # fmt: skip
-    return of_kind("deepseek_ocr2_text", transformers, "deepseek-ocr")(**sizes | changes)
+    preset = "deepseek-ocr" if layers == 12 else f"deepseek-ocr-{layers}-layers"
+    return of_kind("deepseek_ocr2_text", transformers, preset)(**sizes | changes)
 
 
 def build_on_meta(config: Any, transformers: Any, what: str) -> nn.Module:
@@ -128,14 +129,18 @@ def build_on_meta(config: Any, transformers: Any, what: str) -> nn.Module:
 
 
 def model_class(config: Any, transformers: Any) -> Any:
-    """AutoModel, but for DeepSeek-OCR 2's decoder, and an encoder alone where that is what was saved."""
+    """The class whose `from_config` or constructor builds the model.
+
+    AutoModel, but for DeepSeek-OCR 2's decoder, an encoder alone where that is what was saved, and a class that the
+    configuration names where AutoModel knows none.
+    """
     if config.model_type == "deepseek_ocr2_text":
         from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2TextModel
 
         return DeepseekOcr2TextModel
     named = getattr(config, "architectures", None)
     name = named[0] if isinstance(named, (list, tuple)) and named else None
-    if isinstance(name, str) and name.endswith("EncoderModel"):
+    if isinstance(name, str) and (name.endswith("EncoderModel") or type(config) not in transformers.MODEL_MAPPING):
         cls = getattr(transformers, name, None)
         if getattr(cls, "config_class", None) is type(config):
             return cls

@@ -137,8 +137,8 @@ def _own(folder: Path, content: dict[str, Any], weights: list[Path], transformer
 def _renamed(folder: Path, described: architecture.Description, weights: list[Path], transformers: Any) -> _Loaded:
     """A language model whose weights lie in the folder under the names of a class that transformers does not have."""
     config = architecture.configuration(described, transformers)
-    cls = architecture.model_class(config, transformers)
     model = architecture.build_on_meta(config, transformers, str(folder))
+    cls: Any = type(model)
     _check_memory(model, folder)
     stored = checkpoint.tensors(weights)
     sources = _sources(model.state_dict(), stored, folder)
@@ -232,7 +232,8 @@ def _elsewhere(loaded: _Loaded, model: str) -> str:
     left = loaded.left
     if not left:
         return ""
-    counts = Counter(name.removeprefix("model.").split(".")[0] for name in left)
+    parts = (name.removeprefix("model.").split(".") for name in left)
+    counts = Counter("lm_head" if "lm_head" in part else part[0] for part in parts)
     of = ", ".join(f"{count} of {module}" for module, count in counts.most_common(_MOST_NAMED))
     more = f" and of {len(counts) - _MOST_NAMED} other modules" if len(counts) > _MOST_NAMED else ""
     return f"{len(left)} of the folder's {loaded.read} tensors are no part of {model} and were not loaded: {of}{more}"
