@@ -325,7 +325,7 @@ def main(target: str, progress: Progress, *, batch: int, seq: int, dtype: str, g
         calls, said = _calls({name: modules[name] for name in proven}, model, config, batch, seq)
     notes += said
     if not report.verdicts:
-        raise CommandError(f"{type(model).__name__} has no RMSNorm")
+        raise CommandError(f"{target}: {type(model).__name__} has no RMSNorm, so there is nothing to count")
     groups = tuple(_groups(proven, modules, calls))
     where = "cpu" if gpu is None else "cuda"
     peaks = None if gpu is None else GPUS[gpu.lower()]
