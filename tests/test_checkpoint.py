@@ -160,6 +160,9 @@ def test_the_whole_reason_is_said(folder: Path, refused) -> None:
         said = refused(*arguments(verb, folder))
         assert "Field 'rope_parameters' with value [1] doesn't match any type" in said
         assert len(said) > 300
+    assert said.endswith(
+        "with the code of its authors, then: import rmsnorm; report = rmsnorm.patch(model); print(report)"
+    )
 
 
 def test_shapes_that_are_not_the_configuration_s_are_named(folder: Path, refused) -> None:
