@@ -614,7 +614,10 @@ def edit_config(folder: Path, **changes: object) -> None:
         (short_tail, "cut short"),
         (short_header, "cut short"),
         (empty_weights, "cut short"),
-        (unknown_model, "does not know the architecture 'no_such_model' of .*config.json; a later one may"),
+        (
+            unknown_model,
+            "does not know the architecture 'no_such_model' of .*config.json; a later one may: pip install -U transformers",
+        ),
         (wrong_shape, "cannot load"),
         (foreign_kernel, "foreign code"),
         (nested_foreign_kernel, "foreign code"),
