@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import printed
-from rmsnorm import cost, predict
+from rmsnorm import architecture, cost, predict
 from rmsnorm.display import render
 from rmsnorm.errors import CommandError
 from rmsnorm.hardware import GPUS
@@ -324,11 +325,16 @@ def test_no_tokens_cost_nothing() -> None:
         ("not json", "is no JSON"),
         ("[1, 2]", "holds no JSON object"),
         ({}, "has no model_type"),
-        ({"model_type": "llama"}, "has no hidden_size"),
-        ({"model_type": "llama", "hidden_size": 64}, "has no num_hidden_layers"),
-        ({"model_type": "frobnicator", "hidden_size": 64}, "does not know the architecture 'frobnicator'"),
-        ({"model_type": "frobnicator", "auto_map": {"AutoConfig": "evil.Config"}}, "does not know the architecture"),
-        ({"model_type": "deepseek_vl_v2", "language_config": {}}, "has no model_type"),
+        (
+            {"architectures": ["X"]},
+            'has no model_type, which names the architecture, such as "llama" (its architectures',
+        ),
+        ({"model_type": "llama"}, "has no hidden_size, expected a whole number of at least 1: add it"),
+        ({"model_type": "llama", "hidden_size": 64}, "has no num_hidden_layers, expected"),
+        ({"model_type": "gpt2", "n_embd": 64}, "has no n_layer or num_hidden_layers, expected"),
+        ({"model_type": "frobnicator", "hidden_size": 64}, "does not know the architecture 'frobnicator' of "),
+        ({"model_type": "frobnicator", "auto_map": {"AutoConfig": "evil.Config"}}, "trust_remote_code=True); report ="),
+        ({"model_type": "deepseek_vl_v2", "language_config": {}}, "config.json, language_config has no model_type"),
         ({"model_type": "llama", "hidden_size": "wide", "num_hidden_layers": 2}, 'has hidden_size "wide", expected'),
         ({"model_type": "llama", "hidden_size": 7, "num_hidden_layers": 2}, "cannot read this llama"),
         ({"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2}, "GPT2Model has no RMSNorm"),
@@ -338,7 +344,58 @@ def test_a_configuration_that_will_not_do_is_one_line(content, words, tmp_path) 
     with pytest.raises(CommandError) as raised:
         count(written(tmp_path, content))
     assert words in str(raised.value)
+    assert str(tmp_path / "config.json") in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.fixture
+def old(monkeypatch) -> None:
+    """As transformers 4.46.3, DeepSeek-OCR's own version: it has none of DeepSeek's architectures."""
+    auto = transformers.models.auto
+    for mapping in (auto.configuration_auto.CONFIG_MAPPING_NAMES, auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        for kind in ("deepseek_v2", "deepseek_v3", "deepseek_ocr2", "deepseek_ocr2_text"):
+            monkeypatch.delitem(mapping, kind, raising=False)
+    monkeypatch.setattr("transformers.__version__", "4.46.3")
+
+
+@pytest.mark.parametrize(
+    ("preset", "kind", "first"),
+    [
+        ("deepseek-ocr", "deepseek_ocr2_text", "5.10"),
+        ("deepseek-ocr-40-layers", "deepseek_ocr2_text", "5.10"),
+        ("deepseek-v2", "deepseek_v2", "4.54"),
+        ("deepseek-v2-lite", "deepseek_v2", "4.54"),
+        ("deepseek-v3", "deepseek_v3", "4.51"),
+    ],
+)
+def test_a_preset_that_the_installed_transformers_lacks_names_the_release(preset, kind, first, old) -> None:
+    with pytest.raises(CommandError) as raised:
+        count(preset)
+    assert str(raised.value) == (
+        f"{preset} is of the architecture {kind!r}, which transformers 4.46.3 does not have, but {first} and later do: "
+        f"pip install 'transformers>={first}'"
+    )
+
+
+def test_a_language_config_without_a_type_is_known_though_transformers_lacks_its_class(old, tmp_path) -> None:
+    mla = OCR | {"language_config": OCR["language_config"] | {"use_mla": True}}
+    for content, kind, first in ((OCR, "deepseek_ocr2_text", "5.10"), (mla, "deepseek_v2", "4.54")):
+        with pytest.raises(CommandError) as raised:
+            count(written(tmp_path, content))
+        said = str(raised.value)
+        assert f"config.json, language_config is of the architecture {kind!r}" in said
+        assert f"pip install 'transformers>={first}'; or load it yourself with its own code" in said
+        assert f"from_pretrained({str(tmp_path)!r}, trust_remote_code=True)" in said
+
+
+def test_a_class_that_automodel_does_not_know_is_the_one_that_the_configuration_names(monkeypatch) -> None:
+    config = transformers.LlamaConfig(architectures=["LlamaForCausalLM"])
+    assert architecture.model_class(config, transformers) is transformers.AutoModel
+    monkeypatch.setattr(transformers, "MODEL_MAPPING", {})
+    assert architecture.model_class(config, transformers) is transformers.LlamaForCausalLM
+    for name in ("Qwen2ForCausalLM", "NoSuchClass", "__version__"):
+        config.architectures = [name]
+        assert architecture.model_class(config, transformers) is transformers.AutoModel
 
 
 @pytest.mark.parametrize(

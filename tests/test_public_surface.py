@@ -11,7 +11,7 @@ import rmsnorm
 ROOT = Path(rmsnorm.__file__).parent
 ORDER = [
     "errors", "display", "spec", "hardware", "machine", "reference", "kernels", "distributed", "ops", "module", "measure",
-    "checkpoint", "bytecode", "expression", "observe", "proof", "replacement", "drop_in", "models", "cost", "predict", "verify",
+    "checkpoint", "architecture", "bytecode", "expression", "observe", "proof", "replacement", "drop_in", "models", "cost", "predict", "verify",
     "world", "plot", "peers", "bench", "loading", "report", "cli",
 ]  # fmt: skip
 KERNELS = ["build", "host", "rows", "threads", "launch", "driver", "cpu", "gpu"]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 # its tensors and then asks for no values, as it would of plain tensors on the meta device.
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rmsnorm import checkpoint, display, models
+from rmsnorm import architecture, checkpoint, display, models
 from rmsnorm.checkpoint import AtMost, CallsExhausted
 from rmsnorm.cost import TRACED_TORCH, Cost, Implementation, Phase, cost
 from rmsnorm.display import Block, Column, Table, Text
@@ -338,8 +338,8 @@ def main(target: str, progress: Progress, *, batch: int, seq: int, dtype: str, g
     transformers = checkpoint.transformers_for("cost")
     with checkpoint.quiet():
         progress(1, 4, "building the model on the meta device")
-        config, notes = (PRESETS[target](), ()) if read is None else _config(read, transformers)
-        model = checkpoint.build_on_meta(config, transformers, target)
+        config, notes = (PRESETS[target](transformers), ()) if read is None else _config(*read, transformers)
+        model = architecture.build_on_meta(config, transformers, target)
         progress(2, 4, "proving its norms")
         with checkpoint.blame(f"the norms of {type(model).__name__} cannot be proven"):
             report = models.patch(model)
@@ -350,7 +350,7 @@ def main(target: str, progress: Progress, *, batch: int, seq: int, dtype: str, g
         calls, said = _calls({name: modules[name] for name in proven}, model, config, batch, seq)
     notes += said
     if not report.verdicts:
-        raise CommandError(f"{type(model).__name__} has no RMSNorm")
+        raise CommandError(f"{target}: {type(model).__name__} has no RMSNorm, so there is nothing to count")
     groups = tuple(_groups(proven, modules, calls))
     where = "cpu" if gpu is None else "cuda"
     peaks = None if gpu is None else GPUS[gpu.lower()]
@@ -564,52 +564,37 @@ _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
 # --- the model -----------------------------------------------------------------------------------------------
 
 
-def _ocr(layers: int) -> Any:
-    from transformers import DeepseekOcr2TextConfig
-
-    return DeepseekOcr2TextConfig(
-        vocab_size=129280, hidden_size=1280, intermediate_size=6848, num_hidden_layers=layers, num_attention_heads=10,
-        num_key_value_heads=10, max_position_embeddings=8192, n_routed_experts=64, num_experts_per_tok=6,
-        n_shared_experts=2, moe_intermediate_size=896, mlp_layer_types=["dense"] + ["sparse"] * (layers - 1),
-    )  # fmt: skip
-
-
-def _v2_lite() -> Any:
-    from transformers import DeepseekV2Config
-
-    return DeepseekV2Config(
+def _deepseek_v2_lite(transformers: Any) -> Any:
+    return architecture.of_kind("deepseek_v2", transformers, "deepseek-v2-lite")(
         vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408, num_hidden_layers=27,
         num_attention_heads=16, num_key_value_heads=16, q_lora_rank=None, kv_lora_rank=512, n_routed_experts=64,
         num_experts_per_tok=6, n_shared_experts=2, first_k_dense_replace=1, max_position_embeddings=163840,
     )  # fmt: skip
 
 
-def _v2() -> Any:
-    from transformers import DeepseekV2Config
-
-    return DeepseekV2Config(
+def _deepseek_v2(transformers: Any) -> Any:
+    return architecture.of_kind("deepseek_v2", transformers, "deepseek-v2")(
         vocab_size=102400, hidden_size=5120, intermediate_size=12288, moe_intermediate_size=1536, num_hidden_layers=60,
         num_attention_heads=128, num_key_value_heads=128, q_lora_rank=1536, kv_lora_rank=512, n_routed_experts=160,
         num_experts_per_tok=6, n_shared_experts=2, first_k_dense_replace=1, max_position_embeddings=163840,
     )  # fmt: skip
 
 
-def _v3() -> Any:
-    from transformers import DeepseekV3Config
-
-    return DeepseekV3Config()  # transformers' defaults are this model
+def _deepseek_v3(transformers: Any) -> Any:
+    return architecture.of_kind("deepseek_v3", transformers, "deepseek-v3")()  # transformers' defaults are this model
 
 
-PRESETS: dict[str, Any] = {
-    "deepseek-ocr": lambda: _ocr(12),
-    "deepseek-ocr-40-layers": lambda: _ocr(40),
-    "deepseek-v2-lite": _v2_lite,
-    "deepseek-v2": _v2,
-    "deepseek-v3": _v3,
+PRESETS: dict[str, Callable[[Any], Any]] = {
+    "deepseek-ocr": architecture.deepseek_ocr,
+    "deepseek-ocr-40-layers": lambda transformers: architecture.deepseek_ocr(transformers, 40),
+    "deepseek-v2-lite": _deepseek_v2_lite,
+    "deepseek-v2": _deepseek_v2,
+    "deepseek-v3": _deepseek_v3,
 }
 
 
-def _read(target: str) -> dict[str, Any]:
+def _read(target: str) -> tuple[dict[str, Any], Path]:
+    """The content of the config.json that is meant, and where it is."""
     path = Path(target)
     try:
         if path.is_dir():
@@ -619,66 +604,20 @@ def _read(target: str) -> dict[str, Any]:
         raise CommandError(f"{target!r} cannot be read: {one_line(error)}") from None
     if not there:
         raise CommandError(f"{target!r} is neither a config.json nor a preset: give {', '.join(PRESETS)}, or a file")
-    return checkpoint.read_config(path)
+    return checkpoint.read_config(path), path
 
 
-def _config(content: dict[str, Any], transformers: Any) -> tuple[Any, tuple[str, ...]]:
-    """The language model's configuration. Keys that would fetch or run foreign code are left out."""
-    names = transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
-    notes: tuple[str, ...] = ()
-    content = _harmless(content)
-    kind = content.get("model_type")
-    if kind not in names and isinstance(content.get("language_config"), dict):
-        notes += (f"{kind}: its language_config alone is counted",)
-        content = content["language_config"]
-        kind = content.get("model_type") or _of_architecture(content, transformers)
-    if not kind:
-        raise CommandError("the configuration has no model_type, which says what it is of")
-    if kind not in names:
-        raise CommandError(f"transformers {transformers.__version__} does not know the architecture {kind!r}")
-    if kind == "deepseek_v2" and content.get("use_mla") is False:
-        kind, content = "deepseek_ocr2_text", _without_mla(content)
-    with checkpoint.blame(f"transformers cannot read this {kind} configuration"):
-        cls = transformers.AutoConfig.for_model(kind).__class__
-        nested = [content, *(v for v in content.values() if isinstance(v, dict))]
-        for needed in ("hidden_size", "num_hidden_layers"):
-            spelled = {needed, cls.attribute_map.get(needed, needed)}
-            if not any(spelled & set(part) for part in nested):
-                raise CommandError(f"the configuration has no {needed}")
-        config = transformers.AutoConfig.for_model(kind, **{k: v for k, v in content.items() if k != "model_type"})
+def _config(content: dict[str, Any], path: Path, transformers: Any) -> tuple[Any, tuple[str, ...]]:
+    """The language model's configuration, or that of an encoder and a decoder of text, and notes."""
+    described = architecture.describe(content, path, transformers)
+    notes = () if described.outer is None else (f"{described.outer}: its language_config alone is counted",)
+    config = architecture.configuration(described, transformers)
+    with checkpoint.blame(f"{described.source}: transformers finds no language model in this {described.kind}"):
         # Of an encoder and a decoder of text, which have a configuration each, both are counted.
         both = getattr(config, "is_encoder_decoder", False) and hasattr(config, "encoder")
         if both and _number(config.encoder.get_text_config(), "vocab_size"):
             return config, notes
         text = config.get_text_config()
-    if text is not config:
-        notes += (f"{kind}: its language part alone is counted",)
-    return text, notes
-
-
-def _harmless(content: dict[str, Any]) -> dict[str, Any]:
-    kept = {}
-    for key, value in content.items():
-        if key in ("auto_map", "quantization_config") or key.endswith(
-            ("attn_implementation", "experts_implementation")
-        ):
-            continue
-        kept[key] = _harmless(value) if isinstance(value, dict) else value
-    return kept
-
-
-def _of_architecture(content: dict[str, Any], transformers: Any) -> str | None:
-    classes = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    named = content.get("architectures")
-    wanted = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
-    return next((kind for kind, cls in classes.items() if wanted is not None and cls == wanted), None)
-
-
-def _without_mla(content: dict[str, Any]) -> dict[str, Any]:
-    """DeepSeek-V2's decoder with ordinary attention, which transformers keeps under DeepSeek-OCR 2."""
-    layers, dense = content.get("num_hidden_layers"), content.get("first_k_dense_replace", 0)
-    drop = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "architectures")
-    kept = {k: v for k, v in content.items() if k not in drop}
-    if isinstance(layers, int) and isinstance(dense, int):
-        kept["mlp_layer_types"] = ["dense"] * dense + ["sparse"] * (layers - dense)
-    return kept
+    if text is config:
+        return config, notes
+    return text, (*notes, f"{described.kind}: its language part alone is counted")
