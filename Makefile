@@ -10,7 +10,7 @@ PINS := .venv/constraints.txt
 # The tests whose outcome could depend on how a processor sums and takes roots, if a verdict or bound were wrong.
 SENSITIVE := $(addprefix tests/test_,models.py proof.py properties.py reference.py replacement.py verdicts.py)
 
-.PHONY: setup report test test-processors check bench test-gpu
+.PHONY: setup report test test-processors check bench tables test-gpu
 
 setup: $(STAMP)
 
@@ -19,6 +19,10 @@ report: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/rmsnorm bench
+
+# The tables of README.md and docs/, from the stored results.
+tables: $(STAMP)
+	$(BIN)/python benchmarks/tables.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -146,6 +146,25 @@ def test_the_words_of_the_contract() -> None:
     assert str(raised.value) == "[rms_norm] weight has shape (512,), expected (1280,), the last dimension of x"
 
 
+def test_the_argument_order_of_torch_is_recognized() -> None:
+    order = "expected a torch.Tensor: this is the argument order of F.rms_norm; write rms_norm(x, weight, eps, "
+    for shape in ((N,), [N], N, torch.Size((N,))):
+        for more in ((), (x(N),), (x(N), 1e-6), (None, 1e-6)):
+            with pytest.raises(TypeError, match=re.escape(order)) as raised:
+                rms_norm(x(), shape, *more)
+            assert str(raised.value).startswith(f"[rms_norm] weight is a {type(shape).__name__}, ")
+    with pytest.raises(
+        TypeError, match=re.escape("eps is a NoneType, expected a number; F.rms_norm's None is torch.f")
+    ):
+        rms_norm(x(), x(N), None)
+    rms_norm(x(), x(N))  # so that its kind is known in C++
+    for given, was in (("late", "is 'late'"), (x(N), "is a Tensor")):
+        with pytest.raises(
+            TypeError, match=re.escape(f"[rms_norm] the argument after eps {was}, expected cast and off")
+        ):
+            rms_norm(x(), x(N), 1e-6, given)
+
+
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 def test_nothing_is_broadcast(grad, residual) -> None:
@@ -163,8 +182,6 @@ def test_what_is_unusual_but_makes_sense() -> None:
         assert torch.equal(rms_norm(x(), x(N), eps), expected)
     assert torch.equal(rms_norm(x(), x(N), cast="late", offset=1), rms_norm(x(), x(N), cast="late", offset=1.0))
     assert rms_norm(x(0, N), x(N)).shape == (0, N)
-    with pytest.raises(TypeError):
-        rms_norm(x(), x(N), 1e-6, "late")  # type: ignore[misc]  # cast and offset by name only
 
 
 # --- compiled: torch's own error contains ours ----------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel, Qwen2VLConfig, Qwen2VLModel
 
-from rmsnorm import checkpoint
+from rmsnorm import architecture, checkpoint
 from rmsnorm.cli import main
 from rmsnorm.errors import CommandError
 
@@ -141,13 +141,16 @@ def test_a_configuration_of_impossible_values(verb, changes, says, folder: Path,
 def test_architectures_that_are_no_names(architectures, folder: Path, refused) -> None:
     content = {"model_type": "deepseek_vl_v2", "language_config": SMALL | {"architectures": architectures}}
     (folder / "config.json").write_text(json.dumps(content))
-    assert "has no model_type" in refused(*arguments("cost", folder))
-    assert "does not recognize this architecture" in refused(*arguments("report", folder))
+    for verb in VERBS:
+        said = refused(*arguments(verb, folder))
+        assert "config.json, language_config has no model_type, which names the architecture" in said
+        assert f"its architectures {architectures!r} name no language model of transformers" in said
 
 
 def test_a_nested_configuration_that_is_a_list(folder: Path, refused) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "deepseek_vl_v2", "language_config": [SMALL]}))
-    assert "does not know the architecture 'deepseek_vl_v2'" in refused(*arguments("cost", folder))
+    for verb in VERBS:
+        assert "does not know the architecture 'deepseek_vl_v2'" in refused(*arguments(verb, folder))
 
 
 def test_the_whole_reason_is_said(folder: Path, refused) -> None:
@@ -157,6 +160,9 @@ def test_the_whole_reason_is_said(folder: Path, refused) -> None:
         said = refused(*arguments(verb, folder))
         assert "Field 'rope_parameters' with value [1] doesn't match any type" in said
         assert len(said) > 300
+    assert said.endswith(
+        "with the code of its authors, then: import rmsnorm; report = rmsnorm.patch(model); print(report)"
+    )
 
 
 def test_shapes_that_are_not_the_configuration_s_are_named(folder: Path, refused) -> None:
@@ -172,7 +178,7 @@ def test_a_model_larger_than_the_machine_is_not_begun(folder: Path, refused) -> 
 
 
 def test_a_model_of_too_many_modules_is_not_built(folder: Path, refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "_BUILD_CALLS", 10)
+    monkeypatch.setattr(architecture, "_BUILD_CALLS", 10)
     for verb in VERBS:
         assert "too large to be built: it takes more than 10 calls of torch" in refused(*arguments(verb, folder))
 

@@ -291,7 +291,7 @@ def test_a_cache_that_others_can_write_is_not_used(package, cache) -> None:  # n
     assert executed(package, cache)
     (leaf,) = (f for f in cache.iterdir() if f.is_dir())
     file = next(leaf.glob("*.nbc"))
-    for path, mode in ((cache, 0o777), (leaf, 0o777), (leaf, 0o1777)):
+    for path, mode in ((cache, 0o777), (leaf, 0o777), (leaf, 0o1777), (leaf, 0o770)):
         before = path.stat().st_mode
         path.chmod(mode)
         assert not executed(package, cache), (path, oct(mode))

@@ -5,6 +5,7 @@ import ctypes
 import gc
 import importlib
 import itertools
+import math
 import os
 import shlex
 import signal
@@ -977,6 +978,26 @@ def test_warmup_waits_for_whoever_compiles(cpp, tmp_path) -> None:
         assert "called from C++" in one.communicate(timeout=120)[0]
         assert one.returncode == 0
     assert (tmp_path / "log").read_text() == "asked\n"
+
+
+def test_a_wait_for_the_compiler_can_have_an_end(monkeypatch) -> None:
+    monkeypatch.setattr(host._State, "module", None)
+    monkeypatch.setattr(host._State, "look_at", math.inf)  # it is settled that there will be none
+    assert ops.wait_for_host(60.0)
+    looks: list[float] = []
+    monkeypatch.setattr(host, "look", lambda: looks.append(0.0))
+    monkeypatch.setattr(host._State, "look_at", 0.0)
+    assert not ops.wait_for_host(0.0)
+    assert looks == [0.0]
+
+    def found() -> None:
+        host._State.module = object() if looks else None
+        looks.append(0.0)
+
+    monkeypatch.setattr(host, "look", found)
+    looks.clear()
+    assert ops.wait_for_host(60.0)
+    assert looks == [0.0, 0.0]
 
 
 def test_who_waited_in_vain_does_not_compile_again(tmp_path, monkeypatch) -> None:

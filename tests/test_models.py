@@ -323,7 +323,8 @@ def test_norms_on_meta_are_proven() -> None:
 def test_models_without_norms_and_things_that_are_no_module() -> None:
     assert patch(nn.Linear(3, 3)).verdicts == ()
     assert patch(nn.Sequential(rmsnorm.RMSNorm(4), nn.LayerNorm(4))).verdicts == ()
-    assert str(patch(nn.Linear(3, 3))) == "0 of 0 norms proven and replaced"
+    head = '0 of 0 norms proven and replaced\n  looked for: modules whose class has "norm" in its name and '
+    assert str(patch(nn.Linear(3, 3))) == f"{head}computes an RMSNorm"
     for verb in (patch, unpatch):
         with pytest.raises(TypeError, match=r"model is a dict, expected a torch.nn.Module"):
             verb({})
@@ -355,3 +356,90 @@ def test_a_transformers_model_whole() -> None:
     assert all(p.grad is not None for n, p in model.named_parameters() if "norm" in n)
     unpatch(model)
     assert torch.equal(model(tokens).last_hidden_state, before)
+
+
+class Scale(nn.Module):
+    """An RMSNorm by another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.epsilon = nn.Parameter(torch.ones(N)), 1e-6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gain * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.epsilon))
+
+
+class ChannelLayerNorm(nn.Module):
+    """Named like a norm, and no RMSNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(N))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * (x - x.mean(-1, keepdim=True))
+
+
+class Sampler(nn.Module):
+    """Not like a norm, though it has a 1-D parameter and steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times, self.num_steps = nn.Parameter(torch.ones(N)), 10
+
+
+class Lazy(nn.Module):
+    """Of a shape that nobody can tell yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.UninitializedParameter(), 1e-6
+
+
+def test_where_no_norm_was_met_the_report_names_what_came_near() -> None:
+    model = nn.ModuleDict(
+        {
+            "a": nn.LayerNorm(N), "b": Scale(), "c": nn.LayerNorm(N), "d": rmsnorm.RMSNorm(N), "e": ChannelLayerNorm(),
+            "f": nn.Linear(N, N), "g": Sampler(), "h": Lazy(),
+        }
+    )  # fmt: skip
+    report = patch(model)
+    assert report.verdicts == ()
+    assert [passed.name for passed in report.passed] == ["a", "b", "c", "d", "e"]
+    _, looked_for, layer_norm, scale, ours, channel = str(report).splitlines()
+    assert looked_for == '  looked for: modules whose class has "norm" in its name and computes an RMSNorm'
+    assert layer_norm == "  2 x LayerNorm (a, …) passed over: it is torch's own, and no RMSNorm"
+    assert scale == (
+        "  1 x Scale (b) passed over: it has one 1-D parameter and epsilon, but its class is not tried without "
+        '"norm" in its name'
+    )
+    assert ours == "  1 x RMSNorm (d) passed over: it is rmsnorm's own, which needs no patch"
+    assert channel.startswith("  1 x ChannelLayerNorm (e) passed over: its forward runs aten.sub.Tensor")
+    assert report.expanded() == str(report)
+    assert pickle.loads(pickle.dumps(report)) == report
+    model["norm"] = DeepseekV2RMSNorm(N)
+    assert len(str(patch(model)).splitlines()) == 2  # where there are norms, they are what matters
+    assert "1 x DeepseekV2RMSNorm (norm) proven" in str(patch(model))
+
+
+def test_the_repr_of_a_model_shows_which_norms_are_patched() -> None:
+    model = nn.Sequential(DeepseekV2RMSNorm(N), Gemma2RMSNorm(N), nn.RMSNorm(N), EarlyRMSNorm(), nn.Linear(2, 2))
+    before = repr(model)
+    patch(model)
+    assert repr(model[0]) == f"DeepseekV2RMSNorm(({N},), eps=1e-06, rmsnorm: early)"
+    assert repr(model[1]) == f"Gemma2RMSNorm(({N},), eps=1e-06, rmsnorm: late, offset 1)"
+    assert repr(model[2]) == f"RMSNorm(({N},), eps=None, elementwise_affine=True, rmsnorm: late)"
+    assert repr(model[3]) == "EarlyRMSNorm(rmsnorm: early)"
+    assert repr(copy.deepcopy(model)) == repr(model)
+    unpatch(model)
+    assert repr(model) == before
+
+
+def test_unpatch_returns_what_it_has_given_back() -> None:
+    model = nn.ModuleDict({"a": DeepseekV2RMSNorm(N), "b": nn.Linear(2, 2), "c": Gemma2RMSNorm(N)})
+    assert str(unpatch(model)) == "no norm was patched, so none was changed"
+    patch(model)
+    done = unpatch(model)
+    assert done.names == ("a", "c")
+    assert str(done) == "2 norms have their own class back: a, …"
+    assert unpatch(model).names == ()

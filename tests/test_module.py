@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rmsnorm import DeepseekV2RMSNorm, RMSNorm, rms_norm
+from rmsnorm import DeepseekV2RMSNorm, RMSNorm, TorchRMSNorm, rms_norm
 
 
 def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -21,6 +21,7 @@ def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
+TORCHS = "rmsnorm.TorchRMSNorm takes the arguments of torch.nn.RMSNorm"
 LAYERS = [
     RMSNorm(48),
     RMSNorm(48, 1e-5, cast="late"),
@@ -28,6 +29,8 @@ LAYERS = [
     RMSNorm(48, elementwise_affine=False),
     RMSNorm(48, dtype=torch.bfloat16),
     DeepseekV2RMSNorm(48, eps=1e-5),
+    TorchRMSNorm((3, 16)),
+    TorchRMSNorm(48, 1e-5, False, dtype=torch.bfloat16),
 ]
 
 
@@ -35,6 +38,7 @@ LAYERS = [
 def test_copies_compute_the_same(layer: nn.Module, tmp_path) -> None:
     layer = randomized(copy.deepcopy(layer))
     x = torch.randn(5, 48, generator=torch.Generator().manual_seed(1)).bfloat16()
+    x = x.view(5, *getattr(layer, "normalized_shape", (48,)))
     buffer = io.BytesIO()
     torch.save(layer, buffer)
     buffer.seek(0)
@@ -101,12 +105,21 @@ def test_meta_device_allocates_nothing_and_materializes() -> None:
             "elementwise_affine",
         ),
         ({"hidden_size": 4, "dtype": torch.int32}, TypeError, "dtype is torch.int32"),
+        ({"hidden_size": (4,)}, TypeError, f"hidden_size is a tuple, expected an int; {TORCHS}"),
+        ({"hidden_size": torch.Size([2, 4])}, TypeError, f"hidden_size is a Size, expected an int; {TORCHS}"),
+        ({"hidden_size": 4, "eps": None}, TypeError, "F.rms_norm's None is torch.finfo(torch.float32).eps"),
+        ({"normalized_shape": 4}, TypeError, f"normalized_shape is 4, expected hidden_size, an int; {TORCHS}"),
     ],
 )
 def test_bad_constructor_arguments_are_named(arguments: dict, error: type[Exception], text: str) -> None:
     with pytest.raises(error) as caught:
         RMSNorm(**arguments)
     assert text in str(caught.value)
+
+
+def test_a_third_argument_by_position_is_torchs() -> None:
+    with pytest.raises(TypeError, match=rf"^\[RMSNorm\] the argument after eps is True, expected .*; {TORCHS}$"):
+        RMSNorm(4, 1e-6, True)
 
 
 def test_joins_the_layernorm_list_of_transformers_that_have_one() -> None:

@@ -413,7 +413,7 @@ def test_isinstance_and_names() -> None:
     assert len(norms(model)) == NORMS
     assert not any(type(m) is Qwen3RMSNorm for m in norms(model))
     assert {name: id(p) for name, p in model.named_parameters()} == before
-    assert str(model) == printed
+    assert str(model).replace(", rmsnorm: early", "") == printed
     # the kernels library goes by this attribute, which the class inherits, and would put its forward over ours
     assert not any(type(m).kernel_condition(m) for m in norms(model))
 

@@ -1,7 +1,6 @@
 """`rmsnorm cost`: a model's norms from its configuration alone."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
-from rmsnorm import cost, predict
+import printed
+from rmsnorm import architecture, cost, predict
+from rmsnorm.display import render
 from rmsnorm.errors import CommandError
 from rmsnorm.hardware import GPUS
 
@@ -188,7 +190,7 @@ def test_what_patch_leaves_is_named_and_not_counted(tmp_path) -> None:
     (left,) = result.left
     assert (left.count, left.cls, left.first) == (1, "Qwen3NextRMSNormGated", "layers.0.linear_attn.norm")
     assert "not one tensor" in left.reason
-    assert "not counted: 1 x Qwen3NextRMSNormGated" in " ".join(text(result).split())
+    assert "not counted: 1 × Qwen3NextRMSNormGated" in " ".join(text(result).split())
     assert result.to_json()["left"][0]["left_because"] == left.reason
 
 
@@ -278,34 +280,31 @@ def test_amdahl() -> None:
     assert count("deepseek-ocr", gpu="h200", dtype="float32").amdahl(True) is None
 
 
-def text(result: predict.Result) -> str:
-    from rich.console import Console
-
-    console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(result.table())
-    return console.export_text()
+def text(result: predict.Result, verbose: bool = True) -> str:
+    return render(result.table(verbose), 400)
 
 
 def test_the_table_says_what_it_is(tmp_path) -> None:
     plain, predicted = count("deepseek-ocr"), count("deepseek-ocr", gpu="l4")
-    assert "25 norms, 32,000 parameters" in text(plain)
-    assert "on cpu: as traced" in text(plain)
-    assert "--gpu with one of h200" in text(plain)
-    assert "ms, predicted" not in text(plain)
+    for verbose in (False, True):
+        assert "25 norms with 32 thousand of them; 1 × 8192 tokens" in text(plain, verbose)
+        assert "on cpu: as traced" in text(plain, verbose)
+        assert "give --gpu one of h200" in text(plain, verbose)
+        assert "predicted time" not in text(plain, verbose)
+        assert "less kept for the backward pass" in text(plain, verbose)
+        assert "training: predicted time" in text(predicted, verbose)
+        assert "less a training step, of which the norms are" in text(predicted, verbose)
+        assert "has little fp64" in text(predicted, verbose)
     shown = text(predicted)
     assert predicted.derived is cost((1, 1), device="cuda").derived
     assert ("on cuda: derived" in shown) is predicted.derived
-    assert "predicted to save" not in text(plain)
-    for part in (
-        "predicted to save",
-        "training: norms are",
-        "at most",
-        "75% of 0.3 TB/s",
-        "NVIDIA L4 datasheet",
-        "has little fp64",
-    ):
+    for part in ("training: norms are", "at most", "75 % of 300 GB/s", "NVIDIA L4 datasheet"):
         assert part in shown
     for result in (plain, predicted):
+        short, full = printed.check(result.table()), printed.check(result.table(verbose=True))
+        assert len(short.splitlines()) <= 20
+        assert "layers.0.input_layernorm" in full
+        assert "layers.0.input_layernorm" not in short
         assert json.loads(json.dumps(result.to_json()))["norms"] == 25
 
 
@@ -326,11 +325,16 @@ def test_no_tokens_cost_nothing() -> None:
         ("not json", "is no JSON"),
         ("[1, 2]", "holds no JSON object"),
         ({}, "has no model_type"),
-        ({"model_type": "llama"}, "has no hidden_size"),
-        ({"model_type": "llama", "hidden_size": 64}, "has no num_hidden_layers"),
-        ({"model_type": "frobnicator", "hidden_size": 64}, "does not know the architecture 'frobnicator'"),
-        ({"model_type": "frobnicator", "auto_map": {"AutoConfig": "evil.Config"}}, "does not know the architecture"),
-        ({"model_type": "deepseek_vl_v2", "language_config": {}}, "has no model_type"),
+        (
+            {"architectures": ["X"]},
+            'has no model_type, which names the architecture, such as "llama" (its architectures',
+        ),
+        ({"model_type": "llama"}, "has no hidden_size, expected a whole number of at least 1: add it"),
+        ({"model_type": "llama", "hidden_size": 64}, "has no num_hidden_layers, expected"),
+        ({"model_type": "gpt2", "n_embd": 64}, "has no n_layer or num_hidden_layers, expected"),
+        ({"model_type": "frobnicator", "hidden_size": 64}, "does not know the architecture 'frobnicator' of "),
+        ({"model_type": "frobnicator", "auto_map": {"AutoConfig": "evil.Config"}}, "trust_remote_code=True); report ="),
+        ({"model_type": "deepseek_vl_v2", "language_config": {}}, "config.json, language_config has no model_type"),
         ({"model_type": "llama", "hidden_size": "wide", "num_hidden_layers": 2}, 'has hidden_size "wide", expected'),
         ({"model_type": "llama", "hidden_size": 7, "num_hidden_layers": 2}, "cannot read this llama"),
         ({"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2}, "GPT2Model has no RMSNorm"),
@@ -340,7 +344,58 @@ def test_a_configuration_that_will_not_do_is_one_line(content, words, tmp_path) 
     with pytest.raises(CommandError) as raised:
         count(written(tmp_path, content))
     assert words in str(raised.value)
+    assert str(tmp_path / "config.json") in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.fixture
+def old(monkeypatch) -> None:
+    """As transformers 4.46.3, DeepSeek-OCR's own version: it has none of DeepSeek's architectures."""
+    auto = transformers.models.auto
+    for mapping in (auto.configuration_auto.CONFIG_MAPPING_NAMES, auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        for kind in ("deepseek_v2", "deepseek_v3", "deepseek_ocr2", "deepseek_ocr2_text"):
+            monkeypatch.delitem(mapping, kind, raising=False)
+    monkeypatch.setattr("transformers.__version__", "4.46.3")
+
+
+@pytest.mark.parametrize(
+    ("preset", "kind", "first"),
+    [
+        ("deepseek-ocr", "deepseek_ocr2_text", "5.10"),
+        ("deepseek-ocr-40-layers", "deepseek_ocr2_text", "5.10"),
+        ("deepseek-v2", "deepseek_v2", "4.54"),
+        ("deepseek-v2-lite", "deepseek_v2", "4.54"),
+        ("deepseek-v3", "deepseek_v3", "4.51"),
+    ],
+)
+def test_a_preset_that_the_installed_transformers_lacks_names_the_release(preset, kind, first, old) -> None:
+    with pytest.raises(CommandError) as raised:
+        count(preset)
+    assert str(raised.value) == (
+        f"{preset} is of the architecture {kind!r}, which transformers 4.46.3 does not have, but {first} and later do: "
+        f"pip install 'transformers>={first}'"
+    )
+
+
+def test_a_language_config_without_a_type_is_known_though_transformers_lacks_its_class(old, tmp_path) -> None:
+    mla = OCR | {"language_config": OCR["language_config"] | {"use_mla": True}}
+    for content, kind, first in ((OCR, "deepseek_ocr2_text", "5.10"), (mla, "deepseek_v2", "4.54")):
+        with pytest.raises(CommandError) as raised:
+            count(written(tmp_path, content))
+        said = str(raised.value)
+        assert f"config.json, language_config is of the architecture {kind!r}" in said
+        assert f"pip install 'transformers>={first}'; or load it yourself with its own code" in said
+        assert f"from_pretrained({str(tmp_path)!r}, trust_remote_code=True)" in said
+
+
+def test_a_class_that_automodel_does_not_know_is_the_one_that_the_configuration_names(monkeypatch) -> None:
+    config = transformers.LlamaConfig(architectures=["LlamaForCausalLM"])
+    assert architecture.model_class(config, transformers) is transformers.AutoModel
+    monkeypatch.setattr(transformers, "MODEL_MAPPING", {})
+    assert architecture.model_class(config, transformers) is transformers.LlamaForCausalLM
+    for name in ("Qwen2ForCausalLM", "NoSuchClass", "__version__"):
+        config.architectures = [name]
+        assert architecture.model_class(config, transformers) is transformers.AutoModel
 
 
 @pytest.mark.parametrize(
@@ -361,7 +416,7 @@ def test_wrong_calls_say_what_is_known(target, options, words) -> None:
 
 def test_without_transformers_it_says_what_to_install(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(CommandError, match=r"pip install 'rmsnorm\[hf\]'"):
+    with pytest.raises(CommandError, match=r"needs transformers: pip install transformers safetensors$"):
         count("deepseek-ocr")
 
 

@@ -32,7 +32,7 @@ print("right")
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy, so that no cache beside the sources takes part."""
+    """A copy, of which every change shows."""
     folder = tmp_path_factory.mktemp("copy")
     source = Path(rmsnorm.__file__).parent
     shutil.copytree(source, folder / "rmsnorm", ignore=shutil.ignore_patterns("__pycache__"))
@@ -42,7 +42,8 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(package: Path, code: str, **environment: str) -> "subprocess.Popen[str]":
     # One thread each: several run at once on few cores.
     variables = os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    variables.pop("NUMBA_CACHE_DIR", None)
+    for name in ("NUMBA_CACHE_DIR", "RMSNORM_CACHE_DIR"):
+        variables.pop(name, None)
     return subprocess.Popen(
         [sys.executable, "-c", code], env=variables | environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -130,16 +131,38 @@ def test_a_cache_of_another_source_is_not_used(package, cache, tmp_path) -> None
     assert all(f.read_bytes() != content for f, content in before.items())
 
 
+def test_machine_code_goes_to_the_users_cache_folder_and_never_beside_the_sources(package, tmp_path) -> None:
+    """So that uninstalling the package leaves nothing behind where Python would find it."""
+    home = tmp_path / "home"
+    own, numbas, xdg = (str(tmp_path / name) for name in ("own", "numbas", "xdg"))
+    places = [
+        ({}, home / ".cache" / "rmsnorm"),
+        ({"XDG_CACHE_HOME": "relative"}, home / ".cache" / "rmsnorm"),  # which its specification has one ignore
+        ({"XDG_CACHE_HOME": xdg}, tmp_path / "xdg" / "rmsnorm"),
+        ({"XDG_CACHE_HOME": xdg, "NUMBA_CACHE_DIR": numbas}, tmp_path / "numbas"),
+        ({"XDG_CACHE_HOME": xdg, "NUMBA_CACHE_DIR": numbas, "RMSNORM_CACHE_DIR": own}, tmp_path / "own"),
+    ]
+    code = "import torch, rmsnorm; print(rmsnorm.explain(torch.ones(2, 8)))"
+    shipped = set(package.rglob("*"))
+    for environment, place in places:
+        home.mkdir()
+        environment = {"HOME": str(home), "XDG_CACHE_HOME": "", "RMSNORM_CXX": ""} | environment
+        assert "cpu kernel (Numba)" in finish(start(package, code, **environment))
+        kept = files(tmp_path)
+        assert [f.parent.parent for f in kept] == [place]
+        assert place.stat().st_mode & 0o777 == 0o700
+        for child in tmp_path.iterdir():
+            shutil.rmtree(child)
+    assert set(package.rglob("*")) == shipped
+
+
 def test_no_folder_for_a_cache(package, tmp_path) -> None:
-    """Neither the one that is asked for, nor one beside the sources, nor one in the user's home."""
-    copy = tmp_path / "copy"
-    shutil.copytree(package, copy)
-    (copy / "rmsnorm" / "kernels" / "__pycache__").write_text("a file, where a folder should be")
+    """Neither the one that is asked for nor one in the user's home."""
     file = tmp_path / "file"
     file.write_text("")
     nowhere = str(file / "folder")
     environment = {"NUMBA_CACHE_DIR": nowhere, "HOME": nowhere, "XDG_CACHE_HOME": nowhere}
-    assert finish(start(copy, COMPUTE, **environment)) == "right"
+    assert finish(start(package, COMPUTE, **environment)) == "right"
 
 
 def test_import_loads_no_compiler_and_no_transformers(package) -> None:

@@ -10,9 +10,9 @@ import rmsnorm
 
 ROOT = Path(rmsnorm.__file__).parent
 ORDER = [
-    "errors", "spec", "hardware", "machine", "reference", "kernels", "distributed", "ops", "module", "measure",
-    "checkpoint", "bytecode", "expression", "observe", "proof", "replacement", "models", "cost", "predict", "verify",
-    "world", "plot", "peers", "bench", "report", "cli",
+    "errors", "display", "spec", "hardware", "machine", "reference", "kernels", "distributed", "ops", "module", "measure",
+    "checkpoint", "architecture", "bytecode", "expression", "observe", "proof", "replacement", "drop_in", "models", "cost", "predict", "verify",
+    "world", "plot", "peers", "bench", "loading", "report", "cli",
 ]  # fmt: skip
 KERNELS = ["build", "rows", "plan", "threads", "launch", "driver", "cpu", "gpu", "run", "dispatch", "host"]
 
@@ -21,6 +21,7 @@ SIGNATURES = {
     "add_rms_norm": "x, residual, weight=None, eps=1e-06, *, cast='early', offset=0.0",
     "RMSNorm": "hidden_size, eps=1e-06, *, cast='early', offset=0.0, elementwise_affine=True, device=None, dtype=None",
     "DeepseekV2RMSNorm": "hidden_size, eps=1e-06",
+    "TorchRMSNorm": "normalized_shape, eps=None, elementwise_affine=True, device=None, dtype=None",
     "patch": "model, *, strict=True",
     "cost": "shape, dtype=torch.bfloat16, weight_dtype=None, *, implementation='ours', phase='inference', device='cpu', "
     "cast='early', offset=0.0, elementwise_affine=True, master=False, threads=None",
@@ -28,7 +29,7 @@ SIGNATURES = {
     "unpatch": "model",
     "explain": "x, weight=None, residual=None, *, eps=1e-06, cast='early', offset=0.0",
     "warmup": "device='cpu', dtypes=(torch.float32, torch.bfloat16, torch.float16), weight_dtypes=None, hidden_size=128",
-    "Report": "verdicts",
+    "Report": "verdicts, passed=()",
 }
 
 

@@ -2,12 +2,20 @@
 
 import dataclasses
 import json
+import shlex
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 
-from rmsnorm import machine, ops, reference, verify
+import printed
+from rmsnorm import machine, reference, verify
+from rmsnorm.cli import main
+from rmsnorm.display import render
 from rmsnorm.errors import CommandError
+from rmsnorm.kernels import dispatch
+from rmsnorm.kernels.plan import ByReference
 
 CPU = torch.device("cpu")
 
@@ -67,7 +75,7 @@ def test_late_instead_of_early_is_red(monkeypatch) -> None:
 @pytest.fixture
 def reference_runs(monkeypatch) -> None:
     """The reference computes what is called ours as well, so that a mistake in it is on both sides."""
-    monkeypatch.setattr(ops, "_choose", lambda *_: (reference, "for a test"))
+    monkeypatch.setattr(dispatch, "_planner", lambda *_: ByReference("for a test"))
 
 
 @pytest.mark.usefixtures("reference_runs")
@@ -157,7 +165,105 @@ def test_the_result_is_json() -> None:
     rows = verify.verify_rows(small_plans()[:2], CPU)
     result = verify.Result("cpu", "kernel", True, 1.0, machine.describe(), rows)
     assert json.loads(json.dumps(result.to_json()))["ok"] is True
-    assert result.table() is not None
+
+
+def result_of(rows: Sequence[verify.Row], device: str = "cuda", **options: Any) -> verify.Result:
+    facts = machine.describe() | {"commit": "abc"}
+    return verify.Result(device, "kernel", options.pop("quick", False), 1.0, facts, tuple(rows), **options)
+
+
+def counted_rows() -> list[verify.Row]:
+    """Of the full sweep, as if all of it had run on a GPU and nothing were wrong."""
+    error = verify.Error(1 << 20, 0.9, 1.0)
+    some = {"eager_differing": 3, "eager_ulp": 1.0, "dx": error, "dw": error}
+    plans = verify.sweep(quick=False)
+    tallies = []
+    for plan in plans:
+        outputs = sum(case.outputs for case in plan.cases)
+        tally = verify.Tally(outputs, rows=sum(case.M for case in plan.cases), close=1)
+        if plan.section == "constructed":
+            tally = dataclasses.replace(tally, differing=12_345, off_in_row=1.5)
+        elif outputs and "NaN" not in plan.name:
+            tally = dataclasses.replace(tally, **some)
+        tallies.append(tally)
+    return list(verify.judge_rows(plans, tallies))
+
+
+def test_what_is_printed_is_the_verdict_and_what_was_compared() -> None:
+    rows = counted_rows()
+    short = printed.check(result_of(rows).table())
+    assert short.startswith(
+        f"PASSED: all {len(rows)} rows of the sweep keep the contract\n167.9 million outputs in 1 s"
+    )
+    assert len(short.splitlines()) < 40
+    assert "exact, constructed rows  9.437 million" in short
+    assert "0.001 %" in short
+    assert "FAILED" not in short
+    assert not any(row.name in short for row in rows)
+    assert "the CPU, random rows" in short
+    assert "the CPU" not in printed.check(result_of(rows, "cpu").table())
+
+
+def test_every_row_is_printed_when_it_is_asked_for() -> None:
+    rows = counted_rows()
+    full = printed.check(result_of(rows).table(verbose=True))
+    wide = render(result_of(rows).table(verbose=True), 200)
+    for row in rows:
+        assert f"{row.name}  " in wide
+    assert wide.count("passed") == len(rows)
+    assert "so some numbers may differ" in " ".join(full.split())
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_row_that_failed_is_printed_with_a_command_that_repeats_it_alone(quick, monkeypatch) -> None:
+    rows = counted_rows()
+    at = next(i for i, row in enumerate(rows) if row.name == "bf16, 1 + weight bf16, late")
+    rows[at] = dataclasses.replace(rows[at], faults=("12 numbers are not exact's", "the error of dx is too large"))
+    text = printed.check(result_of(rows, "cpu", quick=quick).table())
+    assert text.startswith(f"FAILED: 1 of {len(rows)} rows of the sweep break the contract")
+    assert f"FAILED  {rows[at].name}: " in text
+    assert "\n  12 numbers are not exact's\n  the error of dx is too large\n" in text
+    (command,) = (line for line in text.splitlines() if line.startswith("  rmsnorm verify "))
+    assert command in render(result_of(rows, "cpu", quick=quick).table(), 40).splitlines()  # to copy as it is
+
+    tried: list[tuple[verify.Case, int]] = []
+
+    def compare(case: verify.Case, seed: int, device: torch.device) -> verify.Tally:
+        tried.append((case, seed))
+        return verify.Tally()
+
+    monkeypatch.setattr(verify, "compare", compare)
+    verify.verify("cpu", quick)
+    whole, tried = tried, []
+    with pytest.raises(SystemExit):
+        main(shlex.split(command)[1:])
+    assert tried
+    assert set(tried) <= set(whole)
+    assert len({seed for _, seed in whole}) == len(whole)  # no two cases draw the same numbers
+    (plan,) = (plan for plan in verify.sweep(quick) if plan.name == rows[at].name)
+    assert [case for case, _ in tried] == list(plan.cases)
+
+
+def test_a_row_of_many_ranks_is_repeated_on_as_many() -> None:
+    rows = [dataclasses.replace(row, faults=("wrong",)) for row in counted_rows()[-1:]]
+    assert "rmsnorm verify --device cuda --quick --world 4\n" in render(result_of(rows, quick=True, world=4).table())
+
+
+def test_only_some_rows_are_tried() -> None:
+    plans = verify.sweep(quick=True)
+    assert verify.named(plans, ()) == plans
+    assert {plan.name for plan in verify.named(plans, ["one row", "no rows"])} == {
+        f"{dtype}, {form}"
+        for dtype in ("fp32", "bf16", "fp16")
+        for form in ("one row", "no rows", "dy one row expanded")
+    }
+    with pytest.raises(CommandError, match="--only 'fp4' is in the name of no row"):
+        verify.named(plans, ["one row", "fp4"])
+
+
+def test_a_row_alone_is_not_judged_a_second_time_as_all_of_its_dtype() -> None:
+    (plan,) = verify.named(verify.sweep(quick=True), ["fp32, N 1 to 15"])
+    assert [row.name for row in verify.verify_rows([plan], CPU)] == [plan.name]
 
 
 def test_every_case_is_compiled_ahead_once_beside_those_of_its_kind() -> None:

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from rmsnorm import machine, verify, world
+from rmsnorm.display import render
 from rmsnorm.errors import CommandError
 
 
@@ -27,13 +29,25 @@ def test_the_code_is_green_on_two_ranks() -> None:
     assert steps[-1] == (total, total, "done")
     result = verify.Result("cpu", "kernel", True, 1.0, machine.describe(), rows, 2)
     assert json.loads(json.dumps(result.to_json()))["world"] == 2
-    assert "2 ranks" in str(result.table().title)
+    assert "(quick sweep, 2 ranks)" in render(result.table())
 
 
 def test_a_rank_that_fails_ends_it_with_its_message() -> None:
     case = verify.Case(torch.float32, torch.float32, "early", 0.0, 8, 64, eps=-1.0, sharding="columns")
     with pytest.raises(CommandError, match=r"rank \d of 2 failed: ValueError: \[rms_norm\] eps is -1\.0"):
         world.tallies_of_ranks([verify.Plan("form", "wrong", (case,))], 2, "cpu", lambda *step: None)
+
+
+def test_ctrl_c_is_the_caller_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(*_: object) -> Any:
+        def interrupted(*_: object) -> None:
+            raise SignalException("got signal 2", sigval=signal.SIGINT)
+
+        return interrupted
+
+    monkeypatch.setattr(world, "elastic_launch", launch)
+    with pytest.raises(KeyboardInterrupt):
+        world.tallies_of_ranks([], 1, "cpu", lambda *step: None)
 
 
 def _killed_while_it_says_how_far_it_is(plans: Any, device: str, steps: Any) -> None:

@@ -1,6 +1,7 @@
 """RMSNorm for PyTorch: the Definition's bits, the same bits everywhere, at the speed of memory."""
 
 from rmsnorm.cost import Cost, cost, register_flops
+from rmsnorm.drop_in import TorchRMSNorm
 from rmsnorm.models import Report, patch, unpatch
 from rmsnorm.module import DeepseekV2RMSNorm, RMSNorm
 from rmsnorm.ops import add_rms_norm, explain, rms_norm, warmup
@@ -12,6 +13,7 @@ __all__ = [
     "DeepseekV2RMSNorm",
     "RMSNorm",
     "Report",
+    "TorchRMSNorm",
     "add_rms_norm",
     "cost",
     "explain",

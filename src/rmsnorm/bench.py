@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 import rmsnorm
-from rmsnorm import machine, measure, peers, plot, reference
+from rmsnorm import display, machine, measure, peers, plot, reference
+from rmsnorm.display import Block, Column, Table, Text
 from rmsnorm.errors import CommandError
 from rmsnorm.measure import Progress, Timing
 from rmsnorm.ops import wait_for_host
@@ -260,8 +261,8 @@ class Line:
         fixed, per_byte = self.fit
         within = "within" if self.greatest <= _LINE_WITHIN else "not within"
         return (
-            f"{fixed * 1e6:.2f} us + bytes / {1e-9 / per_byte:.0f} GB/s, off by {self.greatest:.1%} at most: "
-            f"{within} {_LINE_WITHIN:.0%}"
+            f"{display.duration(fixed, digits=3)} + bytes / ({display.speed(1 / per_byte)}), off by "
+            f"{display.share(self.greatest, digits=2)} at most: {within} {display.share(_LINE_WITHIN)}"
         )
 
     @classmethod
@@ -364,68 +365,9 @@ class Result:
             line,
         )
 
-    def table(self) -> Any:
-        """A rich renderable: a table a mode and dtype, then the bounds."""
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
-
-        parts: list[Any] = [Text(machine.headline(self.facts)), Text(f"ours: {self.kernel}")]
-        which = "median" if self.cuda else "minimum"
-        for (dtype, mode), rows in itertools.groupby(self.rows, lambda row: (row.case.dtype_name, row.case.mode)):
-            group = list(rows)
-            names = list(dict.fromkeys(name for row in group for name in row.providers))
-            table = Table(title=f"{mode}, {dtype}: {which} us (≠: share of outputs that are not the Definition's bits)")
-            table.add_column("M x N")
-            for name in names:
-                table.add_column(name, justify="right")
-            table.add_column("copy / ours", justify="right")
-            table.add_column("Definition / ours", justify="right")
-            table.add_column("ours GB/s", justify="right")
-            if mode == TRAINING:
-                table.add_column("saved: ours, Definition (MB)", justify="right")
-            for row in group:
-                cells = [self._cell(row, name) for name in names]
-                cells += [_times(row.ratio(peer, self.cuda)) for peer in ("copy", "Definition")]
-                speed = self._speed(row, "ours").get("gb_per_s")
-                cells.append("-" if speed is None else f"{speed:.0f}")
-                if mode == TRAINING:
-                    saved = [row.providers[name].saved for name in ("ours", "Definition")]
-                    cells.append(", ".join("-" if s is None else f"{s / 1e6:.2f}" for s in saved))
-                table.add_row(f"{row.case.M} x {row.case.N}", *cells)
-            parts.append(table)
-        if self.host:
-            table = Table(title="Host time of a call on 16 x 1280, bf16: median us, the GPU not waited for")
-            table.add_column("")
-            kinds = list(next(iter(self.host.values())))
-            for kind in kinds:
-                table.add_column(kind, justify="right")
-            for name, times in self.host.items():
-                table.add_row(name, *(f"{times[kind]:.1f}" if kind in times else "-" for kind in kinds))
-            parts.append(table)
-        if self.line:
-            table = Table(title=f"Forward of M x {_LINE_N}, bf16: median us (the line's, its deviation)")
-            for column in ("M", "MB", *self.line):
-                table.add_column(column, justify="right")
-            for sizes in zip(*(line.to_json()["sizes"] for line in self.line.values()), strict=True):
-                figures = (f"{s['median_us']:.4g} ({s['line_us']:.4g}, {s['deviation']:+.1%})" for s in sizes)
-                table.add_row(str(sizes[0]["M"]), f"{sizes[0]['bytes'] / 1e6:.0f}", *figures)
-            parts += [table, *(Text(f"{name}: {line.summary()}") for name, line in self.line.items())]
-        table = Table(title="Bounds (said, not asserted)")
-        for column in ("ratio", "measured", "at least", ""):
-            table.add_column(column)
-        for h in self.bounds():
-            verdict = Text("met", "green") if h.met else Text("not met", "red")
-            table.add_row(h.what, f"{h.measured:.2f}", f"{h.at_least:g}", verdict)
-        parts.append(table)
-        if self.first_call:
-            parts.append(Text(_first_call_line(self.first_call)))
-        red = [f"{r.case}: {r.red}" for r in self.rows if r.red]
-        if red:
-            parts.append(Text("no time is given where our bits are wrong: " + "; ".join(red), "red"))
-        else:
-            parts.append(Text("ours has the exact bits in every case; where it is ≠, the Definition's own sum is off"))
-        return Group(*parts)
+    def table(self, verbose: bool = False) -> list[Block]:
+        """What to print: whether our bits are right, and how fast we are; with `verbose` every time as well."""
+        return [*_answer(self), _summary(self), *(_details(self) if verbose else _missed(self))]
 
     def _speed(self, row: Row, name: str) -> dict[str, float]:
         """What must be moved over the time, and the share of a copy's speed."""
@@ -434,33 +376,180 @@ class Result:
             return {}
         return {"gb_per_s": moved_bytes(row.case) / seconds / 1e9, "share_of_copy": copy / seconds}
 
-    def _cell(self, row: Row, name: str) -> Any:
-        from rich.text import Text
 
-        measured = row.providers.get(name, Measured(None, "-"))
-        seconds = row.time(name, self.cuda)
-        if seconds is None:
-            return Text(measured.reason, "red")
-        share = f"  ≠ {_share(measured.differs)}" if measured.differs else ""
-        return Text(f"{seconds * 1e6:.4g}{share}")
+# --- printing ------------------------------------------------------------------------------------------------
 
 
-def _share(share: float) -> str:
-    return f"{share:.0%}" if share >= 0.01 else f"{share:.0e}"
+def _answer(result: Result) -> list[Block]:
+    """The bits, the speed, the bounds, the machine: a line each, and each case that is red."""
+    red = [row for row in result.rows if row.red]
+    bits = Text(f"PASSED: ours has the exact bits in all {len(result.rows)} cases", "good")
+    if red:
+        bits = Text(f"FAILED: our bits are wrong in {len(red)} of {len(result.rows)} cases, which have no time", "bad")
+    lines: list[Block] = [bits, *(Text(f"  {row.case}: {row.red}", "bad") for row in red)]
+    shares = [share for row in result.rows if (share := row.ratio("copy", result.cuda)) is not None]
+    if shares:
+        lines.append(f"ours runs at {_spread(shares, display.share)} of the speed of a copy of the same bytes")
+    held = result.bounds()
+    if held:
+        missed = sum(not h.met for h in held)
+        lines.append(f"aims: {len(held) - missed} of {len(held)} met" + (f", {missed} not met" if missed else ""))
+    seconds = display.duration(result.seconds, digits=3)
+    lines.append(f"{'quick' if result.quick else 'full'} run in {seconds}; ours: {result.kernel}")
+    return [*lines, Text(machine.headline(result.facts), "note")]
 
 
-def _times(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f}"
+def _spread(values: Sequence[float], form: Callable[..., str]) -> str:
+    """The least and the greatest, `94.1 % to 99 %`."""
+    least, greatest = (form(value, digits=3) for value in (min(values), max(values)))
+    return least if least == greatest else f"{least} to {greatest}"
+
+
+def _summary(result: Result) -> Table:
+    """A row a mode and dtype: the medians, over its cases, of what the other one's time is over ours."""
+    rows = []
+    for (mode, dtype), group in _groups(result).items():
+        cells = [f"{mode}, {dtype}", str(len(group))]
+        copy = [share for row in group if (share := row.ratio("copy", result.cuda)) is not None]
+        cells.append(display.share(statistics.median(copy), digits=3) if copy else display.NOTHING)
+        fastest = [ratio for row in group if (ratio := _fastest(row, result.cuda)) is not None]
+        for ratios in ([row.ratio("Definition", result.cuda) for row in group], fastest):
+            known = [ratio for ratio in ratios if ratio is not None]
+            cells.append(display.factor(statistics.median(known), digits=3) if known else display.NOTHING)
+        rows.append(tuple(cells))
+    headers = ("cases", "of a copy's speed", "Definition / ours", "fastest other / ours")
+    columns = (Column("mode, dtype", words=True), *map(Column, headers))
+    return Table("Medians over the cases; / ours: the time of the other over ours", columns, tuple(rows))
+
+
+_MOST_MISSED = 8  # the furthest from their aims; --verbose prints all of them
+
+
+def _missed(result: Result) -> list[Block]:
+    missed = sorted((h for h in result.bounds() if not h.met), key=lambda h: h.measured / h.at_least)
+    title = "Aims that are not met" + (f", the {_MOST_MISSED} furthest" if len(missed) > _MOST_MISSED else "")
+    return [*_aims(title, missed[:_MOST_MISSED]), Text("\n--verbose prints each case and each aim.", "note")]
+
+
+def _groups(result: Result) -> dict[tuple[str, str], list[Row]]:
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in result.rows:
+        groups.setdefault((row.case.mode, row.case.dtype_name), []).append(row)
+    return groups
+
+
+def _fastest(row: Row, cuda: bool) -> float | None:
+    """The time of the fastest other norm over ours; None where there is none, or ours has no time."""
+    ratios = [row.ratio(name, cuda) for name in row.providers if name not in ("ours", "copy")]
+    return min((ratio for ratio in ratios if ratio is not None), default=None)
+
+
+def _details(result: Result) -> list[Block]:
+    """Every time, a table a mode and dtype; the host's part; the line; the bounds; the first call."""
+    blocks: list[Block] = []
+    for (mode, dtype), group in _groups(result).items():
+        names = list(dict.fromkeys(name for row in group for name in row.providers))
+        blocks.append(_times(result, f"{mode}, {dtype}", group, names))
+        blocks += _differing(f"{mode}, {dtype}", group, names)
+        blocks += _refused(group, names)
+    blocks += _host_table(result) if result.host else []
+    blocks += _line_table(result.line) if result.line else []
+    blocks += _aims("Aims, which are said and not asserted", result.bounds())
+    blocks += ["", _first_call_line(result.first_call)] if result.first_call else []
+    return blocks
+
+
+def _aims(title: str, held: list[Held]) -> list[Block]:
+    columns = (Column("time of the other / ours", words=True), *map(Column, ("measured", "aim", "")))
+    rows = tuple(
+        (
+            h.what,
+            display.factor(h.measured, digits=3),
+            display.factor(h.at_least, digits=3),
+            Text("met", "good") if h.met else Text("not met", "bad"),
+        )
+        for h in held
+    )
+    return [Table(title, columns, rows)] if rows else []
+
+
+def _times(result: Result, what: str, group: list[Row], names: list[str]) -> Table:
+    headers = [*names, "copy / ours", "Definition / ours", "ours a second"]
+    saved = any(m.saved is not None for row in group for m in row.providers.values())
+    headers += ["saved: ours", "saved: Definition"] if saved else []
+    rows = []
+    for row in group:
+        cells = [f"{row.case.M} × {row.case.N}"]
+        cells += [display.duration(row.time(name, result.cuda)) for name in names]
+        cells += [display.factor(row.ratio(peer, result.cuda), digits=3) for peer in ("copy", "Definition")]
+        ours = row.time("ours", result.cuda)
+        cells.append(display.speed(None if ours is None else moved_bytes(row.case) / ours))
+        if saved:
+            cells += [display.size(row.providers.get(name, Measured(None)).saved) for name in ("ours", "Definition")]
+        rows.append(tuple(cells))
+    figure = "median" if result.cuda else "minimum"
+    return Table(f"{what}: {figure} time", (Column("rows × N", words=True), *map(Column, headers)), tuple(rows))
+
+
+def _differing(what: str, group: list[Row], names: list[str]) -> list[Block]:
+    """The shares of outputs that are not the Definition's bits, of those that are an RMSNorm."""
+    known = [n for n in names if any(r.providers[n].differs is not None for r in group if n in r.providers)]
+    rows = tuple(
+        (
+            f"{row.case.M} × {row.case.N}",
+            *(display.share(row.providers.get(name, Measured(None)).differs, digits=2) for name in known),
+        )
+        for row in group
+    )
+    title = f"{what}: outputs that do not have the bits of the Definition, whose own sum is off where ours differs"
+    return [Table(title, (Column("rows × N", words=True), *map(Column, known)), rows)] if known else []
+
+
+def _refused(group: list[Row], names: list[str]) -> list[Block]:
+    """Why somebody has no time, once for each reason."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row, name in itertools.product(group, names):
+        measured = row.providers.get(name)
+        if measured is not None and measured.timing is None and measured.reason:
+            reasons.setdefault((name, measured.reason), []).append(f"{row.case.M} × {row.case.N}")
+    return [f"{name} has no time at {', '.join(shapes)}: {reason}" for (name, reason), shapes in reasons.items()]
+
+
+def _host_table(result: Result) -> list[Block]:
+    kinds = list(next(iter(result.host.values())))
+    rows = tuple(
+        (name, *(display.duration(times[kind] / 1e6 if kind in times else None) for kind in kinds))
+        for name, times in result.host.items()
+    )
+    title = "What a call on 16 × 1280 keeps the host busy for, bfloat16: median, the GPU not waited for"
+    return [Table(title, (Column("", words=True), *map(Column, kinds)), rows)]
+
+
+def _line_table(lines: dict[str, Line]) -> list[Block]:
+    headers = ["rows", "moved"]
+    for name in lines:
+        headers += [name, f"the line of {name}", "off by"]
+    rows = []
+    for sizes in zip(*(line.to_json()["sizes"] for line in lines.values()), strict=True):
+        cells = [f"{sizes[0]['M']}", display.size(sizes[0]["bytes"])]
+        for size in sizes:
+            cells += [display.duration(size[key] / 1e6) for key in ("median_us", "line_us")]
+            cells.append(display.share(size["deviation"], digits=2))
+        rows.append(tuple(cells))
+    table = Table(f"Forward of rows × {_LINE_N}, bfloat16: median time", tuple(map(Column, headers)), tuple(rows))
+    return [table, "", *(f"{name}: {line.summary()}" for name, line in lines.items())]
 
 
 def _first_call_line(first: dict[str, Any]) -> str:
     if "error" in first:
         return f"first call: not measured, {first['error']}"
-    empty, filled = first["empty_cache"], first["filled_cache"]
+    empty, filled = (
+        " + ".join(display.duration(first[state][phase], digits=3) for phase in ("forward_s", "backward_s"))
+        for state in ("empty_cache", "filled_cache")
+    )
     return (
-        f"first call in a new process, bf16, forward and backward: {empty['forward_s']:.2f} s + "
-        f"{empty['backward_s']:.2f} s with an empty cache of compiled code, "
-        f"{filled['forward_s']:.2f} s + {filled['backward_s']:.2f} s with a filled one"
+        f"first call in a new process, bfloat16, forward + backward: {empty} with an empty cache of compiled code, "
+        f"{filled} with a filled one"
     )
 
 
@@ -534,8 +623,9 @@ def _measure_all(
     names: Sequence[str],
 ) -> Result:
     where = machine.find_device(device)
-    if out is not None:
-        measure.check_folder(out)
+    file = None if out is None else out / f"bench-{where.type}.json"
+    if file is not None:
+        measure.check_file(file, "--out")
     todo = list(cases(where.type, quick))
     todo = _only(_only(todo, "dtype", dtypes), "mode", modes)
     measured = peers.providers(where.type, names)
@@ -559,8 +649,8 @@ def _measure_all(
         progress(number, 1 + len(todo), str(case))
         row = _measure(case, where, measured, quick)
         result = replace(result, rows=(*result.rows, row), seconds=time.perf_counter() - start)
-        if out is not None:  # after each case, so that what ends the run early takes nothing away
-            measure.write_json(out / f"bench-{where.type}.json", result.to_json())
+        if file is not None:  # after each case, so that what ends the run early takes nothing away
+            measure.write_json(file, result.to_json())
     return result
 
 

@@ -1,4 +1,4 @@
-"""Reads models that others wrote, as data alone: configurations, safetensors headers, and what transformers builds.
+"""Reads models that others wrote, as data alone: configurations and safetensors; and how transformers is called.
 
 Every fault of a file, and every exception of transformers, becomes a CommandError of one line with the whole reason.
 """
@@ -13,10 +13,10 @@ import stat
 import tempfile
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -41,7 +41,6 @@ _SIZES = frozenset(
 )  # fmt: skip
 # Of anything that a configuration counts (num_…, n_…), more than this takes hours to build.
 _MOST, _MOST_LAYERS = 1_000_000, 1_000
-_BUILD_CALLS = 300_000
 
 
 # --- files ---------------------------------------------------------------------------------------------------
@@ -196,8 +195,34 @@ def _check_inside(folder: Path, name: str) -> None:
         raise CommandError(f"{folder / name} is a link out of the folder, to {target}: put the file itself there")
 
 
-def _check_safetensors(file: Path) -> None:
-    """The file begins with the length of a JSON header, which says where each tensor lies in what follows it."""
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file; dtype by the name that it has there."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    def read(self, name: str) -> Tensor:
+        from safetensors import safe_open
+
+        with safe_open(self.file, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+
+def tensors(weights: list[Path]) -> dict[str, Stored]:
+    """By their names, those that the files which `check_weights` found hold. Raises CommandError for a damaged one."""
+    headers = ((file, _check_safetensors(file)) for file in weights if file.suffix == ".safetensors")
+    return {
+        name: Stored(file, entry["dtype"], tuple(entry["shape"]))
+        for file, header in headers
+        for name, entry in header.items()
+    }
+
+
+def _check_safetensors(file: Path) -> dict[str, Any]:
+    """The header: the file begins with its length, and it says where each tensor lies in what follows it."""
     with _open(file) as (handle, size):
         length = int.from_bytes(_take(file, handle, 8), "little")
         if size < 8 or 8 + length > size:
@@ -223,6 +248,7 @@ def _check_safetensors(file: Path) -> None:
     if 8 + length + position != size:
         expected = f"{size} bytes, its header says {8 + length + position}"
         raise CommandError(f"{file} is cut short or damaged ({expected}): fetch it again")
+    return header
 
 
 def _extent(tensor: Any) -> tuple[int, int]:
@@ -274,7 +300,7 @@ def transformers_for(what: str) -> Any:
     try:
         import transformers
     except ImportError:
-        raise CommandError(f"{what} needs transformers: pip install 'rmsnorm[hf]'") from None
+        raise CommandError(f"{what} needs transformers: pip install transformers safetensors") from None
     except Exception as error:  # noqa: BLE001  # its import runs much code
         raise CommandError(f"transformers cannot be imported: {one_line(error)}") from None
     return transformers
@@ -331,44 +357,6 @@ class AtMost(TorchFunctionMode):
         if self.left < 0 and self.left % 1000 == 999:  # not each time: no_grad and the like call torch to end
             raise CallsExhausted
         return func(*args, **(kwargs or {}))
-
-
-def build_on_meta(config: Any, transformers: Any, what: str) -> nn.Module:
-    """The model of a configuration, without memory. Raises CommandError where transformers cannot build it."""
-    cls = model_class(config, transformers)
-    model: nn.Module
-    try:
-        with (
-            blame(f"transformers cannot build {what}"),
-            torch.enable_grad(),
-            torch.device("meta"),
-            AtMost(_BUILD_CALLS),
-        ):
-            if cls is not transformers.AutoModel:
-                model = cls(config)
-            else:
-                model = cls.from_config(config, trust_remote_code=False)
-    except CommandError as error:
-        if isinstance(error.__cause__, CallsExhausted):
-            calls = f"{_BUILD_CALLS:,} calls of torch"
-            raise CommandError(f"{what} is too large to be built: it takes more than {calls}") from None
-        raise
-    return model
-
-
-def model_class(config: Any, transformers: Any) -> Any:
-    """AutoModel, but for DeepSeek-OCR 2's decoder, and an encoder alone where that is what was saved."""
-    if config.model_type == "deepseek_ocr2_text":
-        from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2TextModel
-
-        return DeepseekOcr2TextModel
-    named = getattr(config, "architectures", None)
-    name = named[0] if isinstance(named, (list, tuple)) and named else None
-    if isinstance(name, str) and name.endswith("EncoderModel"):
-        cls = getattr(transformers, name, None)
-        if getattr(cls, "config_class", None) is type(config):
-            return cls
-    return transformers.AutoModel
 
 
 def on_tokens(model: nn.Module, ids: Tensor) -> Any:

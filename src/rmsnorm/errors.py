@@ -13,6 +13,7 @@ def complaint(where: str, argument: str, was: object, expected: str) -> str:
 def one_line(error: object) -> str:
     """An exception or a text in one line that a terminal can show: an exception's class and all that it says."""
     text = " ".join(str(error).split())
+    text = text.partition(" Exception raised from ")[0]  # where torch's C++ appends its stack
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror
     elif isinstance(error, BaseException):

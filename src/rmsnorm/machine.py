@@ -17,13 +17,16 @@ _PACKAGES = ("torch", "numba", "triton", "transformers", "numpy")
 
 def find_device(name: str | None) -> torch.device:
     """The device of that name, or by default the GPU if there is one. Raises CommandError if torch cannot use it."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
     try:
         device = torch.device(name)
+    except (RuntimeError, TypeError):  # whose messages list every kind of device that torch can be built for
+        raise CommandError(f"--device {name}: give cpu or cuda") from None
+    try:
         torch.ones(1, dtype=torch.float64, device=device).sum().item()
     except (RuntimeError, AssertionError, NotImplementedError, TypeError, IndexError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CommandError(f"device {name!r} cannot be used here, give cpu or cuda: {reason}"[:300]) from None
+        raise CommandError(f"--device {name} cannot be used here, give cpu or cuda: {reason}"[:300]) from None
     return device
 
 
@@ -33,7 +36,7 @@ def describe(device: str | torch.device = "cpu") -> dict[str, Any]:
     Keys: device, cpu, cores, threads, isa, memory_gb, gpu (a dict: name, memory_gb, multiprocessors, capability,
     driver, cuda; None on the CPU), load (processes that wanted a core in the last minute), os, python, versions,
     commit (None outside a repository; ends in "+" where files differ from it; the variable RMSNORM_COMMIT wins),
-    date (UTC).
+    release (the version of rmsnorm where it is installed, else None), date (UTC).
     """
     device = torch.device(device)
     return {
@@ -47,8 +50,9 @@ def describe(device: str | torch.device = "cpu") -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "os": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": _versions(),
+        "versions": versions(),
         "commit": _commit(),
+        "release": _release(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -57,8 +61,10 @@ def headline(facts: dict[str, Any]) -> str:
     """One line for the top of a table."""
     gpu = facts["gpu"]
     where = f"{gpu['name']}, driver {gpu['driver']}" if gpu else f"{facts['cpu']}, {facts['threads']} threads"
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if name != "numpy")
-    return f"{where}; {versions}; commit {(facts['commit'] or 'unknown')[:12]}"
+    packages = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if name != "numpy")
+    commit, release = facts["commit"], facts.get("release")  # which older records do not have
+    code = f"commit {commit[:12]}" if commit else f"rmsnorm {release}" if release else "commit unknown"
+    return f"{where}; {packages}; {code}"
 
 
 def _cpu_model() -> str:
@@ -95,7 +101,8 @@ def _gpu(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The versions of the packages that a result depends on, of those that are installed."""
     found = {}
     for name in _PACKAGES:
         try:
@@ -103,6 +110,16 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _release() -> str | None:
+    """The installed version: that of the metadata only if it is of this very file."""
+    try:
+        installed = importlib.metadata.distribution("rmsnorm")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    here = Path(__file__).resolve()
+    return installed.version if Path(str(installed.locate_file("rmsnorm/machine.py"))).resolve() == here else None
 
 
 def _commit() -> str | None:

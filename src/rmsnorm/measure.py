@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import random
+import signal
 import stat
 import statistics
 import tempfile
@@ -23,9 +25,11 @@ from rmsnorm.errors import CommandError, one_line
 
 # (how many steps are done, of how many, what comes next)
 Progress = Callable[[int, int, str], None]
+now = time.perf_counter  # seconds; every time and every limit is taken from it, so that a test can set it
 
 # A shorter sample than this on a CPU is mostly the clock, so short calls are timed several in a row.
 _SHORTEST_SAMPLE = 100e-6
+_SHORTEST_SAMPLE_OF_BOTH = 2e-3  # of host and GPU: much longer than it takes to wait for the GPU
 _MOST_REPEATS = 200
 _FEWEST_FOR_QUARTILES = 5
 # More than a command writes: whether so much fits is tried before the work.
@@ -60,6 +64,43 @@ def summarize(samples: list[float], repeats: int = 1) -> Timing:
     return Timing(len(samples) * repeats, min(samples), statistics.median(samples), low, high)
 
 
+@dataclass(frozen=True)
+class Interval:
+    """Contains the median of the distribution that the samples came from, with a probability of `coverage` or more."""
+
+    low: float
+    high: float
+    coverage: float
+
+
+def median_interval(samples: Sequence[float], confidence: float = 0.95) -> Interval | None:
+    """The order-statistic (sign-test) confidence interval of a median.
+
+    It is exact for independent samples of any continuous distribution: the k-th smallest and the k-th largest sample
+    enclose the median unless fewer than k samples fall on one side of it, and the number that do is binomial.
+
+    Args:
+        samples: At least 6 for a confidence of 0.95.
+        confidence: The least probability with which it is to contain the median.
+
+    Returns:
+        The interval between the k-th smallest and the k-th largest sample, for the largest k that is confident
+        enough. None if there are too few samples for any.
+
+    Example:
+        >>> median_interval([3.0, 1.0, 2.0, 5.0, 4.0, 7.0, 90.0])
+        Interval(low=1.0, high=90.0, coverage=0.984375)
+    """
+    ordered, n = sorted(samples), len(samples)
+    found, outside = None, 0.0
+    for k in range(n // 2):
+        outside += 2 * math.comb(n, k) / 2**n
+        if 1 - outside < confidence:
+            break
+        found = Interval(ordered[k], ordered[n - 1 - k], 1 - outside)
+    return found
+
+
 def interleave(
     calls: Mapping[str, Callable[[], object]],
     device: torch.device,
@@ -67,25 +108,48 @@ def interleave(
     samples: int = 100,
     fewest: int = 5,
     seconds: float | None = None,
+    with_host: bool = False,
 ) -> dict[str, Timing]:
     """Time the calls in turn, in an order shuffled every round, so that none has the machine's better moments.
 
-    Each gets `samples` samples; with `seconds`, as many of them as fit into that time, and at least `fewest`. On a
-    GPU a sample is one call between two events after the L2 cache was overwritten; on a CPU it is as many calls in
-    a row as fill a tenth of a millisecond.
+    On a GPU a sample is one call between two events after the L2 cache was overwritten; on a CPU it is as many calls
+    in a row as fill a tenth of a millisecond.
+
+    Args:
+        calls: What to time, by name.
+        device: Where it runs.
+        samples: How many samples each gets.
+        fewest: How many each gets even if `seconds` are over.
+        seconds: For each of the calls: it gets as many samples as are expected to fit, and fewer if they take longer.
+        with_host: On a GPU, time many calls in a row until the host and the GPU are through with them. A step of a
+            model waits for whichever of the two is slower.
+
+    Returns:
+        The seconds a call, by name.
     """
-    stopwatch = _cuda_stopwatch(device) if device.type == "cuda" else _cpu_stopwatch
+    on_gpu = device.type == "cuda"
+    stopwatch: Callable[[Callable[[], object], int], float]
+    if not on_gpu:
+        stopwatch, shortest = _cpu_stopwatch, _SHORTEST_SAMPLE
+    elif with_host:
+        stopwatch, shortest = _stopwatch_of_both(device), _SHORTEST_SAMPLE_OF_BOTH
+    else:
+        stopwatch, shortest = _cuda_stopwatch(device), 0.0
     repeats, counts = {}, {}
     for name, call in calls.items():
         stopwatch(call, 1)
         probe = max(min(stopwatch(call, 1) for _ in range(2)), 1e-9)
-        repeats[name] = 1 if device.type == "cuda" else max(1, min(_MOST_REPEATS, int(_SHORTEST_SAMPLE / probe)))
+        repeats[name] = max(1, min(_MOST_REPEATS, int(shortest / probe)))
         affordable = samples if seconds is None else int(seconds / (probe * repeats[name]))
         counts[name] = max(min(fewest, samples), min(samples, affordable))
     taken: dict[str, list[float]] = {name: [] for name in calls}
     order = random.Random(0)
     rounds = max(counts.values())
+    start = now()
     for i in range(rounds):
+        spent = seconds is not None and now() - start > seconds * len(calls)
+        if spent and all(len(taken[name]) >= min(fewest, count) for name, count in counts.items()):
+            break
         due = [name for name, count in counts.items() if i * count // rounds != (i + 1) * count // rounds]
         order.shuffle(due)
         for name in due:
@@ -107,10 +171,22 @@ def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def _cpu_stopwatch(call: Callable[[], object], repeats: int) -> float:
-    start = time.perf_counter()
+    start = now()
     for _ in range(repeats):
         call()
-    return (time.perf_counter() - start) / repeats
+    return (now() - start) / repeats
+
+
+def _stopwatch_of_both(device: torch.device) -> Callable[[Callable[[], object], int], float]:
+    def sample(call: Callable[[], object], repeats: int) -> float:
+        torch.cuda.synchronize(device)
+        start = now()
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize(device)
+        return (now() - start) / repeats
+
+    return sample
 
 
 def _cuda_stopwatch(device: torch.device) -> Callable[[Callable[[], object], int], float]:
@@ -138,10 +214,24 @@ def side_by_side(work: Callable[..., object], shares: Iterable[Any], *others: An
     """
     workers = min(machine.cores(), 16)
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for done in [pool.submit(work, share, *others) for share in shares]:
-            with contextlib.suppress(Exception):
-                done.result()
+    with ProcessPoolExecutor(workers, spawn, initializer=_as_a_worker) as pool:
+        try:
+            for done in [pool.submit(work, share, *others) for share in shares]:
+                with contextlib.suppress(Exception):
+                    done.result()
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _as_a_worker() -> None:
+    torch.set_num_threads(1)
+    end_silently_on_ctrl_c()
+
+
+def end_silently_on_ctrl_c() -> None:
+    """For a process that another one started: the terminal interrupts both, and only the first is to say so."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
@@ -225,6 +315,23 @@ def check_file(path: Path, argument: str) -> int | None:
     except OSError as error:
         raise CommandError(f"{argument} {path} cannot be written: {one_line(error)}") from None
     return handle
+
+
+def check_apart(one: tuple[str, Path], other: tuple[str, Path]) -> None:
+    """Raise CommandError if two results would be one file, or one's file would be where the other needs a folder.
+
+    Args:
+        one: The name of an argument, and the file that is written for it.
+        other: The same of another argument.
+    """
+    for (argument, file), (second, its_file) in ((one, other), (other, one)):
+        here, there = (Path(os.path.realpath(path)) for path in (file, its_file))
+        if here == there:
+            raise CommandError(f"{argument} and {second} both write {file}: give them different names")
+        if here in there.parents:
+            raise CommandError(
+                f"{argument} writes the file {file}, which {second} needs as a folder: give another name"
+            )
 
 
 def write_output(path: Path, content: bytes, argument: str, handle: int | None) -> None:

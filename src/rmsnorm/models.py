@@ -5,20 +5,25 @@ every state in which it can be called (see proof.py). What is proven gets a clas
 parameters, names, hooks and isinstance stay as they are.
 """
 
+import re
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from rmsnorm import reference
+from rmsnorm.drop_in import TorchRMSNorm
 from rmsnorm.errors import complaint, one_line
 from rmsnorm.module import DeepseekV2RMSNorm, RMSNorm
 from rmsnorm.proof import Change, Proof, fingerprint, obstacle, prove
 from rmsnorm.replacement import become, changed, original, rebound, replacement, rule_of, served, why_own
 from rmsnorm.spec import Spec
 
+_OURS = RMSNorm, DeepseekV2RMSNorm, TorchRMSNorm
+_EPS = re.compile(r"(^|_)eps(ilon)?(_|$)", re.IGNORECASE)  # and no steps
 _ORDER = "the order that works: patch, then PEFT, then compile, FSDP, tensor parallel or accelerate"
 
 
@@ -42,9 +47,10 @@ class Verdict:
     saved: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"{self._kind()}{self._figures([self])}"
+        return f"{self.kind}{self._figures([self])}"
 
-    def _kind(self) -> str:
+    @property
+    def kind(self) -> str:
         """What norms of one group have in common."""
         if self.spec is None:
             return f"left: {self.reason}"
@@ -66,14 +72,27 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Passed:
+    """A module that patch passed over though it has to do with norms, and why."""
+
+    name: str
+    cls: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Report:
-    """One verdict for each norm that patch met, in the order of `named_modules`. As a string: one line a group."""
+    """One verdict for each norm that patch met, in the order of `named_modules`. As a string: one line a group.
+
+    passed: what else has to do with norms. The string names it where patch met none that it could judge.
+    """
 
     verdicts: tuple[Verdict, ...]
+    passed: tuple[Passed, ...] = ()
     _modules: tuple[Any, ...] = field(default=(), init=False, compare=False, repr=False)  # weak references
 
     def __reduce__(self) -> Any:
-        return Report, (self.verdicts,)
+        return Report, (self.verdicts, self.passed)
 
     def check(self) -> tuple[str, ...]:
         """Which of the norms that patch replaced do not run ours any more, each with the reason; empty if all do.
@@ -101,32 +120,64 @@ class Report:
     @property
     def groups(self) -> tuple[tuple[Verdict, ...], ...]:
         """The verdicts that say the same about the same class, together."""
-        groups: dict[tuple[str, str], list[Verdict]] = {}
-        for v in self.verdicts:
-            groups.setdefault((v.cls, v._kind()), []).append(v)
-        return tuple(map(tuple, groups.values()))
+        return _grouped(self.verdicts, lambda verdict: verdict.kind)
 
     def __str__(self) -> str:
-        return "\n".join([self._head(), *(f"  {line(group)}" for group in self.groups)])
+        return "\n".join([*self._head(), *(f"  {line(group)}" for group in self.groups)])
 
     def expanded(self) -> str:
         """As the string, but with a line for each norm under its group."""
-        lines = [self._head()]
+        lines = self._head()
         for group in self.groups:
             lines += [f"  {line(group)}", *(f"    {v.name}{v._figures([v]).replace('; ', ': ', 1)}" for v in group)]
         if self.proven:
             lines.append("  the backward pass keeps the input itself: write x = x + f(norm(x)), not x += f(norm(x))")
         return "\n".join(lines)
 
-    def _head(self) -> str:
-        return f"{len(self.proven)} of {len(self.verdicts)} norms proven and replaced"
+    def _head(self) -> list[str]:
+        lines = [f"{len(self.proven)} of {len(self.verdicts)} norms proven and replaced"]
+        if not self.verdicts:
+            lines.append('  looked for: modules whose class has "norm" in its name and computes an RMSNorm')
+            groups = _grouped(self.passed, lambda passed: passed.why)
+            lines += [f"  {_members(group)} passed over: {group[0].why}" for group in groups]
+        return lines
+
+
+@dataclass(frozen=True)
+class Unpatched:
+    """The names of the norms to which `unpatch` gave their own class back, in the order of `named_modules`."""
+
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if not self.names:
+            return "no norm was patched, so none was changed"
+        return f"{len(self.names)} norms have their own class back: {_first(self.names)}"
+
+
+_Of = TypeVar("_Of", Verdict, Passed)
+
+
+def _grouped(found: Sequence[_Of], kind: Callable[[_Of], str]) -> tuple[tuple[_Of, ...], ...]:
+    """Those of the same class and kind together, in the order of the first of each."""
+    groups: dict[tuple[str, str], list[_Of]] = {}
+    for one in found:
+        groups.setdefault((one.cls, kind(one)), []).append(one)
+    return tuple(map(tuple, groups.values()))
+
+
+def _members(group: Sequence[Verdict] | Sequence[Passed]) -> str:
+    """How many modules of which class, and the name of the first."""
+    return f"{len(group)} x {group[0].cls} ({_first([one.name for one in group])})"
+
+
+def _first(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]}, …"
 
 
 def line(group: Sequence[Verdict]) -> str:
     """One group of a Report in one line: how many, which class, what was found, the largest change, bytes saved."""
-    first = group[0]
-    names = first.name if len(group) == 1 else f"{first.name}, …"
-    return f"{len(group)} x {first.cls} ({names}) {first._kind()}{first._figures(group)}"
+    return f"{_members(group)} {group[0].kind}{group[0]._figures(group)}"
 
 
 def patch(model: nn.Module, *, strict: bool = True) -> Report:
@@ -146,18 +197,25 @@ def patch(model: nn.Module, *, strict: bool = True) -> Report:
         raise RuntimeError(f"[patch] the model is sharded by FSDP, which took its parameters apart; {_ORDER}")
     proofs: dict[Any, Proof] = {}
     found: list[tuple[str, nn.Module, Proof]] = []
-    for name, module in _norms(model):
-        proof = _judged(module, strict, proofs)
+    passed: list[Passed] = []
+    for name, module in model.named_modules():
         cls = original(module)
-        if proof.rule is None and "rmsnorm" not in cls.__name__.lower() and cls is type(module):
-            continue  # by its name and by what it computes another kind of norm
-        found.append((name, module, proof))
+        if not _is_tried(module):
+            why = _resemblance(module)
+        else:
+            proof = _judged(module, strict, proofs)
+            if proof.rule is not None or "rmsnorm" in cls.__name__.lower() or cls is not type(module):
+                found.append((name, module, proof))
+                continue
+            why = proof.reason  # by its name and by what it computes another kind of norm
+        if why is not None:
+            passed.append(Passed(name, cls.__name__, why))
     for name, module, proof in found:
         late = _too_late(module) if _class_for(module, proof) is not type(module) else None
         if late is not None:
             raise RuntimeError(f"[patch] {name} {late}")
     verdicts = tuple(_replaced(name, module, proof) for name, module, proof in found)
-    report = Report(verdicts)
+    report = Report(verdicts, tuple(passed))
     object.__setattr__(report, "_modules", tuple(weakref.ref(module) for _, module, _ in found))
     return report
 
@@ -199,8 +257,8 @@ def _replaced(name: str, module: nn.Module, proof: Proof) -> Verdict:
     return _verdict(name, module, proof)
 
 
-def unpatch(model: nn.Module) -> None:
-    """Give every norm that `patch` replaced in the model its own class back.
+def unpatch(model: nn.Module) -> Unpatched:
+    """Give every norm that `patch` replaced in the model its own class back. Returns their names.
 
     Raises RuntimeError, and changes nothing, for a norm that FSDP has wrapped since; TypeError for what is no module.
     """
@@ -212,6 +270,7 @@ def unpatch(model: nn.Module) -> None:
             raise RuntimeError(f"[unpatch] {name} {late}; unpatch first, or build the model anew")
     for _, module in patched:
         become(module, original(module))
+    return Unpatched(tuple(name for name, _ in patched))
 
 
 def exact(module: nn.Module, x: Tensor) -> Tensor | None:
@@ -243,12 +302,31 @@ def _check_module(where: str, model: object) -> None:
         raise TypeError(complaint(where, "model", f"is a {type(model).__name__}", "a torch.nn.Module"))
 
 
-def _norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        cls = original(module)
-        torchs_own = str(cls.__module__).startswith("torch.nn.modules.") and cls is not nn.RMSNorm
-        if "norm" in cls.__name__.lower() and not torchs_own and not isinstance(module, (RMSNorm, DeepseekV2RMSNorm)):
-            yield name, module
+def _is_tried(module: nn.Module) -> bool:
+    return _is_named_norm(module) and not _is_torchs(module) and not isinstance(module, _OURS)
+
+
+def _is_named_norm(module: nn.Module) -> bool:
+    return "norm" in original(module).__name__.lower()
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    """Whether it is one of torch's own modules, of which only RMSNorm is one."""
+    cls = original(module)
+    return str(cls.__module__).startswith("torch.nn.modules.") and cls is not nn.RMSNorm
+
+
+def _resemblance(module: nn.Module) -> str | None:
+    """What a module that is not tried has to do with norms; None if nothing."""
+    if isinstance(module, _OURS):
+        return "it is rmsnorm's own, which needs no patch"
+    if _is_torchs(module):
+        return "it is torch's own, and no RMSNorm" if _is_named_norm(module) else None
+    held = [p for p in (*module._parameters.values(), *module._modules.values()) if p is not None]
+    eps = next(filter(_EPS.search, vars(module)), None)
+    if eps is None or len(held) != 1 or not isinstance(held[0], Tensor) or is_lazy(held[0]) or held[0].dim() != 1:
+        return None
+    return f'it has one 1-D parameter and {eps}, but its class is not tried without "norm" in its name'
 
 
 # --- what stands in the way ----------------------------------------------------------------------------------

@@ -1,13 +1,36 @@
 """The layers: state and one call."""
 
+import functools
 import sys
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 from torch import Tensor, nn
 
 from rmsnorm.errors import complaint
 from rmsnorm.ops import rms_norm
-from rmsnorm.spec import DTYPES, Cast, check_spec
+from rmsnorm.spec import DTYPES, Cast, check_spec, is_torchs_shape
+
+P = ParamSpec("P")
+_TORCHS = "rmsnorm.TorchRMSNorm takes the arguments of torch.nn.RMSNorm"
+
+
+def _not_torchs(init: Callable[Concatenate[Any, P], None]) -> Callable[Concatenate[Any, P], None]:
+    """A constructor that names the class to use where it is given the arguments of torch.nn.RMSNorm."""
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: P.args, **named: P.kwargs) -> None:
+        where = type(self).__name__
+        if "normalized_shape" in named:
+            was = f"is {named['normalized_shape']!r}"
+            raise TypeError(complaint(where, "normalized_shape", was, f"hidden_size, an int; {_TORCHS}"))
+        if len(args) > 2:
+            expected = f"hidden_size and eps by position and the others by name; {_TORCHS}"
+            raise TypeError(complaint(where, "the argument after eps", f"is {args[2]!r}", expected))
+        init(self, *args, **named)
+
+    return checked  # type: ignore[return-value]  # mypy has a type of its own for what is wrapped
 
 
 class RMSNorm(nn.Module):
@@ -20,6 +43,7 @@ class RMSNorm(nn.Module):
 
     weight: nn.Parameter | None
 
+    @_not_torchs
     def __init__(
         self,
         hidden_size: int,
@@ -34,7 +58,8 @@ class RMSNorm(nn.Module):
         super().__init__()
         where = type(self).__name__
         if not isinstance(hidden_size, int) or isinstance(hidden_size, bool):
-            raise TypeError(complaint(where, "hidden_size", f"is a {type(hidden_size).__name__}", "an int"))
+            expected = f"an int; {_TORCHS}" if is_torchs_shape(hidden_size) else "an int"
+            raise TypeError(complaint(where, "hidden_size", f"is a {type(hidden_size).__name__}", expected))
         if hidden_size <= 0:
             raise ValueError(complaint(where, "hidden_size", f"is {hidden_size}", "at least 1"))
         if dtype is not None and dtype not in DTYPES:

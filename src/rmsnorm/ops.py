@@ -12,9 +12,10 @@ as one node with a schema, a fake, and a rule for vmap.
 """
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Never, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,15 +32,33 @@ from rmsnorm.spec import (
     caller,
     check_gradients,
     check_memory,
+    check_order,
     check_saved,
     check_spec,
     check_tensors,
     spec_of,
-)  # fmt: skip
+)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
+def _without_more(function: Callable[P, T]) -> Callable[P, T]:
+    """Leave the parameter `more` out of the signature that help and editors show: it is there for its error alone."""
+    signature = inspect.signature(function)
+    shown = [p for p in signature.parameters.values() if p.name != "more"]
+    function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    return function
+
+
+@_without_more
 def rms_norm(
-    x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, cast: Cast = "early", offset: float = 0.0
+    x: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *more: Never,
+    cast: Cast = "early",
+    offset: float = 0.0,
 ) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last dimension, with the Definition's bits on every device.
 
@@ -51,10 +70,11 @@ def rms_norm(
     Differentiable once, in reverse and in forward mode; a second derivative raises. Raises TypeError or ValueError,
     naming the argument, for what makes no sense.
     """
-    if not torch.compiler.is_compiling():
+    if not more and not torch.compiler.is_compiling():
         y = host.norm(x, None, weight, eps, cast, offset)
         if y is not None:
             return y  # type: ignore[no-any-return]
+    check_order("rms_norm", weight, more)
     return _norm(x, None, weight, eps, cast, offset)[0]  # type: ignore[no-any-return]
 
 
@@ -152,10 +172,18 @@ def warmup(
                 rms_norm(x, w, cast=cast).sum().backward()
 
 
-def wait_for_host() -> None:
-    """Until it is compiled and loaded, if it can be: `explain` says what came of it."""
+def wait_for_host(seconds: float | None = None) -> bool:
+    """Wait until the C++ is compiled and loaded, if it can be: `explain` says what came of it.
+
+    seconds: the longest to wait. With 0 its compilation is begun, in another process.
+
+    Returns whether the wait is over: False if the C++ is still being compiled.
+    """
+    if seconds is not None:
+        return host.wait(seconds)
     with contextlib.suppress(host.Unusable):
         host.load()
+    return True
 
 
 # --- straight to the kernels, or through the operators -------------------------------------------------------

@@ -1,6 +1,7 @@
 """`rmsnorm bench --plot FILE`: each provider's share of the ceiling over N, drawn from the JSON of a run."""
 
 import io
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,11 @@ def check(path: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise CommandError("--plot needs matplotlib: pip install 'rmsnorm[plot]'") from None
-    measure.check_folder(path.parent, "--plot")
+        raise CommandError("--plot needs matplotlib: pip install matplotlib") from None
+    handle = measure.check_file(path, "--plot")
+    if handle is not None:
+        os.close(handle)
+        raise CommandError(f"--plot {path} is a pipe or a device, expected a file")
 
 
 def panels(cases: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -105,4 +109,4 @@ def draw(result: dict[str, Any], path: Path) -> None:
         file = io.BytesIO()
         kind = path.suffix.removeprefix(".")
         figure.savefig(file, format=kind, metadata={"Date": None} if kind == "svg" else None)
-    measure.write_whole(path, file.getvalue())
+    measure.write_output(path, file.getvalue(), "--plot", None)

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 # its tensors and then asks for no values, as it would of plain tensors on the meta device.
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rmsnorm import checkpoint, models
+from rmsnorm import architecture, checkpoint, display, models
 from rmsnorm.checkpoint import AtMost, CallsExhausted
 from rmsnorm.cost import TRACED_TORCH, Cost, Implementation, Phase, cost
+from rmsnorm.display import Block, Column, Table, Text
 from rmsnorm.errors import CommandError, one_line
 from rmsnorm.hardware import GPUS, Gpu
 from rmsnorm.measure import Progress
@@ -203,92 +204,116 @@ class Result:
             "seconds": round(self.seconds, 1),
         }
 
-    def table(self) -> Any:
-        """A rich renderable: the norms, what a step of them costs, what that is of the whole."""
-        from rich.console import Group as Lines
-        from rich.table import Table
-        from rich.text import Text
+    def table(self, verbose: bool = False) -> list[Block]:
+        """What to print: what ours saves, and what the norms cost; with `verbose` each kind of norm as well."""
+        details = _details(self) if verbose else [Text("\n--verbose prints each kind of norm and each count.", "note")]
+        return [*_answer(self), _costs(self, verbose), *_cautions(self), *details]
 
-        w = self.weight
-        head = [
-            f"{self.target}: {self.model}, {self.parameters:,} parameters; "
-            f"{self.batch} × {self.seq} tokens, {self.dtype}",
-            f"{self.count} norms, {self.norm_parameters:,} parameters: weights {_mb(w.parameters)} MB, gradients "
-            f"{_mb(w.gradients)} MB, AdamW {_mb(w.optimizer)} MB ({_mb(self.optimizer_master)} MB with fp32 weights)",
+
+# --- printing ------------------------------------------------------------------------------------------------
+
+
+def _answer(result: Result) -> list[Block]:
+    """The model, what ours saves a step, and what of a step that is."""
+    eager, ours = result.training["eager"], result.training["ours"]
+    lines: list[Block] = [
+        f"{result.target}: {result.model}, {display.count(result.parameters)} parameters; {result.count} norms with "
+        f"{display.count(result.norm_parameters)} of them; {result.batch} × {result.seq} tokens, {result.dtype}",
+        f"ours instead of eager: {display.size(eager.saved - ours.saved)} less kept for the backward pass; a training "
+        f"step moves {display.size(eager.bytes - ours.bytes)} less, in {display.count(eager.kernels - ours.kernels)} "
+        "fewer kernels",
+    ]
+    if result.gpu is None or eager.seconds is None or ours.seconds is None:
+        return [*lines, f"for predicted times give --gpu one of {', '.join(GPUS)}"]
+    saved = f"predicted on {result.gpu.name}: {display.duration(eager.seconds - ours.seconds)} less a training step"
+    shares = result.amdahl(True)
+    if shares is not None:
+        saved += f", of which the norms are {display.share(shares[0], 3)} and ours gains {display.share(shares[1], 3)}"
+    return [*lines, saved]
+
+
+def _costs(result: Result, verbose: bool) -> Table:
+    """All norms of a step, a column an implementation."""
+    figures: list[tuple[str, Callable[[Totals], str]]] = [
+        ("read and written", lambda t: display.size(t.bytes)),
+        ("kernels", lambda t: display.count(t.kernels)),
+        ("kept for backward", lambda t: display.size(t.saved)),
+    ]
+    if result.gpu is not None:
+        figures.append(("predicted time", lambda t: display.duration(t.seconds)))
+    if verbose:
+        figures += [
+            ("FLOPs", lambda t: display.count(t.flops)),
+            ("memory of one, at most", lambda t: display.size(t.peak)),
         ]
-        groups = Table(title="Norms")
-        for column in ("count", "rows", "width"):
-            groups.add_column(column, justify="right")
-        for column in ("class", "what it computes", "first"):
-            groups.add_column(column)
-        for g in self.norms:
-            spec = f"{g.spec.cast}, offset {g.spec.offset:g}" if g.weighted else "no weight"
-            groups.add_row(f"{g.count}", _rows_of(g.calls), f"{g.width:,}", g.cls, spec, g.first)
-        costs = Table(title=f"All norms of a step, on {self.device}: {self._status()}")
-        costs.add_column("MB: 10⁶ bytes")
-        for name in COMPARED:
-            costs.add_column(name, justify="right")
-        for what, of in (("inference", self.inference), ("training", self.training)):
-            cells: tuple[tuple[str, Callable[[Totals], str]], ...] = (
-                ("MFLOP", lambda t: f"{t.flops / 1e6:,.1f}"),
-                ("MB read and written", lambda t: f"{t.bytes / 1e6:,.1f}"),
-                ("kernels", lambda t: f"{t.kernels:,}"),
-                ("MB saved", lambda t: f"{t.saved / 1e6:,.1f}"),
-                ("MB of one, at most", lambda t: f"{t.peak / 1e6:,.1f}"),
-                ("ms, predicted", lambda t: "-" if t.seconds is None else f"{t.seconds * 1e3:,.3f}"),
-            )
-            for label, cell in cells:
-                if (label.startswith("MB saved") and what == "inference") or (self.gpu is None and "ms" in label):
-                    continue
-                costs.add_row(f"{what}: {label}", *(cell(of[name]) for name in COMPARED))
-            costs.add_section()
-        left = [f"not counted: {n.count} x {n.cls} ({n.first}), which patch leaves: {n.reason}" for n in self.left]
-        below = [*self._conclusions(), *left, *(f"note: {note}" for note in self.notes)]
-        return Lines(*map(Text, head), groups, costs, *map(Text, below))
+    rows = tuple(
+        (f"{what}: {label}", *(cell(of[name]) for name in COMPARED))
+        for what, of in (("inference", result.inference), ("training", result.training))
+        for label, cell in figures
+        if (what, label) != ("inference", "kept for backward")
+    )
+    status = "derived" if result.derived else f"as traced in torch {TRACED_TORCH}"
+    columns = (Column("", words=True), *map(Column, COMPARED))
+    return Table(f"All norms of a step, on {result.device}: {status}", columns, rows)
 
-    def _status(self) -> str:
-        return "derived" if self.derived else f"as traced in torch {TRACED_TORCH}"
 
-    def _conclusions(self) -> list[str]:
-        eager, ours = self.training["eager"], self.training["ours"]
-        lines = [
-            f"ours instead of eager: {_mb(eager.saved - ours.saved)} MB less kept for the backward pass, and "
-            f"{_mb(eager.bytes - ours.bytes)} MB less moved in {eager.kernels - ours.kernels:,} fewer kernels "
-            "a training step"
-        ]
-        if eager.seconds is not None and ours.seconds is not None:
-            lines[0] += f", predicted to save {(eager.seconds - ours.seconds) * 1e3:,.3f} ms"
-        if self.gpu is None:
-            known = ", ".join(GPUS)
-            return [*lines, f"for predicted times: --gpu with one of {known}"]
+def _cautions(result: Result) -> list[Block]:
+    """What is not in the counts, and what could make them wrong."""
+    lines = [f"not counted: {n.count} × {n.cls} ({n.first}), which patch leaves: {n.reason}" for n in result.left]
+    lines += [f"note: {note}" for note in result.notes]
+    if result.gpu is not None and result.gpu.few_fp64:
+        lines.append(f"note: {result.gpu.name} has little fp64, in which ours sums: it will fall short of this")
+    return ["", *lines] if lines else []
+
+
+def _details(result: Result) -> list[Block]:
+    """Each kind of norm, its weights, and what the predictions rest on."""
+    w = result.weight
+    columns = (
+        Column("first", words=True),
+        *map(Column, ("count", "rows", "width")),
+        *(Column(header, words=True) for header in ("what it computes", "class")),
+    )
+    rows = []
+    for g in result.norms:
+        spec = f"{g.spec.cast} cast, offset {g.spec.offset:g}" if g.weighted else "no weight"
+        rows.append((g.first, f"{g.count}", _rows_of(g.calls), f"{g.width:,}", spec, g.cls))
+    return [
+        Table("Norms", columns, tuple(rows)),
+        "",
+        f"weights {display.size(w.parameters)}, their gradients {display.size(w.gradients)}, AdamW "
+        f"{display.size(w.optimizer)} ({display.size(result.optimizer_master)} with fp32 weights)",
+        *_predictions(result),
+    ]
+
+
+def _predictions(result: Result) -> list[str]:
+    if result.gpu is None:
+        return []
+    efficiency = display.share(EFFICIENCY)
+    lines = [
+        f"predicted for {result.gpu.name}: bytes at {efficiency} of {display.speed(result.gpu.bandwidth)}, or "
+        f"{display.duration(LAUNCH_SECONDS)} a kernel where that is more; matrix products at {efficiency} of "
+        f"{display.number(result.gpu.matmul / 1e12)} TFLOP/s ({result.gpu.source})"
+    ]
+    for what, training in (("inference", False), ("training", True)):
+        shares, rest = result.amdahl(training), result.step_seconds(training)
+        totals = result.training if training else result.inference
+        if shares is None or rest is None:
+            continue
+        norms, gain = (display.share(share, 3) for share in shares)
+        step = display.duration(rest + (totals["eager"].seconds or 0.0))
         lines.append(
-            f"predicted for {self.gpu.name}: bytes at {EFFICIENCY:.0%} of {self.gpu.bandwidth / 1e12:g} TB/s, or "
-            f"{LAUNCH_SECONDS * 1e6:g} us a kernel where that is more; matrix products at {EFFICIENCY:.0%} of "
-            f"{self.gpu.matmul / 1e12:g} TFLOP/s ({self.gpu.source})"
+            f"{what}: norms are {norms} of the {step} that an eager step takes for them and its matrix products; at "
+            f"most {norms} to gain, {gain} with ours"
         )
-        for what, training in (("inference", False), ("training", True)):
-            shares, rest = self.amdahl(training), self.step_seconds(training)
-            totals = self.training if training else self.inference
-            if shares is None or rest is None:
-                continue
-            step = rest + (totals["eager"].seconds or 0.0)
-            lines.append(
-                f"{what}: norms are {shares[0]:.1%} of the {step * 1e3:,.2f} ms that an eager step takes for them and "
-                f"its matrix products; at most {shares[0]:.1%} to gain, {shares[1]:.1%} with ours"
-            )
-        if self.gpu.few_fp64:
-            lines.append(f"{self.gpu.name} has little fp64, in which ours sums: it will fall short of this")
-        return lines
+    return lines
 
 
 def _rows_of(calls: tuple[Call, ...]) -> str:
     """`8,192` or, of norms that run several times a step, `2 × 8,192`; `0` of those that no input reaches."""
     counted = collections.Counter(rows for rows, _ in calls)
     return " + ".join(f"{rows:,}" if n == 1 else f"{n} × {rows:,}" for rows, n in counted.items()) or "0"
-
-
-def _mb(count: int) -> str:
-    return f"{count / 1e6:,.3f}" if abs(count) < 1e6 else f"{count / 1e6:,.1f}"
 
 
 # --- counting ------------------------------------------------------------------------------------------------
@@ -313,8 +338,8 @@ def main(target: str, progress: Progress, *, batch: int, seq: int, dtype: str, g
     transformers = checkpoint.transformers_for("cost")
     with checkpoint.quiet():
         progress(1, 4, "building the model on the meta device")
-        config, notes = (PRESETS[target](), ()) if read is None else _config(read, transformers)
-        model = checkpoint.build_on_meta(config, transformers, target)
+        config, notes = (PRESETS[target](transformers), ()) if read is None else _config(*read, transformers)
+        model = architecture.build_on_meta(config, transformers, target)
         progress(2, 4, "proving its norms")
         with checkpoint.blame(f"the norms of {type(model).__name__} cannot be proven"):
             report = models.patch(model)
@@ -325,7 +350,7 @@ def main(target: str, progress: Progress, *, batch: int, seq: int, dtype: str, g
         calls, said = _calls({name: modules[name] for name in proven}, model, config, batch, seq)
     notes += said
     if not report.verdicts:
-        raise CommandError(f"{type(model).__name__} has no RMSNorm")
+        raise CommandError(f"{target}: {type(model).__name__} has no RMSNorm, so there is nothing to count")
     groups = tuple(_groups(proven, modules, calls))
     where = "cpu" if gpu is None else "cuda"
     peaks = None if gpu is None else GPUS[gpu.lower()]
@@ -539,52 +564,37 @@ _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
 # --- the model -----------------------------------------------------------------------------------------------
 
 
-def _ocr(layers: int) -> Any:
-    from transformers import DeepseekOcr2TextConfig
-
-    return DeepseekOcr2TextConfig(
-        vocab_size=129280, hidden_size=1280, intermediate_size=6848, num_hidden_layers=layers, num_attention_heads=10,
-        num_key_value_heads=10, max_position_embeddings=8192, n_routed_experts=64, num_experts_per_tok=6,
-        n_shared_experts=2, moe_intermediate_size=896, mlp_layer_types=["dense"] + ["sparse"] * (layers - 1),
-    )  # fmt: skip
-
-
-def _v2_lite() -> Any:
-    from transformers import DeepseekV2Config
-
-    return DeepseekV2Config(
+def _deepseek_v2_lite(transformers: Any) -> Any:
+    return architecture.of_kind("deepseek_v2", transformers, "deepseek-v2-lite")(
         vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408, num_hidden_layers=27,
         num_attention_heads=16, num_key_value_heads=16, q_lora_rank=None, kv_lora_rank=512, n_routed_experts=64,
         num_experts_per_tok=6, n_shared_experts=2, first_k_dense_replace=1, max_position_embeddings=163840,
     )  # fmt: skip
 
 
-def _v2() -> Any:
-    from transformers import DeepseekV2Config
-
-    return DeepseekV2Config(
+def _deepseek_v2(transformers: Any) -> Any:
+    return architecture.of_kind("deepseek_v2", transformers, "deepseek-v2")(
         vocab_size=102400, hidden_size=5120, intermediate_size=12288, moe_intermediate_size=1536, num_hidden_layers=60,
         num_attention_heads=128, num_key_value_heads=128, q_lora_rank=1536, kv_lora_rank=512, n_routed_experts=160,
         num_experts_per_tok=6, n_shared_experts=2, first_k_dense_replace=1, max_position_embeddings=163840,
     )  # fmt: skip
 
 
-def _v3() -> Any:
-    from transformers import DeepseekV3Config
-
-    return DeepseekV3Config()  # transformers' defaults are this model
+def _deepseek_v3(transformers: Any) -> Any:
+    return architecture.of_kind("deepseek_v3", transformers, "deepseek-v3")()  # transformers' defaults are this model
 
 
-PRESETS: dict[str, Any] = {
-    "deepseek-ocr": lambda: _ocr(12),
-    "deepseek-ocr-40-layers": lambda: _ocr(40),
-    "deepseek-v2-lite": _v2_lite,
-    "deepseek-v2": _v2,
-    "deepseek-v3": _v3,
+PRESETS: dict[str, Callable[[Any], Any]] = {
+    "deepseek-ocr": architecture.deepseek_ocr,
+    "deepseek-ocr-40-layers": lambda transformers: architecture.deepseek_ocr(transformers, 40),
+    "deepseek-v2-lite": _deepseek_v2_lite,
+    "deepseek-v2": _deepseek_v2,
+    "deepseek-v3": _deepseek_v3,
 }
 
 
-def _read(target: str) -> dict[str, Any]:
+def _read(target: str) -> tuple[dict[str, Any], Path]:
+    """The content of the config.json that is meant, and where it is."""
     path = Path(target)
     try:
         if path.is_dir():
@@ -594,66 +604,20 @@ def _read(target: str) -> dict[str, Any]:
         raise CommandError(f"{target!r} cannot be read: {one_line(error)}") from None
     if not there:
         raise CommandError(f"{target!r} is neither a config.json nor a preset: give {', '.join(PRESETS)}, or a file")
-    return checkpoint.read_config(path)
+    return checkpoint.read_config(path), path
 
 
-def _config(content: dict[str, Any], transformers: Any) -> tuple[Any, tuple[str, ...]]:
-    """The language model's configuration. Keys that would fetch or run foreign code are left out."""
-    names = transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
-    notes: tuple[str, ...] = ()
-    content = _harmless(content)
-    kind = content.get("model_type")
-    if kind not in names and isinstance(content.get("language_config"), dict):
-        notes += (f"{kind}: its language_config alone is counted",)
-        content = content["language_config"]
-        kind = content.get("model_type") or _of_architecture(content, transformers)
-    if not kind:
-        raise CommandError("the configuration has no model_type, which says what it is of")
-    if kind not in names:
-        raise CommandError(f"transformers {transformers.__version__} does not know the architecture {kind!r}")
-    if kind == "deepseek_v2" and content.get("use_mla") is False:
-        kind, content = "deepseek_ocr2_text", _without_mla(content)
-    with checkpoint.blame(f"transformers cannot read this {kind} configuration"):
-        cls = transformers.AutoConfig.for_model(kind).__class__
-        nested = [content, *(v for v in content.values() if isinstance(v, dict))]
-        for needed in ("hidden_size", "num_hidden_layers"):
-            spelled = {needed, cls.attribute_map.get(needed, needed)}
-            if not any(spelled & set(part) for part in nested):
-                raise CommandError(f"the configuration has no {needed}")
-        config = transformers.AutoConfig.for_model(kind, **{k: v for k, v in content.items() if k != "model_type"})
+def _config(content: dict[str, Any], path: Path, transformers: Any) -> tuple[Any, tuple[str, ...]]:
+    """The language model's configuration, or that of an encoder and a decoder of text, and notes."""
+    described = architecture.describe(content, path, transformers)
+    notes = () if described.outer is None else (f"{described.outer}: its language_config alone is counted",)
+    config = architecture.configuration(described, transformers)
+    with checkpoint.blame(f"{described.source}: transformers finds no language model in this {described.kind}"):
         # Of an encoder and a decoder of text, which have a configuration each, both are counted.
         both = getattr(config, "is_encoder_decoder", False) and hasattr(config, "encoder")
         if both and _number(config.encoder.get_text_config(), "vocab_size"):
             return config, notes
         text = config.get_text_config()
-    if text is not config:
-        notes += (f"{kind}: its language part alone is counted",)
-    return text, notes
-
-
-def _harmless(content: dict[str, Any]) -> dict[str, Any]:
-    kept = {}
-    for key, value in content.items():
-        if key in ("auto_map", "quantization_config") or key.endswith(
-            ("attn_implementation", "experts_implementation")
-        ):
-            continue
-        kept[key] = _harmless(value) if isinstance(value, dict) else value
-    return kept
-
-
-def _of_architecture(content: dict[str, Any], transformers: Any) -> str | None:
-    classes = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    named = content.get("architectures")
-    wanted = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
-    return next((kind for kind, cls in classes.items() if wanted is not None and cls == wanted), None)
-
-
-def _without_mla(content: dict[str, Any]) -> dict[str, Any]:
-    """DeepSeek-V2's decoder with ordinary attention, which transformers keeps under DeepSeek-OCR 2."""
-    layers, dense = content.get("num_hidden_layers"), content.get("first_k_dense_replace", 0)
-    drop = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "architectures")
-    kept = {k: v for k, v in content.items() if k not in drop}
-    if isinstance(layers, int) and isinstance(dense, int):
-        kept["mlp_layer_types"] = ["dense"] * dense + ["sparse"] * (layers - dense)
-    return kept
+    if text is config:
+        return config, notes
+    return text, (*notes, f"{described.kind}: its language part alone is counted")

@@ -42,7 +42,7 @@ _OUTPUTS = 1 << 16
 # Gradients are taken of twice so many rows, and what is kept for them is the difference to so many.
 _ROWS = 12
 # Numbers of dimensions in front of those that are normalized over.
-_RANKS = range(5)
+RANKS = range(5)
 # A gradient of other meaning is off by far more than this share of rstd · ‖dy·w‖; one of other rounding by far less.
 _GRADIENT = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01, torch.float64: 1e-4}
 
@@ -105,7 +105,7 @@ class Rule:
             parts.append("for " + ", ".join(sorted(f"{_name(x)} input with {_name(w)} weight" for x, w in pairs if w)))
         if self.autocast:
             parts.append("under autocast")
-        missing = [self.k + r for r in _RANKS if self.k + r not in self.ranks]
+        missing = [self.k + r for r in RANKS if self.k + r not in self.ranks]
         if missing:
             parts.append(f"for inputs of {', '.join(map(str, missing))} dimensions")
         return " and ".join(parts)

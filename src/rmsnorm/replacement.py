@@ -46,14 +46,15 @@ class _Replacement(InFront):
             return super().__reduce_ex__(protocol)  # of a class made from ours: it would come back as ours
         return _rebuild, (self._rmsnorm_original, self._rmsnorm_rule), self.__getstate__()
 
+    def extra_repr(self) -> str:
+        """As the norm's own, and how it is computed now, so that the repr of a model shows what is patched."""
+        own = super().extra_repr()  # type: ignore[misc]
+        offset = f", offset {self._rmsnorm_rule.offset:g}" if self._rmsnorm_rule.offset else ""
+        return f"{own}{', ' if own else ''}rmsnorm: {self._rmsnorm_rule.cast}{offset}"
+
     def _rmsnorm_explain(self, x: Any) -> str:
         """For `rmsnorm.explain`."""
-        norm: Any = self
-        own = why_own(norm, x)
-        if own is not None:
-            return f"the norm's own forward, because {own}"
-        x, w, spec = served(norm, x)
-        return explain(x, w, eps=spec.eps, cast=spec.cast, offset=spec.offset)
+        return explained(self, self._rmsnorm_rule, x)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """For torch.jit.script, which compiles the source of a forward: the norm gets its own class back."""
@@ -72,9 +73,9 @@ def weight_of(module: Any) -> Any:
         return getattr(module, "weight", None)
 
 
-def why_own(module: Any, x: Any) -> str | None:
-    """Why a replaced norm runs its own forward on x; None where ours runs."""
-    rule, w, eps = _held(module)
+def why_own(module: Any, x: Any, rule: Rule | None = None) -> str | None:
+    """Why a norm with a rule, by default that of a replaced norm, runs its own forward on x; None where ours runs."""
+    rule, w, eps = _held(module, rule)
     return _changed(rule, module, w, eps) or _unproven(rule, x, w) or _unserved(x, w, rule.shape)
 
 
@@ -84,18 +85,27 @@ def changed(module: Any) -> str | None:
     return _changed(rule, module, w, eps)
 
 
-def _held(module: Any) -> tuple[Rule, Any, float | None]:
-    """The rule of a replaced norm, its weight and its eps, which is None if it is nothing that we could take."""
-    rule = rule_of(module)
+def _held(module: Any, rule: Rule | None = None) -> tuple[Rule, Any, float | None]:
+    """The rule of a norm, its weight and its eps, which is None if it is nothing that we could take."""
+    rule = rule or rule_of(module)
     assert rule is not None
     return rule, weight_of(module) if rule.weighted else None, rule.number(getattr(module, rule.eps, Absent))
 
 
-def served(module: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Spec]:
+def served(module: Any, x: Tensor, rule: Rule | None = None) -> tuple[Tensor, Tensor | None, Spec]:
     """What our kernel is given where it runs, which `why_own` says: x with its rows flat, the weight, and the spec."""
-    rule, w, eps = _held(module)
+    rule, w, eps = _held(module, rule)
     assert eps is not None
     return x.flatten(-rule.k), None if w is None else w.flatten(), Spec(eps, rule.cast, rule.offset)
+
+
+def explained(module: Any, rule: Rule, x: Any) -> str:
+    """Which kernel a norm with this rule would run on x, or why its own forward."""
+    own = why_own(module, x, rule)
+    if own is not None:
+        return f"the norm's own forward, because {own}"
+    x, w, spec = served(module, x, rule)
+    return explain(x, w, eps=spec.eps, cast=spec.cast, offset=spec.offset)
 
 
 def _changed(rule: Rule, module: Any, w: Any, eps: float | None) -> str | None:
@@ -139,6 +149,8 @@ _KNOWN_SUBCLASSES = ("torch._subclasses.", "torch.distributed.")
 
 def _unserved(x: Tensor, w: Tensor | None, shape: tuple[int, ...] | None) -> str | None:
     """Why our kernels cannot serve a call that the norm's own forward may well serve."""
+    if (exported := _exported()) is not None:
+        return exported  # first, because a tracer warns where a size is compared
     for name, t in (("input", x), ("weight", w)):
         if t is None:
             continue
@@ -157,7 +169,7 @@ def _unserved(x: Tensor, w: Tensor | None, shape: tuple[int, ...] | None) -> str
         return f"its weight has shape {tuple(w.shape)}, its input {tuple(x.shape)}"
     if w is not None and w.device != x.device:
         return f"its weight is on {w.device}, its input on {x.device}"
-    return _exported() or _inference_tensor(x, w)
+    return _inference_tensor(x, w)
 
 
 def _exported() -> str | None:
@@ -195,16 +207,25 @@ def replacement(cls: type[nn.Module], rule: Rule) -> type[nn.Module]:
 
 @functools.cache
 def _made(cls: type[nn.Module], rule: Rule, theirs: Callable[..., Tensor]) -> type[nn.Module]:
+    (argument,) = arguments(cls)
+    forward = serving(rule, theirs, argument.name)
+    # Not functools.wraps: what follows __wrapped__ would find the original forward.
+    forward.__name__, forward.__qualname__, forward.__doc__ = "forward", theirs.__qualname__, theirs.__doc__
+    forward.__signature__ = inspect.signature(theirs)  # type: ignore[attr-defined]
+    return put_in_front(_Replacement, cls, _rmsnorm_rule=rule, _rmsnorm_original=cls, forward=forward)
+
+
+def serving(rule: Rule, theirs: Callable[..., Tensor], argument: str) -> Callable[..., Tensor]:
+    """A forward that runs our kernel where the rule holds and theirs elsewhere; argument is the name of its input."""
     cast, offset, held = rule.cast, rule.offset, rule.eps
     weighted, shape, ranks, facts = rule.weighted, rule.shape, rule.ranks, rule.facts
     judged = bool(rule.own) or rule.autocast  # what else can be unproven is asked here, in a fraction of the time
     k = rule.k
-    (argument,) = arguments(cls)
 
     def forward(self: Any, *args: Tensor, **named: Tensor) -> Tensor:
-        if len(args) + len(named) != 1 or (named and argument.name not in named):
+        if len(args) + len(named) != 1 or (named and argument not in named):
             return theirs(self, *args, **named)  # which raises the error that it always raised
-        x = args[0] if args else named[argument.name]
+        x = args[0] if args else named[argument]
         w = weight_of(self) if weighted else None
         eps = getattr(self, held, Absent)
         if type(eps) is not float or not 0.0 <= eps <= LARGEST_EPS:
@@ -227,10 +248,7 @@ def _made(cls: type[nn.Module], rule: Rule, theirs: Callable[..., Tensor]) -> ty
         w = None if w is None else w.flatten()
         return rms_norm(x.flatten(-k), w, eps, cast=cast, offset=offset).view(x.shape)
 
-    # Not functools.wraps: what follows __wrapped__ would find the original forward.
-    forward.__name__, forward.__qualname__, forward.__doc__ = "forward", theirs.__qualname__, theirs.__doc__
-    forward.__signature__ = inspect.signature(theirs)  # type: ignore[attr-defined]
-    return put_in_front(_Replacement, cls, _rmsnorm_rule=rule, _rmsnorm_original=cls, forward=forward)
+    return forward
 
 
 def _rebuild(cls: type[nn.Module], rule: Rule) -> nn.Module:

@@ -49,7 +49,8 @@ def check_spec(where: str, eps: float, cast: str, offset: float) -> None:
         return  # nearly every call
     for name, value in (("eps", eps), ("offset", offset)):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(complaint(where, name, f"is a {type(value).__name__}", "a number"))
+            torchs = "; F.rms_norm's None is torch.finfo(torch.float32).eps" if name == "eps" and value is None else ""
+            raise TypeError(complaint(where, name, f"is a {type(value).__name__}", f"a number{torchs}"))
     if not 0.0 <= eps <= LARGEST_EPS:
         raise ValueError(complaint(where, "eps", f"is {eps}", "a number of at least 0 that fp32 can hold"))
     if cast not in ("early", "late"):
@@ -58,6 +59,23 @@ def check_spec(where: str, eps: float, cast: str, offset: float) -> None:
         raise ValueError(complaint(where, "offset", f"is {offset}", "0 or 1"))
     if offset != 0.0 and cast == "early":
         raise ValueError(complaint(where, "offset", "is 1 with cast='early'", "cast='late' when there is an offset"))
+
+
+def check_order(where: str, weight: object, more: tuple[object, ...]) -> None:
+    """Raise `TypeError` for what stands in another place than here: the arguments of F.rms_norm, or one by position."""
+    if is_torchs_shape(weight):
+        fix = f'this is the argument order of F.rms_norm; write {where}(x, weight, eps, cast="late")'
+        raise TypeError(complaint(where, "weight", f"is a {type(weight).__name__}", f"a torch.Tensor: {fix}"))
+    if more:
+        given = f"is {more[0]!r}" if isinstance(more[0], (str, int, float)) else f"is a {type(more[0]).__name__}"
+        raise TypeError(complaint(where, "the argument after eps", given, "cast and offset by name: cast='late'"))
+
+
+def is_torchs_shape(value: object) -> bool:
+    """Whether it can only be the `normalized_shape` of torch's functions."""
+    if isinstance(value, (tuple, list)):
+        return all(isinstance(n, int) for n in value)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def caller(residual: torch.Tensor | None) -> str:

@@ -9,21 +9,21 @@ the CPU's result too), to the class run eagerly, and its gradients to the formul
 import contextlib
 import dataclasses
 import math
+import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rmsnorm import machine, measure, reference
+from rmsnorm import display, machine, measure, reference
+from rmsnorm.display import Block, Column, Table, Text
+from rmsnorm.errors import CommandError
 from rmsnorm.measure import Progress
 from rmsnorm.ops import add_rms_norm, explain, rms_norm, wait_for_host
 from rmsnorm.spec import Cast
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 # --- the bounds of the contract ------------------------------------------------------------------------------
 
@@ -87,11 +87,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Plan:
-    """A row of the table before it has run. All its cases have the same dtypes."""
+    """A row of the table before it has run. All its cases have the same dtypes.
+
+    seed: of its first case, a constant, so that a row that runs alone is given the same numbers.
+    """
 
     section: str
     name: str
     cases: tuple[Case, ...]
+    seed: int = 0
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -146,7 +150,18 @@ def sweep(quick: bool) -> list[Plan]:
         for form in (_ON_BOUNDARY, _ORTHOGONAL):
             cases = tuple(Case(x, x, cast, offset, rows, 2048, form, eps=0.0) for cast, offset in _SPECS)
             plans.append(Plan("constructed", f"{_short(x)}, {form}", cases))
-    return plans
+    return [dataclasses.replace(plan, seed=1000 * i) for i, plan in enumerate(plans)]
+
+
+def named(plans: list[Plan], only: Sequence[str]) -> list[Plan]:
+    """The plans that have one of these texts in their names; all of them if there are no texts.
+
+    Raises CommandError for a text that is in the name of none.
+    """
+    for text in only:
+        if not any(text in plan.name for plan in plans):
+            raise CommandError(f"--only {text!r} is in the name of no row: give {plans[0].name!r} for example")
+    return [plan for plan in plans if not only or any(text in plan.name for text in only)]
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -613,16 +628,17 @@ def _together(plans: list[Plan], tallies: list[Tally]) -> Iterator[tuple[Plan, T
     """For each dtype, all random rows in which everything is of it as one: the sample that the contract speaks of."""
     for dtype in _FLOATS:
         cases: list[Case] = []
-        total = Tally()
+        total, count = Tally(), 0
         for plan, tally in zip(plans, tallies, strict=True):
             case = plan.cases[0]
             if plan.section == "constructed" or {case.x, case.s, case.w or dtype} != {dtype}:
                 continue
             cases.extend(plan.cases)
+            count += 1
             total += (
                 tally if max(c.N for c in plan.cases) >= NARROW else dataclasses.replace(tally, dx=Error(), dw=Error())
             )
-        if cases:
+        if count > 1:  # of one row alone it would say the same again
             yield Plan("all", f"{_short(dtype)}, together", tuple(cases)), total
 
 
@@ -637,6 +653,7 @@ class Result:
     machine: dict[str, Any]
     rows: tuple[Row, ...]
     world: int = 1  # ranks
+    only: tuple[str, ...] = ()  # what the names of the rows were to contain
 
     @property
     def ok(self) -> bool:
@@ -657,24 +674,25 @@ class Result:
             "world": self.world,
             "kernel": self.kernel,
             "quick": self.quick,
+            "only": list(self.only),
             "seconds": round(self.seconds, 1),
             "machine": self.machine,
             "rows": [_row_json(row) for row in self.rows],
         }
 
-    def table(self) -> "Table":
-        """The same as a table for a terminal."""
-        return _table(self)
+    def table(self, verbose: bool = False) -> list[Block]:
+        """What to print: the verdict, what was compared, what is red; with `verbose` each row as well."""
+        return [*_verdict(self), *_totals(self), *_red(self), *(_details(self) if verbose else _hint(self))]
 
 
 def count(plans: list[Plan], one: Callable[[Case, int], Tally], progress: Progress) -> list[Tally]:
     """What `one`, given each case and its seed, counts for each plan. progress counts outputs."""
     total, done, tallies = sum(case.outputs for plan in plans for case in plan.cases), 0, []
-    for i, plan in enumerate(plans):
+    for plan in plans:
         tally = Tally()
         for j, case in enumerate(plan.cases):
             progress(done, total, plan.name)
-            tally += one(case, 1000 * i + j)
+            tally += one(case, plan.seed + j)
             done += case.outputs
         tallies.append(tally)
     progress(done, total, "done")
@@ -723,22 +741,36 @@ def _run_once(cases: set[Case], device: torch.device) -> None:
 
 
 def verify(
-    device: str | None = None, quick: bool = False, progress: Progress = lambda done, total, what: None
+    device: str | None = None,
+    quick: bool = False,
+    progress: Progress = lambda done, total, what: None,
+    *,
+    only: Sequence[str] = (),
 ) -> Result:
     """Try the contract on a device ("cuda" where there is one, else "cpu"): over 10⁸ outputs, or a sixth if quick.
 
-    Changes nothing but, for moments, torch's thread count. Raises CommandError for a device that is not there.
+    Changes nothing but, for moments, torch's thread count.
+
+    Args:
+        device: "cpu" or "cuda".
+        quick: Whether to try a sixth of the outputs.
+        progress: Called with the outputs that are done, all of them, and the name of the next row.
+        only: Texts; only the rows with one of them in their names are tried, on the numbers of the whole sweep.
+
+    Raises:
+        CommandError: For a device that is not there, or a text that is in no name.
     """
     place = machine.find_device(device)
     start = time.perf_counter()
     x = torch.ones(1, 1280, dtype=torch.bfloat16, device=place)
-    plans = sweep(quick)
+    plans = named(sweep(quick), only)
     wait_for_host()
     if place.type == "cuda":
         compile_ahead(plans, place, progress)
     rows = verify_rows(plans, place, progress)
     kernel = explain(x, x[0])
-    return Result(str(place), kernel, quick, time.perf_counter() - start, machine.describe(place), rows)
+    facts = machine.describe(place)
+    return Result(str(place), kernel, quick, time.perf_counter() - start, facts, rows, only=tuple(only))
 
 
 # --- printing ------------------------------------------------------------------------------------------------
@@ -768,39 +800,154 @@ def _finite(number: float | None) -> float | None:
     return number if number is not None and math.isfinite(number) else None
 
 
-def _table(result: Result) -> "Table":
-    from rich.table import Table
+def _verdict(result: Result) -> list[Block]:
+    red = sum(not row.ok for row in result.rows)
+    said = Text(f"PASSED: all {len(result.rows)} rows of the sweep keep the contract", "good")
+    if red:
+        said = Text(f"FAILED: {red} of {len(result.rows)} rows of the sweep break the contract", "bad")
+    how = "quick sweep" if result.quick else "full sweep"
+    how += f", rows named {' or '.join(map(repr, result.only))}" if result.only else ""
+    how += f", {result.world} ranks" if result.world > 1 else ""
+    return [
+        said,
+        f"{display.count(result.outputs)} outputs in {display.duration(result.seconds, 3)} on {result.device} ({how})",
+        f"kernel: {result.kernel}",
+        Text(machine.headline(result.machine), "note"),
+    ]
 
-    on_gpu = result.device != "cpu"
-    how = ("quick sweep" if result.quick else "full sweep") + (f", {result.world} ranks" if result.world > 1 else "")
-    verdict = "[green]green[/]" if result.ok else "[red]RED[/]"
-    table = Table(
-        title=f"{verdict}: {how}, {result.outputs:,} outputs in {result.seconds:.0f} s on {result.kernel}",
-        caption=f"{machine.headline(result.machine)}\n≠ counts numbers whose bits differ; a gradient's error is in "
-        "parts of eager's; close: rows where the order of an fp64 sum could tell",
-        title_justify="left",
-        caption_justify="left",
+
+def _hint(result: Result) -> list[Block]:
+    return [Text(f"\n--verbose prints all {len(result.rows)} rows.", "note")]
+
+
+def _summed(rows: Iterable[Row]) -> Tally:
+    return sum((row.tally for row in rows), Tally())
+
+
+def _totals(result: Result) -> list[Block]:
+    """What was compared with what, over all rows: how much was tried, how much differs, and how much may."""
+    tried = [row for row in result.rows if row.section != "all"]
+    random = [row for row in tried if row.section != "constructed"]
+    total, built, both = (_summed(rows) for rows in (random, [r for r in tried if r not in random], tried))
+    lines = []
+
+    def exactly(what: str, tally: Tally, differing: int) -> None:
+        lines.append((what, display.count(tally.outputs), display.count(differing), "", "0", ""))
+
+    def nearly(what: str, tally: Tally, differing: int, ulp: float, allowed: str, allowed_ulp: str) -> None:
+        share = display.share(differing / tally.outputs, digits=2)
+        by = display.number(ulp, digits=2)
+        lines.append((what, display.count(tally.outputs), share, by, allowed, allowed_ulp))
+
+    exactly("itself, called again", both, both.unsteady)
+    if random:
+        exactly("exact, random rows", total, total.differing)
+    if random and result.device != "cpu":
+        exactly("the CPU, random rows", total, total.from_cpu)
+    if built.outputs:
+        nearly("exact, constructed rows", built, built.differing, built.off_in_row, "any", f"{CONSTRUCTED_ULP}")
+    for dtype, tally in _by_dtype(result).items():
+        share = EAGER_SHARE.get(dtype)
+        allowed = ("any", "any") if share is None else (display.share(share), f"{max(EAGER_ULP.values())}")
+        nearly(f"eager, {_short(dtype)}", tally, tally.eager_differing, tally.eager_ulp, *allowed)
+    numbers = ("outputs", "differ", "by ulp", "may differ", "may by ulp")
+    columns = (Column("compared with", words=True), *map(Column, numbers))
+    gradients = tuple(
+        (_short(dtype), *(display.factor(e.ratio) for e in (t.dx, t.dw)), display.factor(GRADIENT_RATIO[dtype]))
+        for dtype, t in _by_dtype(result).items()
     )
-    table.add_column("row")
-    for header in ("outputs", "≠ exact", *(["≠ CPU"] if on_gpu else []), "≠ eager", "ulp", "dx", "dw", "close"):
-        table.add_column(header, justify="right")
-    table.add_column("")
-    section = result.rows[0].section if result.rows else ""
+    of_gradients = (Column("dtype", words=True), Column("dx"), Column("dw"), Column("at most"))
+    return [
+        Table("Outputs", columns, tuple(lines)),
+        "",
+        "exact: the same arithmetic with a correctly rounded statistic, in plain torch; y, dx and x + residual are "
+        "compared. eager: the published class run as it is; where it differs, its own fp32 sum is off.",
+        *(
+            ["constructed: rows built so that the order of an fp64 sum decides; ulp of a row's largest number."]
+            if built.outputs
+            else []
+        ),
+        f"Of {display.count(total.rows)} random rows, {display.count(total.close)} were so near a rounding boundary "
+        "that this order could tell.",
+        *(
+            [Table("Gradients: their error in L2 against fp64, ours over eager's", of_gradients, gradients)]
+            if gradients
+            else []
+        ),
+    ]
+
+
+def _by_dtype(result: Result) -> dict[torch.dtype, Tally]:
+    """All random rows of a dtype together, where that many were tried; a single row says less."""
+    named = {f"{_short(dtype)}, together": dtype for dtype in _FLOATS}
+    return {named[row.name]: row.tally for row in result.rows if row.section == "all" and row.tally.dx.elements}
+
+
+def _red(result: Result) -> list[Block]:
+    """Each row that failed: why, and the command that tries it alone, on the same numbers."""
+    blocks: list[Block] = []
     for row in result.rows:
-        if row.section != section:
-            table.add_section()
-            section = row.section
-        tally = row.tally
-        against_eager = tally.dx.elements > 0
-        table.add_row(
-            row.name,
-            f"{tally.outputs:,}",
-            f"{tally.differing:,}",
-            *([f"{tally.from_cpu:,}"] if on_gpu else []),
-            f"{tally.eager_differing / tally.outputs:.1e}" if against_eager else "–",
-            f"{tally.eager_ulp:.2g}" if against_eager else "–",
-            *("–" if error.ratio is None else f"{error.ratio:.3f}" for error in (tally.dx, tally.dw)),
-            f"{tally.close:,}",
-            "[green]ok[/]" if row.ok else f"[red]{'; '.join(row.faults)}[/]",
-        )
-    return table
+        if row.ok:
+            continue
+        blocks.append(Text(f"\nFAILED  {row.name}: {display.count(row.tally.outputs)} outputs tried", "bad"))
+        blocks += [f"  {fault}" for fault in row.faults]
+        options = ["--quick"] * result.quick + (["--world", str(result.world)] if result.world > 1 else [])
+        if row.section != "all":
+            options += ["--only", row.name]
+        blocks += [
+            "  to repeat it:",
+            Text(f"  rmsnorm verify --device {result.device} {shlex.join(options)}".rstrip(), fold=False),
+        ]
+    return blocks
+
+
+_SECTIONS = {
+    "spec": "Every spec in every pair of dtypes",
+    "form": "Every form in memory",
+    "width": "Every kind of width",
+    "constructed": "Constructed rows: the order of an fp64 sum decides, so some numbers may differ",
+    "all": "All random rows of one dtype",
+}
+
+
+def _details(result: Result) -> list[Block]:
+    """Each row of the sweep, a table a section."""
+    blocks: list[Block] = []
+    for section, title in _SECTIONS.items():
+        rows = [row for row in result.rows if row.section == section]
+        cells = [_cells(row, result.device != "cpu") for row in rows]
+        # Of what was not compared in any row of the section there is no column.
+        headers = [header for header in (cells[0] if cells else ()) if any(c[header] for c in cells)]
+        columns = tuple(Column(header, words=header in ("row", "verdict")) for header in headers)
+        drawn = tuple(tuple(c[header] or display.NOTHING for header in headers) for c in cells)
+        if rows:
+            blocks.append(Table(title, columns, drawn))
+    blocks += [
+        "",
+        "not exact, not the CPU's: numbers of y, dx and x + residual whose bits are not those of the exact arithmetic, "
+        "or of the same call on the CPU.",
+        "not eager's: the share of outputs that are not those of the published class run as it is; by ulp: by how many "
+        "at most.",
+        "dx, dw: the error in L2 of a gradient against fp64, ours over eager's.",
+        "close: rows where the order of an fp64 sum could tell.",
+    ]
+    return blocks
+
+
+def _cells(row: Row, on_gpu: bool) -> dict[str, str | Text]:
+    tally = row.tally
+    constructed, against_eager = row.section == "constructed", tally.dx.elements > 0
+    return {
+        "row": row.name,
+        "verdict": Text("passed", "good") if row.ok else Text("FAILED", "bad"),
+        "outputs": display.count(tally.outputs),
+        "not exact": display.count(tally.differing),
+        "not the CPU's": display.count(tally.from_cpu) if on_gpu else "",
+        "off by": f"{display.number(tally.off_in_row, digits=3)} ulp" if constructed else "",
+        "may be off by": f"{CONSTRUCTED_ULP} ulp" if constructed else "",
+        "not eager's": display.share(tally.eager_differing / tally.outputs, 2) if against_eager else "",
+        "by ulp": display.number(tally.eager_ulp, digits=2) if against_eager else "",
+        "dx": "" if tally.dx.ratio is None else display.factor(tally.dx.ratio),
+        "dw": "" if tally.dw.ratio is None else display.factor(tally.dw.ratio),
+        "close": display.count(tally.close),
+    }

@@ -4,14 +4,18 @@ Every rank draws the whole of a case, gives the public API its own part as a DTe
 ranks take turns at counting it.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import itertools
+import logging
 import multiprocessing
 import os
+import signal
 import tempfile
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
@@ -26,7 +31,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from rmsnorm import machine
 from rmsnorm.distributed import as_whole
 from rmsnorm.errors import CommandError
-from rmsnorm.measure import Progress
+from rmsnorm.measure import Progress, end_silently_on_ctrl_c
 from rmsnorm.ops import explain
 from rmsnorm.verify import (
     Case,
@@ -39,6 +44,7 @@ from rmsnorm.verify import (
     count,
     differing,
     judge_rows,
+    named,
     run_whole,
     sweep,
 )
@@ -50,11 +56,17 @@ _TIMEOUT = datetime.timedelta(minutes=5)
 
 
 def verify_on_ranks(
-    world: int, device: str | None = None, quick: bool = False, progress: Progress = lambda done, total, what: None
+    world: int,
+    device: str | None = None,
+    quick: bool = False,
+    progress: Progress = lambda done, total, what: None,
+    *,
+    only: Sequence[str] = (),
 ) -> Result:
     """`verify.verify` with every case sharded over `world` ranks: gloo on the CPU, NCCL with one GPU for each.
 
-    Raises CommandError for a device or a number of ranks that is not there, and if a rank fails or dies.
+    Raises CommandError for a device or a number of ranks that is not there, for a text of `only` that is in no name,
+    and if a rank fails or dies.
     """
     place = machine.find_device(device)
     if world < 1:
@@ -63,10 +75,11 @@ def verify_on_ranks(
         raise CommandError(f"--world {world}: there are {torch.cuda.device_count()} GPUs; give fewer, or --device cpu")
     start = time.perf_counter()
     x = torch.ones(1, 1280, dtype=torch.bfloat16, device=place)
-    plans = sharded(sweep(quick), world)
+    plans = named(sharded(sweep(quick), world), only)
     rows = judge_rows(plans, tallies_of_ranks(plans, world, place.type, progress))
     kernel = explain(x, x[0])
-    return Result(place.type, kernel, quick, time.perf_counter() - start, machine.describe(place), rows, world)
+    facts = machine.describe(place)
+    return Result(place.type, kernel, quick, time.perf_counter() - start, facts, rows, world, tuple(only))
 
 
 def sharded(plans: list[Plan], world: int) -> list[Plan]:
@@ -93,7 +106,7 @@ def tallies_of_ranks(plans: list[Plan], world: int, device: str, progress: Progr
 
     listener = threading.Thread(target=pass_on, daemon=True)
     listener.start()
-    with tempfile.TemporaryDirectory() as logs:
+    with tempfile.TemporaryDirectory() as logs, _launcher_silent():
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -107,6 +120,10 @@ def tallies_of_ranks(plans: list[Plan], world: int, device: str, progress: Progr
         )
         try:
             counted = elastic_launch(config, _rank)(plans, device, steps)
+        except SignalException as error:
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             message = failure.message["message"] if isinstance(failure.message, dict) else failure.message
@@ -116,8 +133,20 @@ def tallies_of_ranks(plans: list[Plan], world: int, device: str, progress: Progr
     return [sum(tallies, Tally()) for tallies in zip(*counted.values(), strict=True)]
 
 
+@contextlib.contextmanager
+def _launcher_silent() -> Iterator[None]:
+    """Without the launcher's warnings, of which Ctrl-C causes one a rank; what fails is raised."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+
+
 def _rank(plans: list[Plan], device_type: str, steps: Any) -> list[Tally]:
     """One rank. Only the first says how far it is."""
+    end_silently_on_ctrl_c()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if device_type == "cuda":
         torch.cuda.set_device(rank)

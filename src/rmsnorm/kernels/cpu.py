@@ -2,9 +2,9 @@
 
 A kernel is compiled for what its pointers point to: float32 is itself, uint16 is bf16, int16 is fp16 (Numba has
 no type for either on a CPU), and uint32 is two numbers of bf16, which take fewer instructions than one by one.
-Kernels and their helpers share this file because Numba's cache of compiled code does not notice an edit in another
-one. No function carries `fastmath`: the one instruction that may be reordered or fused, the addition into an fp64
-sum, says so itself (`_add_square`, `_add`).
+Kernels and their helpers share this file because machine code on disk is known by this source: an edit in another
+file would not be noticed. No function carries `fastmath`: the one instruction that may be reordered or fused, the
+addition into an fp64 sum, says so itself (`_add_square`, `_add`).
 """
 
 import contextlib
@@ -30,7 +30,7 @@ import torch
 from llvmlite import ir
 from numba import types
 from numba.core import ccallback, cgutils, sigutils
-from numba.core.caching import FunctionCache
+from numba.core.compiler import CompileResult
 from numba.core.registry import cpu_target
 from numba.core.serialize import dumps
 from numba.extending import intrinsic
@@ -441,30 +441,27 @@ def _whatever_ails_the_cache() -> Iterator[None]:
 
 
 class _Kept:
-    """Numba's cache of a function, in the folder that Numba chooses, but each signature in a file of its own.
+    """The machine code of a function on disk, each signature in a file of its own.
 
-    So reading takes no lock. The seal of a file covers its signature, processor, source and versions: a file that was
-    renamed is not loaded. What is read is executed, hence the folder and the file must be the user's own.
+    So reading takes no lock. The seal of a file covers its function, signature, processor, source and versions: a file
+    that was renamed is not loaded. What is read is executed, hence the folder and the file must be the user's own.
     """
 
     _waits = True  # for other processes that compile, until one took too long
 
     def __init__(self, function: Callable[..., None]) -> None:
-        self._cache = FunctionCache(function)  # makes the folder
-        self._folder = Path(self._cache.cache_path)
-        # Beside the sources there is nothing to check: Python itself executes what lies there.
-        self._checks = self._folder != Path(__file__).parent / "__pycache__"
-        if self._checks:
-            _check_own(self._folder)
-        locator = self._cache._impl.locator
-        versions = numba.__version__, llvmlite.__version__, sys.version
-        self._about = versions, locator.get_source_stamp()
+        constants = tuple(cell.cell_contents for cell in function.__closure__ or ())
+        self._function = function.__qualname__, constants
+        self._folder = _folder()
+        self._folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        _check_own(self._folder)
 
     def _file(self, signature: Any, context: Any) -> tuple[Path, bytes]:
         """Its path, and what its seal is about."""
-        key = self._cache._index_key(signature, context.codegen())
-        digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-        return self._folder / f"{self._cache._impl.filename_base}.{digest}.nbc", repr((self._about, key)).encode()
+        about = repr((self._function, signature, context.codegen().magic_tuple())).encode()
+        name = f"{self._function[0].split('.')[0]}.{hashlib.sha256(about).hexdigest()[:16]}.nbc"
+        return self._folder / name, _made_from() + about
 
     def load(self, signature: Any, context: Any) -> Any:
         """What was compiled; None if there is no file, or it is damaged or not the user's own."""
@@ -473,14 +470,14 @@ class _Kept:
             path, about = self._file(signature, context)
             file = build.opened(path)
             stack.callback(os.close, file)
-            if not self._checks or build.distrust(os.fstat(file)) is None:
+            if build.distrust(os.fstat(file)) is None:
                 content = build.unsealed(build.content(file), about)
-                return None if content is None else self._cache._impl.rebuild(context, pickle.loads(content))
+                return None if content is None else CompileResult._rebuild(context, *pickle.loads(content))
         return None
 
     def save(self, signature: Any, result: Any) -> None:
         with _whatever_ails_the_cache():
-            content = dumps(self._cache._impl.reduce(result))
+            content = dumps(result._reduce())
             path, about = self._file(signature, cpu_target.target_context)
             build.write(str(path), build.sealed(content, about), 0o644)
 
@@ -497,14 +494,36 @@ class _Kept:
             yield
 
 
+@functools.cache
+def _made_from() -> bytes:
+    """What all machine code depends on: this source, and who compiles it."""
+    versions = numba.__version__, llvmlite.__version__, sys.version
+    return Path(__file__).read_bytes() + repr(versions).encode()
+
+
+def _folder() -> Path:
+    """Where the machine code is kept: never beside the sources, where it would outlive the package.
+
+    In a folder for each source and its compiler, so that environments of different versions do not replace each
+    other's files.
+    """
+    given = os.environ.get("RMSNORM_CACHE_DIR") or numba.config.CACHE_DIR
+    if given:
+        base = Path(given).absolute()
+    else:
+        xdg = os.environ.get("XDG_CACHE_HOME", "")
+        base = (Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache") / "rmsnorm"
+    return base / f"numba-{hashlib.sha256(_made_from()).hexdigest()[:16]}"
+
+
 def _check_own(folder: Path) -> None:
-    """Raises PermissionError where anybody can put files into the folder, or another folder in its place."""
-    own, around = folder.stat(), folder.parent.stat()
-    for path, found in ((folder, own), (folder.parent, around)):
-        if found.st_uid not in (0, os.geteuid()):
-            raise PermissionError(f"{path} is another user's")
-    if own.st_mode & stat.S_IWOTH:
-        raise PermissionError(f"{folder} can be written by others")
+    """Raises PermissionError where anybody else can put files into the folder, or another folder in its place."""
+    own, around = folder.lstat(), folder.parent.stat()
+    fault = build.distrust(own) if stat.S_ISDIR(own.st_mode) else "is no folder"
+    if fault is not None:
+        raise PermissionError(f"{folder} {fault}")
+    if around.st_uid not in (0, os.geteuid()):
+        raise PermissionError(f"{folder.parent} is another user's")
     if around.st_mode & stat.S_IWOTH and not around.st_mode & stat.S_ISVTX:  # with it, as /tmp, others can only add
         raise PermissionError(f"{folder.parent} can be written by others")
 

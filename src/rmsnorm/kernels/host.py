@@ -98,6 +98,19 @@ def load() -> None:
     raise Unusable(_State.reason)
 
 
+def wait(seconds: float) -> bool:
+    """As `look`, again and again for so long; whether it is settled by then who makes the calls."""
+    until = time.monotonic() + seconds
+    while True:
+        look()
+        if _State.module is not None or _State.look_at == float("inf"):
+            return True
+        left = until - time.monotonic()
+        if left <= 0:
+            return False
+        time.sleep(min(left, 0.05 if _State.compiling is None else 0.2))
+
+
 def _words(error: Exception) -> str:
     return str(error) or type(error).__name__
 

@@ -1,0 +1,491 @@
+"""Fills the tables of README.md and docs/ from the stored results, so that no figure in them is copied by hand.
+
+    python benchmarks/tables.py          fill them
+    python benchmarks/tables.py --check  say which files differ, and exit with 1 if any does
+
+A table, or a list of sentences with figures, stands between two comments, and what is there is replaced:
+
+    <!-- results: NAME -->
+    <!-- end of results -->
+
+NAME is one of the functions under `@part`, with hyphens. Each reads files of benchmarks/results/ and computes nothing
+but ratios, sums and extremes of what they hold.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+_PART = re.compile(r"(<!-- results: (?P<name>[a-z0-9-]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+
+PARTS: dict[str, Callable[[], str]] = {}
+
+
+def part(function: Callable[[], str]) -> Callable[[], str]:
+    """Register what fills the parts of this name."""
+    PARTS[function.__name__.replace("_", "-")] = function
+    return function
+
+
+def files(root: Path = ROOT) -> list[Path]:
+    """The documents that may hold results."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+
+
+def filled(text: str) -> str:
+    """The text with every part as the stored results make it. Raises KeyError for a name that there is not."""
+    return _PART.sub(lambda found: f"{found[1]}{PARTS[found['name']]()}\n{found[3]}", text)
+
+
+def without_results(text: str) -> str:
+    """The text without its parts: what people have written."""
+    return _PART.sub("", text)
+
+
+# --- the results ---------------------------------------------------------------------------------------------
+
+
+@cache
+def stored(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case of a stored benchmark; figure: which of its times counts, the median on a GPU, the minimum on a CPU."""
+
+    M: int
+    N: int
+    dtype: str
+    mode: str
+    figure: str
+    providers: dict[str, dict[str, Any]]
+
+    @property
+    def shape(self) -> str:
+        return f"{self.M} × {self.N}"
+
+    def time(self, provider: str) -> float | None:
+        """Microseconds; None if it was not or could not be measured."""
+        return self.providers.get(provider, {}).get(self.figure)
+
+    def ratio(self, over: str, under: str) -> float | None:
+        """The first one's time over the second one's."""
+        a, b = self.time(over), self.time(under)
+        return None if a is None or b is None else a / b
+
+    def differs(self, provider: str) -> float | None:
+        """The share of its outputs that are not the Definition's bits; None for what is no such norm."""
+        return self.providers.get(provider, {}).get("differs_from_definition")
+
+
+def cases(name: str, dtype: str, mode: str) -> list[Case]:
+    figure = str(stored(name)["figure"]).partition(",")[0]
+    return [
+        Case(c["M"], c["N"], dtype, mode, figure, c["providers"])
+        for c in stored(name)["cases"]
+        if (c["dtype"], c["mode"]) == (dtype, mode)
+    ]
+
+
+# --- words and figures ---------------------------------------------------------------------------------------
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+
+
+def two_to_the(value: int) -> str:
+    return f"2{superscript(value.bit_length() - 1)}"
+
+
+def superscript(number: int) -> str:
+    return str(number).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def us(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def power(value: float) -> str:
+    """6.3·10⁻⁶"""
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{digits}·10{superscript(int(exponent))}"
+
+
+def share_of(share: float) -> str:
+    return percent(share) if share > 0.01 else power(share)
+
+
+def percent(share: float) -> str:
+    return f"{share:.0%}".replace("%", " %")
+
+
+def between(values: Iterable[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    low, high = f"{min(known):.2f}", f"{max(known):.2f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def bullets(sentences: Iterable[str]) -> str:
+    return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+def machine(facts: dict[str, Any]) -> str:
+    versions = facts["versions"]
+    what = facts["gpu"]["name"] if facts["gpu"] else f"{facts['cpu']}, {facts['threads']} threads"
+    used = f"torch {versions['torch']}, " + (
+        f"Triton {versions['triton']}" if facts["gpu"] else f"Numba {versions['numba']}"
+    )
+    return f"{what}; {used}; {facts['date'][:10]}, commit {facts['commit'][:7]}"
+
+
+# --- who is compared -----------------------------------------------------------------------------------------
+
+_DTYPES = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
+_PEERS = ("torch.compile", "Liger", "QuACK", "FlashInfer", "fla", "F.rms_norm")
+_SHOWN = {
+    "ours": "**rmsnorm**",
+    "Liger": "Liger",
+    "QuACK": "QuACK",
+    "FlashInfer": "FlashInfer",
+    "F.rms_norm": "`F.rms_norm`",
+    "torch.compile": "Definition, `torch.compile`",
+    "Definition": "Definition, eager",
+    "copy": "a copy of as many bytes",
+}
+_SIZES = ((8192, 1280), (16384, 4096))
+
+
+@part
+def compared() -> str:
+    """README: a line a provider, at a few shapes."""
+    forward, backward = (
+        [c for c in cases("bench-cuda", "bfloat16", mode) if (c.M, c.N) in _SIZES] for mode in ("forward", "backward")
+    )
+    host = stored("bench-cuda")["host_us_of_16_x_1280"]
+
+    def row(name: str, label: str) -> list[str]:
+        shares = [share for c in forward if (share := c.differs(name)) is not None]
+        differ = "–" if not shares else "0" if max(shares) == 0 else share_of(max(shares))
+        return [
+            label,
+            *(us(c.time(name)) for c in (*forward, *backward)),
+            us(host.get(name, {}).get("forward, no_grad")),
+            differ,
+        ]
+
+    sizes = [f"{mode} {c.shape}" for mode, found in (("forward", forward), ("backward", backward)) for c in found]
+    header = ["µs, bf16, H200", *sizes, "host, 16 × 1280", "outputs ≠ Definition"]
+    return table(header, (row(*shown) for shown in _SHOWN.items()))
+
+
+# --- correctness ---------------------------------------------------------------------------------------------
+
+
+@part
+def verified() -> str:
+    gpu, cpu, check = stored("verify-cuda"), stored("verify-cpu"), stored("gpu-check")
+
+    def total(result: Any, field: str, constructed: bool) -> int:
+        rows = [r for r in result["rows"] if r["section"] != "all" and (r["section"] == "constructed") == constructed]
+        return sum(r[field] for r in rows)
+
+    def together(result: Any, dtype: str) -> Any:
+        return next(r for r in result["rows"] if r["section"] == "all" and r["name"].startswith(dtype))
+
+    eager = {d: [together(r, d) for r in (gpu, cpu)] for d in ("bf16", "fp16", "fp32")}
+    share = {d: [share_of(row["eager_share"]) for row in rows] for d, rows in eager.items()}
+    largest = max(row["eager_ulp"] for d in ("bf16", "fp16") for row in eager[d])
+    compared, differing = (sum(c[field] for c in check["checks"]) for field in ("compared", "differing"))
+    results = "../benchmarks/results"
+    random, built = total(gpu, "outputs", False), total(gpu, "outputs", True)
+    wrong, on_cpu, apart = (
+        total(result, field, False)
+        for result, field in ((gpu, "differing"), (cpu, "differing"), (gpu, "from_cpu"))
+    )  # fmt: skip
+    return bullets(
+        [
+            f"`rmsnorm verify` compares {gpu['outputs']:,} outputs on the GPU and {cpu['outputs']:,} on the CPU. Of "
+            f"these, {random:,} are of random rows: {wrong} differ from *exact* on the GPU, {on_cpu} on the CPU, and "
+            f"{apart} differ between the two.",
+            f"The other {built:,} are of rows constructed so that the order of an fp64 sum decides a bit: "
+            f"{total(gpu, 'differing', True):,} differ from *exact* on the GPU and {total(cpu, 'differing', True):,} "
+            "on the CPU.",
+            f"`tests/gpu_check.py` compares {compared:,} more outputs on the GPU, of which {differing} differ: every "
+            "width from 1 to 1024, tensors beyond 2³¹ elements, CUDA graphs, four streams, and calls that C++ makes "
+            "beside calls that Python makes.",
+            f"Against the class run eagerly, {share['bf16'][0]} of bf16 outputs and {share['fp16'][0]} of fp16 outputs "
+            f"differ on the GPU, {share['bf16'][1]} and {share['fp16'][1]} on the CPU, by at most {largest:.0f} ulp. "
+            f"In fp32, where the class's own sum is off in the last bits, {share['fp32'][0]} differ on the GPU and "
+            f"{share['fp32'][1]} on the CPU.",
+            f"Machines: {machine(gpu['machine'])} ([verify-cuda.json]({results}/verify-cuda.json)); "
+            f"{machine(cpu['machine'])} ([verify-cpu.json]({results}/verify-cpu.json)); {check['device']}, commit "
+            f"{check['commit'][:7]} ([gpu-check.json]({results}/gpu-check.json)).",
+        ]
+    )
+
+
+# --- speed on a GPU ------------------------------------------------------------------------------------------
+
+
+def _times(name: str, dtype: str, mode: str) -> str:
+    measured = cases(name, dtype, mode)
+    providers = [p for p in measured[0].providers if any(c.time(p) is not None for c in measured)]
+    rows = [[c.shape, *(us(c.time(p)) for p in providers), between([c.ratio("copy", "ours")])] for c in measured]
+    return table([f"µs, {_DTYPES[dtype]}", *providers, "our speed / copy's"], rows)
+
+
+@part
+def gpu_machine() -> str:
+    result = stored("bench-cuda")
+    return f"Machine: {machine(result['machine'])}. Our kernel: `{result['kernel']}`."
+
+
+@part
+def gpu_forward() -> str:
+    return _times("bench-cuda", "bfloat16", "forward")
+
+
+@part
+def gpu_backward() -> str:
+    return _times("bench-cuda", "bfloat16", "backward")
+
+
+@part
+def gpu_add_forward() -> str:
+    return _times("bench-cuda", "bfloat16", "add + norm, forward")
+
+
+@part
+def gpu_add_backward() -> str:
+    return _times("bench-cuda", "bfloat16", "add + norm, backward")
+
+
+@part
+def gpu_others() -> str:
+    """What the tables leave out."""
+    sliced = cases("bench-cuda", "bfloat16", "forward, of rows 64 columns apart")[0]
+    whole = next(c for c in cases("bench-cuda", "bfloat16", "forward") if c.shape == sliced.shape)
+    lines = stored("bench-cuda")["line"]
+    sizes = [size["M"] * size["N"] for size in lines["ours"]["sizes"]]
+    rounding = [
+        share
+        for dtype in ("bfloat16", "float16")
+        for mode in ("forward", "add + norm, forward")
+        for c in cases("bench-cuda", dtype, mode)
+        for name in _PEERS
+        if name != "Liger" and (share := c.differs(name)) is not None
+    ]
+
+    def speeds(dtype: str) -> str:
+        found = []
+        for mode in ("forward", "backward"):
+            measured = cases("bench-cuda", dtype, mode)
+            lowest = min(measured, key=lambda c: c.ratio("copy", "ours") or 1)
+            of_copy = between(c.ratio("copy", "ours") for c in measured)
+            found.append(f"{mode} at {of_copy} of a copy's speed (lowest: {lowest.shape})")
+        return ", ".join(found)
+
+    def line(name: str) -> str:
+        return f"{lines[name]['fixed_us']:.1f} µs plus its bytes at {lines[name]['gb_per_s']:.0f} GB/s"
+
+    off = max(abs(size["deviation"]) for size in lines["ours"]["sizes"])
+    return bullets(
+        [
+            f"Rows with gaps, as DeepSeek's `kv_a_layernorm` gets them ({sliced.N} columns of rows that lie "
+            f"{sliced.N + 64} columns apart), take {us(sliced.time('ours'))} µs; the same rows without gaps take "
+            f"{us(whole.time('ours'))} µs.",
+            f"fp32 runs {speeds('float32')}.",
+            f"fp16 runs {speeds('float16')}.",
+            f"At {lines['ours']['sizes'][0]['N']} columns of bf16, from {two_to_the(min(sizes))} to "
+            f"{two_to_the(max(sizes))} elements, the forward pass takes {line('ours')}, to within {off * 100:.1f} %; a "
+            f"copy takes {line('copy')}.",
+            f"All peers but Liger round elsewhere than the Definition: {percent(min(rounding))} to "
+            f"{percent(max(rounding))} of their 16-bit outputs differ from it.",
+        ]
+    )
+
+
+@part
+def gpu_host() -> str:
+    host = stored("bench-cuda")["host_us_of_16_x_1280"]
+    kinds = {"forward, no_grad": "forward, no gradient", "forward": "forward, with gradient", "backward": "backward"}
+    rows = [[name, *(us(times.get(kind)) for kind in kinds)] for name, times in host.items()]
+    return table(["µs of host time", *kinds.values()], rows)
+
+
+@part
+def gpu_peers_ahead() -> str:
+    """Every case in which another norm takes at least 1 % less time than ours."""
+    rows = []
+    for mode in ("forward", "backward", "add + norm, forward", "add + norm, backward"):
+        for peer in _PEERS:
+            ahead = [
+                f"{short} {c.shape}: {percent(1 - ratio)}"
+                for dtype, short in _DTYPES.items()
+                for c in cases("bench-cuda", dtype, mode)
+                if (ratio := c.ratio(peer, "ours")) is not None and ratio <= 0.99
+            ]
+            if ahead:
+                rows.append([mode, peer, "; ".join(ahead)])
+    return table(["mode", "peer", "takes less time than ours, by"], rows).replace("---:", "---")
+
+
+@part
+def layernorm() -> str:
+    def row(label: str, name: str) -> list[str]:
+        ratios = (
+            between(c.ratio("LayerNorm", name) for dtype in _DTYPES for c in cases("bench-cuda", dtype, mode))
+            for mode in ("forward", "backward")
+        )
+        return [label, *ratios]
+
+    rows = [row("`F.rms_norm`", "F.rms_norm"), row("rmsnorm", "ours"), row("a copy of as many bytes", "copy")]
+    return table(["speed relative to `F.layer_norm`", "forward", "backward"], rows)
+
+
+def _missed(name: str) -> str:
+    bounds = stored(name)["bounds"]
+    rows = []
+    for bound in bounds:
+        case, _, peer = bound["what"].removesuffix(" / ours").replace(" x ", " × ").partition(": ")
+        if not bound["met"]:
+            rows.append([f"{case}, relative to {peer}", f"{bound['measured']:.3f}", f"{bound['at_least']:.3f}"])
+    missed = table(["aim that is not met", "our speed", "aim: at least"], rows)
+    return f"{len(bounds) - len(rows)} of {len(bounds)} aims are met. The others:\n\n{missed}"
+
+
+@part
+def gpu_aims() -> str:
+    return _missed("bench-cuda")
+
+
+# --- speed on a CPU ------------------------------------------------------------------------------------------
+
+
+@part
+def cpu_machine() -> str:
+    return f"Machine: {machine(stored('bench-cpu')['machine'])}; a quick run on a shared machine."
+
+
+_CPU_MODES = {"forward": "forward", "forward+backward": "forward and backward"}
+
+
+@part
+def cpu_times() -> str:
+    measured = [
+        c for dtype in ("bfloat16", "float32") for mode in _CPU_MODES for c in cases("bench-cpu", dtype, mode)
+    ]  # fmt: skip
+    providers = list(measured[0].providers)
+    rows = [
+        [f"{_DTYPES[c.dtype]} {c.shape}, {_CPU_MODES[c.mode]}", *(us(c.time(p)) for p in providers)] for c in measured
+    ]
+    return table(["µs", *providers], rows)
+
+
+@part
+def cpu_layernorm() -> str:
+    def row(label: str, one: bool) -> list[str]:
+        ratios = (
+            between(
+                c.ratio("LayerNorm", "ours")
+                for dtype in ("bfloat16", "float32")
+                for c in cases("bench-cpu", dtype, mode)
+                if (c.M == 1) == one
+            )
+            for mode in _CPU_MODES
+        )
+        return [label, *ratios]
+
+    rows = [row("512 and 8192 rows", one=False), row("one row", one=True)]
+    return table(["speed relative to `F.layer_norm`", *_CPU_MODES.values()], rows)
+
+
+@part
+def cpu_aims() -> str:
+    return _missed("bench-cpu")
+
+
+# --- a model, and the first call -----------------------------------------------------------------------------
+
+
+@part
+def model() -> str:
+    r = stored("report-cuda")
+    exact = sum(n["differ_from_exact"] for n in r["norms"])
+    proven = sum(n["left_because"] is None for n in r["norms"])
+
+    def ms(pair: Any) -> list[str]:
+        return [f"{pair[f'{when}_us'] / 1e3:.2f} ms" for when in ("before", "after")]
+
+    def step(pair: Any) -> list[str]:
+        return [f"{pair[when]['median_us'] / 1e3:.1f} ms" for when in ("before", "after")]
+
+    saved = [f"{r['saved_for_backward'][f'{when}_bytes'] / 1e6:,.0f} MB" for when in ("before", "after")]
+    rows = [
+        ["all norms, forward", *ms(r["sum_forward"])],
+        ["all norms, forward and backward", *ms(r["sum_forward_backward"])],
+        ["all norms, one token", *ms(r["sum_one_token"])],
+        ["whole model, forward", *step(r["forward_step"])],
+        ["whole model, training step", *step(r["training_step"])],
+        ["saved for the backward pass", *saved],
+    ]
+    head = (
+        f"{proven} of {len(r['norms'])} norms are proven; {exact} of their outputs differ from *exact*. "
+        f"{r['model']['tokens']:,} tokens, {r['model']['dtype']}. Machine: {machine(r['machine'])}."
+    )
+    return f"{head}\n\n{table(['', 'model as it is', 'patched'], rows)}"
+
+
+@part
+def first_call() -> str:
+    def row(name: str, label: str) -> list[str]:
+        first = stored(name)["first_call"]
+        times = (first[cache][f"{phase}_s"] for cache in ("empty_cache", "filled_cache") for phase in phases)
+        return [label, *(f"{time:.1f} s" for time in times)]
+
+    phases = ("forward", "backward")
+    header = [f"{when}: {phase}" for when in ("nothing compiled before", "kernels compiled before") for phase in phases]
+    return table(["", *header], [row("bench-cpu", "CPU"), row("bench-cuda", "GPU")])
+
+
+@part
+def cost_check() -> str:
+    r = stored("gpu-cost-check")
+    phases = r["phases"]
+    right = {what: sum(what not in p["red"] for p in phases) for what in ("kernels", "saved", "peak")}
+    return (
+        f"On an {r['device']} with torch {r['torch'].partition('+')[0]}, of {len(phases)} phases the number of kernels "
+        f"is right in {right['kernels']}, the saved bytes in {right['saved']} and the peak in {right['peak']}."
+    )
+
+
+# --- the command ---------------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Fill the tables of README.md and docs/ from benchmarks/results/.")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit with 1 if a file is not as it should be"
+    )
+    check = parser.parse_args().check
+    changed = [file for file in files() if filled(file.read_text()) != file.read_text()]
+    for file in changed:
+        print(f"{file.relative_to(ROOT)} {'differs from the results: run make tables' if check else 'filled'}")
+        if not check:
+            file.write_text(filled(file.read_text()))
+    return 1 if check and changed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

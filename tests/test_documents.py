@@ -1,0 +1,273 @@
+"""README.md and docs/: the code runs and prints what they say, the figures are measured, what they name exists."""
+
+import ast
+import importlib.util
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import rmsnorm
+from documents import ROOT, Block, blocks, documents, run, without_blocks
+from rmsnorm.cli import main
+from tolerance import DEFINITION_SHARE, DEFINITION_ULP
+
+TABLES = ROOT / "benchmarks" / "tables.py"
+SOURCE = Path(rmsnorm.__file__).parent
+RUN = [path for path in documents() if any(b.language == "python" for b in blocks(path.read_text()))]
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def needing() -> list[tuple[Path, Block]]:
+    return [(p, b) for p in RUN for b in blocks(p.read_text()) if any(w.startswith("needs=") for w in b.words)]
+
+
+# --- code ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", RUN, ids=name)
+def test_python_blocks_run_and_print_what_the_document_says(path: Path) -> None:
+    for ran in run(path):
+        if ran.output is not None:
+            where = f"{name(path)}, line {ran.output.line}: run python tests/documents.py; printed was"
+            assert ran.output.same(ran.printed), f"{where}\n{ran.printed}"
+
+
+@pytest.mark.parametrize(("path", "block"), needing(), ids=lambda value: getattr(value, "line", None) or name(value))
+def test_a_block_that_needs_a_package_says_so_and_compiles(path: Path, block: Block) -> None:
+    compile(block.text, str(path), "exec")
+    above = path.read_text()[: block.start].splitlines()[-4:]
+    package = next(word.removeprefix("needs=") for word in block.words if word.startswith("needs="))
+    spoken = {"liger_kernel": "liger", "flash_attn": "flash-attn", "apex": "apex"}[package]
+    assert any(f"needs {spoken}" in line.lower() for line in above), f"the text before does not say: needs {spoken}"
+    if block.missing:
+        pytest.skip(f"{name(path)}, line {block.line}: {package} is not installed")
+
+
+def test_an_output_that_differs_is_noticed() -> None:
+    exact, vary = (Block("text", words, "3 of 5 differ, 2 ulp; early\n", 0, 1) for words in ((), ("figures-vary",)))
+    assert exact.same("3 of 5 differ, 2 ulp; early\n")
+    assert not exact.same("4 of 5 differ, 2 ulp; early\n")
+    assert vary.same("0 of 5 differ; early\n")
+    assert not vary.same("0 of 5 differ; late\n")
+
+
+# --- commands ------------------------------------------------------------------------------------------------
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words of each command in a shell block, or in the running text between backticks."""
+    lines = [line for block in blocks(text) if block.language == "sh" for line in block.text.splitlines()]
+    lines += re.findall(r"`((?:rmsnorm|make|python) [^`]+)`", without_blocks(text))
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if words:
+            yield words
+
+
+@pytest.fixture
+def help_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def show(*verb: str) -> str:
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(sys, "argv", ["rmsnorm", *verb, "--help"])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        assert exit.value.code == 0, f"there is no command rmsnorm {' '.join(verb)}"
+        return re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+
+    return show
+
+
+@pytest.mark.parametrize("path", documents(), ids=name)
+def test_commands_and_their_options_exist(path: Path, help_of) -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    known: dict[str, str] = {}
+    for program, *words in commands(path.read_text()):
+        if program == "make":
+            for word in words:
+                assert "=" in word or word in targets, f"make {word}"
+        elif program == "rmsnorm":
+            verb, *rest = words
+            known[verb] = known.get(verb) or help_of(verb)
+            for option in (word for word in rest if word.startswith("--")):
+                assert re.search(rf"{option}\b", known[verb]), f"rmsnorm {verb} has no {option}"
+        elif program == "python":
+            assert (ROOT / words[0]).exists(), words[0]
+        else:
+            assert program == "pip", f"{program} in a shell block"
+
+
+def test_a_command_that_does_not_exist_is_noticed(help_of) -> None:
+    assert list(commands("```sh\nmake x  # y\n```\nand `rmsnorm cost a --b`")) == [
+        ["make", "x"],
+        ["rmsnorm", "cost", "a", "--b"],
+    ]
+    assert "--frobnicate" not in help_of("cost")
+    with pytest.raises(AssertionError, match="no command"):
+        help_of("frobnicate")
+
+
+# --- links ---------------------------------------------------------------------------------------------------
+
+
+def anchors(text: str) -> set[str]:
+    """What GitHub makes of the headings."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", documents(), ids=name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", path.read_text()):
+        if link.startswith("https://"):
+            continue
+        target, _, anchor = link.partition("#")
+        file = path if not target else path.parent / target
+        assert file.exists(), f"{name(path)} links to {link}"
+        assert not anchor or anchor in anchors(file.read_text()), f"{name(path)} links to {link}"
+
+
+# --- figures -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    if not (ROOT / "benchmarks" / "results").is_dir():
+        pytest.skip("benchmarks/results/ is not here: this is not the repository")
+    spec = importlib.util.spec_from_file_location("tables", TABLES)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tables"] = module  # where dataclasses looks for it
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", documents(), ids=name)
+def test_tables_are_those_of_the_stored_results(path: Path, tables: ModuleType) -> None:
+    text = path.read_text()
+    assert tables.filled(text) == text, f"{name(path)} differs from benchmarks/results: run make tables"
+
+
+def test_every_part_is_in_a_document_and_a_changed_figure_is_noticed(tables: ModuleType) -> None:
+    texts = [path.read_text() for path in documents()]
+    for part in tables.PARTS:
+        marked = f"<!-- results: {part} -->\n"
+        (holder,) = (text for text in texts if marked in text)
+        start = holder.index(marked) + len(marked)
+        digit = re.compile(r"\d").search(holder, start)
+        assert digit is not None
+        changed = holder[: digit.start()] + str((int(digit[0]) + 1) % 10) + holder[digit.end() :]
+        assert tables.filled(changed) == holder
+    with pytest.raises(KeyError):
+        tables.filled("<!-- results: nothing -->\n<!-- end of results -->")
+
+
+# Figures with a unit that nobody measured: a claim of others, constants of a prediction, what is downloaded.
+NOT_MEASURED = (
+    "at least 95 %", "(98.4 %)", "(95.9 %)", "at most 8 s", "up to 10 % more",
+    "15 to 20 %", "at 75 %", "or 5 µs a kernel", "about 0.5 GB", "2.2 GB", "at least 1 %",
+)  # fmt: skip
+MEASURED = re.compile(r"\d\s?(%|µs|us\b|ms\b|s\b|[kMGT]B\b|[GT]B/s)")
+
+
+@pytest.mark.parametrize("path", [p for p in documents() if p.name != "verdicts.md"], ids=name)
+def test_measured_figures_stand_in_tables_alone(path: Path, tables: ModuleType) -> None:
+    """What people write by hand goes stale. docs/verdicts.md is written by tests/verdicts.py as a whole."""
+    text = without_blocks(tables.without_results(path.read_text()))
+    for known in NOT_MEASURED:
+        text = text.replace(known, "")
+    found = MEASURED.search(text)
+    assert found is None, f"{name(path)}: {text[max(0, found.start() - 60) : found.end()]!r} is no stored result"
+
+
+def test_the_bounds_of_the_contract_are_those_that_are_tested() -> None:
+    shares = [f"{DEFINITION_SHARE[dtype] * 1e5:.0f}·10⁻⁵" for dtype in (torch.bfloat16, torch.float16)]
+    for path in (ROOT / "README.md", ROOT / "docs" / "contract.md"):
+        text = re.sub(r"\s+", " ", path.read_text())
+        for words in (*shares, f"{DEFINITION_ULP['early']} ulp", f"{DEFINITION_ULP['late']} ulp"):
+            assert words in text, f"{name(path)} does not say {words}"
+
+
+def test_the_presets_have_the_counts_that_are_tested() -> None:
+    tested = re.findall(r'\("([a-z0-9-]+)", (\d+), ([\d_]+)\)', (ROOT / "tests" / "test_predict.py").read_text())
+    rows = re.findall(
+        r"^\| `([a-z0-9-]+)` \| (\d+) \| ([\d,]+) \|$", (ROOT / "docs" / "cost.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) == 5
+    assert {(preset, norms, parameters.replace(",", "_")) for preset, norms, parameters in rows} == set(tested)
+
+
+# --- messages ------------------------------------------------------------------------------------------------
+
+# The functions whose words explain passes on.
+EXPLAINED = {
+    "explain", "explained", "refuses", "_backend", "described", "caller", "why_own", "_changed", "_unproven",
+    "_unserved", "_exported", "_inference_tensor", "_rmsnorm_explain",
+}  # fmt: skip
+# The exceptions whose words it passes on.
+UNUSABLE = ("Unusable", "_Replaceable")
+
+
+def sentences(tree: ast.AST) -> Iterator[str]:
+    """The texts in the code, each whole, with … for what is filled in; not docstrings."""
+    inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)} - {
+        id(node) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)
+    }
+    docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not {id(node)} & (inner | docs):
+            yield node.value
+
+
+def said_by_explain() -> Iterator[str]:
+    for file in sorted(SOURCE.rglob("*.py")):
+        tree = ast.parse(file.read_text())
+        others = {
+            f for cls in tree.body if isinstance(cls, ast.ClassDef) and cls.name != "_Replacement" for f in cls.body
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and node.name in EXPLAINED and node not in others:
+                yield from sentences(node)
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in UNUSABLE:
+                yield from sentences(node)
+
+
+def test_troubleshooting_has_every_line_of_explain() -> None:
+    """By the words between what is filled in, three of them at least: "its weight is on", "is being compiled"."""
+    document = re.sub(r"\s+", " ", (ROOT / "docs" / "troubleshooting.md").read_text())
+    pieces = {p.strip(" :;,()") for sentence in said_by_explain() for p in sentence.split("…")}
+    pieces = {p for p in pieces if p.count(" ") >= 2}
+    assert len(pieces) > 25
+    missing = sorted(p for p in pieces if p not in document)
+    assert not missing, f"docs/troubleshooting.md does not have {missing}"
+
+
+def is_composed(words: str, code: str) -> bool:
+    """Whether the words are in the code, in pieces of three words at least."""
+    if words in code or words.count(" ") < 2:
+        return True
+    cuts = [i for i, letter in enumerate(words) if letter == " "][2:]
+    return any(words[:i].rstrip(",:;") in code and is_composed(words[i + 1 :], code) for i in cuts)
+
+
+def test_the_lines_of_troubleshooting_are_in_the_code() -> None:
+    """The first column of its tables, by the words between what depends on the case."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    said = [s for file in SOURCE.rglob("*.py") for s in sentences(ast.parse(file.read_text()))]
+    code = re.sub(r"…+", "…", " ".join(said))
+    for row in re.findall(r"^\| (`.+?) \|", text, re.MULTILINE):
+        for quoted in re.findall(r"`([^`]+)`", row.partition(" | ")[0]):
+            for piece in re.split("…|expected ", quoted):  # the word that every complaint has
+                words = re.sub(r"^\[\w+\]", "", piece).strip(" :;,()")
+                assert is_composed(words, code), words
