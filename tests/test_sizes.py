@@ -636,7 +636,7 @@ def test_explain_says_of_each_call_who_would_make_it(cpp, randn, threads) -> Non
         "at an odd place": (store[1:].view(M, N), half, None, ""),
         "to be differentiated": (x.clone().requires_grad_(), w, None, ""),
         "of huge pages": (torch.ones(1, 8 << 20), None, None, "it asks for huge pages"),
-        "a weight of another dtype": (x, half, None, "torch converts w at each call"),
+        "a weight of another dtype": (x, half, None, "torch converts weight at each call"),
         "a transposed x": (randn(N, M).T, w, None, "torch converts x at each call"),
         "a residual of another dtype": (
             x, w, randn(M, N, dtype=torch.bfloat16), "torch converts x, residual at each call"

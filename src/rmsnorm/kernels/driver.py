@@ -81,6 +81,8 @@ class TritonLaunch:
             compiled = self.kernel.warmup(*arguments, grid=self.grid, **self._options)
             if compiled is None:  # by the interpreter
                 return None
+            if hasattr(compiled, "result"):  # it is being compiled by another thread, as a mode of Triton has it
+                compiled = compiled.result()
             compiled.run  # noqa: B018  # loads it onto the GPU
             return ready(compiled, self.grid, arguments, self.early)
 

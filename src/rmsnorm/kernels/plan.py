@@ -197,7 +197,8 @@ class Plan:
     def native(self) -> "Native | str":
         """The same for C++; or why only Python can make such calls."""
         if self.before or self.after:
-            names = dict.fromkeys(name for made in (*self.before, *self.after) for name in made.of)
+            made = [name for converted in (*self.before, *self.after) for name in converted.of]
+            names = dict.fromkeys("weight" if name == "w" else name for name in made)
             return f"torch converts {', '.join(names)} at each call"
         if any(t.huge_pages for t in self.fresh):
             return "it asks for huge pages"
