@@ -490,3 +490,12 @@ def test_every_kernel_gets_the_tensors_that_it_names() -> None:
         "_forward_block", "_forward_staged", "_forward_loop", "_backward_block", "_backward_staged", "_backward_loop",
         "_dw_alone", "_sum_partials", "_no_shares_yet",
     }  # fmt: skip
+
+
+def test_what_another_thread_compiles_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel under `triton.AsyncCompileMode` comes as a promise."""
+    compiled, seen = SimpleNamespace(run=None), []
+    kernel = SimpleNamespace(warmup=lambda *arguments, **options: SimpleNamespace(result=lambda: compiled))
+    monkeypatch.setattr(driver, "ready", lambda found, *others: seen.append(found))
+    assert TritonLaunch(kernel, (1,), 4, (), False, True, -1).ready is None
+    assert seen == [compiled]

@@ -47,7 +47,8 @@ from rmsnorm.kernels.plan import (
     Plan,
     TensorKind,
     laid_out,
-)  # fmt: skip
+    summands,
+)
 from rmsnorm.kernels.rows import walk
 from rmsnorm.kernels.threads import MachineCode, Team
 
@@ -607,13 +608,8 @@ def _has_fp16() -> bool:
 @functools.lru_cache(MOST_PLANS)
 def plan_forward(kind: Forward) -> Plan | ByReference:
     """For y, s and rstd as of `reference.forward`."""
-    x, residual, spec = kind.x, kind.residual, kind.spec
-    summed = residual is not None and residual.dtype != x.dtype  # by torch, before the kernel
-    before: list[Converted] = []
-    if residual is not None and summed:
-        x, residual = TensorKind.dense(x.shape, torch.promote_types(x.dtype, residual.dtype)), None
-        before.append(Converted("s", ("x", "residual"), x.dtype))
-    row = "s" if summed else "x"
+    row, x, residual, before = summands(kind)
+    spec = kind.spec
     wanted = {row: (x, x.dtype)} | ({} if residual is None else {"residual": (residual, x.dtype)})
     rows, kinds, converted = laid_out(_rows, wanted)
     types = _types(x.dtype, None if kind.w is None else kind.w.dtype, spec.cast)

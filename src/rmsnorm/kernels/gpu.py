@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from rmsnorm.kernels import launch
 from rmsnorm.kernels.driver import Slot, TritonLaunch
 from rmsnorm.kernels.launch import Gpu, Launch
-from rmsnorm.kernels.plan import MOST_PLANS, Backward, Converted, Forward, Fresh, Plan, TensorKind, laid_out
+from rmsnorm.kernels.plan import MOST_PLANS, Backward, Converted, Forward, Fresh, Plan, TensorKind, laid_out, summands
 from rmsnorm.kernels.rows import Walk, walk
 
 NAME = "gpu kernel (Triton)"
@@ -607,13 +607,8 @@ def refuses(x: torch.dtype, residual: torch.dtype | None, w: torch.dtype | None)
 @functools.lru_cache(MOST_PLANS)
 def plan_forward(kind: Forward) -> Plan:
     """For y, s and rstd as of `reference.forward`."""
-    x, residual, w, spec = kind.x, kind.residual, kind.w, kind.spec
-    summed = residual is not None and residual.dtype != x.dtype  # by torch, before the kernel
-    before: list[Converted] = []
-    if residual is not None and summed:
-        x, residual = TensorKind.dense(x.shape, torch.promote_types(x.dtype, residual.dtype)), None
-        before.append(Converted("s", ("x", "residual"), x.dtype))
-    row = "s" if summed else "x"
+    row, x, residual, before = summands(kind)
+    w, spec = kind.w, kind.spec
     wanted = {row: (x, x.dtype)} | ({} if residual is None else {"residual": (residual, x.dtype)})
     rows, kinds, converted = laid_out(walk, wanted)
     before += converted

@@ -234,6 +234,15 @@ class ByReference:
 Found = TypeVar("Found")
 
 
+def summands(kind: Forward) -> tuple[str, TensorKind, TensorKind | None, list[Converted]]:
+    """What a kernel reads: x by its name, and the residual that it adds; one of another dtype torch adds before."""
+    x, residual = kind.x, kind.residual
+    if residual is None or residual.dtype is x.dtype:
+        return "x", x, residual, []
+    total = TensorKind.dense(x.shape, torch.promote_types(x.dtype, residual.dtype))
+    return "s", total, None, [Converted("s", ("x", "residual"), total.dtype)]
+
+
 def laid_out(
     find: Callable[..., Found | None], wanted: Mapping[str, tuple[TensorKind, torch.dtype]]
 ) -> tuple[Found, dict[str, TensorKind], list[Converted]]:
