@@ -8,7 +8,7 @@ STAMP := .venv/.complete
 PINS := .venv/constraints.txt
 
 # The tests whose outcome could depend on how a processor sums and takes roots, if a verdict or bound were wrong.
-SENSITIVE := $(addprefix tests/test_,models.py proof.py properties.py reference.py replacement.py verdicts.py)
+SENSITIVE := tests/patching tests/test_properties.py tests/test_reference.py
 
 .PHONY: setup report test test-processors check bench tables test-gpu
 
@@ -34,8 +34,8 @@ test-processors: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/rmsnorm verify --device cuda
-	$(BIN)/python tests/gpu_check.py
-	$(BIN)/python tests/gpu_cost_check.py
+	$(BIN)/python tests/kernels/gpu_check.py
+	$(BIN)/python tests/costs/gpu_cost_check.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

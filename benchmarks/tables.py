@@ -221,9 +221,9 @@ def verified() -> str:
             f"The other {built:,} are of rows constructed so that the order of an fp64 sum decides a bit: "
             f"{total(gpu, 'differing', True):,} differ from *exact* on the GPU and {total(cpu, 'differing', True):,} "
             "on the CPU.",
-            f"`tests/gpu_check.py` compares {compared:,} more outputs on the GPU, of which {differing} differ: every "
-            "width from 1 to 1024, tensors beyond 2³¹ elements, CUDA graphs, four streams, and calls that C++ makes "
-            "beside calls that Python makes.",
+            f"`tests/kernels/gpu_check.py` compares {compared:,} more outputs on the GPU, of which {differing} differ: "
+            "every width from 1 to 1024, tensors beyond 2³¹ elements, CUDA graphs, four streams, and calls that C++ "
+            "makes beside calls that Python makes.",
             f"Against the class run eagerly, {share['bf16'][0]} of bf16 outputs and {share['fp16'][0]} of fp16 outputs "
             f"differ on the GPU, {share['bf16'][1]} and {share['fp16'][1]} on the CPU, by at most {largest:.0f} ulp. "
             f"In fp32, where the class's own sum is off in the last bits, {share['fp32'][0]} differ on the GPU and "

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmsnorm import bench, machine, measure, peers
-from rmsnorm.bench import Case
 from rmsnorm.errors import CommandError
 from rmsnorm.kernels import dispatch, gpu, launch
 from rmsnorm.kernels.launch import Launch
 from rmsnorm.spec import Spec
+from rmsnorm.tools import bench, machine, peers, processes, results, timing
+from rmsnorm.tools.bench import Case
 
 # What the benchmark calls the passes.
 MODES = {
@@ -206,7 +206,7 @@ def measured(sweep: Sweep, seconds: float) -> dict[str, Any]:
         if sweep.passes == "backward":
             assert isinstance(other, Tensor)
             found[name]["dw_differs"] = other.ne(expected[1]).float().mean().item()  # type: ignore[arg-type]
-    timings = measure.interleave(calls, DEVICE, samples=31, seconds=seconds)
+    timings = timing.interleave(calls, DEVICE, samples=31, seconds=seconds)
     return {
         name: what | ({"us": round(timings[name].median * 1e6, 2)} if name in timings else {})
         for name, what in found.items()
@@ -231,13 +231,13 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("there is no GPU that torch can use here")
     if options.out is not None:
-        measure.check_folder(options.out)
-    measure.side_by_side(compile_one, [kernel for sweep in options.sweeps for kernel in kernels(sweep)])
-    results = []
+        results.check_folder(options.out)
+    processes.side_by_side(compile_one, [kernel for sweep in options.sweeps for kernel in kernels(sweep)])
+    of_sweeps = []
     for sweep in options.sweeps:
         found = measured(sweep, options.seconds)
         us, no_time = ({name: what[key] for name, what in found.items() if key in what} for key in ("us", "no_time"))
-        results.append({"sweep": str(sweep), "in_use": str(in_use(sweep)), "us": us, "no_time": no_time})
+        of_sweeps.append({"sweep": str(sweep), "in_use": str(in_use(sweep)), "us": us, "no_time": no_time})
         print(f"{sweep}: in use {in_use(sweep)}; {len(no_time)} without a time")
         fastest = sorted(us, key=us.__getitem__)
         for name in dict.fromkeys([*fastest[: options.best], "in use", "copy"]):
@@ -246,7 +246,7 @@ def main() -> None:
             print(f"  {of_copy}  {name}" + (f"  dw: {dw:.1%} differ" if dw else ""))
         sys.stdout.flush()
         if options.out is not None:
-            measure.write_json(options.out / "tiles.json", {"machine": machine.describe(DEVICE), "sweeps": results})
+            results.write_json(options.out / "tiles.json", {"machine": machine.describe(DEVICE), "sweeps": of_sweeps})
 
 
 if __name__ == "__main__":

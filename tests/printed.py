@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from rmsnorm.display import Block, Text, render
+from rmsnorm.tools.display import Block, Text, render
 
 _FIGURE = re.compile(
     r"(?<![\w.])([\d,]*\.?\d+) (?:s|ms|µs|[kMGTP]?B|[kMGTP]?B/s|thousand|million|billion|%|×(?! \d))(?!\w)"

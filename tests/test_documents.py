@@ -14,7 +14,7 @@ import torch
 
 import rmsnorm
 from documents import ROOT, Block, blocks, documents, run, without_blocks
-from rmsnorm.cli import main
+from rmsnorm.tools.cli import main
 from tolerance import DEFINITION_SHARE, DEFINITION_ULP
 
 TABLES = ROOT / "benchmarks" / "tables.py"
@@ -181,7 +181,7 @@ MEASURED = re.compile(r"\d\s?(%|µs|us\b|ms\b|s\b|[kMGT]B\b|[GT]B/s)")
 
 @pytest.mark.parametrize("path", [p for p in documents() if p.name != "verdicts.md"], ids=name)
 def test_measured_figures_stand_in_tables_alone(path: Path, tables: ModuleType) -> None:
-    """What people write by hand goes stale. docs/verdicts.md is written by tests/verdicts.py as a whole."""
+    """What people write by hand goes stale. docs/verdicts.md is written by tests/patching/verdicts.py as a whole."""
     text = without_blocks(tables.without_results(path.read_text()))
     for known in NOT_MEASURED:
         text = text.replace(known, "")
@@ -198,7 +198,9 @@ def test_the_bounds_of_the_contract_are_those_that_are_tested() -> None:
 
 
 def test_the_presets_have_the_counts_that_are_tested() -> None:
-    tested = re.findall(r'\("([a-z0-9-]+)", (\d+), ([\d_]+)\)', (ROOT / "tests" / "test_predict.py").read_text())
+    tested = re.findall(
+        r'\("([a-z0-9-]+)", (\d+), ([\d_]+)\)', (ROOT / "tests" / "tools" / "test_predict.py").read_text()
+    )
     rows = re.findall(
         r"^\| `([a-z0-9-]+)` \| (\d+) \| ([\d,]+) \|$", (ROOT / "docs" / "cost.md").read_text(), re.MULTILINE
     )

@@ -1,10 +1,10 @@
 """RMSNorm for PyTorch: the Definition's bits, the same bits everywhere, at the speed of memory."""
 
-from rmsnorm.cost import Cost, cost, register_flops
-from rmsnorm.drop_in import TorchRMSNorm
-from rmsnorm.models import Report, patch, unpatch
-from rmsnorm.module import DeepseekV2RMSNorm, RMSNorm
+from rmsnorm.costs.counts import Cost, cost, register_flops
+from rmsnorm.modules import DeepseekV2RMSNorm, RMSNorm
 from rmsnorm.ops import add_rms_norm, explain, rms_norm, warmup
+from rmsnorm.patching.drop_in import TorchRMSNorm
+from rmsnorm.patching.models import Report, patch, unpatch
 
 __version__ = "0.1.0"
 

@@ -1,6 +1,6 @@
 """`python -m rmsnorm` is the command `rmsnorm`."""
 
-from rmsnorm.cli import main
+from rmsnorm.tools.cli import main
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,25 @@
+"""Compares tensors by their bits."""
+
+import torch
+from torch import Tensor
+
+
+def differing(a: Tensor, b: Tensor) -> tuple[int, int]:
+    """(how many elements differ in their bits, by how many ulp at most); two NaN are equal, +0 and -0 one apart.
+
+    a, b: of one shape and of one floating dtype. Raises ValueError if they are not.
+    """
+    if a.shape != b.shape or a.dtype != b.dtype:
+        raise ValueError(f"{tuple(a.shape)} {a.dtype} cannot be compared with {tuple(b.shape)} {b.dtype}")
+    if a.numel() == 0:
+        return 0, 0
+    steps = (_ordered(a) - _ordered(b)).abs().masked_fill_(a.isnan() & b.isnan(), 0)
+    return int(steps.count_nonzero()), int(steps.max())
+
+
+def _ordered(t: Tensor) -> Tensor:
+    """The floats as integers in the same order, a step an ulp."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
+    bits = t.detach().contiguous().view(integer).long()
+    lowest = -(1 << (8 * t.element_size() - 1))
+    return torch.where(bits < 0, lowest - bits - 1, bits)

@@ -1,0 +1,278 @@
+"""What `rmsnorm report` measures: the model of a preset, or of a local Hugging Face checkpoint folder.
+
+`builder` looks at the target and reads no more than headers; what it returns takes a device and gives a Built. No code
+from a folder is run.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rmsnorm.errors import CommandError, one_line
+from rmsnorm.tools import architecture, checkpoint
+
+
+class Built(NamedTuple):
+    """A model, its norms and norm parameters as they are expected (None if unknown), and what is to be said of it."""
+
+    model: Any
+    expected: tuple[int, int] | None
+    notes: tuple[str, ...]
+
+
+Builder = Callable[[torch.device], Built]
+_MOST_NAMED = 8
+
+
+def builder(target: str) -> Builder:
+    """What builds the target. Raises CommandError unless that is a preset or a folder that can be trusted."""
+    if target in PRESETS:
+        return PRESETS[target]
+    folder = Path(target)
+    try:
+        there = folder.is_dir()
+    except OSError as error:
+        raise CommandError(f"{target!r} cannot be read: {one_line(error)}") from None
+    if not there:
+        raise CommandError(
+            f"{target!r} is neither a preset nor a folder: give {', '.join(PRESETS)}, or a folder that holds "
+            "config.json and *.safetensors"
+        )
+    config, weights = _checked(folder)
+    return lambda device: _load(folder, config, weights, device)
+
+
+def _deepseek_ocr(device: torch.device) -> Built:
+    """DeepSeek-OCR's language decoder at its true widths, with random weights."""
+    transformers = checkpoint.transformers_for("the report")
+    notes: tuple[str, ...] = ("random weights; a norm's are drawn from 0.5 to 1.5, so that early and late differ",)
+    smaller: dict[str, int] = {}
+    if device.type == "cpu":
+        smaller = {"n_routed_experts": 4, "num_experts_per_tok": 2, "vocab_size": 4096}
+        notes += ("4 experts with top-2 instead of 64 with top-6, and a vocabulary of 4096 instead of 129,280: "
+                  "no norm sees these, but the step is shorter than the real one",)  # fmt: skip
+    config = architecture.deepseek_ocr(transformers, **smaller)
+    cls = architecture.model_class(config, transformers)
+    default = torch.get_default_dtype()
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(0)
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            model = cls(config)
+        finally:
+            torch.set_default_dtype(default)
+        with torch.no_grad():
+            for module in model.modules():
+                if type(module).__name__.endswith("RMSNorm"):
+                    module.get_parameter("weight").uniform_(0.5, 1.5)
+    return Built(model, (25, 32_000), notes)
+
+
+PRESETS: dict[str, Builder] = {"deepseek-ocr": _deepseek_ocr}
+
+
+# --- a folder's model ----------------------------------------------------------------------------------------
+
+
+def _load(folder: Path, content: dict[str, Any], weights: list[Path], device: torch.device) -> Built:
+    """The folder's model as transformers' own code builds it; nothing in the folder is executed.
+
+    Of a model that transformers does not know, but whose language model it does: that one.
+    """
+    transformers = checkpoint.transformers_for("the report")
+    described = architecture.describe(content, folder / "config.json", transformers)
+    try:
+        if described.renamed:
+            loaded = _renamed(folder, described, weights, transformers)
+        else:
+            loaded = _own(folder, content, weights, transformers)
+    except CommandError as error:
+        if error.__cause__ is None:  # it is not transformers that failed
+            raise
+        raise CommandError(f"{error}; {architecture.in_python(folder, 'auto_map' in content)}") from None
+    notes = [_part_of(described), _elsewhere(loaded, type(loaded.model).__name__), _random(loaded.missing)]
+    return Built(loaded.model.to(device), None, tuple(note for note in notes if note))
+
+
+class _Loaded(NamedTuple):
+    """A model with its weights. read: how many tensors the folder has; left: those that the model has no place for;
+    missing: the model's that the folder does not have.
+    """
+
+    model: Any
+    read: int
+    left: list[str]
+    missing: list[str]
+
+
+def _own(folder: Path, content: dict[str, Any], weights: list[Path], transformers: Any) -> _Loaded:
+    """A model that transformers knows how to load."""
+    with checkpoint.vetted(content, weights) as vetted:
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        with checkpoint.blame(f"transformers cannot load {folder}", (vetted, str(folder))):
+            config = transformers.AutoConfig.from_pretrained(vetted, **options)
+            _check_memory(architecture.build_on_meta(config, transformers, str(folder)), folder)
+            options |= {"config": config, "use_safetensors": True, "output_loading_info": True}
+            options[_dtype_option(transformers)] = "auto"
+            cls = architecture.model_class(config, transformers)
+            try:
+                model, info = cls.from_pretrained(vetted, **options)
+            except RuntimeError:
+                # transformers logs the shapes that differ, and does not say them.
+                _, info = cls.from_pretrained(vetted, device_map="meta", ignore_mismatched_sizes=True, **options)
+                if not info["mismatched_keys"]:
+                    raise
+                raise CommandError(_mismatch(folder, *min(info["mismatched_keys"]))) from None
+    return _Loaded(
+        model, len(checkpoint.tensors(weights)), sorted(info["unexpected_keys"]), sorted(info["missing_keys"])
+    )
+
+
+def _renamed(folder: Path, described: architecture.Description, weights: list[Path], transformers: Any) -> _Loaded:
+    """A language model whose weights lie in the folder under the names of a class that transformers does not have."""
+    config = architecture.configuration(described, transformers)
+    model = architecture.build_on_meta(config, transformers, str(folder))
+    cls: Any = type(model)
+    _check_memory(model, folder)
+    stored = checkpoint.tensors(weights)
+    sources = _sources(model.state_dict(), stored, folder)
+    for source in sources.values():
+        for name in source.names:
+            _check_stored(name, stored[name], source.shape, folder)
+    options = {"config": config, "output_loading_info": True, _dtype_option(transformers): "auto"}
+    with checkpoint.blame(f"transformers cannot load {folder}"):
+        state = {name: source.read(stored) for name, source in sources.items()}
+        loaded, info = cls.from_pretrained(None, state_dict=state, **options)
+    used = {name for source in sources.values() for name in source.names}
+    return _Loaded(loaded, len(stored), sorted(stored.keys() - used), sorted(info["missing_keys"]))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The tensors of a folder that one parameter is made of, each of this shape.
+
+    One, or of experts that transformers fuses `per_expert` of each, which lie one under the other.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    per_expert: int = 0
+
+    def read(self, stored: dict[str, checkpoint.Stored]) -> Tensor:
+        parts = [stored[name].read(name) for name in self.names]
+        if not self.per_expert:
+            return parts[0]
+        each = range(0, len(parts), self.per_expert)
+        return torch.stack([torch.cat(parts[i : i + self.per_expert]) for i in each])
+
+
+# The names of an expert's weights, by that of the parameter in which transformers fuses those of all experts.
+_FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def _sources(state: dict[str, Tensor], stored: dict[str, checkpoint.Stored], folder: Path) -> dict[str, _Source]:
+    """What each parameter is made of; one that is not in the folder is not in the result."""
+    prefix = _prefix(list(state), stored, folder)
+    found = ((name, _source(name, tuple(tensor.shape), prefix, stored)) for name, tensor in state.items())
+    return {name: source for name, source in found if source is not None}
+
+
+def _prefix(names: list[str], stored: dict[str, checkpoint.Stored], folder: Path) -> str:
+    """What stands before the language model's names in the folder: "model." or "language.model.", for example."""
+    ends = [key.removesuffix(names[0]) for key in stored if f".{key}".endswith(f".{names[0]}")]
+    if not ends:
+        raise CommandError(f"{folder} holds no tensor {names[0]!r}, under any prefix: its language model is not there")
+    return max(ends, key=lambda prefix: sum(prefix + name in stored for name in names))
+
+
+def _source(name: str, shape: tuple[int, ...], prefix: str, stored: dict[str, checkpoint.Stored]) -> _Source | None:
+    if prefix + name in stored:
+        return _Source((prefix + name,), shape)
+    experts, _, last = name.rpartition(".")
+    parts = _FUSED.get(last)
+    if parts is None or not experts.endswith("experts"):
+        return None
+    names = tuple(f"{prefix}{experts}.{i}.{part}.weight" for i in range(shape[0]) for part in parts)
+    rows = shape[1] // len(parts)
+    return _Source(names, (rows, *shape[2:]), len(parts)) if stored.keys() >= set(names) else None
+
+
+def _check_stored(name: str, stored: checkpoint.Stored, wanted: tuple[int, ...], folder: Path) -> None:
+    if stored.dtype not in ("F64", "F32", "F16", "BF16"):
+        raise CommandError(
+            f"{folder} holds {name} as {stored.dtype}: quantized weights can be loaded only by the model's own code; "
+            "give a folder with its weights in F32, F16 or BF16"
+        )
+    if stored.shape != wanted:
+        raise CommandError(_mismatch(folder, name, stored.shape, wanted))
+
+
+def _dtype_option(transformers: Any) -> str:
+    return "dtype" if architecture.release(transformers) >= (4, 56) else "torch_dtype"
+
+
+def _mismatch(folder: Path, name: str, stored: Any, wanted: Any) -> str:
+    return (
+        f"transformers cannot load {folder}: {name} has shape {tuple(stored)}, its config.json expects {tuple(wanted)}"
+    )
+
+
+def _part_of(described: architecture.Description) -> str:
+    return "" if described.outer is None else f"{described.outer}: its language model alone is loaded"
+
+
+def _elsewhere(loaded: _Loaded, model: str) -> str:
+    """What of the folder was not loaded, by the modules that it is of."""
+    left = loaded.left
+    if not left:
+        return ""
+    parts = (name.removeprefix("model.").split(".") for name in left)
+    counts = Counter("lm_head" if "lm_head" in part else part[0] for part in parts)
+    of = ", ".join(f"{count} of {module}" for module, count in counts.most_common(_MOST_NAMED))
+    more = f" and of {len(counts) - _MOST_NAMED} other modules" if len(counts) > _MOST_NAMED else ""
+    return f"{len(left)} of the folder's {loaded.read} tensors are no part of {model} and were not loaded: {of}{more}"
+
+
+def _random(missing: list[str]) -> str:
+    if not missing:
+        return ""
+    return f"{len(missing)} parameters are not in the folder and were drawn at random, {missing[0]} first"
+
+
+def _check_memory(model: nn.Module, folder: Path) -> None:
+    """What the folder lacks is drawn at random, so its files do not say how much is allocated."""
+    needed = 2 * sum(p.numel() for p in model.parameters())
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        has = f"this machine has {there / 1e9:,.0f}"
+        raise CommandError(f"{folder} is of a model of at least {needed / 1e9:,.0f} GB in 16 bits, {has}")
+
+
+def _checked(folder: Path) -> tuple[dict[str, Any], list[Path]]:
+    """The folder's configuration and the files of its weights. Raises CommandError unless these can be trusted."""
+    path = folder / "config.json"
+    if not os.path.lexists(path):
+        raise CommandError(f"{folder} holds no config.json: give the folder of a Hugging Face checkpoint")
+    config = checkpoint.read_config(path)
+    for key, value in _strings(config):
+        # A kernel of this form would be fetched and run.
+        if key.endswith(("attn_implementation", "experts_implementation")) and "/" in value:
+            raise CommandError(f"{path} asks for foreign code, {key} {value!r}: remove that line")
+    return config, checkpoint.check_weights(folder)
+
+
+def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _strings(inner, name if not key.endswith("_implementation") else key)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner, key)

@@ -1,0 +1,145 @@
+"""The device to measure on, and what every measured figure carries: machine, versions, commit and date."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rmsnorm.errors import CommandError
+
+_PACKAGES = ("torch", "numba", "triton", "transformers", "numpy")
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of that name, or by default the GPU if there is one. Raises CommandError if torch cannot use it."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):  # whose messages list every kind of device that torch can be built for
+        raise CommandError(f"--device {name}: give cpu or cuda") from None
+    try:
+        torch.ones(1, dtype=torch.float64, device=device).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, IndexError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CommandError(f"--device {name} cannot be used here, give cpu or cuda: {reason}"[:300]) from None
+    return device
+
+
+def describe(device: str | torch.device = "cpu") -> dict[str, Any]:
+    """The facts a figure measured on `device` needs to be read later, ready for `json.dumps`.
+
+    Keys: device, cpu, cores, threads, isa, memory_gb, gpu (a dict: name, memory_gb, multiprocessors, capability,
+    driver, cuda; None on the CPU), load (processes that wanted a core in the last minute), os, python, versions,
+    commit (None outside a repository; ends in "+" where files differ from it; the variable RMSNORM_COMMIT wins),
+    release (the version of rmsnorm where it is installed, else None), date (UTC).
+    """
+    device = torch.device(device)
+    return {
+        "device": device.type,
+        "cpu": _cpu_model(),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "memory_gb": _memory_gb(),
+        "gpu": _gpu(device) if device.type == "cuda" else None,
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "os": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": versions(),
+        "commit": _commit(),
+        "release": _release(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def headline(facts: dict[str, Any]) -> str:
+    """One line for the top of a table."""
+    gpu = facts["gpu"]
+    where = f"{gpu['name']}, driver {gpu['driver']}" if gpu else f"{facts['cpu']}, {facts['threads']} threads"
+    packages = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if name != "numpy")
+    commit, release = facts["commit"], facts.get("release")  # which older records do not have
+    code = f"commit {commit[:12]}" if commit else f"rmsnorm {release}" if release else "commit unknown"
+    return f"{where}; {packages}; {code}"
+
+
+def _cpu_model() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def cores() -> int:
+    """The cores that this process may use: a container may be given fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory_gb() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "name": properties.name,
+        "memory_gb": round(properties.total_memory / 1e9, 1),
+        "multiprocessors": properties.multi_processor_count,
+        "capability": f"{properties.major}.{properties.minor}",
+        "driver": driver.splitlines()[0].strip() if driver else None,
+        "cuda": torch.version.cuda,
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that a result depends on, of those that are installed."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _release() -> str | None:
+    """The installed version, if the installed package is the one that holds this file."""
+    try:
+        installed = importlib.metadata.distribution("rmsnorm")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return installed.version if Path(str(installed.locate_file("rmsnorm"))).resolve() == _package() else None
+
+
+def _package() -> Path:
+    return Path(__file__).resolve().parents[1]
+
+
+def _commit() -> str | None:
+    given = os.environ.get("RMSNORM_COMMIT")
+    if given:
+        return given
+    here = _package()
+    # An installed copy may lie inside somebody else's repository: only the one that holds this file counts.
+    if not _output("git", "-C", str(here), "ls-files", "--", "spec.py"):
+        return None
+    head = _output("git", "-C", str(here), "rev-parse", "HEAD").strip()
+    changed = _output("git", "-C", str(here), "status", "--porcelain", "--untracked-files=no")
+    return head + ("+" if changed.strip() else "") if head else None
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -1,0 +1,192 @@
+"""How times are taken: interleaved samples, their quartiles, confidence intervals, and how far the work is."""
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# (how many steps are done, of how many, what comes next)
+Progress = Callable[[int, int, str], None]
+now = time.perf_counter  # seconds; every time and every limit is taken from it, so that a test can set it
+
+# A shorter sample than this on a CPU is mostly the clock, so short calls are timed several in a row.
+_SHORTEST_SAMPLE = 100e-6
+_SHORTEST_SAMPLE_OF_BOTH = 2e-3  # of host and GPU: much longer than it takes to wait for the GPU
+_MOST_REPEATS = 200
+_FEWEST_FOR_QUARTILES = 5
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call. low and high: the quartiles of the samples, or, of fewer than five, the extremes."""
+
+    calls: int
+    minimum: float
+    median: float
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "calls": self.calls,
+            "min_us": round(self.minimum * 1e6, 3),
+            "median_us": round(self.median * 1e6, 3),
+            "low_us": round(self.low * 1e6, 3),
+            "high_us": round(self.high * 1e6, 3),
+        }
+
+
+def summarize(samples: list[float], repeats: int = 1) -> Timing:
+    """The figures of samples in seconds, each the mean of `repeats` calls."""
+    low, high = min(samples), max(samples)
+    if len(samples) >= _FEWEST_FOR_QUARTILES:
+        low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return Timing(len(samples) * repeats, min(samples), statistics.median(samples), low, high)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Contains the median of the distribution that the samples came from, with a probability of `coverage` or more."""
+
+    low: float
+    high: float
+    coverage: float
+
+
+def median_interval(samples: Sequence[float], confidence: float = 0.95) -> Interval | None:
+    """The order-statistic (sign-test) confidence interval of a median.
+
+    It is exact for independent samples of any continuous distribution: the k-th smallest and the k-th largest sample
+    enclose the median unless fewer than k samples fall on one side of it, and the number that do is binomial.
+
+    Args:
+        samples: At least 6 for a confidence of 0.95.
+        confidence: The least probability with which it is to contain the median.
+
+    Returns:
+        The interval between the k-th smallest and the k-th largest sample, for the largest k that is confident
+        enough. None if there are too few samples for any.
+
+    Example:
+        >>> median_interval([3.0, 1.0, 2.0, 5.0, 4.0, 7.0, 90.0])
+        Interval(low=1.0, high=90.0, coverage=0.984375)
+    """
+    ordered, n = sorted(samples), len(samples)
+    found, outside = None, 0.0
+    for k in range(n // 2):
+        outside += 2 * math.comb(n, k) / 2**n
+        if 1 - outside < confidence:
+            break
+        found = Interval(ordered[k], ordered[n - 1 - k], 1 - outside)
+    return found
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    samples: int = 100,
+    fewest: int = 5,
+    seconds: float | None = None,
+    with_host: bool = False,
+) -> dict[str, Timing]:
+    """Time the calls in turn, in an order shuffled every round, so that none has the machine's better moments.
+
+    On a GPU a sample is one call between two events after the L2 cache was overwritten; on a CPU it is as many calls
+    in a row as fill a tenth of a millisecond.
+
+    Args:
+        calls: What to time, by name.
+        device: Where it runs.
+        samples: How many samples each gets.
+        fewest: How many each gets even if `seconds` are over.
+        seconds: For each of the calls: it gets as many samples as are expected to fit, and fewer if they take longer.
+        with_host: On a GPU, time many calls in a row until the host and the GPU are through with them. A step of a
+            model waits for whichever of the two is slower.
+
+    Returns:
+        The seconds a call, by name.
+    """
+    on_gpu = device.type == "cuda"
+    stopwatch: Callable[[Callable[[], object], int], float]
+    if not on_gpu:
+        stopwatch, shortest = _cpu_stopwatch, _SHORTEST_SAMPLE
+    elif with_host:
+        stopwatch, shortest = _stopwatch_of_both(device), _SHORTEST_SAMPLE_OF_BOTH
+    else:
+        stopwatch, shortest = _cuda_stopwatch(device), 0.0
+    repeats, counts = {}, {}
+    for name, call in calls.items():
+        stopwatch(call, 1)
+        probe = max(min(stopwatch(call, 1) for _ in range(2)), 1e-9)
+        repeats[name] = max(1, min(_MOST_REPEATS, int(shortest / probe)))
+        affordable = samples if seconds is None else int(seconds / (probe * repeats[name]))
+        counts[name] = max(min(fewest, samples), min(samples, affordable))
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    order = random.Random(0)
+    rounds = max(counts.values())
+    start = now()
+    for i in range(rounds):
+        spent = seconds is not None and now() - start > seconds * len(calls)
+        if spent and all(len(taken[name]) >= min(fewest, count) for name, count in counts.items()):
+            break
+        due = [name for name, count in counts.items() if i * count // rounds != (i + 1) * count // rounds]
+        order.shuffle(due)
+        for name in due:
+            taken[name].append(stopwatch(calls[name], repeats[name]))
+    return {name: summarize(times, repeats[name]) for name, times in taken.items()}
+
+
+def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(a, b) of the line a + b·x that minimizes Σ((a + b·x - t) / t)², from (x, t) of at least two different x.
+
+    The errors are relative, or the largest sizes alone would decide.
+    """
+    uu = sum((1 / t) ** 2 for _, t in points)
+    uv = sum(x / t**2 for x, t in points)
+    vv = sum((x / t) ** 2 for x, t in points)
+    u, v = sum(1 / t for _, t in points), sum(x / t for x, t in points)
+    determinant = uu * vv - uv * uv
+    return (u * vv - v * uv) / determinant, (v * uu - u * uv) / determinant
+
+
+def _cpu_stopwatch(call: Callable[[], object], repeats: int) -> float:
+    start = now()
+    for _ in range(repeats):
+        call()
+    return (now() - start) / repeats
+
+
+def _stopwatch_of_both(device: torch.device) -> Callable[[Callable[[], object], int], float]:
+    def sample(call: Callable[[], object], repeats: int) -> float:
+        torch.cuda.synchronize(device)
+        start = now()
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize(device)
+        return (now() - start) / repeats
+
+    return sample
+
+
+def _cuda_stopwatch(device: torch.device) -> Callable[[Callable[[], object], int], float]:
+    # Four times the L2 cache, eight times over: also long enough for the host to queue the call meanwhile.
+    size = 4 * getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20)
+    wash = torch.empty(max(size, 1 << 20), dtype=torch.uint8, device=device)
+
+    def sample(call: Callable[[], object], repeats: int) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        for _ in range(8):
+            wash.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+    return sample

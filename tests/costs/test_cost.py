@@ -1,0 +1,454 @@
+"""The counts, each held to a trace of the running code; and that the trace can turn them red."""
+
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import trace_cost
+from rmsnorm import Cost, cost, reference
+from rmsnorm.costs import counts as counting
+from rmsnorm.kernels import launch
+from rmsnorm.kernels.plan import Backward, Forward, TensorKind
+from rmsnorm.spec import Spec
+from trace_cost import Run, Watch, traced
+
+B, H, F = torch.bfloat16, torch.float16, torch.float32
+EARLY, LATE, OFFSET = ("early", 0.0), ("late", 0.0), ("late", 1.0)
+DTYPES = ((B, B), (F, F), (B, F), (F, B), (H, B), (B, None))
+SHAPES = ((64, 1000), (2, 3, 5), (300, 33), (5, 1), (7,), (1, 1))
+FIELDS = ("flops", "read", "written", "kernels", "saved", "peak")
+
+other_torch = pytest.mark.skipif(
+    torch.__version__.split("+")[0] != counting.TRACED_TORCH,
+    reason=f"PyTorch's own operators were counted in torch {counting.TRACED_TORCH}; "
+    f"{torch.__version__} may decompose otherwise: trace it, adapt cost.py, and set TRACED_TORCH",
+)
+
+
+def cases() -> list[Any]:
+    found = []
+    for implementation in counting.IMPLEMENTATIONS:
+        own = implementation.startswith("ours")
+        for cast, offset in (EARLY, LATE, OFFSET) if own or implementation == "eager" else (EARLY,):
+            for x, w in DTYPES:
+                if (w is None and offset) or (implementation == "LayerNorm" and w not in (x, F, None)):
+                    continue
+                names = [str(d).removeprefix("torch.") for d in (x, w)]
+                label = "-".join([implementation, cast, f"{offset:g}", *names])
+                marks = () if own else (other_torch,)
+                found.append(pytest.param(implementation, cast, offset, x, w, id=label, marks=marks))
+    return found
+
+
+def counted(shape: tuple[int, ...], x: torch.dtype, w: torch.dtype | None, **options: Any) -> Cost:
+    return cost(shape, x, w, elementwise_affine=w is not None, **options)
+
+
+def wrong(
+    implementation: str, cast: str, offset: float, x: torch.dtype, w: torch.dtype | None, shape: Any
+) -> list[str]:
+    """Where the count and the trace differ."""
+    found = []
+    for phase in counting.PHASES:
+        c = counted(shape, x, w, implementation=implementation, phase=phase, cast=cast, offset=offset)
+        assert not c.derived
+        trace = traced(Run.of(shape, x, w, implementation, cast, offset), phase)
+        fields = FIELDS if implementation in ("eager", "F.rms_norm") else FIELDS[1:]  # the rest hide their arithmetic
+        for field in fields:
+            if getattr(c, field) != trace[field]:
+                found.append(f"{shape} {phase} {field}: counted {getattr(c, field)}, traced {trace[field]}")
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+@pytest.mark.parametrize(("implementation", "cast", "offset", "x", "w"), cases())
+def test_every_number_equals_the_trace(implementation, cast, offset, x, w) -> None:
+    assert [line for shape in SHAPES for line in wrong(implementation, cast, offset, x, w, shape)] == []
+
+
+def test_the_partial_sums_follow_the_kernel() -> None:
+    from rmsnorm.kernels import cpu
+
+    for M, N in ((1, 1), (31, 7), (33, 100000), (8192, 1280), (70000, 3), (9000, 1280)):
+        x, w, rstd = (TensorKind.dense(shape, torch.bfloat16) for shape in ((M, N), (N,), (M,)))
+        plan = cpu.plan_backward(Backward(torch.device("cpu"), x, None, x, w, rstd, Spec(), True, True))
+        (partials,) = (t for t in plan.fresh if t.name == "partials")
+        case = counting._checked((M, N), B, None, "ours", "backward", "cpu", "early", 0.0, True)
+        assert counting._cpu_chunks(case) == partials.shape[0], (M, N)
+
+
+@other_torch
+@pytest.mark.parametrize("threads_used", [1, 3])
+def test_layer_norm_allocates_by_thread(threads_used, threads) -> None:
+    threads(threads_used)
+    trace = traced(Run.of((64, 40), B, B, "LayerNorm", "early", 0.0), "backward")
+    assert cost((64, 40), B, implementation="LayerNorm", phase="backward").peak == trace["peak"]
+    assert cost((64, 40), B, implementation="LayerNorm", phase="backward", threads=threads_used).peak == trace["peak"]
+
+
+# --- the arithmetic of what is one operator ------------------------------------------------------------------
+
+
+def watched(call: Callable[[], object]) -> int:
+    watch = Watch()
+    with torch.no_grad(), watch:
+        call()
+    return sum(seen.flops for seen in watch.seen)
+
+
+@pytest.mark.parametrize(
+    ("cast", "offset", "affine"), [(*EARLY, True), (*LATE, True), (*OFFSET, True), (*EARLY, False), (*LATE, False)]
+)
+@pytest.mark.parametrize("adds", [False, True])
+def test_our_flops_are_those_of_the_reference(cast, offset, affine, adds, randn) -> None:
+    x, residual, dy, ds = (randn(6, 9, dtype=B) for _ in range(4))
+    w = randn(9, dtype=B) if affine else None
+    spec = (w, 1e-6, cast, offset)
+    name: Any = "ours+residual" if adds else "ours"
+    options: Any = {"implementation": name, "cast": cast, "offset": offset, "elementwise_affine": affine}
+    forward = watched(lambda: reference.forward(x, residual if adds else None, *spec, True))
+    assert cost((6, 9), phase="forward", **options).flops == forward
+    rstd = reference.exact_rstd(x, 1e-6)
+    backward = watched(lambda: reference.backward(dy, ds if adds else None, x, w, rstd, cast, offset, True, affine))
+    assert cost((6, 9), phase="backward", **options).flops == backward
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_fused_flops_are_those_of_the_formula_written_out(affine, randn) -> None:
+    x, dy = randn(6, 9), randn(6, 9)
+    w, b = (randn(9) if affine else None for _ in range(2))
+
+    def mean(t: Tensor) -> Tensor:
+        return t.mean(-1, keepdim=True)
+
+    def layer_norm() -> None:
+        centred = x - mean(x)
+        y = centred * torch.rsqrt(mean(centred.square()) + 1e-6)
+        if w is not None:
+            y * w + b
+
+    rstd, at = randn(6, 1), randn(6, 1)
+
+    def layer_norm_backward() -> None:
+        xh = (x - at) * rstd
+        g = dy if w is None else dy * w
+        rstd * (g - mean(g) - xh * mean(g * xh))
+        if w is not None:
+            (dy * xh).sum(0), dy.sum(0)
+
+    def rms_norm() -> None:
+        h = x * torch.rsqrt(mean(x.square()) + 1e-6)
+        if w is not None:
+            h * w
+
+    def rms_norm_backward() -> None:
+        xh = x * rstd
+        g = dy if w is None else dy * w
+        rstd * (g - xh * mean(g * xh))
+        if w is not None:
+            (dy * xh).sum(0)
+
+    def count(implementation: Any, phase: Any, device: str) -> int:
+        return cost(
+            (6, 9), F, implementation=implementation, phase=phase, device=device, elementwise_affine=affine
+        ).flops
+
+    assert count("LayerNorm", "forward", "cpu") == watched(layer_norm)
+    assert count("LayerNorm", "backward", "cpu") == watched(layer_norm_backward)
+    assert count("F.rms_norm", "forward", "cuda") == watched(rms_norm)
+    assert count("F.rms_norm", "backward", "cuda") == watched(rms_norm_backward)
+
+
+# --- figures worked out by hand ------------------------------------------------------------------------------
+
+
+def test_the_document_s_own_example() -> None:
+    """B=1, S=8192, d=1280, bf16: 4N + 2M, not 3N + 2M; 36N + 92N bytes, not "21-42 MB"."""
+    M, d = 8192, 1280
+    E = M * d
+    forward, backward = (cost((1, M, d), implementation="eager", phase=phase) for phase in ("forward", "backward"))
+    assert forward.flops == 4 * E + 2 * M == 41_959_424
+    assert backward.flops == 10 * E + 3 * M - d == 104_880_896
+    assert forward.moved == 36 * E + 24 * M + 2 * d == 377_686_528
+    assert backward.moved == 92 * E + 40 * M + 4 * d == 965_022_720
+    assert (forward.kernels, backward.kernels) == (8, 16)
+    assert forward.saved == 6 * E + 4 * M == 62_947_328
+    assert (forward.peak, backward.peak) == (12 * E + 8 * M, 26 * E + 2 * d)
+    assert cost((1, M, d), implementation="eager").peak == 8 * E + 8 * M
+    late = [cost((1, M, d), implementation="eager", cast="late", phase=phase) for phase in counting.PHASES]
+    assert [c.moved for c in late] == [40 * E + 24 * M + 2 * d] * 2 + [104 * E + 40 * M + 12 * d]
+    assert late[1].saved == 8 * E + 4 * M
+    assert [c.peak for c in late] == [10 * E + 4 * M, 14 * E + 8 * M, 26 * E + 2 * d]
+    ours = [cost((1, M, d), phase=phase) for phase in counting.PHASES]
+    assert [c.moved for c in ours[:2]] == [4 * E + 2 * d, 4 * E + 2 * d + 4 * M]
+    assert ours[2].least == 6 * E + 4 * M + 4 * d
+    assert ours[1].saved == 2 * E + 4 * M == 21_004_288
+    assert ours[0].peak == 2 * E
+
+
+@pytest.mark.parametrize("dtype", [B, F])
+def test_the_least_is_every_argument_and_result_once(dtype) -> None:
+    M, N, e = 24, 40, dtype.itemsize
+    inference, forward, backward = (cost((M, N), dtype, phase=phase) for phase in counting.PHASES)
+    assert inference.least == inference.moved == 2 * M * N * e + N * e
+    assert forward.least == forward.moved == inference.least + 4 * M
+    assert backward.least == 3 * M * N * e + 2 * N * e + 4 * M
+    residual = [cost((M, N), dtype, implementation="ours+residual", phase=phase) for phase in counting.PHASES]
+    assert [r.least - o.least for r, o in zip(residual, (inference, forward, backward), strict=True)] == [
+        2 * M * N * e, 2 * M * N * e, M * N * e,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [B, F])
+@pytest.mark.parametrize("make", [nn.RMSNorm, nn.LayerNorm])
+def test_parameters_and_adamw_s_state(dtype, make) -> None:
+    layer = make(48).to(dtype)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.randn(4, 48, dtype=dtype)).sum().backward()
+    optimizer.step()
+    state = [t for of_one in optimizer.state.values() for t in of_one.values()]
+    c = cost((4, 48), dtype, implementation="LayerNorm" if make is nn.LayerNorm else "F.rms_norm")
+    parameters = list(layer.parameters())
+    assert c.parameters == sum(p.nbytes for p in parameters)
+    assert c.gradients == sum(p.grad.nbytes for p in parameters)
+    assert c.optimizer == sum(t.nbytes for t in state)
+
+
+def test_master_weights_are_fp32_with_fp32_moments() -> None:
+    assert cost((4, 48), B, master=True).optimizer == 3 * 4 * 48 + 4
+    assert cost((4, 48), F, master=True).optimizer == cost((4, 48), F).optimizer == 2 * 4 * 48 + 4
+
+
+# --- CUDA, as far as it can be derived -----------------------------------------------------------------------
+
+
+def test_cuda_is_labelled_derived_until_a_gpu_has_confirmed_it() -> None:
+    assert cost((4, 8), device="cuda").derived is ("cuda" not in counting._CONFIRMED)
+
+
+def test_cuda_has_no_scratch_for_casts_and_numbers() -> None:
+    on_cpu, on_cuda = (cost((4, 8), F, B, implementation="F.rms_norm", device=device) for device in ("cpu", "cuda"))
+    assert on_cuda.terms == on_cpu.terms
+    assert on_cuda.peak == on_cpu.peak - 4 * 8  # the weight in fp32
+
+
+def test_ours_on_cuda_follows_the_launch_configuration() -> None:
+    """Kernels, and what they exchange: fp32 sums of dw for each program, and 8 bytes for each part of a shared row."""
+    M, e = 4096, 2
+    seen = set()
+    for N in (3, 1280, 7168, 16384, 16385, 32768, 262144, 600000):
+        forward, backward = (cost((M, N), device="cuda", phase=phase) for phase in ("forward", "backward"))
+        config = launch.forward(N, e, False, N % 16 == 0, launch.Gpu(227 << 10))
+        parts = config.parts
+        shares = 8 * M * parts if parts > 1 else 0
+        seen.add(min(parts, 2))
+        assert forward.kernels == (2 if shares else 1)
+        assert forward.moved == forward.least + 3 * shares  # filled, then written and read
+        assert forward.peak == M * N * e + 4 * M + shares
+
+        config = launch.backward(M, N, e, e, e, False, N % 16 == 0, launch.Gpu(227 << 10))
+        shares = 8 * M * config.parts if config.parts > 1 else 0
+        alone = config.parts == 0
+        programs = launch.dw_alone(M, N, 2 * e, e, launch.Gpu()).programs if alone else config.programs
+        partials = programs * N * 4
+        assert backward.kernels == (3 if alone else 2) + bool(shares)
+        again = 2 * M * N * e + 4 * M if alone else 0  # dy, x and rstd, for dw
+        assert backward.moved == backward.least + 2 * partials + again + 3 * shares
+        assert backward.peak == 2 * M * N * e + 4 * M + partials + N * e + shares  # y, dx, rstd, dw
+        without = cost((M, N), device="cuda", phase="backward", elementwise_affine=False)
+        config = launch.backward(M, N, e, e, 0, False, N % 16 == 0, launch.Gpu(227 << 10))
+        shares = 8 * M * config.parts if config.parts > 1 else 0
+        assert without.kernels == 1 + bool(shares)
+        assert without.moved == without.least + 3 * shares
+    assert seen == {0, 1, 2}
+
+
+def test_no_count_depends_on_the_gpu() -> None:
+    gpus = [launch.Gpu(*of) for of in itertools.product((0, 99 << 10, 227 << 10), (64, 132), (8, 9, 12))]
+    for M, N in itertools.product((1, 4096, 1 << 20), (3, 500, 1280, 7168, 16384, 65536)):
+        for size, of_dy, of_dw in ((2, 2, 2), (2, 4, 4), (4, 4, 2), (4, 4, 4)):
+            for with_ds, aligned in itertools.product((False, True), {False, N % 16 == 0}):
+                configs = [launch.backward(M, N, size, of_dy, of_dw, with_ds, aligned, gpu) for gpu in gpus]
+                assert len({config.programs for config in configs}) == 1, (M, N)
+            assert len({launch.dw_alone(M, N, size + of_dy, of_dw, gpu).programs for gpu in gpus}) == 1, (M, N)
+
+
+def test_the_launches_are_those_of_the_kernels(monkeypatch) -> None:
+    """What gpu.py asks launch.py for, without a GPU: the same arguments as the count's."""
+    gpu = pytest.importorskip("rmsnorm.kernels.gpu", reason="there is no Triton")
+    asked: list[Any] = []
+
+    def spy(name: str, used: int) -> Callable[..., Any]:
+        before = getattr(launch, name)
+
+        def wrapped(*args: Any) -> Any:
+            asked.append((name, *args[:used]))
+            return before(*args)
+
+        return wrapped
+
+    # All arguments but the GPU.
+    for name, used in (("forward", 4), ("backward", 7), ("dw_alone", 4)):
+        monkeypatch.setattr(launch, name, spy(name, used))
+    monkeypatch.setattr(gpu, "_gpu", lambda _: launch.Gpu(227 << 10))
+    for (x, w), N, adds in itertools.product(DTYPES, (7, 1280, 12000, 14336, 40000), (False, True)):
+        asked.clear()
+        rows, rstd = TensorKind.dense((33, N), x), TensorKind.dense((33,), torch.float32)
+        other, weight = rows if adds else None, None if w is None else TensorKind.dense((N,), w)
+        cpu, spec = torch.device("cpu"), Spec()
+        y = gpu.plan_forward.__wrapped__(Forward(cpu, rows, other, weight, spec, True)).fresh[0]
+        dy = TensorKind.dense(y.shape, y.dtype)
+        gpu.plan_backward.__wrapped__(Backward(cpu, dy, other, rows, weight, rstd, spec, True, w is not None))
+        kernels = sorted(set(asked))
+        asked.clear()
+        name: Any = "ours+residual" if adds else "ours"
+        for phase in ("forward", "backward"):
+            counted((33, N), x, w, implementation=name, phase=phase, device="cuda")
+        assert sorted(set(asked)) == kernels
+
+
+def test_pytorch_s_fused_norms_on_cuda_read_twice_for_dw() -> None:
+    for name in ("F.rms_norm", "LayerNorm"):
+        inference, _, backward = (
+            cost((8192, 1280), implementation=name, device="cuda", phase=p) for p in counting.PHASES
+        )
+        assert (inference.kernels, backward.kernels) == (1, 2)
+        assert backward.moved // (8192 * 1280 * 2) == 5  # dy, x, dx, and dy and x again
+        assert cost((8192, 1283), implementation=name, device="cuda").kernels == 2
+        many = cost((70000, 256), implementation=name, device="cuda", phase="backward")
+        assert many.kernels == 2 + (2 if name == "LayerNorm" else 1)
+
+
+# --- what makes no sense, and nothing ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", counting.IMPLEMENTATIONS)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("phase", counting.PHASES)
+def test_no_rows_cost_nothing(implementation, device, phase) -> None:
+    c = cost((0, 8), implementation=implementation, device=device, phase=phase)
+    assert (c.flops, c.read, c.written, c.kernels, c.saved, c.peak, c.least, c.terms) == (0,) * 7 + ((),)
+    assert c.parameters > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "text"),
+    [
+        (((-1, 8),), {}, ValueError, "shape is (-1, 8)"),
+        (((4, 0),), {}, ValueError, "N of at least 1"),
+        (((),), {}, ValueError, "shape is ()"),
+        ((8,), {}, TypeError, "shape is 8, expected a sequence of integers"),
+        (((4.0, 8),), {}, TypeError, "integers"),
+        (((4, 8), torch.float64), {}, TypeError, "dtype is torch.float64"),
+        (((4, 8), B, torch.int8), {}, TypeError, "weight_dtype is torch.int8"),
+        (((4, 8),), {"implementation": "apex"}, ValueError, "'eager'"),
+        (((4, 8),), {"phase": "sideways"}, ValueError, "'backward'"),
+        (((4, 8),), {"device": "tpu"}, ValueError, "'cpu' or 'cuda'"),
+        (((4, 8),), {"offset": 1.0}, ValueError, "offset is 1 with cast='early'"),
+        (((4, 8),), {"offset": 1.0, "cast": "late", "elementwise_affine": False}, ValueError, "elementwise_affine"),
+        (((4, 8), F, B), {"implementation": "LayerNorm"}, ValueError, "LayerNorm refuses"),
+        (((4, 8), B, F), {"implementation": "LayerNorm", "device": "cuda"}, ValueError, "LayerNorm refuses"),
+        (((4, 8),), {"threads": 0}, ValueError, "threads is 0"),
+    ],
+)
+def test_what_makes_no_sense_raises(arguments, options, error, text) -> None:
+    with pytest.raises(error) as raised:
+        cost(*arguments, **options)
+    assert str(raised.value).startswith("[cost] ")
+    assert text in str(raised.value)
+
+
+def test_layer_norm_refuses_what_the_count_refuses(randn) -> None:
+    with pytest.raises(RuntimeError):
+        nn.functional.layer_norm(randn(4, 8), (8,), randn(8, dtype=B), randn(8, dtype=B))
+
+
+# --- the checker can fail ------------------------------------------------------------------------------------
+
+
+def _skip_statistic(t: Any, c: Any, g: Any, x32: Any, rstd: Any) -> None:
+    t.free(x32, rstd)
+    counting._recast(t, g, c.x)
+
+
+MUTATIONS: dict[str, tuple[str, Any, str]] = {
+    "a chunk more": ("_cpu_chunks", lambda c: 2 + c.M // 256, "ours"),
+    "the weight is read as it is": ("_readable", lambda t, c: (counting._weight(c), None), "ours"),
+    "no gradient through the statistic": ("_statistic_backward", _skip_statistic, "eager"),
+    "statistics in fp64": ("_layer_norm_statistic", lambda c: torch.float64, "LayerNorm"),
+    "a cotangent that is cast back": ("_recast", lambda t, a, dtype: a, "F.rms_norm"),
+}
+
+
+@other_torch
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_wrong_formula_is_red(name, monkeypatch) -> None:
+    attribute, mutant, implementation = MUTATIONS[name]
+    x, w = (H, B) if attribute == "_readable" else (B, B)
+    assert wrong(implementation, "early", 0.0, x, w, (64, 40)) == []
+    monkeypatch.setattr(counting, attribute, mutant)
+    assert wrong(implementation, "early", 0.0, x, w, (64, 40)) != []
+
+
+@other_torch
+def test_other_code_is_red(monkeypatch) -> None:
+    before = trace_cost.published
+    monkeypatch.setattr(trace_cost, "published", lambda x, *rest: before(x + 0, *rest))
+    fields = {line.split(": ")[0].split()[-1] for line in wrong("eager", "early", 0.0, B, B, (64, 40))}
+    assert fields >= {"read", "written", "kernels"}
+
+
+@pytest.mark.parametrize("operator", ["erf", "sin"])
+def test_an_operator_without_a_rule_is_no_zero(operator, randn) -> None:
+    x = randn(3)
+    with pytest.raises(AssertionError, match=f"no rule says what {operator} costs"):
+        watched(lambda: getattr(torch, operator)(x))
+
+
+# --- torch.utils.flop_counter --------------------------------------------------------------------------------
+
+COUNT = """
+import sys
+{first}
+import rmsnorm, torch
+if not {early}:
+    assert "triton" not in sys.modules and "torch.utils.flop_counter" not in sys.modules, "the import has become dear"
+from torch.utils.flop_counter import FlopCounterMode
+assert not [f for f in sys.meta_path if type(f).__module__.startswith("rmsnorm")]
+x, r, w = (torch.randn(*s, requires_grad=True) for s in ((3, 8), (3, 8), (8,)))
+counts = []
+with FlopCounterMode(display=False) as counter:
+    y = rmsnorm.rms_norm(x, w)
+    counts.append(counter.get_total_flops())
+    y.backward(torch.randn(3, 8))
+    counts.append(counter.get_total_flops() - counts[-1])
+with FlopCounterMode(display=False) as counter:
+    y, s = rmsnorm.add_rms_norm(x, r, w, cast="late", offset=1.0)
+    counts.append(counter.get_total_flops())
+    torch.autograd.backward((y, s), (torch.randn(3, 8), torch.randn(3, 8)))
+    counts.append(counter.get_total_flops() - counts[-1])
+with FlopCounterMode(display=False) as counter:
+    torch.autograd.grad(rmsnorm.rms_norm(x, w.detach()), x, torch.randn(3, 8))
+    counts.append(counter.get_total_flops() - counts[0])
+print(counts)
+"""
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_flop_counter_mode_counts_our_operators(early) -> None:
+    first = "import torch.utils.flop_counter" if early else ""
+    run = subprocess.run(
+        [sys.executable, "-c", COUNT.format(first=first, early=early)], capture_output=True, text=True, check=True
+    )
+    plain = [cost((3, 8), F, phase=phase).flops for phase in ("forward", "backward")]
+    options: Any = {"implementation": "ours+residual", "cast": "late", "offset": 1.0}
+    added = [cost((3, 8), F, phase=phase, **options).flops for phase in ("forward", "backward")]
+    without_dw = plain[1] - (2 * 24 - 8)
+    assert json.loads(run.stdout) == [*plain, *added, without_dw]

@@ -1,0 +1,261 @@
+"""What the running code does, counted from outside: the operators it dispatches, what it saves, what it allocates.
+
+Nothing here knows a formula. A dispatch mode sees every aten operator and takes its tensors' sizes; inside our own
+operators it goes on watching, and a spy takes the pointers that the compiled CPU kernels are called with. Memory is
+the allocator's own account, without any mode, since a mode changes what autograd does in place.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import rmsnorm
+from rmsnorm import memory, ops
+
+EPS = 1e-6
+NO_WORK = {"empty", "empty_like", "empty_strided", "new_empty"}
+NO_FLOPS = {"_to_copy", "to", "clone", "copy_", "ones", "full"}
+ONE_EACH = {"add", "sub", "mul", "div", "rsqrt", "sqrt", "reciprocal"}
+NEUTRAL = {"mul": 1, "div": 1, "add": 0, "sub": 0}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One operator or kernel that ran."""
+
+    what: str
+    flops: int
+    read: int
+    written: int
+
+
+def stored(t: Tensor) -> int:
+    """Bytes of the elements that are there, however often an expanded dimension repeats them."""
+    count = 1
+    for size, stride in zip(t.shape, t.stride(), strict=True):
+        count *= size if stride or not size else 1
+    return count * t.element_size()
+
+
+def flops(name: str, args: tuple[Any, ...], out: Tensor) -> int:
+    if name in NO_FLOPS:
+        return 0
+    if name == "pow":
+        return int(args[1] - 1) * out.numel()
+    if name == "mean":
+        return args[0].numel()
+    if name == "sum":
+        return args[0].numel() - out.numel()
+    name = name.removesuffix("_")
+    assert name in ONE_EACH, f"no rule says what {name} costs"
+    number = args[1] if len(args) > 1 and not isinstance(args[1], Tensor) else None
+    return 0 if number is not None and number == NEUTRAL[name] else out.numel()
+
+
+class Watch(TorchDispatchMode):
+    """Every operator that runs inside, in order; views and fresh memory are none."""
+
+    def __init__(self, arithmetic: bool = True) -> None:
+        super().__init__()
+        self.arithmetic = arithmetic  # False where operators run that hide theirs
+        self.seen: list[Seen] = []
+        self.known: dict[int, list[Any]] = {}  # address: [tensor, whether anything has been written there]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        if func.namespace == "rmsnorm":
+            for t in inputs:
+                self.known.setdefault(t.data_ptr(), [t, True])
+            run = {"rmsnorm::forward": ops._run_forward, "rmsnorm::backward": ops._run_backward}[func._schema.name]
+            with self:
+                return run(*args, **kwargs)
+        out = func(*args, **kwargs)
+        name = func._schema.name.removeprefix("aten::")
+        outputs = [a for a in tree_leaves(out) if isinstance(a, Tensor)]
+        if func.is_view and {t.data_ptr() for t in outputs} <= {t.data_ptr() for t in inputs}:
+            return out  # `to` is called a view too, and copies where it must
+        for t in outputs:
+            self.known[t.data_ptr()] = [t, name not in NO_WORK]
+        if name not in NO_WORK:
+            count = flops(name, args, outputs[0]) if self.arithmetic else 0
+            self.seen.append(Seen(name, count, sum(map(stored, inputs)), sum(map(stored, outputs))))
+        return out
+
+    def launch(self, name: str, addresses: tuple[int | None, ...]) -> None:
+        """A compiled kernel ran over these: what nobody had written it writes, the rest it reads."""
+        entries = [self.known[a] for a in dict.fromkeys(addresses) if a in self.known]
+        read = sum(stored(t) for t, written in entries if written)
+        self.seen.append(Seen(name, 0, read, sum(stored(t) for t, written in entries if not written)))
+        for entry in entries:
+            entry[1] = True
+
+    @property
+    def totals(self) -> tuple[int, int, int]:
+        """Bytes read, bytes written, kernels."""
+        return sum(s.read for s in self.seen), sum(s.written for s in self.seen), len(self.seen)
+
+
+@contextlib.contextmanager
+def spied(watch: Watch) -> Iterator[None]:
+    """The CPU kernels report to `watch` what they are called with."""
+    from rmsnorm.kernels.threads import MachineCode
+
+    run = MachineCode.run
+
+    def spied_run(launch: MachineCode, tensors: Any) -> None:
+        present = [tensors[name] for name in launch.tensors if name is not None]
+        watch.launch("rows" if len(launch.tensors) > 2 else "chunks", tuple(t.data_ptr() for t in present))
+        run(launch, tensors)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MachineCode, "run", spied_run)
+        yield
+
+
+def events(call: Callable[[], Any]) -> tuple[Any, list[int]]:
+    """The call's result, and what the CPU's allocator gave (+) and took (−) meanwhile, in order."""
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True, acc_events=True) as profile:
+        result = call()
+    assert profile.profiler is not None
+    found = [(e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert found == sorted(found, key=lambda event: event[0])
+    return result, [nbytes for _, nbytes in found]
+
+
+def most(steps: list[int]) -> int:
+    """The highest that the running sum gets, from 0."""
+    alive = peak = 0
+    for step in steps:
+        alive += step
+        peak = max(peak, alive)
+    return peak
+
+
+# --- the norms that are traced -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """One norm with tensors to run it on; `forward` gives y, or (y, s)."""
+
+    x: Tensor
+    residual: Tensor | None
+    w: Tensor | None
+    bias: Tensor | None
+    implementation: str
+    cast: str
+    offset: float
+
+    @classmethod
+    def of(
+        cls, shape: tuple[int, ...], dtype: torch.dtype, weight_dtype: torch.dtype | None, implementation: str,
+        cast: str, offset: float, device: str = "cpu",
+    ) -> "Run":  # fmt: skip
+        generator = torch.Generator().manual_seed(1)
+
+        def draw(*size: int, dtype: torch.dtype) -> Tensor:
+            return torch.randn(*size, generator=generator).to(device, dtype).requires_grad_()
+
+        N = shape[-1]
+        return cls(
+            draw(*shape, dtype=dtype),
+            draw(*shape, dtype=dtype) if implementation == "ours+residual" else None,
+            None if weight_dtype is None else draw(N, dtype=weight_dtype),
+            draw(N, dtype=weight_dtype) if implementation == "LayerNorm" and weight_dtype is not None else None,
+            implementation, cast, offset,
+        )  # fmt: skip
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        return [t for t in (self.x, self.residual, self.w, self.bias) if t is not None]
+
+    def forward(self) -> Any:
+        if self.implementation == "LayerNorm":
+            return F.layer_norm(self.x, self.x.shape[-1:], self.w, self.bias, EPS)
+        if self.implementation == "F.rms_norm":
+            return F.rms_norm(self.x, self.x.shape[-1:], self.w, EPS)
+        if self.implementation == "eager":
+            return published(self.x, self.w, self.cast, self.offset)
+        options: Any = {"cast": self.cast, "offset": self.offset}
+        if self.residual is not None:
+            return rmsnorm.add_rms_norm(self.x, self.residual, self.w, EPS, **options)
+        return rmsnorm.rms_norm(self.x, self.w, EPS, **options)
+
+    def inference(self) -> Any:
+        with torch.no_grad():
+            return self.forward()
+
+    def backward(self, outputs: Any) -> Callable[[], Any]:
+        """With random cotangents, which exist before it is called."""
+        tensors = outputs if isinstance(outputs, tuple) else (outputs,)
+        cotangents = [torch.randn_like(t) for t in tensors]
+        return lambda: torch.autograd.grad(tensors, self.inputs, cotangents)
+
+
+def published(x: Tensor, weight: Tensor | None, cast: str, offset: float) -> Tensor:
+    """The lines of the published classes, of DeepSeek for early, GPT-OSS for late, Gemma with an offset."""
+    if offset:
+        assert weight is not None
+        output = _gemma(x.float())
+        output = output * (1.0 + weight.float())
+        return output.type_as(x)
+    input_dtype = x.dtype
+    hidden_states = x.to(torch.float32)
+    variance = hidden_states.pow(2).mean(-1, keepdim=True)
+    hidden_states = hidden_states * torch.rsqrt(variance + EPS)
+    if weight is None:
+        return hidden_states.to(input_dtype)
+    if cast == "early":
+        return weight * hidden_states.to(input_dtype)
+    return (weight * hidden_states).to(input_dtype)
+
+
+def _gemma(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
+
+
+def traced(run: Run, phase: str) -> dict[str, int]:
+    """read, written, kernels, flops (0 where operators hide theirs), saved and peak of one phase, on the CPU."""
+    hidden = run.implementation in ("ours", "ours+residual", "LayerNorm")
+    outputs = run.forward()  # also compiles what has to be compiled
+    run.backward(outputs)()
+    call = run.inference if phase == "inference" else run.forward
+    if phase == "backward":
+        call = run.backward(run.forward())
+    watch = Watch(arithmetic=not hidden)
+    with spied(watch), watch:
+        outputs = call()
+    read, written, kernels = watch.totals
+    del outputs, call, watch.known
+    saved = 0
+    if phase != "inference":
+        with memory.saved_for_backward([t for t in (run.w, run.bias) if t is not None]) as count:
+            outputs = run.forward()
+            saved = count()
+        del outputs
+    outputs, steps = events(run.inference if phase == "inference" else run.forward)
+    peak = most(steps)
+    if phase == "backward":
+        after, steps = events(run.backward(outputs))
+        raise_by = sum(events_of_forward(run))
+        peak = raise_by + most(steps)
+        del after
+    total = sum(s.flops for s in watch.seen)
+    return {"flops": total, "read": read, "written": written, "kernels": kernels, "saved": saved, "peak": peak}
+
+
+def events_of_forward(run: Run) -> list[int]:
+    """The allocations of the forward, its outputs still held."""
+    outputs, steps = events(run.forward)
+    del outputs
+    return steps

@@ -1,0 +1,349 @@
+"""The GPU kernels without a GPU: in Triton's interpreter their fp32 and fp16 bits are the reference's.
+
+Interpreting is a mode of the whole process, so one process of its own runs all cases and prints what went wrong;
+each test reads its part. bf16 is left to machines with a GPU, because the interpreter's cast to it truncates.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tolerance
+
+pytest.importorskip(
+    "triton",
+    minversion="3.9",
+    reason="no Triton of 3.9 or later: the interpreter of 3.6 takes an argument of -0.0 for 0.0",
+)
+
+FP32, FP16 = torch.float32, torch.float16
+SPECS = (("early", 0.0), ("late", 0.0), ("late", 1.0))
+WIDTHS = (1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 31, 32, 61, 64, 100, 127, 255, 512, 1000, 1021, 1279, 1280, 2049, 4093, 5000)
+GUARD, SENTINEL = 64, -77.0
+CASES: dict[str, Callable[[], None]] = {}
+_random = torch.Generator().manual_seed(0)
+
+
+def case(function: Callable[[], None]) -> Callable[[], None]:
+    CASES[function.__name__] = function
+    return function
+
+
+def draw(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
+    """Random numbers of rows of different magnitude."""
+    scale = torch.randn(*shape[:-1], 1, generator=_random).exp()
+    return (torch.randn(*shape, generator=_random) * scale).to(dtype)
+
+
+def differing(got: Tensor | None, expected: Tensor | None) -> str:
+    """What is wrong with `got`; nothing if it has the bits of `expected`. Any NaN is as good as another."""
+    if got is None or expected is None:
+        return "" if got is expected else f"{'absent' if got is None else 'present'}"
+    if (got.dtype, got.shape) != (expected.dtype, expected.shape):
+        return f"{got.dtype} {tuple(got.shape)}, not {expected.dtype} {tuple(expected.shape)}"
+    if not got.is_contiguous():
+        return "not contiguous"
+    width = torch.int32 if got.element_size() == 4 else torch.int16
+    same = (got.view(width) == expected.contiguous().view(width)) | (got.isnan() & expected.isnan())
+    return "" if same.all() else f"{int((~same).sum())} of {same.numel()} differ"
+
+
+@contextmanager
+def guarded() -> Iterator[list[Tensor]]:
+    """Outputs are cut out of larger memory, full of a sentinel that must survive around them."""
+    empty, buffers = torch.empty, []
+
+    def inside(*size: Any, dtype: torch.dtype, device: Any) -> Tensor:
+        shape = torch.Size(size if isinstance(size[0], int) else size[0])
+        buffer = torch.full((shape.numel() + 2 * GUARD,), SENTINEL, dtype=dtype, device=device)
+        buffers.append(buffer)
+        return buffer[GUARD : buffer.numel() - GUARD].view(shape)
+
+    torch.empty = inside  # type: ignore[assignment]
+    try:
+        yield buffers
+    finally:
+        torch.empty = empty
+    for buffer in buffers:
+        around = torch.cat([buffer[:GUARD], buffer[buffer.numel() - GUARD :]])
+        assert (around == SENTINEL).all(), "wrote outside of an output"
+
+
+def check(
+    x: Tensor,
+    w: Tensor | None,
+    residual: Tensor | None = None,
+    *,
+    dy: Tensor | None = None,
+    ds: Tensor | None = None,
+    eps: float = 1e-6,
+    cast: str = "early",
+    offset: float = 0.0,
+    with_rstd: bool = True,
+    needs: tuple[bool, bool] = (True, True),
+) -> None:
+    """Forward and backward of the kernels against the reference, outputs and the memory around them."""
+    from planned import Kernels
+    from rmsnorm import reference
+    from rmsnorm.kernels import gpu
+
+    kernels = Kernels(gpu)
+    inputs = [t for t in (x, w, residual, dy, ds) if t is not None]
+    before = [t.clone(memory_format=torch.contiguous_format) for t in inputs]
+    with guarded() as buffers:
+        got = kernels.forward(x, residual, w, eps, cast, offset, with_rstd)
+    assert buffers, "no output is guarded"
+    expected = reference.forward(x, residual, w, eps, cast, offset, True)
+    wrong = {name: differing(a, b) for name, a, b in zip(("y", "s"), got, expected, strict=False)}
+    wrong["rstd"] = differing(got[2], expected[2] if with_rstd else None)
+
+    y, s, rstd = expected
+    assert rstd is not None
+    rows = x if s is None else s
+    dy = draw(*y.shape, dtype=y.dtype) if dy is None else dy
+    needs = (needs[0], needs[1] and w is not None)
+    with guarded():
+        gradients = kernels.backward(dy, ds, rows, w, rstd, cast, offset, *needs)
+    right = reference.backward(dy, ds, rows, w, rstd, cast, offset, *needs)
+    wrong["dx"] = differing(gradients[0], right[0])
+    if needs[1]:
+        count = tolerance.dw_too_far_off(gradients[1], *tolerance.sums_of_dw(dy, rows, rstd, cast), rstd.numel())
+        wrong["dw"] = f"{count} are too far off" if count else ""
+    wrong["inputs"] = "; ".join(filter(None, map(differing, (t.contiguous() for t in inputs), before)))
+    said = {name: what for name, what in wrong.items() if what}
+    assert not said, f"{tuple(x.shape)} {x.dtype} {cast} {offset}: {said}"
+
+
+@contextmanager
+def settings(**values: Any) -> Iterator[None]:
+    """Other thresholds in launch.py, so that a small row takes the path of a wide one."""
+    from rmsnorm.kernels import gpu, launch
+
+    def put(numbers: dict[str, Any]) -> None:
+        for name, value in numbers.items():
+            setattr(launch, name, value)
+        plans = (gpu.plan_forward, gpu.plan_backward)
+        for function in (launch.forward, launch.backward, launch.dw_alone, launch.sum_partials, *plans):
+            function.cache_clear()
+
+    before = {name: getattr(launch, name) for name in values}
+    put(values)
+    try:
+        yield
+    finally:
+        put(before)
+
+
+@contextmanager
+def walked(widest: int, **others: int) -> Iterator[set[tuple[str, bool]]]:
+    """Rows wider than this are walked over. Gives the kernels that ran, each with whether its second tensor was there: for
+    walks, a residual or a gradient through s."""
+    from rmsnorm.kernels.driver import Slot, TritonLaunch
+
+    run, seen = TritonLaunch.run, set()
+
+    def noted(launch: TritonLaunch, tensors: Any) -> None:
+        seen.add((launch.kernel.__name__, len(launch.arguments) > 1 and isinstance(launch.arguments[1], Slot)))
+        run(launch, tensors)
+
+    widths = {"FORWARD_WIDEST": widest, "ADD_WIDEST": widest, "BACKWARD_WIDEST": {2: widest, 4: widest}}
+    TritonLaunch.run = noted  # type: ignore[method-assign]
+    try:
+        with settings(**widths, ROOM=1 << 30, **others):
+            yield seen
+    finally:
+        TritonLaunch.run = run  # type: ignore[method-assign]
+
+
+WALKS = {("_forward_loop", False), ("_backward_loop", False)}
+WALKS_OF_TWO = {("_forward_loop", True), ("_backward_loop", True)}
+
+
+def sweep(widths: tuple[int, ...], rows: Callable[[int], int]) -> None:
+    """Both dtypes and the three specs in turn, with and without a residual."""
+    for index, N in enumerate(widths):
+        for dtype in (FP32, FP16):
+            cast, offset = SPECS[index % 3]
+            M = rows(N)
+            x, w = draw(M, N, dtype=dtype), draw(N, dtype=dtype)
+            check(x, w, cast=cast, offset=offset, eps=(1e-6, 0.0, 1e-3)[index % 3])
+            cast, offset = SPECS[(index + 1) % 3]
+            check(x, w, draw(M, N, dtype=dtype), ds=draw(M, N, dtype=dtype), cast=cast, offset=offset)
+
+
+@case
+def widths() -> None:
+    sweep(WIDTHS, lambda N: 67 if N < 64 else 3)
+
+
+@case
+def rows_in_pieces() -> None:
+    with walked(32, PIECE=32, COLUMNS=64) as seen:
+        sweep((33, 63, 64, 65, 100, 127, 512), lambda N: 5)
+    assert seen >= WALKS | WALKS_OF_TWO, seen
+
+
+@case
+def widths_beyond_the_widest_block() -> None:
+    with settings(ROOM=1 << 30):  # programs that share a row wait for each other, and here one runs after the other
+        sweep((16411,), lambda N: 2)
+
+
+@case
+def programs_and_their_tails() -> None:
+    with settings(MULTIPROCESSORS=1):
+        for M in (1, 2, 63, 64, 65, 191, 193, 300):
+            for needs in ((True, True), (False, True)):
+                check(draw(M, 31), draw(31), needs=needs)
+                if M in (1, 65, 193):
+                    check(draw(M, 513, dtype=FP16), draw(513, dtype=FP16), needs=needs)
+
+
+@case
+def every_row_counts() -> None:
+    """dw of numbers whose sums are exact in fp32, in any order: no row may be missing, or count twice."""
+    from planned import Kernels
+    from rmsnorm.kernels import gpu
+
+    with settings(MULTIPROCESSORS=1):
+        for (M, N), dtype in itertools.product(((1, 31), (300, 31), (67, 512), (19, 1281)), (FP32, FP16)):
+            x = torch.where(draw(M, N) < 0, -1.0, 1.0).to(dtype)
+            dy = draw(M, N).round().clamp(-3, 3).to(dtype)
+            expected = (x * dy).sum(0, dtype=torch.float64).to(dtype)
+            for needs in ((True, True), (False, True)):
+                dw = Kernels(gpu).backward(dy, None, x, draw(N, dtype=dtype), torch.ones(M), "early", 0.0, *needs)[1]
+                assert not differing(dw, expected), f"{M} x {N} {dtype} {needs}: {differing(dw, expected)}"
+
+
+@case
+def strides() -> None:
+    N = 48
+    wide = draw(4, 4, 3, 64)
+    wide[..., N:] = torch.nan  # what lies between the rows must not be read into them
+    views = (
+        wide[..., :N],
+        wide[:, :3, :, :N],
+        wide.transpose(0, 1)[..., :N],
+        wide.permute(2, 0, 1, 3)[..., :N],
+        wide.flatten(0, 1)[:, 1::2, :N],
+        wide.view(-1)[3 : 3 + 15 * N].view(15, N),
+        wide[:1, :1, :1, :N].expand(2, 3, 4, N),
+        wide.view(2, 2, 2, 2, 3, 64)[:, :, :, :, :2, :N].permute(3, 2, 1, 0, 4, 5),
+        wide[0, 0, :, :N].t(),
+        wide[0, 0, 0, :N],
+        wide[0, 0, 0, :N].expand(1, 1, N),
+    )
+    for x in views:
+        n = x.shape[-1]
+        w = draw(2 * n)[::2]
+        check(x, w)
+        strided = draw(*x.shape[:-1], n + 3)[..., 1 : 1 + n]
+        check(x, w, strided, ds=draw(*x.shape), cast="late", offset=1.0)
+        check(strided, w, x, ds=strided, dy=strided)
+    x, w = draw(7, N), draw(N)
+    for dy in (torch.ones(()).expand(7, N), draw(7, 1).expand(7, N), draw(1, N).expand(7, N), draw(N, 7).t()):
+        check(x, w, dy=dy)
+    with walked(16, PIECE=16, COLUMNS=16) as seen:
+        for x in views[:4]:
+            check(x, draw(x.shape[-1]), x.flip(-1), ds=x)
+    assert seen >= WALKS_OF_TWO, seen
+
+
+@case
+def dtypes_that_differ() -> None:
+    for x, w in ((FP32, FP16), (FP16, FP32)):
+        for cast, offset in SPECS:
+            check(draw(5, 100, dtype=x), draw(100, dtype=w), cast=cast, offset=offset)
+    check(draw(5, 100, dtype=FP16), draw(100, dtype=torch.bfloat16), needs=(True, False))
+    check(draw(5, 100, dtype=FP16), draw(100, dtype=FP16), draw(5, 100), ds=draw(5, 100))
+    check(draw(5, 100), draw(100, dtype=FP16), draw(5, 100, dtype=FP16), ds=draw(5, 100))
+    for dtype in (FP32, FP16):
+        check(draw(5, 100, dtype=dtype), None)
+        check(draw(5, 100, dtype=dtype), None, draw(5, 100, dtype=dtype), cast="late")
+
+
+@case
+def only_what_is_needed() -> None:
+    for block in (16384, 32):
+        with walked(block, PIECE=32):
+            for needs in ((True, False), (False, True), (False, False)):
+                check(draw(9, 65), draw(65), ds=draw(9, 65), needs=needs, with_rstd=False)
+
+
+@case
+def no_rows_or_one() -> None:
+    for shape in ((0, 33), (3, 0, 33), (1, 33), (33,), (0, 1), (1, 1), (1,)):
+        for needs in ((True, True), (False, True)):
+            check(draw(*shape), draw(shape[-1]), needs=needs)
+            check(draw(*shape, dtype=FP16), draw(shape[-1], dtype=FP16), draw(*shape, dtype=FP16), needs=needs)
+
+
+@case
+def extremes() -> None:
+    inf, nan = torch.inf, torch.nan
+    for dtype, tiny, huge in ((FP32, 1e-40, 3e38), (FP16, 6e-8, 65504.0)):
+        N = 21
+        x = draw(12, N, dtype=dtype)
+        x[0, 1], x[1, 2], x[2, 3], x[3, 4] = inf, -inf, nan, huge
+        x[4], x[5], x[6], x[7] = 0.0, -0.0, tiny, huge
+        x[8] = draw(1, N)[0].abs() * 1e-24  # in fp32 the mean of squares vanishes, rstd is inf, and x is not zero
+        w, dy = draw(N, dtype=dtype), draw(12, N, dtype=dtype)
+        w[0], w[1], w[2], w[3] = -0.0, inf, nan, tiny
+        dy[8] = dy[8].abs()
+        dy[9, 0], dy[10, 1] = inf, nan
+        for eps in (0.0, 1e-6):
+            for cast, offset in SPECS:
+                for weight in (w, w.nan_to_num(1.0, 1.0).abs()):
+                    check(x, weight, eps=eps, cast=cast, offset=offset, dy=dy)
+                    with walked(16, PIECE=16, COLUMNS=16):
+                        check(x, weight, eps=eps, cast=cast, offset=offset, dy=dy, ds=dy)
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, str]:
+    """For each case what went wrong."""
+    root = Path(__file__).resolve().parents[2]
+    paths = os.pathsep.join(filter(None, (str(root / "src"), str(root / "tests"), os.environ.get("PYTHONPATH"))))
+    process = subprocess.run(
+        [sys.executable, __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    result: dict[str, str] = json.loads(process.stdout.splitlines()[-1])
+    return result
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bits(name: str, interpreted: dict[str, str]) -> None:
+    assert interpreted[name] == ""
+
+
+def main() -> None:
+    import traceback
+
+    result = {}
+    for name, function in CASES.items():
+        try:
+            function()
+            result[name] = ""
+        except Exception:  # reported by the test of this case
+            result[name] = traceback.format_exc()[-3000:]
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Every RMSNorm class of the installed transformers: what patch says of it, and that it is true."""
+
+import copy
+import re
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
+from transformers.models.t5.modeling_t5 import T5LayerNorm
+from transformers.models.xlstm.modeling_xlstm import xLSTMRMSNorm
+
+from rmsnorm import patch, reference
+from rmsnorm.bits import differing
+from rmsnorm.spec import Spec
+from tolerance import DEFINITION_SHARE, DEFINITION_ULP, assert_same_bits
+from verdicts import MEASURED, TABLE, Found, every, summary, table
+
+COUNTED = "5.23.0"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROWS = 512
+N = 96
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: Callable[[int], None]) -> None:
+    """Thousands of small tensors: on a busy machine the threads wait for one another far longer than they work."""
+    threads(1)
+
+
+def rows(seed: int, width: int, dtype: torch.dtype, count: int = ROWS) -> Tensor:
+    """Random rows from large to so small that eps decides."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(count, width, generator=generator) * torch.logspace(2, -4, count)[:, None]).to(dtype)
+
+
+def flat(compute: str, x: Tensor, module: nn.Module, spec: Spec) -> Tensor:
+    w = dict(module.named_parameters()).get("weight")
+    if compute == "published":
+        return reference.published(x, w, spec.eps, spec.cast, spec.offset)
+    return reference.forward(x, None, w, spec.eps, spec.cast, spec.offset, with_rstd=False)[0]
+
+
+def test_the_counts() -> None:
+    if transformers.__version__ != COUNTED:
+        pytest.skip(f"the classes were counted in transformers {COUNTED}, this is {transformers.__version__}")
+    assert summary() == {
+        "early": 143,
+        "late": 24,
+        "left": 22,
+        "late, offset 1": 14,
+        "early, its own forward where input and weight differ in dtype": 10,
+        "without a weight": 5,
+    }
+
+
+def test_what_is_proven_is_true() -> None:
+    """The class gives published's bits, the patched one exact's, and between them lies what contract 2 allows."""
+    seen = {dtype: [0, 0] for dtype in DEFINITION_SHARE}
+    proven = [f for f in every() if f.verdict is not None and f.verdict.spec is not None]
+    assert len(proven) > 100
+    for seed, found in enumerate(proven):
+        spec = found.verdict.spec  # type: ignore[union-attr]
+        patched = found.replaced().eval()
+        for dtype in DTYPES:
+            module, ours = found.module().to(dtype).eval(), copy.deepcopy(patched).to(dtype)
+            weight = dict(module.named_parameters()).get("weight")
+            width = N if weight is None else weight.shape[0]
+            x = rows(seed, width, dtype, -(-ROWS * N // width))
+            with torch.no_grad():
+                before, after = module(x), ours(x)
+            assert_same_bits(before, flat("published", x, module, spec), f"{found.cls}, before")
+            assert_same_bits(after, flat("exact", x, module, spec), f"{found.cls}, after")
+            count, ulp = differing(after, before)
+            if dtype in seen:
+                assert ulp <= DEFINITION_ULP[spec.cast], found.cls
+                seen[dtype][0] += count
+                seen[dtype][1] += x.numel()
+    for dtype, (count, total) in seen.items():
+        assert total > 5e6
+        assert count <= total * DEFINITION_SHARE[dtype], dtype
+
+
+def test_t5s_form_runs_its_own_forward_where_the_dtypes_differ() -> None:
+    own = [f for f in every() if f.verdict is not None and f.verdict.partly]
+    assert any(f.cls == "T5LayerNorm" for f in own)
+    for found in own:
+        patched = found.replaced()
+        for x_dtype in (*DTYPES, torch.float64):
+            for w_dtype in (*DTYPES, torch.float64):
+                module = found.module().to(w_dtype)
+                x = rows(3, N, x_dtype, 24)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    before = module(x)
+                spec = Spec(module.variance_epsilon)
+                ours = x_dtype == w_dtype and x_dtype in DTYPES
+                if torch.float64 in (x_dtype, w_dtype):  # there some of these classes are early too
+                    published = flat("published", x, module, spec)
+                    ours = before.dtype == published.dtype and torch.equal(before, published)
+                expected = flat("exact", x, module, spec) if ours else before
+                after = copy.deepcopy(patched).to(w_dtype)(x)
+                assert_same_bits(after, expected, f"{found.cls}, {x_dtype}, {w_dtype}")
+
+
+def test_one_that_looks_equal_while_its_gate_is_not_passed_is_left() -> None:
+    """Seven of transformers' gated classes do."""
+    norm = MambaRMSNormGated(N, group_size=N)
+    nn.init.normal_(norm.weight)
+    x = rows(0, N, torch.bfloat16)
+    assert_same_bits(norm(x), reference.published(x, norm.weight, norm.variance_epsilon, "early", 0.0))
+    assert "gate" in patch(nn.Sequential(norm)).left[0].reason
+
+
+def test_what_an_instance_holds_decides_not_its_class() -> None:
+    plain, biased, bare = xLSTMRMSNorm(N), xLSTMRMSNorm(N, use_bias=True), xLSTMRMSNorm(N, use_weight=False)
+    report = patch(nn.Sequential(plain, biased, bare))
+    assert [v.spec for v in report.verdicts] == [Spec(1e-6), None, Spec(1e-6)]
+    assert "more than a weight: bias" in report.left[0].reason
+
+
+def test_another_name_is_reported_only_if_it_is_proven() -> None:
+    model = nn.Sequential(T5LayerNorm(N), nn.LayerNorm(N), nn.BatchNorm1d(N))
+    report = patch(model)
+    assert [(v.name, v.cls) for v in report.verdicts] == [("0", "T5LayerNorm")]
+
+
+def test_the_table_is_current() -> None:
+    written = TABLE.read_text()
+    version = re.search(r"transformers (\S+),", written)
+    assert version is not None
+    if version[1] != transformers.__version__:
+        pytest.skip(f"docs/verdicts.md is of transformers {version[1]}, this is {transformers.__version__}")
+    if torch.__version__.partition("+")[0] != "2.13.0":
+        pytest.skip(f"docs/verdicts.md was written with torch 2.13.0, this is {torch.__version__}")
+
+    def without_figures(text: str) -> list[str]:
+        """The share of outputs that change depends on how this CPU takes a root and sums."""
+        lines = [line for line in text.splitlines() if not line.startswith(MEASURED)]
+        return [line.rsplit(" | ", 3)[0] if line.count("|") > 6 else line for line in lines]
+
+    assert without_figures(written) == without_figures(table()), "run: python tests/verdicts.py"
+
+
+def test_the_table_has_a_line_for_each_class() -> None:
+    lines = table().splitlines()
+    found: tuple[Found, ...] = every()
+    assert sum(line.startswith("| ") and line.count("|") >= 7 for line in lines) == len(found) + 1

@@ -1,0 +1,438 @@
+"""The command line: what it prints where, and its exit codes."""
+
+import contextlib
+import io
+import json
+import os
+import resource
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import rmsnorm.tools.bench
+import rmsnorm.tools.checkpoint
+import rmsnorm.tools.predict
+import rmsnorm.tools.report
+import rmsnorm.tools.results
+import rmsnorm.tools.verify
+import rmsnorm.tools.world
+from rmsnorm.errors import CommandError, one_line
+from rmsnorm.tools import cli
+from rmsnorm.tools.cli import main
+from rmsnorm.tools.display import Block
+
+
+def call(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert isinstance(exit.value.code, int)
+    return exit.value.code
+
+
+def stub(monkeypatch: pytest.MonkeyPatch, ok: bool) -> None:
+    def verify(device, quick, progress, only) -> SimpleNamespace:
+        progress(1, 2, "half way")
+
+        def table(verbose: bool) -> list[Block]:
+            return ["the table", *(["with every row"] if verbose else [])]
+
+        return SimpleNamespace(ok=ok, to_json=lambda: {"ok": ok, "quick": quick}, table=table)
+
+    monkeypatch.setattr(rmsnorm.tools.verify, "verify", verify)
+
+
+@pytest.mark.parametrize("ok", [True, False])
+def test_exit_code_tells_whether_a_check_is_red(ok, monkeypatch, capsys, tmp_path) -> None:
+    stub(monkeypatch, ok)
+    assert call("verify") == (0 if ok else 1)
+    assert capsys.readouterr() == ("the table\n", "")
+    assert call("verify", "--verbose") == (0 if ok else 1)
+    assert capsys.readouterr().out == "the table\nwith every row\n"
+    assert call("verify", "--quick", "--json", "-") == (0 if ok else 1)
+    assert json.loads(capsys.readouterr().out) == {"ok": ok, "quick": True}
+    assert call("verify", "--json", str(tmp_path / "v.json")) == (0 if ok else 1)
+    assert json.loads((tmp_path / "v.json").read_text()) == {"ok": ok, "quick": False}
+
+
+OUT = Path("out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "verb", "given"),
+    [
+        ("report", "report.main", ("deepseek-ocr", Path(), {"device": None, "tokens": 2048, "seconds": 90.0, "every_layer": False})),
+        (
+            "report folder --out out --device cpu --tokens 5 --seconds 2.5 --all",
+            "report.main",
+            ("folder", OUT, {"device": "cpu", "tokens": 5, "seconds": 2.5, "every_layer": True}),
+        ),
+        ("verify", "verify.verify", (None, False, {"only": []})),
+        ("verify --device cpu --quick --only a --only b", "verify.verify", ("cpu", True, {"only": ["a", "b"]})),
+        ("verify --world 3", "world.verify_on_ranks", (3, None, False, {"only": []})),
+        (
+            "bench",
+            "bench.main",
+            (None, False, None, {"drawing": None, "stored": None, "dtypes": [], "modes": [], "names": []}),
+        ),
+        (
+            "bench --device cpu --quick --out out --plot a.svg --from b.json --dtype x --dtype y --mode m --provider p",
+            "bench.main",
+            (
+                "cpu", True, OUT,
+                {"drawing": Path("a.svg"), "stored": Path("b.json"), "dtypes": ["x", "y"], "modes": ["m"], "names": ["p"]},
+            ),
+        ),
+        ("cost a.json", "predict.main", ("a.json", {"batch": 1, "seq": 8192, "dtype": "bfloat16", "gpu": None})),
+        (
+            "cost deepseek-v3 --batch 2 --seq 3 --dtype float32 --gpu h100",
+            "predict.main",
+            ("deepseek-v3", {"batch": 2, "seq": 3, "dtype": "float32", "gpu": "h100"}),
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " in value else "",
+)  # fmt: skip
+def test_every_option_reaches_its_verb(arguments, verb, given, monkeypatch) -> None:
+    calls: list[tuple[object, ...]] = []
+
+    def work(*positional: object, **named: object) -> SimpleNamespace:
+        calls.append((*(value for value in positional if not callable(value)), named))
+        return SimpleNamespace(ok=True, to_json=dict, table=lambda *_: [])
+
+    monkeypatch.setattr(f"rmsnorm.tools.{verb}", work)
+    assert call(*arguments.split()) == 0
+    assert calls == [given]
+
+
+def test_a_command_error_is_one_line_and_exit_code_2(monkeypatch, capsys) -> None:
+    def verify(*_: object, **__: object) -> None:
+        raise CommandError("the device has gone")
+
+    monkeypatch.setattr(rmsnorm.tools.verify, "verify", verify)
+    assert call("verify") == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "rmsnorm: the device has gone"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("verify", "--only", "fp4"), "--only 'fp4' is in the name of no row: give 'fp32, no weight' for example"),
+        (("report", "deepseek-nothing"), "deepseek-nothing"),
+        (("cost", "deepseek-nothing"), "deepseek-nothing"),
+        (("cost", "deepseek-ocr", "--gpu", "abacus"), "h200, h100"),
+        (("verify", "--json", "/nowhere/at/all.json"), "there is no folder"),
+        (("bench", "--plot", "shares.pdf"), "--plot shares.pdf: give a file that ends in .svg or .png"),
+        (("bench", "--device", "cpu", "--dtype", "int3"), "--dtype 'int3' is not measured in this run: give one of"),
+        (("bench", "--device", "cpu", "--mode", "sideways"), "--mode 'sideways' is not measured"),
+        (("bench", "--device", "cpu", "--provider", "nobody"), "--provider 'nobody' cannot be measured here"),
+        (("bench", "--from", "/nowhere/at/all.json"), "--from /nowhere/at/all.json: No such file"),
+    ],
+)
+def test_wrong_calls_say_what_to_do(arguments, text, capsys) -> None:
+    assert call(*arguments) == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert said.startswith("rmsnorm: ")
+    assert text in said
+
+
+@pytest.fixture
+def no_work(monkeypatch) -> None:
+    """Whatever a verb does after it has judged its options is a failure."""
+
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("it worked")
+
+    for module, name in (
+        (rmsnorm.tools.verify, "count"),
+        (rmsnorm.tools.world, "tallies_of_ranks"),
+        (rmsnorm.tools.bench, "_measure"),
+    ):
+        monkeypatch.setattr(module, name, work)
+    monkeypatch.setattr(rmsnorm.tools.bench, "_first_call", work)
+    monkeypatch.setattr(rmsnorm.tools.checkpoint, "transformers_for", work)
+
+
+DEVICES = [(verb, "--device", "nowhere", "give cpu or cuda") for verb in ("report", "verify", "bench")]
+WHOLE = "give a whole number from 1 to 1,000,000,000"
+NUMBERS = [
+    (verb, option, value, takes)
+    for verb, option, takes in (
+        ("report", "--tokens", WHOLE),
+        ("report", "--seconds", "give a number of seconds above 0"),
+        ("verify", "--world", WHOLE),
+        ("cost deepseek-ocr", "--batch", WHOLE),
+        ("cost deepseek-ocr", "--seq", WHOLE),
+    )
+    for value in ("0", "-3", "nan", "inf", "many", *(["1000000001"] if takes == WHOLE else []))
+]
+
+
+@pytest.mark.parametrize(("verb", "option", "value", "takes"), [*DEVICES, *NUMBERS])
+@pytest.mark.usefixtures("no_work")
+def test_an_option_that_will_not_do_is_judged_before_the_work(verb, option, value, takes, capsys) -> None:
+    assert call(*verb.split(), f"{option}={value}") == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert said.startswith(f"rmsnorm: {option} {value}: {takes}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("frobnicate",), "'frobnicate' (choose from"),
+        (("verify", "--frobnicate"), "unrecognized arguments: --frobnicate"),
+        (("verify", "--jso", "a.json"), "unrecognized arguments: --jso"),  # or a later option could change what it is
+        (("verify", "--json"), "--json expected one argument"),
+        (("cost",), "required: CONFIG.json|PRESET; rmsnorm cost --help lists"),
+    ],
+)
+@pytest.mark.usefixtures("no_work")
+def test_unknown_verbs_and_options_exit_with_2(arguments, said, capsys) -> None:
+    assert call(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.strip().splitlines()
+    assert said in line
+
+
+def test_without_a_verb_it_prints_the_help_as_a_wrong_call(capsys) -> None:
+    assert call() == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "report" in err
+
+
+@pytest.mark.parametrize("verb", ["", "report", "verify", "bench", "cost"])
+def test_help_is_printed_and_is_no_mistake(verb, capsys) -> None:
+    assert call(*verb.split(), "--help") == 0
+    out, err = capsys.readouterr()
+    assert f"usage: rmsnorm {verb}".strip() in out
+    assert err == ""
+
+
+def test_version_says_what_it_runs_on(capsys) -> None:
+    assert call("--version") == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"rmsnorm {rmsnorm.__version__} (torch {torch.__version__}")
+    assert out.count("\n") == 1
+
+
+def test_the_module_and_the_function_without_arguments_are_the_command(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["rmsnorm", "--version"])
+    for start in (main, lambda: runpy.run_module("rmsnorm", run_name="__main__")):
+        with pytest.raises(SystemExit) as exit:
+            start()
+        assert exit.value.code == 0
+        assert capsys.readouterr().out.startswith("rmsnorm ")
+
+
+def test_the_command_needs_no_extra(monkeypatch, capsys, tmp_path) -> None:
+    for name in ("rich", "typer", "click", "transformers", "matplotlib"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert call("--help") == call("verify", "--help") == call("--version") == 0
+    stub(monkeypatch, ok=True)
+    assert call("verify", "--json", str(tmp_path / "v.json")) == 0
+    assert capsys.readouterr().out.endswith("the table\n")
+    assert call("cost", "deepseek-ocr") == 2
+    assert capsys.readouterr().err == "rmsnorm: cost needs transformers: pip install transformers safetensors\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_a_line_that_goes_away_on_a_terminal(monkeypatch) -> None:
+    stub(monkeypatch, ok=True)
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    assert call("verify") == 0
+    assert screen.getvalue() == "\r\x1b[K50 %  half way\r\x1b[K"
+
+
+def test_progress_elsewhere_is_a_line_now_and_then(monkeypatch, capsys) -> None:
+    stub(monkeypatch, ok=True)
+    assert call("verify") == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(cli._ProgressLine, "SECONDS_BETWEEN", 0.0)
+    assert call("verify") == 0
+    assert capsys.readouterr().err == "50 %  half way\n"
+
+
+def test_ctrl_c_is_one_line_and_130(monkeypatch, capsys) -> None:
+    def verify(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rmsnorm.tools.verify, "verify", verify)
+    assert call("verify") == 130
+    assert capsys.readouterr() == ("", "rmsnorm: interrupted\n")
+
+
+@contextlib.contextmanager
+def closed_pipe() -> Iterator[io.TextIOWrapper]:
+    """A text stream into a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    yield os.fdopen(writer, "w")
+
+
+@pytest.mark.parametrize("arguments", [("verify",), ("verify", "--json", "-"), ("--help",), ("verify", "--help")])
+@pytest.mark.parametrize("ok", [True, False])
+def test_a_reader_that_has_gone_changes_nothing(ok, arguments, monkeypatch, capsys) -> None:
+    stub(monkeypatch, ok)
+    with closed_pipe() as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert call(*arguments) == (0 if ok or "--help" in arguments else 1)
+        pipe.close()  # what is left to be written goes nowhere, and is no error as Python exits
+    assert capsys.readouterr().err == ""
+
+
+def test_the_work_goes_on_when_nobody_reads_its_progress(monkeypatch, capsys) -> None:
+    stub(monkeypatch, ok=True)
+    monkeypatch.setattr(cli._ProgressLine, "SECONDS_BETWEEN", 0.0)
+    with closed_pipe() as pipe:
+        monkeypatch.setattr(sys, "stderr", pipe)
+        assert call("verify") == 0
+        pipe.close()
+    assert capsys.readouterr().out == "the table\n"
+
+
+def test_standard_streams_that_are_closed_are_no_mistake(monkeypatch, tmp_path) -> None:
+    stub(monkeypatch, ok=False)
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert call("verify", "--json", str(tmp_path / "v.json")) == 1
+    assert json.loads((tmp_path / "v.json").read_text()) == {"ok": False, "quick": False}
+    assert call("verify", "--frobnicate") == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("verify", "--json", "x.json"),
+        ("cost", "deepseek-ocr", "--json", "x.json"),
+        ("report", "--json", "x.json"),
+        ("bench", "--json", "x.json"),
+        ("bench", "--plot", "x.svg"),
+        ("bench", "--device", "cpu", "--out", "bench-cpu.json"),
+        ("report", "--device", "cpu", "--out", "report.json"),
+    ],
+    ids=lambda arguments: " ".join(arguments),
+)
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda p: p.symlink_to("/dev/full"), "No space left on device"),
+        (os.mkfifo, "No such device or address"),  # nobody reads it
+        (lambda p: p.mkdir(), "is a folder or a disk, expected a file"),
+        (lambda p: p.symlink_to(p), "Too many levels of symbolic links"),
+        (lambda p: p.symlink_to("/proc/self/nothing.json"), "nothing can be written into /proc"),
+    ],
+)
+@pytest.mark.usefixtures("no_work")
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    arguments, make, says, monkeypatch, capsys, tmp_path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    *arguments, file = arguments
+    make(tmp_path / file)
+    assert call(*arguments, str(tmp_path) if "--out" in arguments else file) == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert says in said
+    assert arguments[-1] in said
+    assert os.listdir(tmp_path) == [file]
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """No file may grow beyond some bytes, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_is_full_or_fills_up_is_one_line(monkeypatch, capsys, tmp_path) -> None:
+    stub(monkeypatch, ok=True)
+    file = tmp_path / "v.json"
+    with full_disk():
+        assert call("verify", "--json", str(file)) == 2
+        assert call("report", "deepseek-ocr", "--out", str(tmp_path / "out")) == 2
+    early, out = (line for line in capsys.readouterr().err.splitlines() if line.strip())
+    assert "nothing can be written into" in early
+    assert "File too large" in early
+    assert "--out" in out
+    monkeypatch.setattr(rmsnorm.tools.results, "check_file", lambda *_: None)  # it fills up during the work
+    with full_disk():
+        assert call("verify", "--json", str(file)) == 2
+    (late,) = (line for line in capsys.readouterr().err.splitlines() if line.strip())
+    assert late == f"rmsnorm: {file} cannot be written: File too large"
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("report", "--out", "r", "--json", "r"), "--json writes the file r, which --out needs as a folder"),
+        (("report", "--out", "there", "--json", "there/report.json"), "--out and --json both write there/report.json"),
+        (("report", "--json", "report.json"), "--out and --json both write report.json: give them different names"),
+        (("bench", "--out", "there", "--json", "there/bench-cpu.json"), "--out and --json both write there/bench"),
+        (("bench", "--plot", "a.svg", "--json", "a.svg"), "--plot and --json both write a.svg"),
+    ],
+)
+def test_results_that_would_overwrite_each_other_are_refused_before_any_work(
+    arguments, says, monkeypatch, capsys, tmp_path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    assert call(*arguments) == 2
+    assert f"rmsnorm: {says}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+
+def test_a_pipe_gets_the_json_and_nothing_of_the_trial(monkeypatch, tmp_path) -> None:
+    stub(monkeypatch, ok=True)
+    reader, writer = os.pipe()
+    with os.fdopen(reader) as file:
+        assert call("verify", "--json", f"/dev/fd/{writer}") == 0
+        os.close(writer)
+        assert json.loads(file.read()) == {"ok": True, "quick": False}
+
+
+def test_a_link_to_a_file_stays_one(monkeypatch, tmp_path) -> None:
+    stub(monkeypatch, ok=True)
+    (tmp_path / "link.json").symlink_to("target.json")
+    assert call("verify", "--json", str(tmp_path / "link.json")) == 0
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "target.json").read_text())["ok"]
+
+
+@pytest.mark.parametrize("arguments", [("verify",), ("verify", "--json", "-"), ("--help",)])
+def test_standard_output_that_takes_no_more_is_one_line(arguments, monkeypatch, capsys) -> None:
+    stub(monkeypatch, ok=True)
+    full = open("/dev/full", "w")  # noqa: SIM115  # what is left of it goes nowhere, so that closing it is no error
+    monkeypatch.setattr(sys, "stdout", full)
+    assert call(*arguments) == 2
+    full.close()
+    assert capsys.readouterr().err == "rmsnorm: standard output cannot be written: No space left on device\n"
+
+
+def test_a_stack_of_torch_is_left_out(capsys) -> None:
+    assert one_line(
+        RuntimeError("Overflow\nException raised from f at a.h:79 (most recent call first):\nframe #0")
+    ) == ("RuntimeError: Overflow")
+
+
+def test_a_message_of_several_lines_and_control_characters_is_one(monkeypatch, capsys) -> None:
+    def verify(*_: object, **__: object) -> None:
+        raise CommandError("one\ntwo \x1b[31mthree")
+
+    monkeypatch.setattr(rmsnorm.tools.verify, "verify", verify)
+    assert call("verify") == 2
+    assert capsys.readouterr().err.strip() == "rmsnorm: one two \\x1b[31mthree"

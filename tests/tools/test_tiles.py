@@ -1,0 +1,91 @@
+"""What benchmarks/tiles.py tries; that it runs is seen on a GPU."""
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="there is no Triton")
+
+from rmsnorm.kernels import launch
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "tiles.py"
+H200 = launch.Gpu(227 << 10, 132, 9)
+
+
+@pytest.fixture(scope="module")
+def tiles() -> Any:
+    spec = importlib.util.spec_from_file_location("tiles", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tiles"] = module  # where dataclasses looks for it
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "forward, add, backward, add-backward"),
+        ("forwards 8192x1280 bfloat16", "forward, add, backward, add-backward"),
+        ("forward 8192x1280", "bfloat16, float16, float32"),
+        ("forward 8192x1280 int8", "bfloat16, float16, float32"),
+        ("forward 8192 bfloat16", "8192x1280"),
+        ("forward 8192x1280 bfloat16 warps", "warps=2,4"),
+        ("forward 8192x1280 bfloat16 warps=two", "warps=2,4"),
+        ("forward 8192x1280 bfloat16 warp=2", "warps"),
+        ("forward 8192x1280 bfloat16 warps=2,0", "warps=0: give numbers of at least 1"),
+        ("forward 0x1280 bfloat16", "at least 1"),
+    ],
+)
+def test_what_is_no_sweep_says_what_would_be(tiles: Any, text: str, told: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=told):
+        tiles.Sweep.parse(text)
+
+
+def test_every_combination_once_after_what_is_in_use(tiles: Any) -> None:
+    in_use = launch.forward(2880, 2, False, True, H200)
+    sweep = tiles.Sweep.parse(f"forward 16384x2880 bfloat16 block_n=512,{in_use.block_n} warps=2,{in_use.warps}")
+    configs = sweep.configs(in_use)
+    assert configs[0] == in_use
+    assert len(configs) == 4
+    assert {(c.block_n, c.warps, c.pieces) for c in configs} == {
+        (block_n, warps, -(-2880 // block_n)) for block_n in (512, in_use.block_n) for warps in (2, in_use.warps)
+    }
+    assert tiles.difference(in_use, in_use) == "in use"
+    assert tiles.difference(in_use, dataclasses.replace(in_use, warps=2)) == "warps=2"
+
+
+def test_rows_are_shared_or_whole_as_asked(tiles: Any) -> None:
+    in_use = launch.backward(8192, 16384, 2, 2, 2, False, True, H200)
+    assert in_use.parts > 1
+    shared, whole = (
+        tiles.Sweep.parse(f"backward 8192x16384 bfloat16 block_n=1024 pieces=2 parts={parts} programs=100").configs(
+            in_use
+        )[1]
+        for parts in (2, 1)
+    )
+    assert (shared.parts, shared.pieces, shared.staged) == (8, 2, True)
+    assert (whole.parts, whole.pieces, whole.staged) == (1, 16, False)
+    assert tiles.Sweep.parse("backward 8192x16384 bfloat16 rows=2").configs(in_use) == [in_use]  # no kernel shares two
+    enough = tiles.Sweep.parse("backward 8192x16384 bfloat16 block_n=16384 pieces=1").configs(in_use)[1]
+    assert (enough.parts, enough.pieces, enough.staged) == (1, 1, False)
+    longest = launch.LONGEST_SUM[torch.bfloat16.itemsize]
+    assert shared.programs == whole.programs == launch._programs(8192, 100, 1, longest)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    command = [sys.executable, str(SCRIPT), "forward 64x64 bfloat16"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+    assert run.returncode == 2
+    assert "there is no GPU" in run.stderr
+    assert "Traceback" not in run.stderr
