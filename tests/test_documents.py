@@ -212,7 +212,7 @@ def test_the_presets_have_the_counts_that_are_tested() -> None:
 
 # The functions whose words explain passes on.
 EXPLAINED = {
-    "explain", "explained", "refuses", "_backend", "described", "caller", "why_own", "_changed", "_unproven",
+    "explain", "explained", "refuses", "_module", "described", "made_by", "native", "why_own", "_changed", "_unproven",
     "_unserved", "_exported", "_inference_tensor", "_rmsnorm_explain",
 }  # fmt: skip
 # The exceptions whose words it passes on.

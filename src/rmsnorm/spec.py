@@ -1,5 +1,6 @@
 """What distinguishes one RMSNorm from another, and the one validator of its arguments."""
 
+import functools
 import numbers
 from dataclasses import dataclass
 from typing import Literal, NoReturn
@@ -29,6 +30,17 @@ class Spec:
 
     def __post_init__(self) -> None:
         check_spec("Spec", self.eps, self.cast, self.offset)
+
+
+def spec_of(where: str, eps: float, cast: Cast, offset: float) -> Spec:
+    """The `Spec`, of floats. Raises as `check_spec`."""
+    check_spec(where, eps, cast, offset)
+    return _spec(eps, cast, offset)
+
+
+@functools.lru_cache(256)
+def _spec(eps: float, cast: Cast, offset: float) -> Spec:
+    return Spec(float(eps), cast, float(offset))
 
 
 def check_spec(where: str, eps: float, cast: str, offset: float) -> None:
