@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 from rmsnorm.errors import CommandError
-from rmsnorm.kernels import dispatch, gpu, launch
-from rmsnorm.kernels.launch import Launch
+from rmsnorm.kernels import dispatch
+from rmsnorm.kernels.gpu import planner as gpu
+from rmsnorm.kernels.gpu import tiling
+from rmsnorm.kernels.gpu.tiling import Launch
 from rmsnorm.spec import Spec
 from rmsnorm.tools import bench, machine, peers, processes, results, timing
 from rmsnorm.tools.bench import Case
@@ -96,7 +98,7 @@ class Sweep:
     def configs(self, in_use: Launch) -> list[Launch]:
         """The one in use first, then every other combination that there is a kernel for: none shares several rows."""
         names = [name for name, _ in self.fields]
-        found, longest = [in_use], launch.LONGEST_SUM[self.dtype.itemsize]
+        found, longest = [in_use], tiling.LONGEST_SUM[self.dtype.itemsize]
         for values in itertools.product(*(values for _, values in self.fields)):
             chosen: dict[str, Any] = dict(zip(names, values, strict=True))
             config = dataclasses.replace(in_use, **chosen)
@@ -107,7 +109,7 @@ class Sweep:
                 continue
             if self.passes == "backward":
                 config = dataclasses.replace(
-                    config, programs=launch._programs(self.M, config.programs, config.rows, longest)
+                    config, programs=tiling._programs(self.M, config.programs, config.rows, longest)
                 )
             found.append(config)
         return list(dict.fromkeys(found))
@@ -141,15 +143,15 @@ class Tensors:
 @contextlib.contextmanager
 def using(sweep: Sweep, config: Launch) -> Iterator[None]:
     """Launches with this configuration, planned and compiled anew."""
-    before = getattr(launch, sweep.passes)
+    before = getattr(tiling, sweep.passes)
     plans = (gpu.plan_forward, gpu.plan_backward)
-    setattr(launch, sweep.passes, lambda *a: config)
+    setattr(tiling, sweep.passes, lambda *a: config)
     for plan in plans:
         plan.cache_clear()
     try:
         yield
     finally:
-        setattr(launch, sweep.passes, before)
+        setattr(tiling, sweep.passes, before)
         for plan in plans:
             plan.cache_clear()
 
@@ -158,8 +160,8 @@ def in_use(sweep: Sweep) -> Launch:
     size, of = sweep.dtype.itemsize, gpu._gpu(torch.cuda.current_device())
     adds, aligned = sweep.kind.startswith("add"), sweep.N % 16 == 0
     if sweep.passes == "forward":
-        return launch.forward(sweep.N, size, adds, aligned, of)
-    return launch.backward(sweep.M, sweep.N, size, size, size, adds, aligned, of)
+        return tiling.forward(sweep.N, size, adds, aligned, of)
+    return tiling.backward(sweep.M, sweep.N, size, size, size, adds, aligned, of)
 
 
 def kernels(sweep: Sweep) -> list[tuple[Sweep, list[Launch]]]:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from rmsnorm.kernels import host
+from rmsnorm.kernels.host import loader as host
 from rmsnorm.ops import wait_for_host
 
 # The same examples on every run and no time limit, so that a slow machine fails nothing.

@@ -7,7 +7,7 @@ rstd: S/N, eps, their sum (3u, halved by the root), the root, the division: 3.5u
 import torch
 from torch import Tensor
 
-from rmsnorm.kernels.launch import LONGEST_SUM
+from rmsnorm.kernels.gpu.tiling import LONGEST_SUM
 
 FP32_ULP = 2.0**-23
 U = FP32_ULP / 2

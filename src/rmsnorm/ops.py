@@ -23,7 +23,8 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from rmsnorm.errors import complaint
-from rmsnorm.kernels import dispatch, host
+from rmsnorm.kernels import dispatch
+from rmsnorm.kernels.host import loader as host
 from rmsnorm.kernels.plan import ByReference, Forward, Plan
 from rmsnorm.spec import (
     DTYPES,

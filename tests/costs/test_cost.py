@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import trace_cost
 from rmsnorm import Cost, cost, reference
 from rmsnorm.costs import counts as counting
-from rmsnorm.kernels import launch
+from rmsnorm.kernels.gpu import tiling
 from rmsnorm.kernels.plan import Backward, Forward, TensorKind
 from rmsnorm.spec import Spec
 from trace_cost import Run, Watch, traced
@@ -74,7 +74,7 @@ def test_every_number_equals_the_trace(implementation, cast, offset, x, w) -> No
 
 
 def test_the_partial_sums_follow_the_kernel() -> None:
-    from rmsnorm.kernels import cpu
+    from rmsnorm.kernels.cpu import planner as cpu
 
     for M, N in ((1, 1), (31, 7), (33, 100000), (8192, 1280), (70000, 3), (9000, 1280)):
         x, w, rstd = (TensorKind.dense(shape, torch.bfloat16) for shape in ((M, N), (N,), (M,)))
@@ -245,7 +245,7 @@ def test_ours_on_cuda_follows_the_launch_configuration() -> None:
     seen = set()
     for N in (3, 1280, 7168, 16384, 16385, 32768, 262144, 600000):
         forward, backward = (cost((M, N), device="cuda", phase=phase) for phase in ("forward", "backward"))
-        config = launch.forward(N, e, False, N % 16 == 0, launch.Gpu(227 << 10))
+        config = tiling.forward(N, e, False, N % 16 == 0, tiling.Gpu(227 << 10))
         parts = config.parts
         shares = 8 * M * parts if parts > 1 else 0
         seen.add(min(parts, 2))
@@ -253,17 +253,17 @@ def test_ours_on_cuda_follows_the_launch_configuration() -> None:
         assert forward.moved == forward.least + 3 * shares  # filled, then written and read
         assert forward.peak == M * N * e + 4 * M + shares
 
-        config = launch.backward(M, N, e, e, e, False, N % 16 == 0, launch.Gpu(227 << 10))
+        config = tiling.backward(M, N, e, e, e, False, N % 16 == 0, tiling.Gpu(227 << 10))
         shares = 8 * M * config.parts if config.parts > 1 else 0
         alone = config.parts == 0
-        programs = launch.dw_alone(M, N, 2 * e, e, launch.Gpu()).programs if alone else config.programs
+        programs = tiling.dw_alone(M, N, 2 * e, e, tiling.Gpu()).programs if alone else config.programs
         partials = programs * N * 4
         assert backward.kernels == (3 if alone else 2) + bool(shares)
         again = 2 * M * N * e + 4 * M if alone else 0  # dy, x and rstd, for dw
         assert backward.moved == backward.least + 2 * partials + again + 3 * shares
         assert backward.peak == 2 * M * N * e + 4 * M + partials + N * e + shares  # y, dx, rstd, dw
         without = cost((M, N), device="cuda", phase="backward", elementwise_affine=False)
-        config = launch.backward(M, N, e, e, 0, False, N % 16 == 0, launch.Gpu(227 << 10))
+        config = tiling.backward(M, N, e, e, 0, False, N % 16 == 0, tiling.Gpu(227 << 10))
         shares = 8 * M * config.parts if config.parts > 1 else 0
         assert without.kernels == 1 + bool(shares)
         assert without.moved == without.least + 3 * shares
@@ -271,22 +271,22 @@ def test_ours_on_cuda_follows_the_launch_configuration() -> None:
 
 
 def test_no_count_depends_on_the_gpu() -> None:
-    gpus = [launch.Gpu(*of) for of in itertools.product((0, 99 << 10, 227 << 10), (64, 132), (8, 9, 12))]
+    gpus = [tiling.Gpu(*of) for of in itertools.product((0, 99 << 10, 227 << 10), (64, 132), (8, 9, 12))]
     for M, N in itertools.product((1, 4096, 1 << 20), (3, 500, 1280, 7168, 16384, 65536)):
         for size, of_dy, of_dw in ((2, 2, 2), (2, 4, 4), (4, 4, 2), (4, 4, 4)):
             for with_ds, aligned in itertools.product((False, True), {False, N % 16 == 0}):
-                configs = [launch.backward(M, N, size, of_dy, of_dw, with_ds, aligned, gpu) for gpu in gpus]
+                configs = [tiling.backward(M, N, size, of_dy, of_dw, with_ds, aligned, gpu) for gpu in gpus]
                 assert len({config.programs for config in configs}) == 1, (M, N)
-            assert len({launch.dw_alone(M, N, size + of_dy, of_dw, gpu).programs for gpu in gpus}) == 1, (M, N)
+            assert len({tiling.dw_alone(M, N, size + of_dy, of_dw, gpu).programs for gpu in gpus}) == 1, (M, N)
 
 
 def test_the_launches_are_those_of_the_kernels(monkeypatch) -> None:
-    """What gpu.py asks launch.py for, without a GPU: the same arguments as the count's."""
-    gpu = pytest.importorskip("rmsnorm.kernels.gpu", reason="there is no Triton")
+    """What gpu.py asks tiling.py for, without a GPU: the same arguments as the count's."""
+    gpu = pytest.importorskip("rmsnorm.kernels.gpu.planner", reason="there is no Triton")
     asked: list[Any] = []
 
     def spy(name: str, used: int) -> Callable[..., Any]:
-        before = getattr(launch, name)
+        before = getattr(tiling, name)
 
         def wrapped(*args: Any) -> Any:
             asked.append((name, *args[:used]))
@@ -296,8 +296,8 @@ def test_the_launches_are_those_of_the_kernels(monkeypatch) -> None:
 
     # All arguments but the GPU.
     for name, used in (("forward", 4), ("backward", 7), ("dw_alone", 4)):
-        monkeypatch.setattr(launch, name, spy(name, used))
-    monkeypatch.setattr(gpu, "_gpu", lambda _: launch.Gpu(227 << 10))
+        monkeypatch.setattr(tiling, name, spy(name, used))
+    monkeypatch.setattr(gpu, "_gpu", lambda _: tiling.Gpu(227 << 10))
     for (x, w), N, adds in itertools.product(DTYPES, (7, 1280, 12000, 14336, 40000), (False, True)):
         asked.clear()
         rows, rstd = TensorKind.dense((33, N), x), TensorKind.dense((33,), torch.float32)

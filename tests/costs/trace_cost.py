@@ -107,7 +107,7 @@ class Watch(TorchDispatchMode):
 @contextlib.contextmanager
 def spied(watch: Watch) -> Iterator[None]:
     """The CPU kernels report to `watch` what they are called with."""
-    from rmsnorm.kernels.threads import MachineCode
+    from rmsnorm.kernels.cpu.threads import MachineCode
 
     run = MachineCode.run
 

@@ -33,7 +33,7 @@ from torch import Tensor  # noqa: E402
 import tolerance  # noqa: E402
 from planned import Kernels  # noqa: E402
 from rmsnorm import add_rms_norm, explain, reference, rms_norm  # noqa: E402
-from rmsnorm.kernels import host  # noqa: E402
+from rmsnorm.kernels.host import loader as host  # noqa: E402
 from rmsnorm.ops import wait_for_host  # noqa: E402
 from rmsnorm.tools import machine  # noqa: E402
 
@@ -105,13 +105,13 @@ def check(function: Callable[[Tally], None]) -> Callable[[Tally], None]:
 
 
 def kernels() -> Kernels:
-    return Kernels(importlib.import_module("rmsnorm.kernels.gpu"))
+    return Kernels(importlib.import_module("rmsnorm.kernels.gpu.planner"))
 
 
 def cpu_kernels() -> tuple[Any, str]:
     """The CPU's kernels, or the reference where Numba is missing: the bits are the same."""
     try:
-        module = Kernels(importlib.import_module("rmsnorm.kernels.cpu"))
+        module = Kernels(importlib.import_module("rmsnorm.kernels.cpu.planner"))
         module.forward(torch.ones(1, 8), None, torch.ones(8), 1e-6, "early", 0.0, True)
     except Exception as error:  # whatever is wrong with it, the reference is there
         return reference, f"CPU: the reference, because {type(error).__name__}: {error}"
@@ -363,7 +363,7 @@ def memory(tally: Tally) -> None:
         bytes_ = kept(lambda needs=needs: gpu.backward(x, None, x, w, rstd, "early", 0.0, *needs))
         tally.true(bytes_ == expected, f"backward, needs {needs}: {bytes_} bytes, expected {expected}")
     launched: list[Any] = []
-    launch_class = importlib.import_module("rmsnorm.kernels.driver").TritonLaunch
+    launch_class = importlib.import_module("rmsnorm.kernels.gpu.driver").TritonLaunch
     run = launch_class.run
     launch_class.run = lambda launch, tensors: (launched.append(launch.kernel), run(launch, tensors))
     try:

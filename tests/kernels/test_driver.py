@@ -19,7 +19,8 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from planned import planning  # noqa: E402
 from rmsnorm import ops  # noqa: E402
-from rmsnorm.kernels import driver, gpu, host  # noqa: E402
+from rmsnorm.kernels.gpu import driver, kernels  # noqa: E402
+from rmsnorm.kernels.host import loader as host  # noqa: E402
 
 POINTER = ctypes.sizeof(ctypes.c_void_p)
 
@@ -57,7 +58,7 @@ class Compiled:
     """What Triton would give back of a launch, without a GPU to load it on."""
 
     def __init__(self, arguments: tuple[Any, ...], signature: dict[str, Any], constants: dict[Any, Any]) -> None:
-        source = ASTSource(gpu._sum_partials, signature, constants)
+        source = ASTSource(kernels.sum_partials, signature, constants)
         self.compiled = triton.compile(
             source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "enable_fp_fusion": False}
         )
@@ -72,7 +73,7 @@ SIZES = [POINTER, POINTER, 4, 4, POINTER, POINTER]
 @pytest.fixture(scope="module")
 def compiled() -> Compiled:
     kinds = ("*fp32", "*fp32", "i32", "i32", "constexpr", "constexpr", "constexpr")
-    signature = dict(zip(gpu._sum_partials.arg_names, kinds, strict=True))
+    signature = dict(zip(kernels.sum_partials.arg_names, kinds, strict=True))
     return Compiled(ARGUMENTS, signature, {(4,): 4, (5,): 16, (6,): True})
 
 
@@ -141,15 +142,15 @@ def test_numbers_are_as_wide_as_their_type_and_tuples_are_taken_apart() -> None:
     ]  # fmt: skip
 
 
-LAST = ",\n\t.param .u64 .ptr .global .align 1 _sum_partials_param_5"
+LAST = ",\n\t.param .u64 .ptr .global .align 1 sum_partials_param_5"
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
     [
         (LAST, ""),
-        (LAST, f"{LAST}, .param .u64 _sum_partials_param_6"),
-        (".param .u32 _sum_partials_param_2", ".param .u64 _sum_partials_param_2"),
+        (LAST, f"{LAST}, .param .u64 sum_partials_param_6"),
+        (".param .u32 sum_partials_param_2", ".param .u64 sum_partials_param_2"),
         (".entry", ".func"),
     ],
     ids=["one less", "one more", "a wider one", "no kernel"],

@@ -95,7 +95,7 @@ def check(
     """Forward and backward of the kernels against the reference, outputs and the memory around them."""
     from planned import Kernels
     from rmsnorm import reference
-    from rmsnorm.kernels import gpu
+    from rmsnorm.kernels.gpu import planner as gpu
 
     kernels = Kernels(gpu)
     inputs = [t for t in (x, w, residual, dy, ds) if t is not None]
@@ -126,17 +126,18 @@ def check(
 
 @contextmanager
 def settings(**values: Any) -> Iterator[None]:
-    """Other thresholds in launch.py, so that a small row takes the path of a wide one."""
-    from rmsnorm.kernels import gpu, launch
+    """Other thresholds in tiling.py, so that a small row takes the path of a wide one."""
+    from rmsnorm.kernels.gpu import planner as gpu
+    from rmsnorm.kernels.gpu import tiling
 
     def put(numbers: dict[str, Any]) -> None:
         for name, value in numbers.items():
-            setattr(launch, name, value)
+            setattr(tiling, name, value)
         plans = (gpu.plan_forward, gpu.plan_backward)
-        for function in (launch.forward, launch.backward, launch.dw_alone, launch.sum_partials, *plans):
+        for function in (tiling.forward, tiling.backward, tiling.dw_alone, tiling.sum_partials, *plans):
             function.cache_clear()
 
-    before = {name: getattr(launch, name) for name in values}
+    before = {name: getattr(tiling, name) for name in values}
     put(values)
     try:
         yield
@@ -148,7 +149,7 @@ def settings(**values: Any) -> Iterator[None]:
 def walked(widest: int, **others: int) -> Iterator[set[tuple[str, bool]]]:
     """Rows wider than this are walked over. Gives the kernels that ran, each with whether its second tensor was there: for
     walks, a residual or a gradient through s."""
-    from rmsnorm.kernels.driver import Slot, TritonLaunch
+    from rmsnorm.kernels.gpu.driver import Slot, TritonLaunch
 
     run, seen = TritonLaunch.run, set()
 
@@ -165,8 +166,8 @@ def walked(widest: int, **others: int) -> Iterator[set[tuple[str, bool]]]:
         TritonLaunch.run = run  # type: ignore[method-assign]
 
 
-WALKS = {("_forward_loop", False), ("_backward_loop", False)}
-WALKS_OF_TWO = {("_forward_loop", True), ("_backward_loop", True)}
+WALKS = {("forward_loop", False), ("backward_loop", False)}
+WALKS_OF_TWO = {("forward_loop", True), ("backward_loop", True)}
 
 
 def sweep(widths: tuple[int, ...], rows: Callable[[int], int]) -> None:
@@ -213,7 +214,7 @@ def programs_and_their_tails() -> None:
 def every_row_counts() -> None:
     """dw of numbers whose sums are exact in fp32, in any order: no row may be missing, or count twice."""
     from planned import Kernels
-    from rmsnorm.kernels import gpu
+    from rmsnorm.kernels.gpu import planner as gpu
 
     with settings(MULTIPROCESSORS=1):
         for (M, N), dtype in itertools.product(((1, 31), (300, 31), (67, 512), (19, 1281)), (FP32, FP16)):

@@ -26,10 +26,10 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from planned import Kernels  # noqa: E402
-from rmsnorm.kernels import driver, gpu  # noqa: E402
-from rmsnorm.kernels import launch as configuration  # noqa: E402
-from rmsnorm.kernels.driver import Slot, TritonLaunch  # noqa: E402
-from rmsnorm.kernels.launch import Gpu  # noqa: E402
+from rmsnorm.kernels.gpu import driver, kernels, staged, tiling  # noqa: E402
+from rmsnorm.kernels.gpu import planner as gpu  # noqa: E402
+from rmsnorm.kernels.gpu.driver import Slot, TritonLaunch  # noqa: E402
+from rmsnorm.kernels.gpu.tiling import Gpu  # noqa: E402
 from rmsnorm.kernels.plan import Backward, Forward, Plan, TensorKind  # noqa: E402
 from rmsnorm.kernels.run import run  # noqa: E402
 from rmsnorm.spec import Spec  # noqa: E402
@@ -38,12 +38,12 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CAPABILITIES = (80, 90, 100)
 # Bytes of shared memory a program may have: of 8.x and 12.x as many as the smallest has (8.6, 8.9, 12.0).
 SHARED_MEMORY = {8: 99 << 10, 9: 227 << 10, 10: 227 << 10}
-# The widest rows of every tile that launch.py has, some between, and some that are wider than all.
+# The widest rows of every tile that tiling.py has, some between, and some that are wider than all.
 _TABLES = (
-    configuration._FORWARD,
-    configuration._BACKWARD,
-    configuration._FORWARD_STAGED,
-    configuration._BACKWARD_STAGED,
+    tiling._FORWARD,
+    tiling._BACKWARD,
+    tiling._FORWARD_STAGED,
+    tiling._BACKWARD_STAGED,
 )
 _WIDEST = {N for table in _TABLES for tiles in table.values() for N in tiles}
 WIDTHS = sorted(_WIDEST | {2**k for k in range(9)} | {2880, 6144, 7168, 32768, 300000})
@@ -190,14 +190,14 @@ def held_to(launch: TritonLaunch, capability: int, folder: Path, *, aligned: boo
         f"{where}: {code.metadata.shared} bytes of shared memory"
     )
     assert spilled(ptx, capability, folder) == 0, f"{where}: spills"
-    if aligned and name != "_no_shares_yet":  # which loads nothing
+    if aligned and name != "no_shares_yet":  # which loads nothing
         # Loads that are pipelined go to shared memory: cp.async of 0x10 bytes.
         assert re.search(r"ld\.global[\w.:]*\.(v4\.b32|v2\.b64)|cp\.async\.cg\S* .*, 0x10,", ptx), (
             f"{where}: narrow loads"
         )
         if values(launch)["BLOCK_N"] >= 1024:  # below, a program has more threads than 16-byte pieces of w
             assert "ld.global.b16" not in ptx, f"{where}: loads of 2 bytes"
-        if name != "_sum_partials":  # its one row of output is scattered over the threads that summed it
+        if name != "sum_partials":  # its one row of output is scattered over the threads that summed it
             assert re.search(r"st\.global[\w.:]*\.(v4\.b32|v2\.b64)", ptx), f"{where}: narrow stores"
 
 
@@ -255,7 +255,7 @@ def test_bf16_is_rounded_two_numbers_at_a_time() -> None:
     """One at a time is an instruction of a sixteenth of the others' rate, which the backward pass would wait for."""
     for N in (512, 1280, 4096, 32768):
         for launch in launches(8192, N, BF16, BF16, "early", 0.0, False):
-            if launch.kernel.__name__ in ("_no_shares_yet", "_sum_partials"):
+            if launch.kernel.__name__ in ("no_shares_yet", "sum_partials"):
                 continue
             ptx = instructions(launch)
             assert "cvt.rn.bf16x2.f32" in ptx
@@ -289,9 +289,10 @@ def test_every_launch_forbids_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             return lambda *arguments, **flags: options["launched"].append(flags)
 
-    kernels = [name for name, value in vars(gpu).items() if isinstance(value, triton.JITFunction)]
-    for name in kernels:
-        monkeypatch.setattr(gpu, name, Kernel(name, getattr(gpu, name)))
+    for module in (kernels, staged):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, triton.JITFunction):
+                monkeypatch.setattr(module, name, Kernel(name, value))
     for N in (1280, 32768):
         x, w = torch.randn(4, N), torch.randn(N)
         rstd = Kernels(gpu).forward(x, x, w, 1e-6, "early", 0.0, True)[2]
@@ -355,13 +356,13 @@ def test_what_starts_early_waits_before_it_needs_what_it_waits_for(capability: i
                     continue
                 early.add(launch.kernel.__name__)
                 assert len(waits) == 1, (N, launch.kernel.__name__)
-                needed = r"ld\.global" if launch.kernel is gpu._sum_partials else r"atom\.|ld\.volatile"
+                needed = r"ld\.global" if launch.kernel is kernels.sum_partials else r"atom\.|ld\.volatile"
                 first = re.search(needed, ptx)
                 assert first is not None
                 assert waits[0] < first.start(), (N, launch.kernel.__name__)
                 assert codes[i - 1].count("griddepcontrol.launch_dependents") == 1, (N, launch.kernel.__name__)
-    shared = {"_forward_block", "_forward_staged", "_backward_block", "_backward_staged"}
-    assert early == (shared | {"_sum_partials"} if capability >= 90 else set())
+    shared = {"forward_block", "forward_staged", "backward_block", "backward_staged"}
+    assert early == (shared | {"sum_partials"} if capability >= 90 else set())
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["no residual", "residual"])
@@ -371,7 +372,7 @@ def test_every_launch_can_be_laid_ready_for_the_driver(
 ) -> None:
     """What is laid ready is what the PTX declares: otherwise Triton's launcher would run, slower and unnoticed."""
     monkeypatch.setattr(driver, "_library", lambda: SimpleNamespace(cuLaunchKernelEx=None))
-    kernels = set()
+    seen = set()
     for N in (7, 512, 1280, 16384, 16401, 32768, 600000):
         for launch in launches(4096, N, dtype, dtype, "early", 0.0, residual):
             code = compile_launch(launch, 90)[1]
@@ -383,8 +384,8 @@ def test_every_launch_can_be_laid_ready_for_the_driver(
             assert not isinstance(native, str), (N, launch.kernel.__name__)
             tensors = [a.tensor for a in launch.arguments if isinstance(a, Slot)]
             assert native.arguments[: len(tensors)] == tuple(tensors)
-            kernels.add(launch.kernel.__name__)
-    assert kernels >= {"_forward_block", "_forward_staged", "_forward_loop", "_backward_staged", "_dw_alone"}
+            seen.add(launch.kernel.__name__)
+    assert seen >= {"forward_block", "forward_staged", "forward_loop", "backward_staged", "dw_alone"}
 
 
 def test_what_was_compiled_is_launched_by_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,23 +417,25 @@ def test_what_was_compiled_is_launched_by_the_driver(monkeypatch: pytest.MonkeyP
 
         return launch
 
-    for name in [name for name, value in vars(gpu).items() if isinstance(value, triton.JITFunction)]:
-        monkeypatch.setattr(gpu, name, Kernel(name, getattr(gpu, name)))
+    for module in (kernels, staged):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, triton.JITFunction):
+                monkeypatch.setattr(module, name, Kernel(name, value))
     monkeypatch.setattr(driver, "ready", ready)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
 
-    kernels = Kernels(gpu)
+    ours = Kernels(gpu)
     x, w = torch.randn(6, 1280), torch.randn(1280)
     rstd = torch.rand(6)
     for _ in range(2):
-        y = kernels.forward(x, None, w, 1e-6, "early", 0.0, False)[0]
+        y = ours.forward(x, None, w, 1e-6, "early", 0.0, False)[0]
         assert launched[-1] == (7, [x.data_ptr(), w.data_ptr(), y.data_ptr()])  # what is absent has no address
-        kernels.backward(x, None, x, w, rstd, "early", 0.0, True, True)
+        ours.backward(x, None, x, w, rstd, "early", 0.0, True, True)
     assert (len(compiled_with), len(launched)) == (3, 6)
     assert compiled_with == prepared
     assert compiled_with[0][2][:6] == [FP32, None, FP32, FP32, None, None]  # dtypes in place of tensors
     refuses = True
-    y = kernels.forward(x, None, w, 1e-6, "early", 0.0, False)[0]
+    y = ours.forward(x, None, w, 1e-6, "early", 0.0, False)[0]
     (name, grid, arguments), *others = by_triton  # which says what is wrong
     assert others == []
     assert (name, grid) == compiled_with[0][:2]
@@ -442,16 +445,16 @@ def test_what_was_compiled_is_launched_by_the_driver(monkeypatch: pytest.MonkeyP
     by_triton.clear()
 
     shifted = torch.randn(6 * 1280 + 1)[1:].view(6, 1280)  # an address that 16 does not divide
-    kernels.forward(shifted, None, w, 1e-6, "early", 0.0, False)
+    ours.forward(shifted, None, w, 1e-6, "early", 0.0, False)
     assert (len(compiled_with), len(by_triton)) == (3, 1)
     for changed in (
-        lambda: kernels.forward(x, None, w, 1e-6, "late", 0.0, False),
-        lambda: kernels.forward(x, None, w, 1e-6, "early", 0.0, True),
-        lambda: kernels.forward(x, None, w, 1e-5, "early", 0.0, False),
-        lambda: kernels.forward(x, None, w.half(), 1e-6, "early", 0.0, False),
-        lambda: kernels.forward(x, x, w, 1e-6, "early", 0.0, False),
-        lambda: kernels.forward(x[:5], None, w, 1e-6, "early", 0.0, False),
-        lambda: kernels.forward(x.expand(2, 6, 1280), None, w, 1e-6, "early", 0.0, False),
+        lambda: ours.forward(x, None, w, 1e-6, "late", 0.0, False),
+        lambda: ours.forward(x, None, w, 1e-6, "early", 0.0, True),
+        lambda: ours.forward(x, None, w, 1e-5, "early", 0.0, False),
+        lambda: ours.forward(x, None, w.half(), 1e-6, "early", 0.0, False),
+        lambda: ours.forward(x, x, w, 1e-6, "early", 0.0, False),
+        lambda: ours.forward(x[:5], None, w, 1e-6, "early", 0.0, False),
+        lambda: ours.forward(x.expand(2, 6, 1280), None, w, 1e-6, "early", 0.0, False),
     ):
         before = len(compiled_with)
         changed()
@@ -487,8 +490,8 @@ def test_every_kernel_gets_the_tensors_that_it_names() -> None:
                         }, (launch.kernel.__name__, name)  # fmt: skip
             assert set(fresh) <= written
     assert seen == {
-        "_forward_block", "_forward_staged", "_forward_loop", "_backward_block", "_backward_staged", "_backward_loop",
-        "_dw_alone", "_sum_partials", "_no_shares_yet",
+        "forward_block", "forward_staged", "forward_loop", "backward_block", "backward_staged", "backward_loop",
+        "dw_alone", "sum_partials", "no_shares_yet",
     }  # fmt: skip
 
 

@@ -30,8 +30,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from planned import planning
 from rmsnorm import add_rms_norm, explain, ops, rms_norm
-from rmsnorm.kernels import build, cpu, dispatch, host
-from rmsnorm.kernels import threads as kernel_threads
+from rmsnorm.kernels import dispatch
+from rmsnorm.kernels.cpu import compiling
+from rmsnorm.kernels.cpu import planner as cpu
+from rmsnorm.kernels.cpu import threads as kernel_threads
+from rmsnorm.kernels.host import build
+from rmsnorm.kernels.host import loader as host
 from rmsnorm.kernels.plan import Backward, Forward, NativeLaunch, Plan
 from rmsnorm.ops import wait_for_host
 from rmsnorm.spec import Spec
@@ -153,7 +157,7 @@ def test_planners_allocate_nothing_and_launch_nothing(randn) -> None:
 
     planners = [cpu]
     with contextlib.suppress(ImportError):  # there is no Triton
-        planners.append(importlib.import_module("rmsnorm.kernels.gpu"))
+        planners.append(importlib.import_module("rmsnorm.kernels.gpu.planner"))
     x, w, rstd = randn(70, 1280), randn(1280), randn(70).abs()
     kinds = [
         Forward.of(x, r, weight, Spec(), True) for r in (None, x, x.bfloat16()) for weight in (None, w, w.bfloat16())
@@ -565,7 +569,7 @@ def test_what_a_plan_needs_lives_with_it(cpp, randn) -> None:
     """The kernels' caches forget; the machine code and the layouts that the plan points to must not go."""
     x, w = randn(4, 32), randn(32)
     expected = rms_norm(x, w)
-    for cache in (cpu.plan_forward, cpu._rows, cpu._spec, cpu._forward_kernel, cpu._compiled):
+    for cache in (cpu.plan_forward, cpu._rows, cpu._spec, cpu._forward_kernel, compiling.compiled):
         cache.cache_clear()
     gc.collect()
     churn = [(ctypes.c_int64 * 16)(*[-1] * 16) for _ in range(2000)]
@@ -631,7 +635,7 @@ def test_a_plan_that_cannot_be_run_is_refused(cpp, randn, monkeypatch) -> None:
 
 _CALLS = """
 import time, torch, rmsnorm
-from rmsnorm.kernels import host
+from rmsnorm.kernels.host import loader as host
 x, w = torch.randn(4, 32), torch.randn(32)
 for _ in range({looks}):
     y = rmsnorm.rms_norm(x, w)
@@ -802,7 +806,7 @@ def test_the_file_that_was_examined_is_loaded(cpp, tmp_path) -> None:
     target = copied(tmp_path / "out")
     code = f"""
 import os, torch, rmsnorm
-from rmsnorm.kernels import build
+from rmsnorm.kernels.host import build
 distrust = build.distrust
 def swapped(found):
     if {str(target)!r} and os.path.exists({str(target)!r}) and os.stat({str(target)!r}).st_ino == found.st_ino:
@@ -920,7 +924,7 @@ def test_what_ends_too_early(cpp, tmp_path) -> None:
 
 _FORKS = """
 import os, sys, time, torch, rmsnorm
-from rmsnorm.kernels import host
+from rmsnorm.kernels.host import loader as host
 x, w = torch.randn(4, 32), torch.randn(32)
 rmsnorm.rms_norm(x, w)
 assert "being compiled" in host.described(), host.described()
@@ -1022,7 +1026,7 @@ def test_who_waited_in_vain_does_not_compile_again(tmp_path, monkeypatch) -> Non
 
 _MENDED = """
 import os, torch, rmsnorm
-from rmsnorm.kernels import host
+from rmsnorm.kernels.host import loader as host
 x, w = torch.randn(4, 32), torch.randn(32)
 rmsnorm.rms_norm(x, w)
 assert "it could not be compiled" in host.described(), host.described()

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from rmsnorm import add_rms_norm, explain, reference, rms_norm
-from rmsnorm.kernels import host
-from rmsnorm.kernels import threads as kernel_threads
+from rmsnorm.kernels.cpu import threads as kernel_threads
+from rmsnorm.kernels.host import loader as host
 from tolerance import assert_same_bits
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -422,7 +422,7 @@ def test_torchs_threads_and_a_pool_compute_the_same(randn, threads, monkeypatch)
 
 def test_pairs_and_single_numbers_of_bf16_have_the_same_bits(randn, monkeypatch) -> None:
     """Rows that begin in the middle of a word, or end there, are read number by number."""
-    from rmsnorm.kernels import cpu
+    from rmsnorm.kernels.cpu import planner as cpu
 
     taken: list[bool] = []
     for name in ("_forward_kernel", "_backward_kernel"):

@@ -718,7 +718,7 @@ def test_no_grad_leaves_no_graph(randn) -> None:
     [((True, False), (True, False)), ((False, True), (False, True)), ((True, True), (True, True))],
 )
 def test_what_is_frozen_costs_nothing(needs, expected, randn, monkeypatch) -> None:
-    from rmsnorm.kernels import cpu
+    from rmsnorm.kernels.cpu import planner as cpu
 
     asked: list[tuple[bool, bool]] = []
     plan = cpu.plan_backward
@@ -733,7 +733,7 @@ def test_what_is_frozen_costs_nothing(needs, expected, randn, monkeypatch) -> No
 
 
 def test_an_absent_gradient_of_the_sum_costs_nothing(randn, monkeypatch) -> None:
-    from rmsnorm.kernels import cpu
+    from rmsnorm.kernels.cpu import planner as cpu
 
     cotangents: list[Any] = []
     plan = cpu.plan_backward
@@ -935,7 +935,7 @@ def test_explain(randn) -> None:
 
 def test_explain_runs_nothing(randn, monkeypatch) -> None:
     from rmsnorm.kernels import dispatch
-    from rmsnorm.kernels.threads import MachineCode
+    from rmsnorm.kernels.cpu.threads import MachineCode
 
     monkeypatch.delattr(dispatch, "run")
     monkeypatch.delattr(MachineCode, "run")
@@ -946,7 +946,7 @@ def test_explain_runs_nothing(randn, monkeypatch) -> None:
 
 
 def test_warmup_leaves_nothing_to_compile(randn, monkeypatch) -> None:
-    from rmsnorm.kernels import cpu
+    from rmsnorm.kernels.cpu import compiling
 
     rmsnorm.warmup()
     rmsnorm.warmup(dtypes=(torch.bfloat16,), weight_dtypes=(torch.float16,), hidden_size=3)
@@ -954,7 +954,7 @@ def test_warmup_leaves_nothing_to_compile(randn, monkeypatch) -> None:
     def fail(*args: Any) -> None:
         raise AssertionError(f"compiled after warmup: {args}")
 
-    monkeypatch.setattr(cpu, "_code", fail)
+    monkeypatch.setattr(compiling, "_code", fail)
     for dtype, cast in itertools.product(FLOATS, ("early", "late")):
         for w_dtype in (dtype, torch.float32):
             x, w = randn(3, 50, dtype=dtype).requires_grad_(), randn(50, dtype=w_dtype).requires_grad_()

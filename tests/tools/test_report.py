@@ -43,7 +43,7 @@ from transformers import (
 )
 
 from rmsnorm.errors import CommandError
-from rmsnorm.kernels import host
+from rmsnorm.kernels.host import loader as host
 from rmsnorm.patching import replacement
 from rmsnorm.patching.models import Verdict
 from rmsnorm.spec import Spec

@@ -14,10 +14,10 @@ import torch
 
 pytest.importorskip("triton", reason="there is no Triton")
 
-from rmsnorm.kernels import launch
+from rmsnorm.kernels.gpu import tiling
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "tiles.py"
-H200 = launch.Gpu(227 << 10, 132, 9)
+H200 = tiling.Gpu(227 << 10, 132, 9)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_what_is_no_sweep_says_what_would_be(tiles: Any, text: str, told: str) -
 
 
 def test_every_combination_once_after_what_is_in_use(tiles: Any) -> None:
-    in_use = launch.forward(2880, 2, False, True, H200)
+    in_use = tiling.forward(2880, 2, False, True, H200)
     sweep = tiles.Sweep.parse(f"forward 16384x2880 bfloat16 block_n=512,{in_use.block_n} warps=2,{in_use.warps}")
     configs = sweep.configs(in_use)
     assert configs[0] == in_use
@@ -65,7 +65,7 @@ def test_every_combination_once_after_what_is_in_use(tiles: Any) -> None:
 
 
 def test_rows_are_shared_or_whole_as_asked(tiles: Any) -> None:
-    in_use = launch.backward(8192, 16384, 2, 2, 2, False, True, H200)
+    in_use = tiling.backward(8192, 16384, 2, 2, 2, False, True, H200)
     assert in_use.parts > 1
     shared, whole = (
         tiles.Sweep.parse(f"backward 8192x16384 bfloat16 block_n=1024 pieces=2 parts={parts} programs=100").configs(
@@ -78,8 +78,8 @@ def test_rows_are_shared_or_whole_as_asked(tiles: Any) -> None:
     assert tiles.Sweep.parse("backward 8192x16384 bfloat16 rows=2").configs(in_use) == [in_use]  # no kernel shares two
     enough = tiles.Sweep.parse("backward 8192x16384 bfloat16 block_n=16384 pieces=1").configs(in_use)[1]
     assert (enough.parts, enough.pieces, enough.staged) == (1, 1, False)
-    longest = launch.LONGEST_SUM[torch.bfloat16.itemsize]
-    assert shared.programs == whole.programs == launch._programs(8192, 100, 1, longest)
+    longest = tiling.LONGEST_SUM[torch.bfloat16.itemsize]
+    assert shared.programs == whole.programs == tiling._programs(8192, 100, 1, longest)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -24,8 +24,8 @@ from typing import Any, Literal, get_args
 import torch
 
 from rmsnorm.errors import complaint
-from rmsnorm.kernels import launch
-from rmsnorm.kernels.launch import Launch
+from rmsnorm.kernels.gpu import tiling
+from rmsnorm.kernels.gpu.tiling import Launch
 from rmsnorm.spec import Cast, check_spec
 
 Implementation = Literal["ours", "ours+residual", "eager", "F.rms_norm", "LayerNorm"]
@@ -630,24 +630,24 @@ def _our_backward_cuda(t: _Tape, c: _Case, flops: int, inputs: list[_Array | Non
 
 # What is read off a launch: how many programs share a row, and how many hold a share of dw. These are the same on every
 # GPU with `launch.ROOM` for the programs that share a row; how many share it is as on an H200.
-_GPU = launch.Gpu(227 << 10)
+_GPU = tiling.Gpu(227 << 10)
 
 
 def _forward_launch(c: _Case) -> Launch:
-    return launch.forward(c.N, c.x.itemsize, c.adds, launch.ADD_WIDEST < c.N and c.N % 16 == 0, _GPU)
+    return tiling.forward(c.N, c.x.itemsize, c.adds, tiling.ADD_WIDEST < c.N and c.N % 16 == 0, _GPU)
 
 
 def _backward_launch(c: _Case) -> Launch:
-    aligned = launch.BACKWARD_WIDEST[c.x.itemsize] < c.N and c.N % 16 == 0
+    aligned = tiling.BACKWARD_WIDEST[c.x.itemsize] < c.N and c.N % 16 == 0
     dw_itemsize = 0 if c.w is None else c.w.itemsize
-    return launch.backward(c.M, c.N, c.x.itemsize, c.y.itemsize, dw_itemsize, c.adds, aligned, _GPU)
+    return tiling.backward(c.M, c.N, c.x.itemsize, c.y.itemsize, dw_itemsize, c.adds, aligned, _GPU)
 
 
 def _dw_launch(c: _Case) -> Launch | None:
     """Of the kernel that sums dw alone; None where the other one does it, or nothing is to be summed."""
     if c.w is None or _backward_launch(c).parts > 0:
         return None
-    return launch.dw_alone(c.M, c.N, c.y.itemsize + c.x.itemsize, c.w.itemsize, _GPU)
+    return tiling.dw_alone(c.M, c.N, c.y.itemsize + c.x.itemsize, c.w.itemsize, _GPU)
 
 
 def _shares(t: _Tape, c: _Case, config: Launch) -> _Array | None:

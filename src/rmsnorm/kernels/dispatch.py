@@ -75,7 +75,7 @@ def _module(device_type: str) -> ModuleType | ByReference:
         return ByReference(f"there is no kernel for {device_type}")
     name, library = _KERNELS[device_type]
     try:
-        return importlib.import_module(f"rmsnorm.kernels.{name}")
+        return importlib.import_module(f"rmsnorm.kernels.{name}.planner")
     except Exception as error:  # a missing or broken library must not take the layer down
         if kernels.is_of_a_signal(error):
             raise

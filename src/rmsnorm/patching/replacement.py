@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rmsnorm.kernels import host
+from rmsnorm.kernels.host import loader as host
 from rmsnorm.ops import explain, rms_norm
 from rmsnorm.patching.observe import Absent, InFront, Method, identity, is_plain, put_in_front
 from rmsnorm.patching.proof import Rule, arguments

@@ -29,12 +29,13 @@ import torch
 from torch import Tensor
 
 from rmsnorm import kernels
-from rmsnorm.kernels import build, dispatch
+from rmsnorm.kernels import dispatch
+from rmsnorm.kernels.host import build
 from rmsnorm.kernels.plan import Backward, ByReference, Forward, Native, Plan
 from rmsnorm.spec import Cast, Spec, caller, check_gradients, check_saved, check_tensors
 
 _NAME = "rmsnorm_host"
-_SOURCE = Path(__file__).with_suffix(".cpp")
+_SOURCE = Path(__file__).with_name("host.cpp")
 _FLAGS = ("-O2", "-DNDEBUG", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", f"-DRMSNORM_HOST={_NAME}")
 _LIBRARIES = ("c10", "torch", "torch_cpu", "torch_python")
 _BETWEEN_LOOKS, _DAY = 1.0, 86400.0  # seconds

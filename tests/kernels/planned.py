@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 from torch import Tensor
 
-from rmsnorm.kernels import host
+from rmsnorm.kernels.host import loader as host
 from rmsnorm.kernels.plan import Backward, Forward, Fresh, Native, NativeLaunch, Plan
 from rmsnorm.kernels.run import run
 from rmsnorm.spec import Spec
@@ -44,5 +44,5 @@ def planning(monkeypatch: pytest.MonkeyPatch, *launches: NativeLaunch, keeps: An
         made.__dict__["native"] = Native(made.inputs, made.fresh, launches, made.outputs, keeps)
         return made
 
-    monkeypatch.setattr("rmsnorm.kernels.cpu.plan_forward", plan)
+    monkeypatch.setattr("rmsnorm.kernels.cpu.planner.plan_forward", plan)
     host.forget()
