@@ -1,6 +1,7 @@
 """RMSNorm for PyTorch: the Definition's bits, the same bits everywhere, at the speed of memory."""
 
-from rmsnorm.costs.counts import Cost, cost, register_flops
+from rmsnorm.costs.counts import Cost, cost
+from rmsnorm.costs.flops import register_flops
 from rmsnorm.modules import DeepseekV2RMSNorm, RMSNorm
 from rmsnorm.ops import add_rms_norm, explain, rms_norm, warmup
 from rmsnorm.patching.drop_in import TorchRMSNorm
