@@ -14,6 +14,9 @@ from torch import Tensor, nn
 import trace_cost
 from rmsnorm import Cost, cost, reference
 from rmsnorm.costs import counts as counting
+from rmsnorm.costs import eager, ours, torch_norms
+from rmsnorm.costs.case import Case
+from rmsnorm.costs.tape import Tape
 from rmsnorm.kernels import launch
 from trace_cost import Run, Watch, traced
 
@@ -26,7 +29,7 @@ FIELDS = ("flops", "read", "written", "kernels", "saved", "peak")
 other_torch = pytest.mark.skipif(
     torch.__version__.split("+")[0] != counting.TRACED_TORCH,
     reason=f"PyTorch's own operators were counted in torch {counting.TRACED_TORCH}; "
-    f"{torch.__version__} may decompose otherwise: trace it, adapt cost.py, and set TRACED_TORCH",
+    f"{torch.__version__} may decompose otherwise: trace it, adapt costs/eager.py and costs/torch_norms.py, and set TRACED_TORCH",
 )
 
 
@@ -77,8 +80,7 @@ def test_the_partial_sums_follow_the_kernel() -> None:
     for M, N in ((1, 1), (31, 7), (33, 100000), (8192, 1280), (70000, 3), (9000, 1280)):
         plan = cpu._plan((M, N), (N, 1))
         assert plan is not None
-        case = counting._checked((M, N), B, None, "ours", "backward", "cpu", "early", 0.0, True)
-        assert counting._cpu_chunks(case) == plan.chunks, (M, N)
+        assert ours.cpu_chunks(Case(M, N, B, B, "ours", "backward", "cpu", "early", 0.0)) == plan.chunks, (M, N)
 
 
 @other_torch
@@ -183,11 +185,11 @@ def test_the_document_s_own_example() -> None:
     assert [c.moved for c in late] == [40 * E + 24 * M + 2 * d] * 2 + [104 * E + 40 * M + 12 * d]
     assert late[1].saved == 8 * E + 4 * M
     assert [c.peak for c in late] == [10 * E + 4 * M, 14 * E + 8 * M, 26 * E + 2 * d]
-    ours = [cost((1, M, d), phase=phase) for phase in counting.PHASES]
-    assert [c.moved for c in ours[:2]] == [4 * E + 2 * d, 4 * E + 2 * d + 4 * M]
-    assert ours[2].least == 6 * E + 4 * M + 4 * d
-    assert ours[1].saved == 2 * E + 4 * M == 21_004_288
-    assert ours[0].peak == 2 * E
+    fused = [cost((1, M, d), phase=phase) for phase in counting.PHASES]
+    assert [c.moved for c in fused[:2]] == [4 * E + 2 * d, 4 * E + 2 * d + 4 * M]
+    assert fused[2].least == 6 * E + 4 * M + 4 * d
+    assert fused[1].saved == 2 * E + 4 * M == 21_004_288
+    assert fused[0].peak == 2 * E
 
 
 @pytest.mark.parametrize("dtype", [B, F])
@@ -227,7 +229,7 @@ def test_master_weights_are_fp32_with_fp32_moments() -> None:
 
 
 def test_cuda_is_labelled_derived_until_a_gpu_has_confirmed_it() -> None:
-    assert cost((4, 8), device="cuda").derived is ("cuda" not in counting._CONFIRMED)
+    assert cost((4, 8), device="cuda").derived is ("cuda" not in counting.CONFIRMED)
 
 
 def test_cuda_has_no_scratch_for_casts_and_numbers() -> None:
@@ -356,6 +358,7 @@ def test_no_rows_cost_nothing(implementation, device, phase) -> None:
         (((4, 8), F, B), {"implementation": "LayerNorm"}, ValueError, "LayerNorm refuses"),
         (((4, 8), B, F), {"implementation": "LayerNorm", "device": "cuda"}, ValueError, "LayerNorm refuses"),
         (((4, 8),), {"threads": 0}, ValueError, "threads is 0"),
+        (((4, 8),), {"threads": "4"}, TypeError, "threads is a str, expected an int"),
     ],
 )
 def test_what_makes_no_sense_raises(arguments, options, error, text) -> None:
@@ -373,28 +376,28 @@ def test_layer_norm_refuses_what_the_count_refuses(randn) -> None:
 # --- the checker can fail ------------------------------------------------------------------------------------
 
 
-def _skip_statistic(t: Any, c: Any, g: Any, x32: Any, rstd: Any) -> None:
-    t.free(x32, rstd)
-    counting._recast(t, g, c.x)
+def skip_statistic(tape: Any, case: Any, g: Any, x32: Any, rstd: Any) -> None:
+    tape.free(x32, rstd)
+    tape.recast(g, case.x_dtype)
 
 
-MUTATIONS: dict[str, tuple[str, Any, str]] = {
-    "a chunk more": ("_cpu_chunks", lambda c: 2 + c.M // 256, "ours"),
-    "the weight is read as it is": ("_readable", lambda t, c: (counting._weight(c), None), "ours"),
-    "no gradient through the statistic": ("_statistic_backward", _skip_statistic, "eager"),
-    "statistics in fp64": ("_layer_norm_statistic", lambda c: torch.float64, "LayerNorm"),
-    "a cotangent that is cast back": ("_recast", lambda t, a, dtype: a, "F.rms_norm"),
+# What is changed: where, what to, and the implementation and dtypes whose counts must then be wrong.
+MUTATIONS: dict[str, tuple[Any, str, Any, str, tuple[torch.dtype, torch.dtype]]] = {
+    "two chunks more": (ours, "cpu_chunks", lambda case: 2 + case.M // 256, "ours", (B, B)),
+    "no copy of the weight": (ours, "_weight_as_read", lambda tape, case: (case.weight(), None), "ours", (H, B)),
+    "no gradient through the statistic": (eager, "_normalize_backward", skip_statistic, "eager", (B, B)),
+    "statistics in fp64": (torch_norms, "_statistic_dtype", lambda case: torch.float64, "LayerNorm", (B, B)),
+    "no cast of a gradient": (Tape, "recast", lambda tape, array, dtype: array, "F.rms_norm", (B, B)),
 }
 
 
 @other_torch
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_wrong_formula_is_red(name, monkeypatch) -> None:
-    attribute, mutant, implementation = MUTATIONS[name]
-    x, w = (H, B) if attribute == "_readable" else (B, B)
-    assert wrong(implementation, "early", 0.0, x, w, (64, 40)) == []
-    monkeypatch.setattr(counting, attribute, mutant)
-    assert wrong(implementation, "early", 0.0, x, w, (64, 40)) != []
+def test_the_trace_notices_a_wrong_formula(name, monkeypatch) -> None:
+    where, attribute, mutant, implementation, dtypes = MUTATIONS[name]
+    assert wrong(implementation, "early", 0.0, *dtypes, (64, 40)) == []
+    monkeypatch.setattr(where, attribute, mutant)
+    assert wrong(implementation, "early", 0.0, *dtypes, (64, 40)) != []
 
 
 @other_torch

@@ -11,25 +11,30 @@ from typing import Any
 
 import torch
 
-from rmsnorm.costs.counts import F32, _backward_flops, _Case, _forward_flops
+from rmsnorm.costs.case import Case
+from rmsnorm.costs.ours import backward_flops, forward_flops
+from rmsnorm.costs.tape import F32
 
 _COUNTER = "torch.utils.flop_counter"
 
 
-def _operator_case(shape: Sequence[int], weight: object, cast: str, offset: float, residual: object = None) -> _Case:
-    name = "ours" if residual is None else "ours+residual"
-    w = None if weight is None else F32
-    return _Case(math.prod(shape[:-1]), shape[-1], F32, w, name, "forward", "cpu", cast, offset)
+def _operator_case(shape: Sequence[int], weight: object, cast: str, offset: float, added: object) -> Case:
+    """FLOPs depend on no dtype. added: the residual, or in the backward pass the gradient of the sum."""
+    return Case(
+        M=math.prod(shape[:-1]), N=shape[-1], x_dtype=F32, w_dtype=None if weight is None else F32,
+        implementation="ours" if added is None else "ours+residual", phase="forward", device="cpu", cast=cast,
+        offset=offset,
+    )  # fmt: skip
 
 
 def _count_forward(x: Any, residual: Any, weight: Any, eps: float, cast: str, offset: float, *_: Any, **__: Any) -> int:
-    return _forward_flops(_operator_case(x, weight, cast, offset, residual))
+    return forward_flops(_operator_case(x, weight, cast, offset, residual))
 
 
 def _count_backward(
     dy: Any, ds: Any, x: Any, weight: Any, rstd: Any, cast: str, offset: float, need_dx: bool, need_dw: bool, **_: Any
 ) -> int:
-    return _backward_flops(_operator_case(x, weight, cast, offset), need_dx, need_dw, ds is not None)
+    return backward_flops(_operator_case(x, weight, cast, offset, ds), need_dx, need_dw)
 
 
 def _register(counter: ModuleType) -> None:
