@@ -1,7 +1,6 @@
 """The layers: state and one call."""
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec
 
@@ -100,20 +99,9 @@ class DeepseekV2RMSNorm(nn.Module):
         super().__init__()
         self.register_parameter("weight", RMSNorm(hidden_size, eps).weight)
         self.variance_epsilon = eps
-        join_layernorm_layers(type(self))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
-
-
-def join_layernorm_layers(cls: type[nn.Module]) -> None:
-    """Append to transformers' ALL_LAYERNORM_LAYERS, by which its older Trainers spare norms the weight decay.
-
-    Only where transformers is loaded already, as it is wherever its Trainer is used: importing it takes seconds.
-    """
-    layers = getattr(sys.modules.get("transformers.pytorch_utils"), "ALL_LAYERNORM_LAYERS", None)
-    if isinstance(layers, list) and cls not in layers:
-        layers.append(cls)
