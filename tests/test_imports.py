@@ -20,6 +20,7 @@ LAYERS = (
     ("modules",),
     ("costs",),
     ("patching",),
+    ("register",),
     ("",),
     ("tools",),
     ("__main__",),

@@ -1,7 +1,6 @@
 """The layers `RMSNorm` and `DeepseekV2RMSNorm`: parameters, and a call of `rms_norm`."""
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec
 
@@ -156,7 +155,6 @@ class DeepseekV2RMSNorm(nn.Module):
         super().__init__()
         self.register_parameter("weight", RMSNorm(hidden_size, eps).weight)
         self.variance_epsilon = eps
-        join_layernorm_layers(type(self))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalize over the last dimension.
@@ -176,16 +174,3 @@ class DeepseekV2RMSNorm(nn.Module):
     def extra_repr(self) -> str:
         """The shape of the weight and eps, as transformers prints them."""
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
-
-
-def join_layernorm_layers(cls: type[nn.Module]) -> None:
-    """Append a class to transformers' ALL_LAYERNORM_LAYERS, whose classes its older Trainers exclude from weight decay.
-
-    Nothing happens unless transformers is loaded, as it is wherever its Trainer is used: importing it takes seconds.
-
-    Args:
-        cls: The class of a norm.
-    """
-    layers = getattr(sys.modules.get("transformers.pytorch_utils"), "ALL_LAYERNORM_LAYERS", None)
-    if isinstance(layers, list) and cls not in layers:
-        layers.append(cls)

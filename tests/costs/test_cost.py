@@ -1,9 +1,6 @@
 """The counts, each held to a trace of the running code; and that the trace can turn them red."""
 
 import itertools
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -413,45 +410,3 @@ def test_an_operator_without_a_rule_is_no_zero(operator, randn) -> None:
     x = randn(3)
     with pytest.raises(AssertionError, match=f"no rule says what {operator} costs"):
         watched(lambda: getattr(torch, operator)(x))
-
-
-# --- torch.utils.flop_counter --------------------------------------------------------------------------------
-
-COUNT = """
-import sys
-{first}
-import rmsnorm, torch
-if not {early}:
-    assert "triton" not in sys.modules and "torch.utils.flop_counter" not in sys.modules, "the import has become dear"
-from torch.utils.flop_counter import FlopCounterMode
-assert not [f for f in sys.meta_path if type(f).__module__.startswith("rmsnorm")]
-x, r, w = (torch.randn(*s, requires_grad=True) for s in ((3, 8), (3, 8), (8,)))
-counts = []
-with FlopCounterMode(display=False) as counter:
-    y = rmsnorm.rms_norm(x, w)
-    counts.append(counter.get_total_flops())
-    y.backward(torch.randn(3, 8))
-    counts.append(counter.get_total_flops() - counts[-1])
-with FlopCounterMode(display=False) as counter:
-    y, s = rmsnorm.add_rms_norm(x, r, w, cast="late", offset=1.0)
-    counts.append(counter.get_total_flops())
-    torch.autograd.backward((y, s), (torch.randn(3, 8), torch.randn(3, 8)))
-    counts.append(counter.get_total_flops() - counts[-1])
-with FlopCounterMode(display=False) as counter:
-    torch.autograd.grad(rmsnorm.rms_norm(x, w.detach()), x, torch.randn(3, 8))
-    counts.append(counter.get_total_flops() - counts[0])
-print(counts)
-"""
-
-
-@pytest.mark.parametrize("early", [True, False])
-def test_flop_counter_mode_counts_our_operators(early) -> None:
-    first = "import torch.utils.flop_counter" if early else ""
-    run = subprocess.run(
-        [sys.executable, "-c", COUNT.format(first=first, early=early)], capture_output=True, text=True, check=True
-    )
-    plain = [cost((3, 8), F, phase=phase).flops for phase in ("forward", "backward")]
-    options: Any = {"implementation": "ours+residual", "cast": "late", "offset": 1.0}
-    added = [cost((3, 8), F, phase=phase, **options).flops for phase in ("forward", "backward")]
-    without_dw = plain[1] - (2 * 24 - 8)
-    assert json.loads(run.stdout) == [*plain, *added, without_dw]

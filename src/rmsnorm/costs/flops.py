@@ -1,21 +1,12 @@
-"""The FLOP formulas of our operators, for `torch.utils.flop_counter.FlopCounterMode`."""
+"""The FLOP formulas of our operators. `rmsnorm.register` gives them to torch's FlopCounterMode."""
 
 import math
-import sys
-from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
-from types import ModuleType
+from collections.abc import Callable, Sequence
 from typing import Any
-
-import torch
 
 from rmsnorm.costs.case import Case
 from rmsnorm.costs.ours import backward_flops, forward_flops
 from rmsnorm.costs.tape import F32
-
-_COUNTER = "torch.utils.flop_counter"
 
 
 def _operator_case(shape: Sequence[int], weight: object, cast: str, offset: float, added: object) -> Case:
@@ -37,39 +28,5 @@ def _count_backward(
     return backward_flops(_operator_case(x, weight, cast, offset, ds), need_dx, need_dw)
 
 
-def _register(counter: ModuleType) -> None:
-    for name, formula in (("forward", _count_forward), ("backward", _count_backward)):
-        operator = getattr(torch.ops.rmsnorm, name)
-        if operator not in counter.flop_registry:
-            counter.register_flop_formula(operator)(formula)
-
-
-class _WhenImported(MetaPathFinder, Loader):
-    """Registers when the counter is imported: importing it here would bring Triton, ten times this package's time."""
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if name != _COUNTER:
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
-        if spec is None or spec.loader is None:
-            return None
-        self.loader, spec.loader = spec.loader, self
-        return spec
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        assert module.__spec__ is not None
-        module.__spec__.loader = module.__loader__ = self.loader
-        self.loader.exec_module(module)
-        _register(module)
-
-
-def register_flops() -> None:
-    """Have `FlopCounterMode` count our operators, from now on or from the moment it is imported."""
-    if _COUNTER in sys.modules:
-        _register(sys.modules[_COUNTER])
-    else:
-        sys.meta_path.insert(0, _WhenImported())
+# By the name of the operator.
+FLOP_FORMULAS: dict[str, Callable[..., int]] = {"forward": _count_forward, "backward": _count_backward}
