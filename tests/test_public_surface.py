@@ -30,10 +30,10 @@ def bare(function: object) -> str:
     return str(inspect.Signature(plain))[1:-1]
 
 
-def test_names_and_signatures() -> None:
+def test_the_public_names_have_these_signatures() -> None:
     assert sorted(rmsnorm.__all__) == sorted(SIGNATURES)
     assert {name: bare(getattr(rmsnorm, name)) for name in rmsnorm.__all__} == SIGNATURES
 
 
-def test_type_information_is_shipped() -> None:
+def test_the_package_ships_its_type_information() -> None:
     assert (ROOT / "py.typed").exists()
