@@ -64,6 +64,11 @@ def test_every_public_name_explains_its_arguments_and_its_result_and_has_an_exam
     assert faults(getattr(rmsnorm, name)) == []
 
 
+def test_the_docstring_of_the_package_lists_exactly_the_public_names() -> None:
+    listed = re.findall(r"^([\w, ]+): ", rmsnorm.__doc__ or "", re.MULTILINE)
+    assert sorted(name for names in listed for name in names.split(", ")) == sorted(rmsnorm.__all__)
+
+
 @pytest.mark.parametrize("path", WITH_EXAMPLES, ids=module_of)
 def test_the_examples_in_docstrings_run_and_print_what_they_say(path: Path) -> None:
     torch.manual_seed(0)
