@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from rmsnorm.errors import CommandError
-from rmsnorm.kernels import gpu, launch
+from rmsnorm.kernels import dispatch, gpu, launch
 from rmsnorm.kernels.launch import Launch
+from rmsnorm.spec import Spec
 from rmsnorm.tools import bench, machine, peers, processes, results, timing
 from rmsnorm.tools.bench import Case
 
@@ -35,6 +36,7 @@ MODES = {
     "add-backward": bench.ADD_BACKWARD,
 }
 DEVICE = torch.device("cuda")
+SPEC = Spec(peers.EPS)
 FLAGS = ("staged", "overlap")  # fields that are not numbers
 
 
@@ -123,7 +125,7 @@ class Tensors:
     @classmethod
     def drawn(cls, sweep: Sweep) -> "Tensors":
         inputs, cotangents = bench._drawn(sweep.case, DEVICE)
-        rstd = gpu.forward(inputs[0], None, inputs[-1], peers.EPS, "early", 0.0, True)[2]
+        rstd = dispatch.forward(inputs[0], None, inputs[-1], SPEC, True)[2]
         assert rstd is not None
         return cls(sweep, inputs, cotangents, rstd)
 
@@ -131,16 +133,16 @@ class Tensors:
         """What the pass computes; what must have the same bits whatever the configuration, first."""
         x, *residual, w = self.inputs
         if self.sweep.passes == "forward":
-            return gpu.forward(x, residual[0] if residual else None, w, peers.EPS, "early", 0.0, False)
+            return dispatch.forward(x, residual[0] if residual else None, w, SPEC, False)
         dy, *ds = self.cotangents
-        return gpu.backward(dy, ds[0] if ds else None, x, w, self.rstd, "early", 0.0, True, True)
+        return dispatch.backward(dy, ds[0] if ds else None, x, w, self.rstd, SPEC, True, True)
 
 
 @contextlib.contextmanager
 def using(sweep: Sweep, config: Launch) -> Iterator[None]:
     """Launches with this configuration, planned and compiled anew."""
     before = getattr(launch, sweep.passes)
-    plans = (gpu._forward_call, gpu._backward_calls)
+    plans = (gpu.plan_forward, gpu.plan_backward)
     setattr(launch, sweep.passes, lambda *a: config)
     for plan in plans:
         plan.cache_clear()

@@ -241,7 +241,7 @@ def test_the_cost_document_states_the_presets_counts_that_are_tested() -> None:
 
 # The functions whose texts `explain` repeats,
 EXPLAINED = {
-    "explain", "explained", "refuses", "_backend", "described", "caller", "why_own", "_changed", "_unproven",
+    "explain", "explained", "refuses", "_module", "described", "made_by", "native", "why_own", "_changed", "_unproven",
     "_unserved", "_exported", "_inference_tensor", "_rmsnorm_explain",
 }  # fmt: skip
 # and the exceptions whose messages it repeats.

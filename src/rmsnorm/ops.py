@@ -1,9 +1,10 @@
 """The operators: schema, shapes, autograd, and the choice of who computes.
 
-    rms_norm, add_rms_norm  ->  _Norm (autograd)  ->  _forward, _backward
-                                                        |- plain tensors: straight to the kernel, a few microseconds
+    rms_norm, add_rms_norm  ->  host.norm: plain tensors, autograd included, without Python
+                            ->  _Norm (autograd)  ->  _forward, _backward
+                                                        |- plain tensors: straight to the kernel
                                                         `- anything else: torch.ops.rmsnorm.*, then the kernel
-    what was called before, with plain tensors  ->  host.norm, autograd included, without Python
+    torch.ops.rmsnorm.*     ->  C++, once host.look has loaded it; else, and for what is not plain, _run_*, _autograd_*
 
 The operators are opaque on purpose: a compiler that traced through them would fuse the arithmetic and lose its bits.
 What is not plain (torch.compile, export, subclasses such as DTensor, fake tensors, vmap, dispatch modes) meets them
@@ -11,12 +12,9 @@ as one node with a schema, a fake, and a rule for vmap.
 """
 
 import contextlib
-import functools
-import importlib
 import inspect
 import sys
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, Never, ParamSpec, TypeVar
 
 import torch
@@ -24,12 +22,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from rmsnorm import kernels, reference
 from rmsnorm.errors import complaint
-from rmsnorm.kernels import host
+from rmsnorm.kernels import dispatch, host
+from rmsnorm.kernels.plan import ByReference, Forward, Plan
 from rmsnorm.spec import (
     DTYPES,
     Cast,
+    Spec,
     caller,
     check_gradients,
     check_memory,
@@ -37,6 +36,7 @@ from rmsnorm.spec import (
     check_saved,
     check_spec,
     check_tensors,
+    spec_of,
 )
 
 P = ParamSpec("P")
@@ -75,8 +75,6 @@ def rms_norm(
         if y is not None:
             return y  # type: ignore[no-any-return]
     check_order("rms_norm", weight, more)
-    check_spec("rms_norm", eps, cast, offset)
-    check_tensors("rms_norm", x, None, weight, offset, torch.compiler.is_compiling())
     return _norm(x, None, weight, eps, cast, offset)[0]  # type: ignore[no-any-return]
 
 
@@ -100,8 +98,6 @@ def add_rms_norm(
         outputs = host.norm(x, residual, weight, eps, cast, offset)
         if outputs is not None:
             return outputs  # type: ignore[no-any-return]
-    check_spec("add_rms_norm", eps, cast, offset)
-    check_tensors("add_rms_norm", x, residual, weight, offset, torch.compiler.is_compiling())
     y, s = _norm(x, residual, weight, eps, cast, offset)[:2]
     return y, s
 
@@ -124,27 +120,30 @@ def explain(
     own = getattr(weight, "_rmsnorm_explain", None)
     if own is not None:
         return own(x)  # type: ignore[no-any-return]
-    check_spec("explain", eps, cast, offset)
+    spec = spec_of("explain", eps, cast, offset)
     check_tensors("explain", x, residual, weight, offset)
-    kernel, reason = _choose(x, residual, weight)
-    if hasattr(kernel, "failure"):
-        failure = kernel.failure(x, residual, weight, cast)
-        kernel, reason = (kernel, reason) if failure is None else (reference, failure)
-    name = getattr(kernel, "NAME", "the reference, in plain torch")
-    if kernel is not reference and _plain(x, residual, weight):
-        host.look(_for_host)
-        reason = host.caller(x, residual, weight, eps, cast, offset)
+    plain = _plain(x, residual, weight)
+    given: list[Any] = [x, residual, weight]
+    x_, residual_, weight_ = given if plain else map(_without_memory, given)
+    kind = Forward.of(x_, residual_, weight_, spec, _differentiable(x, residual, weight))._replace(device=x.device)
+    plan = dispatch.plan_forward(kind)
+    by_kernel = isinstance(plan, Plan)
+    reason = plan.why if isinstance(plan, ByReference) else ""
+    if isinstance(plan, Plan) and plain:
+        host.look()
+        reason = host.made_by(plan, x, residual, weight, eps, cast, offset)
+    name = dispatch.name_of(plan)
     lines = [f"{x.device.type}, {str(x.dtype).removeprefix('torch.')}: {name}" + (f" ({reason})" if reason else "")]
     copied = [
         label
         for label, tensor in (("x", x), ("residual", residual), ("weight", weight))
         if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1
     ]
-    if copied and kernel is not reference:
+    if copied and by_kernel:
         lines.append(f"copied once, because the last dimension is not contiguous: {', '.join(copied)}")
-    if residual is not None and residual.dtype != x.dtype and kernel is not reference:
+    if residual is not None and residual.dtype != x.dtype and by_kernel:
         lines.append("the sum is taken before the kernel, because x and residual differ in dtype")
-    if not _plain(x, residual, weight):
+    if not plain:
         lines.append("reached through torch.ops.rmsnorm, because not every argument is a plain tensor")
         _learn_sharding()
         distributed = sys.modules.get("rmsnorm.distributed")
@@ -181,50 +180,13 @@ def wait_for_host(seconds: float | None = None) -> bool:
     Returns whether the wait is over: False if the C++ is still being compiled.
     """
     if seconds is not None:
-        return host.wait(_for_host, seconds)
+        return host.wait(seconds)
     with contextlib.suppress(host.Unusable):
-        host.load(_for_host)
+        host.load()
     return True
 
 
-# --- who computes --------------------------------------------------------------------------------------------
-
-
-_KERNELS = {"cpu": ("cpu", "Numba"), "cuda": ("gpu", "Triton")}
-
-
-@functools.cache
-def _backend(device_type: str) -> tuple[ModuleType, str]:
-    """The kernels of a device, imported when its first tensor comes; the reference, and why, where there are none."""
-    if device_type not in _KERNELS:
-        return reference, f"there is no kernel for {device_type}"
-    name, library = _KERNELS[device_type]
-    try:
-        return importlib.import_module(f"rmsnorm.kernels.{name}"), ""
-    except Exception as error:  # a missing or broken library must not take the layer down
-        if kernels.is_of_a_signal(error):
-            raise
-        return reference, f"{library} cannot be used: {type(error).__name__}: {error}"
-
-
-@functools.cache
-def _chosen(device_type: str, *dtypes: torch.dtype | None) -> tuple[ModuleType, str]:
-    kernel, reason = _backend(device_type)
-    if kernel is not reference:
-        refusal = kernel.refuses(*dtypes)
-        if refusal is not None:
-            return reference, refusal
-    return kernel, reason
-
-
-def _choose(x: Tensor, residual: Tensor | None, w: Tensor | None) -> tuple[ModuleType, str]:
-    """Who computes for these tensors, and why not a kernel where it is the reference."""
-    return _chosen(
-        "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type,
-        x.dtype,
-        None if residual is None else residual.dtype,
-        None if w is None else w.dtype,
-    )
+# --- straight to the kernels, or through the operators -------------------------------------------------------
 
 
 _PLAIN_TYPES = (Tensor, Parameter)
@@ -245,6 +207,11 @@ def _plain(*tensors: Tensor | None) -> bool:
     return True
 
 
+def _without_memory(t: Any) -> Any:
+    """Of the same kind, for tensors of which not all have memory of their own."""
+    return None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+
 def _check_backward(
     dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, offset: float, need_dw: bool
 ) -> None:
@@ -259,33 +226,27 @@ def _learn_sharding() -> None:
 
 
 def _forward(
-    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float, with_rstd: bool,
-    plain: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    x: Tensor, residual: Tensor | None, w: Tensor | None, spec: Spec, with_rstd: bool, plain: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if plain:
         check_memory(caller(residual), x=x, residual=residual, weight=w)
-        return _choose(x, residual, w)[0].forward(x, residual, w, eps, cast, offset, with_rstd)  # type: ignore[no-any-return]
+        return dispatch.forward(x, residual, w, spec, with_rstd)
     _learn_sharding()
-    y, s, rstd = torch.ops.rmsnorm.forward.default(x, residual, w, eps, cast, offset, with_rstd)
+    y, s, rstd = torch.ops.rmsnorm.forward.default(x, residual, w, spec.eps, spec.cast, spec.offset, with_rstd)
     return y, None if residual is None else s, rstd if with_rstd else None
 
 
 def _backward(
-    dy: Tensor,
-    ds: Tensor | None,
-    x: Tensor,
-    w: Tensor | None,
-    rstd: Tensor,
-    cast: str,
-    offset: float,
-    need_dx: bool,
-    need_dw: bool,
-) -> tuple[Tensor | None, Tensor | None]:
+    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, spec: Spec, need_dx: bool, need_dw: bool
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    # Grad mode here means create_graph: then the gradient must stay tied to its inputs, to raise if it is used.
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        return _tied_backward(dy, ds, x, w, rstd, spec, need_dx, need_dw)
     batched = torch._C._functorch.is_legacy_batchedtensor  # what is_grads_batched=True makes of a cotangent
     if not (batched(dy) or (ds is not None and batched(ds))) and _plain(dy, ds, x, w, rstd):
-        _check_backward(dy, ds, x, w, rstd, offset, need_dw)
-        return _choose(x, None, w)[0].backward(dy, ds, x, w, rstd, cast, offset, need_dx, need_dw)  # type: ignore[no-any-return]
-    dx, dw = torch.ops.rmsnorm.backward.default(dy, ds, x, w, rstd, cast, offset, need_dx, need_dw)
+        _check_backward(dy, ds, x, w, rstd, spec.offset, need_dw)
+        return dispatch.backward(dy, ds, x, w, rstd, spec, need_dx, need_dw)
+    dx, dw = torch.ops.rmsnorm.backward.default(dy, ds, x, w, rstd, spec.cast, spec.offset, need_dx, need_dw)
     return dx if need_dx else None, dw if need_dw else None
 
 
@@ -295,25 +256,34 @@ _SECOND = "a second derivative of rms_norm is not implemented; differentiate rms
 
 
 def _norm(
-    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float
+    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: Cast, offset: float
 ) -> tuple[Any, ...]:
     """(y, s, …) with whatever machinery of differentiation the arguments and the moment call for."""
+    where = caller(residual)
     if torch.compiler.is_compiling():  # the operator has an autograd of its own, and a compiler takes it as it is
+        check_spec(where, eps, cast, offset)
+        check_tensors(where, x, residual, w, offset, symbolic=True)
         _learn_sharding()
         with_rstd = torch.is_grad_enabled()
         return torch.ops.rmsnorm.forward.default(x, residual, w, eps, cast, offset, with_rstd)  # type: ignore[no-any-return]
+    spec = spec_of(where, eps, cast, offset)
+    check_tensors(where, x, residual, w, offset)
     plain = _plain(x, residual, w)
     if plain:
-        host.look(_for_host)
+        host.look()
     if forward_ad._current_level >= 0 or (not plain and torch._C._are_functorch_transforms_active()):
-        return _TransformedNorm.apply(x, residual, w, eps, cast, offset)  # type: ignore[no-any-return, no-untyped-call]
-    if torch.is_grad_enabled() and (
-        x.requires_grad or (w is not None and w.requires_grad) or (residual is not None and residual.requires_grad)
-    ):
+        return _TransformedNorm.apply(x, residual, w, spec)  # type: ignore[no-any-return, no-untyped-call]
+    if _differentiable(x, residual, w):
         apply = _apply_norm if plain and not _leaked(x, residual, w) else _Norm.apply
-        outputs = apply(x, residual, w, (eps, cast, offset, plain))  # type: ignore[no-untyped-call]
+        outputs = apply(x, residual, w, spec, plain)  # type: ignore[no-untyped-call]
         return (outputs,) if residual is None else outputs
-    return _forward(x, residual, w, eps, cast, offset, False, plain)
+    return _forward(x, residual, w, spec, False, plain)
+
+
+def _differentiable(x: Tensor, residual: Tensor | None, w: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (
+        x.requires_grad or (w is not None and w.requires_grad) or (residual is not None and residual.requires_grad)
+    )
 
 
 def _leaked(*tensors: Tensor | None) -> bool:
@@ -348,7 +318,7 @@ def _gradients(
     if dy is None:
         d_rows, dw = ds, None
     else:
-        d_rows, dw = backward(dy, ds, rows, w, rstd, ctx.cast, ctx.offset, need_x or need_residual, need_dw)
+        d_rows, dw = backward(dy, ds, rows, w, rstd, ctx.spec, need_x or need_residual, need_dw)
     dx = d_rows.to(ctx.dtypes[0]) if need_x and d_rows is not None else None
     d_residual = d_rows.to(ctx.dtypes[1]) if need_residual and d_rows is not None else None
     return dx, d_residual, dw if need_dw else None
@@ -359,35 +329,20 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, w: Tensor | None, how: tuple[float, str, float, bool]
+        ctx: Any, x: Tensor, residual: Tensor | None, w: Tensor | None, spec: Spec, plain: bool
     ) -> Tensor | tuple[Tensor, Tensor]:
-        eps, cast, offset, plain = how
-        y, s, rstd = _forward(x, residual, w, eps, cast, offset, True, plain)
+        y, s, rstd = _forward(x, residual, w, spec, True, plain)
         rows = x if s is None else s
         ctx.save_for_backward(rows, w, rstd)
         ctx.set_materialize_grads(False)
-        ctx.cast, ctx.offset = cast, offset
+        ctx.spec = spec
         ctx.dtypes = (x.dtype, None if residual is None else residual.dtype)
         ctx.saved_dtypes = (rows.dtype, None if w is None else w.dtype)
         return y if s is None else (y, s)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, dy, ds, _in_python), None
-
-
-def _for_host(*args: Any) -> tuple[Tensor | None, Tensor | None]:
-    """As `_in_python`, for the host's node where it cannot take the gradients; the saved dtypes come last."""
-    *given, rows_dtype, w_dtype = args
-    check_saved("rms_norm", given[2], given[3], rows_dtype, w_dtype)
-    return _in_python(*given)
-
-
-def _in_python(*args: Any) -> tuple[Tensor | None, Tensor | None]:
-    """As `_backward`, for a node of autograd."""
-    # Grad mode here means create_graph: then the gradient must stay tied to its inputs, to raise if it is used.
-    tied = torch.is_grad_enabled() or forward_ad._current_level >= 0
-    return (_Backward.apply if tied else _backward)(*args)
+        return *_gradients(ctx, dy, ds, _backward), None, None
 
 
 # Past a function in Python that is there for what `_plain` and `_leaked` rule out, and takes a few microseconds.
@@ -400,15 +355,13 @@ class _TransformedNorm(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float
-    ) -> tuple[Any, ...]:
-        y, s, rstd = _forward(x, residual, w, eps, cast, offset, True, _plain(x, residual, w))
+    def forward(x: Tensor, residual: Tensor | None, w: Tensor | None, spec: Spec) -> tuple[Any, ...]:
+        y, s, rstd = _forward(x, residual, w, spec, True, _plain(x, residual, w))
         return (y, rstd) if s is None else (y, s, rstd)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        x, residual, w, _, ctx.cast, ctx.offset = inputs
+        x, residual, w, ctx.spec = inputs
         rstd = output[-1]
         ctx.mark_non_differentiable(rstd)
         rows = x if residual is None else output[1]
@@ -421,7 +374,7 @@ class _TransformedNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, dy, others[0] if len(others) > 1 else None, _Backward.apply), None, None, None
+        return *_gradients(ctx, dy, others[0] if len(others) > 1 else None, _tied_backward), None
 
     @staticmethod
     def jvp(
@@ -431,16 +384,22 @@ class _TransformedNorm(torch.autograd.Function):
         rows, w, rstd = ctx.saved_tensors
         tangents = [t for t in (x_t, residual_t) if t is not None]
         s_t = torch.zeros_like(rows) if not tangents else sum(tangents[1:], tangents[0])
-        y_t = _Backward.apply(s_t, None, rows, None, rstd, ctx.cast, 0.0, True, False)[0].float()  # type: ignore[no-untyped-call]
+        y_t = _Backward.apply(s_t, None, rows, None, rstd, ctx.spec.cast, 0.0, True, False)[0].float()  # type: ignore[no-untyped-call]
         y_dtype = rows.dtype
         if w is not None:
-            y_t = (w.float() + ctx.offset) * y_t
-            if ctx.cast == "early":
+            y_t = (w.float() + ctx.spec.offset) * y_t
+            if ctx.spec.cast == "early":
                 y_dtype = torch.promote_types(w.dtype, rows.dtype)
         if w_t is not None:
             y_t = y_t + rows.float() * rstd.unsqueeze(-1) * w_t.float()
         y_t = y_t.to(y_dtype)
         return (y_t, None) if ctx.dtypes[1] is None else (y_t, s_t.to(rows.dtype), None)
+
+
+def _tied_backward(
+    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, spec: Spec, need_dx: bool, need_dw: bool
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    return _Backward.apply(dy, ds, x, w, rstd, spec.cast, spec.offset, need_dx, need_dw)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Backward(torch.autograd.Function):
@@ -480,23 +439,25 @@ _LIB.define(
 
 
 def _run_forward(
-    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float, with_rstd: bool
+    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: Cast, offset: float, with_rstd: bool
 ) -> tuple[Tensor, ...]:
+    host.look()
     where = caller(residual)
-    check_spec(where, eps, cast, offset)
+    spec = spec_of(where, eps, cast, offset)
     check_tensors(where, x, residual, w, offset)
     check_memory(where, x=x, residual=residual, weight=w)
-    y, s, rstd = _choose(x, residual, w)[0].forward(x, residual, w, eps, cast, offset, with_rstd)
+    y, s, rstd = dispatch.forward(x, residual, w, spec, with_rstd)
     return y, x.new_empty(0) if s is None else s, x.new_empty(0) if rstd is None else rstd
 
 
 def _run_backward(
-    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, cast: str, offset: float, need_dx: bool,
+    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, cast: Cast, offset: float, need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    check_spec(caller(ds), 0.0, cast, offset)
+    host.look()
+    spec = spec_of(caller(ds), 0.0, cast, offset)
     _check_backward(dy, ds, x, w, rstd, offset, need_dw)
-    dx, dw = _choose(x, None, w)[0].backward(dy, ds, x, w, rstd, cast, offset, need_dx, need_dw)
+    dx, dw = dispatch.backward(dy, ds, x, w, rstd, spec, need_dx, need_dw)
     return x.new_empty(0) if dx is None else dx, x.new_empty(0) if dw is None else dw
 
 
@@ -575,15 +536,15 @@ def _differentiated(*args: Any) -> bool:
 
 
 def _autograd_forward(
-    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float, with_rstd: bool
+    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: Cast, offset: float, with_rstd: bool
 ) -> tuple[Tensor, ...]:
     _learn_sharding()
     if not _differentiated(x, residual, w):
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.rmsnorm.forward.default(x, residual, w, eps, cast, offset, with_rstd)  # type: ignore[no-any-return]
-    check_spec(caller(residual), eps, cast, offset)  # from here it goes to the kernel without the operator
+    spec = spec_of(caller(residual), eps, cast, offset)  # from here it goes to the kernel without the operator
     check_tensors(caller(residual), x, residual, w, offset, symbolic=not _plain(x, residual, w))
-    y, *s, rstd = _TransformedNorm.apply(x, residual, w, eps, cast, offset)  # type: ignore[no-untyped-call]
+    y, *s, rstd = _TransformedNorm.apply(x, residual, w, spec)  # type: ignore[no-untyped-call]
     return y, s[0] if s else x.new_empty(0), rstd if with_rstd else x.new_empty(0)
 
 

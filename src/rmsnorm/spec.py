@@ -4,6 +4,7 @@ Every check raises TypeError for a wrong type or dtype and ValueError for a wron
 that was called (`where`), the argument, what it was and what it should be.
 """
 
+import functools
 import numbers
 from dataclasses import dataclass
 from typing import Literal, NoReturn
@@ -79,6 +80,22 @@ def result_dtype(x: torch.dtype, weight: torch.dtype | None, cast: str) -> torch
         torch.bfloat16
     """
     return x if weight is None or cast == "late" else torch.promote_types(x, weight)
+
+
+def spec_of(where: str, eps: float, cast: Cast, offset: float) -> Spec:
+    """The `Spec` with eps and offset as floats, from a cache.
+
+    Raises:
+        TypeError: As `check_spec`.
+        ValueError: As `check_spec`.
+    """
+    check_spec(where, eps, cast, offset)
+    return _spec(eps, cast, offset)
+
+
+@functools.lru_cache(256)
+def _spec(eps: float, cast: Cast, offset: float) -> Spec:
+    return Spec(float(eps), cast, float(offset))
 
 
 def check_spec(where: str, eps: float, cast: str, offset: float) -> None:

@@ -15,6 +15,8 @@ from rmsnorm.costs import eager, ours, torch_norms
 from rmsnorm.costs.case import Case
 from rmsnorm.costs.tape import Tape
 from rmsnorm.kernels import launch
+from rmsnorm.kernels.plan import Backward, Forward, TensorKind
+from rmsnorm.spec import Spec
 from trace_cost import Run, Watch, traced
 
 B, H, F = torch.bfloat16, torch.float16, torch.float32
@@ -77,9 +79,11 @@ def test_the_number_of_partial_sums_is_that_of_the_cpu_kernel() -> None:
     from rmsnorm.kernels import cpu
 
     for M, N in ((1, 1), (31, 7), (33, 100000), (8192, 1280), (70000, 3), (9000, 1280)):
-        plan = cpu._plan((M, N), (N, 1))
-        assert plan is not None
-        assert ours.cpu_chunks(Case(M, N, B, B, "ours", "backward", "cpu", "early", 0.0)) == plan.chunks, (M, N)
+        x, w, rstd = (TensorKind.dense(shape, torch.bfloat16) for shape in ((M, N), (N,), (M,)))
+        plan = cpu.plan_backward(Backward(torch.device("cpu"), x, None, x, w, rstd, Spec(), True, True))
+        (partials,) = (t for t in plan.fresh if t.name == "partials")
+        case = Case(M, N, B, B, "ours", "backward", "cpu", "early", 0.0)
+        assert ours.cpu_chunks(case) == partials.shape[0], (M, N)
 
 
 @other_torch
@@ -296,18 +300,15 @@ def test_the_counts_ask_for_the_launches_that_the_kernels_ask_for(monkeypatch) -
     # All arguments but the GPU.
     for name, used in (("forward", 4), ("backward", 7), ("dw_alone", 4)):
         monkeypatch.setattr(launch, name, spy(name, used))
-    monkeypatch.setattr(gpu, "_run", lambda *_: None)
     monkeypatch.setattr(gpu, "_gpu", lambda _: launch.Gpu(227 << 10))
-    for plan in (gpu._forward_call, gpu._backward_calls):  # what was asked before is not asked again
-        plan.cache_clear()
     for (x, w), N, adds in itertools.product(DTYPES, (7, 1280, 12000, 14336, 40000), (False, True)):
         asked.clear()
-        rows = torch.empty(33, N, dtype=x)
-        other = rows.clone() if adds else None
-        weight = None if w is None else torch.empty(N, dtype=w)
-        y, _, rstd = gpu.forward(rows, other, weight, 1e-6, "early", 0.0, True)
-        assert rstd is not None
-        gpu.backward(y, other, rows, weight, rstd, "early", 0.0, True, w is not None)
+        rows, rstd = TensorKind.dense((33, N), x), TensorKind.dense((33,), torch.float32)
+        other, weight = rows if adds else None, None if w is None else TensorKind.dense((N,), w)
+        cpu, spec = torch.device("cpu"), Spec()
+        y = gpu.plan_forward.__wrapped__(Forward(cpu, rows, other, weight, spec, True)).fresh[0]
+        dy = TensorKind.dense(y.shape, y.dtype)
+        gpu.plan_backward.__wrapped__(Backward(cpu, dy, other, rows, weight, rstd, spec, True, w is not None))
         kernels = sorted(set(asked))
         asked.clear()
         name: Any = "ours+residual" if adds else "ours"

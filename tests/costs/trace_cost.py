@@ -107,24 +107,17 @@ class Watch(TorchDispatchMode):
 @contextlib.contextmanager
 def spied(watch: Watch) -> Iterator[None]:
     """The CPU kernels report to `watch` what they are called with."""
-    from rmsnorm.kernels import cpu
+    from rmsnorm.kernels.threads import MachineCode
 
-    run, sum_kernel = cpu._run, cpu._sum_kernel
+    run = MachineCode.run
 
-    def spied_run(kernel: Any, addresses: tuple[int | None, ...], *rows: int) -> None:
-        watch.launch("rows", addresses)
-        run(kernel, addresses, *rows)
-
-    def spied_sum_kernel(*key: Any) -> Callable[..., None]:
-        def call(*args: Any) -> None:
-            watch.launch("chunks", args[:2])
-            sum_kernel(*key)(*args)
-
-        return call
+    def spied_run(launch: MachineCode, tensors: Any) -> None:
+        present = [tensors[name] for name in launch.tensors if name is not None]
+        watch.launch("rows" if len(launch.tensors) > 2 else "chunks", tuple(t.data_ptr() for t in present))
+        run(launch, tensors)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "_run", spied_run)
-        patch.setattr(cpu, "_sum_kernel", spied_sum_kernel)
+        patch.setattr(MachineCode, "run", spied_run)
         yield
 
 

@@ -17,6 +17,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed, so there
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from planned import planning  # noqa: E402
 from rmsnorm import ops  # noqa: E402
 from rmsnorm.kernels import driver, gpu, host  # noqa: E402
 
@@ -123,10 +124,8 @@ def test_the_host_launches_the_same(monkeypatch: pytest.MonkeyPatch, compiled: C
         ready = driver.ready(compiled, (5, 2), ARGUMENTS, early)
         assert ready is not None
         assert ready(0, [4096, 8192])
-        x, w, y = torch.randn(4, 32), torch.randn(32), torch.empty(4, 32)
-        launches = [ready.launch([(0, x), (3, y)])]
-        fresh = ((y, host.LIKE_ROWS), (None, 0), (None, 0))
-        host.learned((x, None, w), (1e-6, "early", 0.0, False), fresh, launches, 15, ready)
+        x, w = torch.randn(4, 32), torch.randn(32)
+        planning(monkeypatch, ready.native(["x", "y"]), keeps=ready)
         made = host.norm(x, None, w, 1e-6, "early", 0.0)
         python, cpp = seen[-2:]
         assert cpp[:7] == python[:7]

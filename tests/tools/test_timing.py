@@ -235,11 +235,11 @@ def test_an_installed_package_is_named_by_its_version(monkeypatch: pytest.Monkey
     (tmp_path / "rmsnorm-7.8.dist-info").mkdir()
     (tmp_path / "rmsnorm-7.8.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: rmsnorm\nVersion: 7.8\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.setattr(machine, "__file__", str(package / "machine.py"))
+    monkeypatch.setattr(machine, "__file__", str(package / "tools" / "machine.py"))
     facts = machine.describe("cpu")
     assert (facts["commit"], facts["release"]) == (None, "7.8")
     assert machine.headline(facts).endswith("; rmsnorm 7.8")
-    monkeypatch.setattr(machine, "__file__", str(tmp_path / "a copy" / "rmsnorm" / "machine.py"))
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "a copy" / "rmsnorm" / "tools" / "machine.py"))
     facts = machine.describe("cpu")
     assert facts["release"] is None
     assert machine.headline(facts).endswith("; commit unknown")

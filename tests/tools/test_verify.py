@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import printed
-from rmsnorm import ops, reference
+from rmsnorm import reference
 from rmsnorm.errors import CommandError
+from rmsnorm.kernels import dispatch
+from rmsnorm.kernels.plan import ByReference
 from rmsnorm.tools import machine, verify
 from rmsnorm.tools.cli import main
 from rmsnorm.tools.display import render
@@ -74,7 +76,7 @@ def test_late_instead_of_early_is_red(monkeypatch) -> None:
 @pytest.fixture
 def reference_runs(monkeypatch) -> None:
     """The reference computes what is called ours as well, so that a mistake in it is on both sides."""
-    monkeypatch.setattr(ops, "_choose", lambda *_: (reference, "for a test"))
+    monkeypatch.setattr(dispatch, "_planner", lambda *_: ByReference("for a test"))
 
 
 @pytest.mark.usefixtures("reference_runs")

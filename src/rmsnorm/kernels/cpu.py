@@ -12,13 +12,13 @@ import ctypes
 import functools
 import hashlib
 import math
-import mmap
 import os
 import pickle
 import re
 import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,12 +34,23 @@ from numba.core.compiler import CompileResult
 from numba.core.registry import cpu_target
 from numba.core.serialize import dumps
 from numba.extending import intrinsic
-from torch import Tensor
 
-from rmsnorm import kernels, reference
-from rmsnorm.kernels import build, host, threads
-from rmsnorm.kernels.host import A_NUMBER_A_ROW, LIKE_ROWS, LIKE_WEIGHT, ONES_LIKE_WEIGHT, Launch
-from rmsnorm.kernels.rows import walk, walked
+from rmsnorm import kernels
+from rmsnorm.kernels import build
+from rmsnorm.kernels.plan import (
+    MOST_PLANS,
+    Backward,
+    ByReference,
+    Converted,
+    Forward,
+    Fresh,
+    Plan,
+    TensorKind,
+    laid_out,
+    summands,
+)
+from rmsnorm.kernels.rows import walk
+from rmsnorm.kernels.threads import MachineCode, Team
 
 NAME = "cpu kernel (Numba)"
 
@@ -555,44 +566,15 @@ def _sum_kernel(x: torch.dtype, read: _Types, even: bool) -> Any:
     return _compiled(_sum_chunks, types.float64, _elements(x, read, even)[1])
 
 
-# --- launching them ------------------------------------------------------------------------------------------
+# --- planning calls ------------------------------------------------------------------------------------------
 
 # Elements that a thread takes at once at least, 4 us of work: about what it costs to have torch's threads begin.
 _GRAIN = 1 << 14
 # Elements that one partial sum of dw is over, at least, and what bounds the sums: 8 bytes a column for each.
 _CHUNK, _MOST_CHUNKS, _FEWEST_ROWS = 1 << 16, 256, 32
-_PIECES = 8  # of the work a thread, so that one that is held up leaves its share to the others
 # Bytes from which the C library maps fresh memory for every tensor: 10,000 page faults at 42 MB, or 20 huge ones.
-_MAPPED, _HUGE_PAGE = 32 << 20, 2 << 20
-
-
-class _Plan(NamedTuple):
-    """How the rows of some shape and strides are walked. A pure function of both, never of the thread count."""
-
-    M: int
-    N: int
-    grain: int  # rows that a thread takes at once forward
-    rows: int  # a chunk
-    chunks: int
-    even: bool  # whether rows begin and end with pairs of numbers
-    layout: int  # address
-    keeps: Any
-
-
-@functools.lru_cache(4096)
-def _plan(shape: Sequence[int], *strides: Sequence[int]) -> _Plan | None:
-    """As `rows.walk`, with the rows cut into chunks."""
-    found = walk(shape, *strides)
-    if found is None:
-        return None
-    M, N = found.M, found.N
-    rows = max(_FEWEST_ROWS, -(-_CHUNK // N), -(-M // _MOST_CHUNKS))
-    sizes = found.sizes if found.strided else (1, M)
-    steps = [step for of_one in found.steps for step in of_one]
-    values = [N, rows, *sizes, *steps, *[0] * (9 - len(steps))]
-    layout = (ctypes.c_int64 * len(values))(*values)
-    even = all(number % 2 == 0 for number in (N, *steps)) and sys.byteorder == "little"
-    return _Plan(M, N, max(1, _GRAIN // N), rows, -(-M // rows), even, ctypes.addressof(layout), layout)
+_MAPPED = 32 << 20
+_PAIR_BYTES = 4
 
 
 def refuses(x: torch.dtype, residual: torch.dtype | None, w: torch.dtype | None) -> str | None:
@@ -623,165 +605,153 @@ def _has_fp16() -> bool:
     return re.search(r"__\w*(hf|f2h|h2f)", assembly) is None
 
 
-def failure(x: Tensor, residual: Tensor | None, w: Tensor | None, cast: str) -> str | None:
-    """Why the forward kernel for these cannot be compiled, after trying; None if it can."""
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    read = _types(dtype, None if w is None else w.dtype, cast)
-    even = all(size % 2 == 0 for size in (x.shape[-1], *x.stride()[:-1]))
-    return _FAILURES[-1] if _forward_kernel(dtype, read, even) is None else None
-
-
-def forward(
-    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float, with_rstd: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As `reference.forward`."""
-    if residual is not None and residual.dtype != x.dtype:
-        rows = (x + residual).contiguous()
-        y, _, rstd = forward(rows, None, w, eps, cast, offset, with_rstd)
-        return y, rows, rstd
-    read, spec = _types(x.dtype, None if w is None else w.dtype, cast), _spec(eps, offset, cast)
-    given = (x, residual, w)
-    s: Tensor | None = None
-    if residual is None:
-        plan, (x,) = walked(_plan, x)
-    else:
-        plan, (x, residual) = walked(_plan, x, residual)
-        s = _new(x, x.dtype)
-    scale = _readable(w, plan.N, read)
-    y = _new(x, read.y)
-    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device="cpu") if with_rstd else None
-    addresses = (
-        x.data_ptr(),
-        None if residual is None else residual.data_ptr(),
-        scale.data_ptr(),
-        y.data_ptr(),
-        None if s is None else s.data_ptr(),
-        None if rstd is None else rstd.data_ptr(),
-        plan.layout,
-        ctypes.addressof(spec),
-    )
-    even = plan.even and _aligned(addresses)
-    kernel = _forward_kernel(x.dtype, read, even)
+@functools.lru_cache(MOST_PLANS)
+def plan_forward(kind: Forward) -> Plan | ByReference:
+    """For y, s and rstd as of `reference.forward`."""
+    row, x, residual, before = summands(kind)
+    spec = kind.spec
+    wanted = {row: (x, x.dtype)} | ({} if residual is None else {"residual": (residual, x.dtype)})
+    rows, kinds, converted = laid_out(_rows, wanted)
+    types = _types(x.dtype, None if kind.w is None else kind.w.dtype, spec.cast)
+    scale = _scale(kind.w, types, rows.N)
+    even = rows.even and _paired(*kinds.values(), scale.kind)
+    kernel = _forward_kernel(x.dtype, types, even)
     if kernel is None:
-        return reference.forward(*given, eps, cast, offset, with_rstd)
-    _run(kernel, addresses, plan.M, plan.grain)
-    if host.learns() and plan.grain >= plan.M and even == plan.even:
-        tensors = ((0, x), (1, residual), (6 if w is None else 2, scale), (3, y), (4, s), (5, rstd))
-        fresh = ((y, LIKE_ROWS), (s, LIKE_ROWS), (rstd, A_NUMBER_A_ROW), _ones(w, scale))
-        launches = [Launch(kernel.address, (*tensors, *addresses[6:], 0, plan.M))]
-        aligned, keeps = _PAIRED if even else 0, (kernel, plan, spec)
-        host.learned(given, (eps, cast, offset, with_rstd), fresh, launches, aligned, keeps)
-    return y, s, rstd
-
-
-def backward(
-    dy: Tensor,
-    ds: Tensor | None,
-    x: Tensor,
-    w: Tensor | None,
-    rstd: Tensor,
-    cast: str,
-    offset: float,
-    need_dx: bool,
-    need_dw: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """As `reference.backward`; dw is summed in fp64 over the chunks of the plan, and then over them in order."""
-    read, spec = _types(x.dtype, None if w is None else w.dtype, cast), _spec(0.0, offset, cast)
-    given = (dy, ds, x, w, rstd)
-    plan, (dy, x, *rest) = walked(_plan, dy.to(read.y), x, *(() if ds is None else (ds.to(x.dtype),)))
-    scale = _readable(w, plan.N, read)
-    rstd = rstd.float().contiguous()  # as it was, but for hooks on what is saved
-    dx = _new(x, x.dtype) if need_dx else None
-    partials = torch.empty(plan.chunks, plan.N, dtype=torch.float64, device="cpu") if need_dw else None
-    addresses = (
-        dy.data_ptr(),
-        rest[0].data_ptr() if rest else None,
-        x.data_ptr(),
-        scale.data_ptr(),
-        rstd.data_ptr(),
-        None if dx is None else dx.data_ptr(),
-        None if partials is None else partials.data_ptr(),
-        plan.layout,
-        ctypes.addressof(spec),
+        return ByReference(_FAILURES[-1])
+    y, s = _like_rows("y", kind.x, types.y), _like_rows("s", kind.x, x.dtype)
+    rstd = Fresh("rstd", torch.float32, tuple(kind.x.shape[:-1]))
+    tensors = (
+        row, None if residual is None else "residual", scale.name, "y", None if residual is None else "s",
+        "rstd" if kind.with_rstd else None,
+    )  # fmt: skip
+    return Plan(
+        kind.device,
+        inputs=("x", "residual", "w"),
+        before=(*before, *converted, *scale.before),
+        fresh=(y, *([] if residual is None else [s]), *([rstd] if kind.with_rstd else []), *scale.fresh),
+        launches=(_over_rows(kernel, tensors, rows, _spec(spec.eps, spec.offset, spec.cast), rows.grain),),
+        outputs=("y", None if kind.residual is None else "s", "rstd" if kind.with_rstd else None),
     )
-    even = plan.even and _aligned(addresses)
-    kernel = _backward_kernel(x.dtype, read, even)
-    sums = w is not None and need_dw and plan.chunks > 0
-    of_sum = _sum_kernel(x.dtype, read, even) if sums else None
+
+
+@functools.lru_cache(MOST_PLANS)
+def plan_backward(kind: Backward) -> Plan | ByReference:
+    """For dx and dw as of `reference.backward`; dw is summed in fp64 over chunks of rows, then over them in order."""
+    x, w, spec, need_dx = kind.x, kind.w, kind.spec, kind.need_dx
+    types = _types(x.dtype, None if w is None else w.dtype, spec.cast)
+    wanted = {"dy": (kind.dy, types.y), "x": (x, x.dtype)} | ({} if kind.ds is None else {"ds": (kind.ds, x.dtype)})
+    rows, kinds, before = laid_out(_rows, wanted)
+    rstd = kind.rstd
+    if not rstd.is_dense:  # as it was, but for hooks on what is saved
+        rstd = TensorKind.dense(rstd.shape, rstd.dtype)
+        before.append(Converted("rstd", ("rstd",), rstd.dtype))
+    scale = _scale(w, types, rows.N)
+    even = rows.even and _paired(*kinds.values(), scale.kind, rstd)
+    kernel = _backward_kernel(x.dtype, types, even)
+    need_dw = kind.need_dw and w is not None
+    sums = need_dw and rows.chunks > 0
+    of_sum = _sum_kernel(x.dtype, types, even) if sums else None
     if kernel is None or (sums and of_sum is None):
-        return reference.backward(*given, cast, offset, need_dx, need_dw)
-    _run(kernel, addresses, plan.M, plan.rows)
-    dw = None
-    if w is not None and partials is not None:
-        dw = torch.empty(plan.N, dtype=read.w, device="cpu") if plan.chunks > 0 else torch.zeros_like(w)
-        if of_sum is not None:
-            of_sum(partials.data_ptr(), dw.data_ptr(), plan.chunks, plan.N)
-    if host.learns() and plan.chunks == 1 and even == plan.even:
-        scaled_by = (8 if w is None else 3, scale)
-        tensors = ((0, dy), (1, rest[0] if rest else None), (2, x), scaled_by, (4, rstd), (5, dx), (7, partials))
-        launches = [Launch(kernel.address, (*tensors, *addresses[7:], 0, plan.M))]
-        if of_sum is not None:
-            launches.append(Launch(of_sum.address, ((7, partials), (6, dw), plan.chunks, plan.N)))
-        fresh = ((dx, LIKE_ROWS), (dw, LIKE_WEIGHT), (partials, plan.N), _ones(w, scale))
-        aligned, keeps = _PAIRED if even else 0, (kernel, of_sum, plan, spec)
-        host.learned(given, (cast, offset, need_dx, need_dw), fresh, launches, aligned, keeps)
-    return dx, dw if dw is None or w is None else dw.to(w.dtype)
+        return ByReference(_FAILURES[-1])
+    fresh, after = list(scale.fresh), []
+    if need_dx:
+        fresh.append(_like_rows("dx", x, x.dtype))
+    tensors = (
+        "dy", None if kind.ds is None else "ds", "x", scale.name, "rstd", "dx" if need_dx else None,
+        "partials" if sums else None,
+    )  # fmt: skip
+    launches = [_over_rows(kernel, tensors, rows, _spec(0.0, spec.offset, spec.cast), rows.chunk)]
+    if sums:
+        fresh += [
+            Fresh("partials", torch.float64, (rows.chunks, rows.N)),
+            Fresh("dw", types.w, (rows.N,)),
+        ]
+        launches.append(MachineCode(of_sum, ("partials", "dw"), (rows.chunks, rows.N)))
+        if w is not None and w.dtype is not types.w:
+            after.append(Converted("dw", ("dw",), w.dtype))
+    elif need_dw and w is not None:
+        fresh.append(Fresh("dw", w.dtype, (rows.N,), value=0))
+    return Plan(
+        kind.device,
+        inputs=("dy", "ds", "x", "w", "rstd"),
+        before=(*before, *scale.before),
+        fresh=tuple(fresh),
+        launches=tuple(launches),
+        after=tuple(after),
+        outputs=("dx" if need_dx else None, "dw" if need_dw else None),
+    )
 
 
-_PAIRED = 3  # bits that the address of no pair has
+@dataclass(frozen=True)
+class _Rows:
+    """How the rows of some shape and strides are walked. A pure function of both, never of the thread count.
+
+    grain: rows that a thread takes at once forward. chunk: rows that a partial sum of dw is over. even: whether rows
+    begin and end with pairs of numbers. layout: what the kernels read of it.
+    """
+
+    M: int
+    N: int
+    grain: int
+    chunk: int
+    chunks: int
+    even: bool
+    layout: Any
 
 
-def _aligned(addresses: tuple[int | None, ...]) -> bool:
+@functools.lru_cache(MOST_PLANS)
+def _rows(shape: Sequence[int], *strides: Sequence[int]) -> _Rows | None:
+    """As `rows.walk`, with the rows cut into chunks."""
+    found = walk(shape, *strides)
+    if found is None:
+        return None
+    M, N = found.M, found.N
+    chunk = max(_FEWEST_ROWS, -(-_CHUNK // N), -(-M // _MOST_CHUNKS))
+    sizes = found.sizes if found.strided else (1, M)
+    steps = [step for of_one in found.steps for step in of_one]
+    values = [N, chunk, *sizes, *steps, *[0] * (9 - len(steps))]
+    even = all(number % 2 == 0 for number in (N, *steps)) and sys.byteorder == "little"
+    return _Rows(M, N, max(1, _GRAIN // N), chunk, -(-M // chunk), even, (_WORD * len(values))(*values))
+
+
+class _Scale(NamedTuple):
+    """The weight as the kernels read it, and what makes it so; ones in place of none, which change no bit."""
+
+    name: str
+    kind: TensorKind
+    before: tuple[Converted, ...] = ()
+    fresh: tuple[Fresh, ...] = ()
+
+
+def _scale(w: TensorKind | None, types: _Types, N: int) -> _Scale:
+    if w is not None and w.dtype is types.w and w.is_dense:
+        return _Scale("w", w)
+    made = TensorKind.dense((N,), types.w)
+    if w is None:
+        return _Scale("ones", made, fresh=(Fresh("ones", types.w, (N,), value=1),))
+    return _Scale("w", made, before=(Converted("w", ("w",), types.w),))
+
+
+def _paired(*kinds: TensorKind) -> bool:
     """Whether all begin where pairs of 16-bit numbers do."""
-    bits = 0
-    for address in addresses:
-        bits |= address or 0
-    return bits & _PAIRED == 0
+    return all(kind.alignment >= _PAIR_BYTES for kind in kinds)
+
+
+def _like_rows(name: str, x: TensorKind, dtype: torch.dtype) -> Fresh:
+    nbytes = math.prod(x.shape) * dtype.itemsize
+    return Fresh(name, dtype, tuple(x.shape), huge_pages=nbytes >= _MAPPED)
+
+
+def _over_rows(kernel: Any, tensors: tuple[str | None, ...], rows: _Rows, spec: Any, at_once: int) -> MachineCode:
+    """The kernel over all rows, on several threads where there is more than one piece of so many rows."""
+    words = ctypes.addressof(rows.layout), ctypes.addressof(spec)
+    drain = _compiled_drain(len(tensors) + len(words)) if at_once < rows.M else None
+    if drain is None:
+        return MachineCode(kernel, tensors, (*words, 0, rows.M), keeps=(rows, spec))
+    return MachineCode(kernel, tensors, words, Team(rows.M, at_once, drain, _compiled_wait), keeps=(rows, spec))
 
 
 @functools.lru_cache(256)
 def _spec(eps: float, offset: float, cast: str) -> Any:
     """As the kernels read it."""
     return (ctypes.c_float * 3)(eps, offset or -0.0, cast == "early")
-
-
-def _run(kernel: Any, addresses: tuple[int | None, ...], M: int, rows: int) -> None:
-    """The kernel over M rows, on several threads where there is more than one piece of so many rows."""
-    pieces = -(-M // rows)
-    drain = _compiled_drain(len(addresses)) if pieces > 1 else None
-    if drain is None:
-        kernel(*addresses, 0, M)
-        return
-    rows *= max(1, pieces // (_PIECES * torch.get_num_threads()))
-    words = (0, 0, M, rows, kernel.address, *(address or 0 for address in addresses))
-    call = (_WORD * len(words))(*words)
-    threads.run(drain, _compiled_wait, ctypes.addressof(call), -(-M // rows), call)
-
-
-def _readable(w: Tensor | None, N: int, read: _Types) -> Tensor:
-    """The weight as the kernels read it; ones in place of none, which change no bit."""
-    if w is None:
-        return torch.ones(N, dtype=read.w, device="cpu")
-    return w if w.dtype is read.w and w.is_contiguous() else w.to(read.w).contiguous()
-
-
-def _ones(w: Tensor | None, scale: Tensor) -> tuple[Tensor | None, int]:
-    """What `_readable` put in place of no weight, for the host."""
-    return scale if w is None else None, ONES_LIKE_WEIGHT
-
-
-def _new(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Contiguous memory of x's shape."""
-    y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)  # half of torch.empty's time
-    if y.nbytes >= _MAPPED:
-        _in_huge_pages(y.data_ptr(), y.nbytes)
-    return y
-
-
-def _in_huge_pages(address: int, size: int) -> None:
-    """Ask for few page faults where the memory is fresh, as torch itself does under THP_MEM_ALLOC_ENABLE=1."""
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux has it; a refusal changes nothing
-    if advice is not None:
-        start = -(-address // _HUGE_PAGE) * _HUGE_PAGE
-        whole = (address + size - start) // _HUGE_PAGE * _HUGE_PAGE
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(whole), advice)

@@ -7,22 +7,21 @@ is one too. What is absent is passed as None, and its code is not compiled.
 """
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from rmsnorm.kernels import driver, host, launch
-from rmsnorm.kernels.host import A_NUMBER_A_ROW, LIKE_ROWS, LIKE_WEIGHT
+from rmsnorm.kernels import launch
+from rmsnorm.kernels.driver import Slot, TritonLaunch
 from rmsnorm.kernels.launch import Gpu, Launch
-from rmsnorm.kernels.rows import Walk, walk, walked
+from rmsnorm.kernels.plan import MOST_PLANS, Backward, Converted, Forward, Fresh, Plan, TensorKind, laid_out, summands
+from rmsnorm.kernels.rows import Walk, walk
 
 NAME = "gpu kernel (Triton)"
 _copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # before Triton 3.7
@@ -587,7 +586,7 @@ def _backward_staged(
             gl.store(partials + program * N + n + k * BLOCK_N, dw[k], n + k * BLOCK_N < N)
 
 
-# --- launching them ------------------------------------------------------------------------------------------
+# --- planning calls ------------------------------------------------------------------------------------------
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -605,241 +604,147 @@ def refuses(x: torch.dtype, residual: torch.dtype | None, w: torch.dtype | None)
     return None
 
 
-def forward(
-    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float, with_rstd: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As `reference.forward`."""
-    if residual is not None and residual.dtype != x.dtype:
-        total = (x + residual).contiguous()
-        y, _, rstd = forward(total, None, w, eps, cast, offset, with_rstd)
-        return y, total, rstd
-    device = x.get_device()
-    if _elsewhere(device):
-        with torch.cuda.device(device):
-            return forward(x, residual, w, eps, cast, offset, with_rstd)
-    given = (x, residual, w)
-    rows, (x, *others) = walked(walk, x) if residual is None else walked(walk, x, residual)
-    aligned = rows.N > launch.ADD_WIDEST and _by_16_bytes(rows, x, *others)
-    dtype, w_dtype = x.dtype, _dtype(w)
-    call = _forward_call(rows, device, dtype, w_dtype, bool(others), with_rstd, eps, cast, offset, aligned)
-    y = _empty(x, rows.shape, rows.dense, _y_dtype(dtype, w_dtype, cast))
-    s = _empty(x, rows.shape, rows.dense, dtype) if others else None
-    rstd = _empty(x, rows.shape[:-1], rows.dense_rows, torch.float32) if with_rstd else None
-    pointers = (x, others[0] if others else None, _contiguous(w), y, s, rstd)
-    shares = _shares(call, x)
-    if call.config.parts > 0:
-        pointers = (*pointers, shares)
-    _run(call, pointers)
-    if host.learns():
-        fresh = ((y, LIKE_ROWS), (s, LIKE_ROWS), (rstd, A_NUMBER_A_ROW), _scratch(shares))
-        _learned(given, (eps, cast, offset, with_rstd), fresh, [(call, pointers, range(7))])
-    return y, s, rstd
-
-
-def backward(
-    dy: Tensor,
-    ds: Tensor | None,
-    x: Tensor,
-    w: Tensor | None,
-    rstd: Tensor,
-    cast: str,
-    offset: float,
-    need_dx: bool,
-    need_dw: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """As `reference.backward`; dw is the fp64 sum of fp32 sums over `launch.LONGEST_SUM` numbers at most."""
-    device = x.get_device()
-    if _elsewhere(device):
-        with torch.cuda.device(device):
-            return backward(dy, ds, x, w, rstd, cast, offset, need_dx, need_dw)
-    given, spec = (dy, ds, x, w, rstd), (cast, offset, need_dx, need_dw)
-    need_dw = need_dw and w is not None
-    tensors = [dy.to(_y_dtype(x.dtype, _dtype(w), cast)), x]
-    if need_dx and ds is not None:
-        tensors.append(ds.to(x.dtype))
-    rows, (dy, x, *others) = walked(walk, *tensors)
-    rstd = rstd.float().contiguous()  # as it was, but for hooks on what is saved
-    of_dx, of_dw, of_sum = _backward_calls(
-        rows, device, dy.dtype, x.dtype, _dtype(w), bool(others), need_dx, need_dw, cast, offset,
-        launch.BACKWARD_WIDEST[x.itemsize] < rows.N and _by_16_bytes(rows, dy, x, *others),
+@functools.lru_cache(MOST_PLANS)
+def plan_forward(kind: Forward) -> Plan:
+    """For y, s and rstd as of `reference.forward`."""
+    row, x, residual, before = summands(kind)
+    w, spec = kind.w, kind.spec
+    wanted = {row: (x, x.dtype)} | ({} if residual is None else {"residual": (residual, x.dtype)})
+    rows, kinds, converted = laid_out(walk, wanted)
+    before += converted
+    gpu = _gpu(_number(kind.device))
+    aligned = rows.N > launch.ADD_WIDEST and _by_16_bytes(rows, kinds)
+    config = launch.forward(rows.N, x.dtype.itemsize, residual is not None, aligned, gpu)
+    if w is not None:
+        kinds["w"] = _dense("w", w, before)
+    shape = tuple(x.shape)
+    fresh = [Fresh("y", _y_dtype(x.dtype, w, spec.cast), shape)]
+    if residual is not None:
+        fresh.append(Fresh("s", x.dtype, shape))
+    if kind.with_rstd:
+        fresh.append(Fresh("rstd", torch.float32, shape[:-1]))
+    calls = _Calls(_number(kind.device), rows, kinds, fresh)
+    calls.add(
+        _forward_loop if config.parts == 0 else _forward_staged if config.staged else _forward_block,
+        _cdiv(rows.M, config.rows) * max(1, config.parts), config, calls.exchange(config, gpu),
+        x=row, residual=None if residual is None else "residual", w=None if w is None else "w", y="y",
+        s=None if residual is None else "s", rstd="rstd" if kind.with_rstd else None, shares="shares",
+        x_steps=rows.steps[0], residual_steps=rows.steps[-1], eps=float(spec.eps), offset=_offset(spec.offset),
+        EARLY=spec.cast == "early",
     )  # fmt: skip
-    dx = dw = partials = shares = None
-    ran: list[_Ran] = []
-    if of_sum is not None:
-        partials = _empty(x, of_sum.numbers, (rows.N, 1), torch.float32)
-    if of_dx is not None:
-        dx = _empty(x, rows.shape, rows.dense, x.dtype)
-        pointers = (dy, others[0] if others else None, x, _contiguous(w), rstd, dx)
-        shares = _shares(of_dx, x)
-        if of_dx.config.parts > 0:
-            pointers = (*pointers, None if of_dw is not None else partials, shares)
-        ran.append((of_dx, pointers, (0, 1, 2, 3, 4, 5, 7, 8)))
-    if of_dw is not None:
-        ran.append((of_dw, (dy, x, rstd, partials), (0, 2, 4, 7)))
-    if of_sum is not None and w is not None:
-        dw = _empty(x, (rows.N,), (1,), w.dtype)
-        ran.append((of_sum, (partials, dw), (7, 6)))
-    for call, given_to, _ in ran:
-        _run(call, given_to)
-    if host.learns():
-        fresh = ((dx, LIKE_ROWS), (dw, LIKE_WEIGHT), _scratch(partials), _scratch(shares))
-        _learned(given, spec, fresh, ran)
-    return dx, dw
+    return Plan(
+        kind.device,
+        inputs=("x", "residual", "w"),
+        before=tuple(before),
+        fresh=tuple(fresh),
+        launches=tuple(calls.launches),
+        outputs=("y", None if kind.residual is None else "s", "rstd" if kind.with_rstd else None),
+    )
 
 
-@dataclass(eq=False)
-class _Call:
-    """A kernel with all that it is launched with but its tensors, which are of one kind: shapes, strides and dtypes.
-
-    numbers, flags: the arguments that follow the tensors, in their order, without what the configuration holds.
-    before: what must run before, and may still be running. ready: the compiled kernel.
-    """
-
-    kernel: Any
-    grid: tuple[int, ...]
-    config: Launch
-    numbers: tuple[Any, ...]
-    flags: tuple[Any, ...]
-    device: int
-    before: "_Call | None" = None
-    ready: driver.Ready | None = None
-
-
-# A call, the tensors that it ran with, and the place of each, as the host counts them.
-_Ran = tuple[_Call, tuple[Tensor | None, ...], Sequence[int]]
-
-_MOST_CALLS = 4096
-
-
-@functools.lru_cache(_MOST_CALLS)
-def _forward_call(
-    rows: Walk, device: int, x: torch.dtype, w: torch.dtype | None, with_residual: bool, with_rstd: bool,
-    eps: float, cast: str, offset: float, aligned: bool,
-) -> _Call:  # fmt: skip
-    """Every argument makes another kernel, or another argument of it."""
-    config = launch.forward(rows.N, x.itemsize, with_residual, aligned, _gpu(device))
-    places = (rows.sizes, rows.steps[0], rows.steps[-1], float(eps), float(offset) or -0.0)
-    flags = (cast == "early", rows.strided)
-    if config.parts == 0:
-        return _Call(_forward_loop, (rows.M,), config, (rows.M, rows.N, *places), flags, device)
-    grid = (_cdiv(rows.M, config.rows) * config.parts,)
-    numbers = (rows.M, rows.N, config.parts, *places)
-    kernel = _forward_staged if config.staged else _forward_block
-    before = _exchange_call(rows.M, config, device)
-    return _Call(kernel, grid, config, numbers, (*flags, _lanes(config)), device, before)
-
-
-@functools.lru_cache(_MOST_CALLS)
-def _backward_calls(
-    rows: Walk, device: int, dy: torch.dtype, x: torch.dtype, w: torch.dtype | None, with_ds: bool,
-    need_dx: bool, need_dw: bool, cast: str, offset: float, aligned: bool,
-) -> tuple[_Call | None, _Call | None, _Call | None]:  # fmt: skip
-    """The kernels of dx, of dw where the first does not compute it besides, and of the sum of its shares."""
-    M, N, gpu = rows.M, rows.N, _gpu(device)
-    of_dx = of_dw = of_sum = None
-    flags, offset = (cast == "early", rows.strided), float(offset) or -0.0
-    dy_steps, x_steps, ds_steps = rows.steps[0], rows.steps[1], rows.steps[-1]
-    dw_itemsize = w.itemsize if need_dw and w is not None else 0
-    summing = None  # the kernel whose programs hold the shares of dw
+@functools.lru_cache(MOST_PLANS)
+def plan_backward(kind: Backward) -> Plan:
+    """For dx and dw as of `reference.backward`; dw is the fp64 sum of fp32 sums over `launch.LONGEST_SUM` numbers at
+    most."""
+    x, w, spec, need_dx = kind.x, kind.w, kind.spec, kind.need_dx
+    with_ds, of_dw = need_dx and kind.ds is not None, w.dtype if kind.need_dw and w is not None else None
+    wanted = {"dy": (kind.dy, _y_dtype(x.dtype, w, spec.cast)), "x": (x, x.dtype)}
+    if kind.ds is not None and with_ds:
+        wanted["ds"] = kind.ds, x.dtype
+    rows, kinds, before = laid_out(walk, wanted)
+    M, N, device, gpu = rows.M, rows.N, _number(kind.device), _gpu(_number(kind.device))
+    of_x, of_dy = x.dtype.itemsize, kinds["dy"].dtype.itemsize
+    aligned = launch.BACKWARD_WIDEST[of_x] < N and _by_16_bytes(rows, kinds)
+    kinds["rstd"] = _dense("rstd", kind.rstd, before)  # as it was, but for hooks on what is saved
+    if w is not None:
+        kinds["w"] = _dense("w", w, before)
+    fresh = [Fresh("dx", x.dtype, tuple(x.shape))] if need_dx else []
+    calls = _Calls(device, rows, kinds, fresh)
+    early, steps = spec.cast == "early", {"dy_steps": rows.steps[0], "x_steps": rows.steps[1]}
+    sums: Launch | None = None  # of the kernel whose programs hold the shares of dw, where there are rows
     if need_dx:
-        config = launch.backward(M, N, x.itemsize, dy.itemsize, dw_itemsize, with_ds, aligned, gpu)
-        places = (rows.sizes, dy_steps, ds_steps, x_steps, offset)
-        if config.parts == 0:
-            of_dx = _Call(_backward_loop, (M,), config, (M, N, *places), flags, device)
-        else:
-            grid = (config.programs * config.parts,)
-            numbers = (M, N, config.parts, config.programs, *places)
-            kernel = _backward_staged if config.staged else _backward_block
-            before = _exchange_call(M, config, device)
-            of_dx = summing = _Call(kernel, grid, config, numbers, (*flags, _lanes(config)), device, before)
-    if need_dw:
-        if summing is None:
-            config = launch.dw_alone(M, N, dy.itemsize + x.itemsize, dw_itemsize, gpu)
-            parts = _cdiv(N, config.block_n)
-            numbers = (M, N, parts, config.programs, rows.sizes, dy_steps, x_steps)
-            of_dw = summing = _Call(_dw_alone, (config.programs * parts,), config, numbers, flags, device)
-        programs = summing.config.programs
-        config = launch.sum_partials(programs, N, gpu)
-        of_sum = _Call(_sum_partials, (_cdiv(N, config.block_n),), config, (programs, N), (), device, summing)
-    return of_dx, of_dw, of_sum
+        itemsize = 0 if of_dw is None else of_dw.itemsize
+        config = launch.backward(M, N, of_x, of_dy, itemsize, with_ds, aligned, gpu)
+        sums = config if of_dw is not None and config.parts > 0 else None
+        if sums is not None:
+            fresh.append(Fresh("partials", torch.float32, (sums.programs, N)))
+        calls.add(
+            _backward_loop if config.parts == 0 else _backward_staged if config.staged else _backward_block,
+            M if config.parts == 0 else config.programs * config.parts, config, calls.exchange(config, gpu),
+            dy="dy", ds="ds" if with_ds else None, x="x", w=None if w is None else "w", rstd="rstd", dx="dx",
+            partials=None if sums is None else "partials", shares="shares", programs=config.programs, **steps,
+            ds_steps=rows.steps[-1], offset=_offset(spec.offset), EARLY=early,
+        )  # fmt: skip
+    if of_dw is not None:
+        if sums is None:
+            sums = launch.dw_alone(M, N, of_dy + of_x, of_dw.itemsize, gpu)
+            parts = _cdiv(N, sums.block_n)
+            fresh.append(Fresh("partials", torch.float32, (sums.programs, N)))
+            calls.add(
+                _dw_alone, sums.programs * parts, sums, False, dy="dy", x="x", rstd="rstd", partials="partials",
+                parts=parts, programs=sums.programs, **steps, EARLY=early,
+            )  # fmt: skip
+        config = launch.sum_partials(sums.programs, N, gpu)
+        fresh.append(Fresh("dw", of_dw, (N,)))
+        calls.add(
+            _sum_partials, _cdiv(N, config.block_n), config, sums.programs > 0, partials="partials", dw="dw",
+            programs=sums.programs,
+        )  # fmt: skip
+    return Plan(
+        kind.device,
+        inputs=("dy", "ds", "x", "w", "rstd"),
+        before=tuple(before),
+        fresh=tuple(fresh),
+        launches=tuple(calls.launches),
+        outputs=("dx" if need_dx else None, None if of_dw is None else "dw"),
+    )
 
 
-def _exchange_call(M: int, config: Launch, device: int) -> _Call | None:
-    """What prepares the shares of M rows that programs share; None where each row is one program's."""
-    if config.parts <= 1:
-        return None
-    size = M * config.parts
-    config = launch.no_shares_yet(_gpu(device))
-    return _Call(_no_shares_yet, (_cdiv(size, config.block_n),), config, (size,), (), device)
+class _Calls:
+    """The launches of a plan, as they come."""
 
+    def __init__(self, device: int, rows: Walk, kinds: Mapping[str, TensorKind], fresh: list[Fresh]) -> None:
+        """kinds: of the inputs, as the kernels get them. fresh: of the plan, to which `exchange` adds."""
+        self.launches: list[TritonLaunch] = []
+        self._device, self._rows, self._kinds, self._fresh = device, rows, kinds, fresh
 
-def _lanes(config: Launch) -> int:
-    """PARTS: as many as a warp has lanes. Fewer would be held several times over, in a third more registers."""
-    return 1 if config.parts == 1 else launch.MOST_PARTS
-
-
-_ALIGNED = 15  # bits that no address has where loads may be of 16 bytes
-
-
-def _run(call: _Call, pointers: tuple[Tensor | None, ...]) -> None:
-    """Launch on the current stream; nothing if there is nothing to do.
-
-    The first launch goes through Triton, which compiles. The next ones call what was compiled: to find out again what
-    is known takes Triton longer than a small norm. Triton's own hooks for profilers are not called then.
-    """
-    addresses = []
-    bits = 0
-    for t in pointers:
-        if t is not None:
-            address = t.data_ptr()
-            addresses.append(address)
-            bits |= address
-    aligned = bits & _ALIGNED == 0
-    if call.ready is not None and aligned and call.ready(torch._C._cuda_getCurrentRawStream(call.device), addresses):
-        return
-    if 0 in call.grid:
-        return
-    early = call.before is not None and 0 not in call.before.grid and call.config.overlap
-    arguments = _arguments(call, pointers)
-    found = call.kernel[call.grid](
-        *arguments, num_warps=call.config.warps, enable_fp_fusion=False, launch_pdl=early
-    )  # fmt: skip
-    if aligned and found is not None:  # nothing comes back from the interpreter
-        call.ready = driver.ready(found, call.grid, arguments, early)
-
-
-def _arguments(call: _Call, pointers: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
-    """All that the kernel takes, in its order: tensors, numbers, flags, and what the configuration holds."""
-    names = call.kernel.arg_names[len(pointers) + len(call.numbers) :]
-    flags = dict(zip(names, call.flags, strict=False)) | call.config.constants
-    return (*pointers, *call.numbers, *(flags[name] for name in names))
-
-
-def _learned(
-    inputs: tuple[Tensor | None, ...], spec: tuple[Any, ...], fresh: tuple[tuple[Tensor | None, int], ...],
-    ran: list[_Ran],
-) -> None:  # fmt: skip
-    """Have the host make calls of this kind, once all kernels of one are ready."""
-    whole: list[_Ran] = []
-    for call, pointers, places in ran:
-        if call.before is not None and call.config.parts > 1:  # what prepares the shares, the last of what is fresh
-            whole.append((call.before, (fresh[-1][0],), (len(inputs) + len(fresh) - 1,)))
-        whole.append((call, pointers, places))
-    launches = []
-    for call, pointers, places in whole:
-        if call.ready is None:
+    def add(self, kernel: Any, grid: int, config: Launch, after: bool, /, **named: Any) -> None:
+        """A launch, unless of no programs. after: whether the launch before prepares it. named: the values of the
+        kernel's arguments, and others; of a tensor its name, or None."""
+        if grid == 0:
             return
-        launches.append(call.ready.launch([one for one in zip(places, pointers, strict=False) if one[1] is not None]))
-    host.learned(inputs, spec, fresh, launches, _ALIGNED, [call.ready for call, _, _ in whole])
+        rows = self._rows
+        values = config.constants | {
+            "M": rows.M, "N": rows.N, "parts": config.parts, "sizes": rows.sizes, "STRIDED": rows.strided,
+            # As many as a warp has lanes. Fewer would be held several times over, in a third more registers.
+            "PARTS": 1 if config.parts == 1 else launch.MOST_PARTS,
+        } | named  # fmt: skip
+        arguments = tuple(self._argument(values[name]) for name in kernel.arg_names)
+        given = [self._kinds.get(a.tensor) for a in arguments if isinstance(a, Slot)]
+        aligned = all(kind is None or kind.alignment == 16 for kind in given)
+        early = after and config.overlap
+        self.launches.append(TritonLaunch(kernel, (grid,), config.warps, arguments, early, aligned, self._device))
+
+    def exchange(self, config: Launch, gpu: Gpu) -> bool:
+        """Whether there is something to prepare where programs that share rows exchange their sums; see `_whole`."""
+        size = self._rows.M * config.parts
+        if config.parts <= 1:
+            return False
+        self._fresh.append(Fresh("shares", torch.int64, (size,)))
+        config = launch.no_shares_yet(gpu)
+        self.add(_no_shares_yet, _cdiv(size, config.block_n), config, False, shares="shares", size=size)
+        return size > 0
+
+    def _argument(self, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        kind = self._kinds.get(value) or next((t for t in self._fresh if t.name == value), None)
+        return None if kind is None else Slot(value, kind.dtype)  # there are no shares where none are exchanged
 
 
-def _scratch(t: Tensor | None) -> tuple[Tensor | None, int]:
-    return t, 0 if t is None else t.numel()
-
-
-def _elsewhere(device: int) -> bool:
-    """Whether this is not the current GPU, on which all that follows happens; the interpreter's tensors are on none."""
-    return device >= 0 and torch._C._cuda_getDevice() != device
+def _number(device: torch.device) -> int:
+    """Of a GPU; -1 for the interpreter, whose tensors are on none."""
+    return -1 if device.index is None or device.type != "cuda" else device.index
 
 
 @functools.cache
@@ -852,41 +757,26 @@ def _gpu(device: int) -> Gpu:
     return Gpu(shared_memory, found.multi_processor_count, found.major)
 
 
-def _y_dtype(x: torch.dtype, w: torch.dtype | None, cast: str) -> torch.dtype:
-    return x if w is None or w is x or cast == "late" else torch.promote_types(x, w)
+def _y_dtype(x: torch.dtype, w: TensorKind | None, cast: str) -> torch.dtype:
+    return x if w is None or cast == "late" else torch.promote_types(x, w.dtype)
 
 
-def _dtype(w: Tensor | None) -> torch.dtype | None:
-    return None if w is None else w.dtype
+def _offset(offset: float) -> float:
+    return float(offset) or -0.0
 
 
-_empty_on_gpu = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+def _dense(name: str, kind: TensorKind, before: list[Converted]) -> TensorKind:
+    """The kind as a kernel reads it that knows no strides of it, after a copy if it must be."""
+    if kind.is_dense:
+        return kind
+    before.append(Converted(name, (name,), kind.dtype))
+    return TensorKind.dense(kind.shape, kind.dtype)
 
 
-def _empty(x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory beside x, which is on the current device, by the quickest way that torch has."""
-    if _empty_on_gpu is not None and x.is_cuda:
-        return _empty_on_gpu(shape, strides, dtype)  # type: ignore[no-any-return]
-    return torch.empty_strided(shape, strides, dtype=dtype, device=x.device)
-
-
-def _shares(call: _Call, x: Tensor) -> Tensor | None:
-    """Where the programs that share rows exchange their sums, prepared; see `_whole`."""
-    if call.before is None:
-        return None
-    shares = _empty(x, call.before.numbers, (1,), torch.int64)
-    _run(call.before, (shares,))
-    return shares
-
-
-def _by_16_bytes(rows: Walk, *tensors: Tensor) -> bool:
+def _by_16_bytes(rows: Walk, kinds: Mapping[str, TensorKind]) -> bool:
     """Whether rows begin and end where asynchronous copies can, and Triton is told: of multiples of 16 numbers."""
     steps = [step for of_tensor in rows.steps for step in (of_tensor if rows.strided else of_tensor[2:])]
-    return all(step % 16 == 0 for step in (rows.N, *steps)) and all(t.data_ptr() % 16 == 0 for t in tensors)
-
-
-def _contiguous(w: Tensor | None) -> Tensor | None:
-    return None if w is None else w.contiguous()
+    return all(step % 16 == 0 for step in (rows.N, *steps)) and all(k.alignment == 16 for k in kinds.values())
 
 
 def _cdiv(a: int, b: int) -> int:

@@ -1,15 +1,18 @@
-// Norms that Python has planned before, run again without it; see host.py.
+// Norms by the plans that Python makes, run without it; see host.py.
 //
-//   norm    ->  Key of the arguments  ->  Plan  ->  fresh tensors, launches  ->  y, or (y, s)
-//               no plan, or anything but plain tensors: None, and Python's turn
-//   Norm    ->  the same for the gradients, where autograd asks for them
-//   learn   <-  Python, which has run what it plans
+//   norm, an operator  ->  Call  ->  Plan  ->  fresh tensors, launches  ->  what comes out
+//                                     ^ asked of Python once for each kind of call
+//               anything but plain tensors, or a kind that C++ cannot run: Python's turn
+//   Norm               ->  the same for the gradients, where autograd asks for them
 
 #include <Python.h>
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/stack.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/ones.h>
+#include <ATen/ops/full.h>
 #include <ATen/record_function.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -18,12 +21,16 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/library.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <shared_mutex>
 #include <string>
 #include <tuple>
 #include <unordered_map>
@@ -42,216 +49,34 @@ using torch::autograd::variable_list;
 using Word = uint64_t; // an address, or a number in its first bytes
 using Tensors = c10::SmallVector<Tensor, 9>;
 
-constexpr size_t MOST_PLANS = 4096, MOST_ARGUMENTS = 48, LARGEST_CONFIGURATION = 64;
+constexpr size_t MOST_PLANS = 4096, MOST_ARGUMENTS = 48, MOST_OF_MACHINE_CODE = 12, LARGEST_CONFIGURATION = 64;
+constexpr int NONE = -1; // the place of a tensor that is absent
 
-// --- what is planned -------------------------------------------------------------------------------------------
-
-// The rows are the tensor that is normalized: what a fresh tensor is as large as, or so many numbers.
-enum Size : int64_t { LIKE_ROWS = -1, A_NUMBER_A_ROW = -2, LIKE_WEIGHT = -3, ONES_LIKE_WEIGHT = -4 };
-
-struct Fresh {
-  at::ScalarType dtype;
-  int64_t size;
-
-  Tensor of(const Tensor& rows) const {
-    const auto options = rows.options().dtype(dtype);
-    switch (size) {
-      case LIKE_ROWS: return at::empty(rows.sizes(), options);
-      case A_NUMBER_A_ROW: return at::empty(rows.sizes().slice(0, rows.dim() - 1), options);
-      case LIKE_WEIGHT: return at::empty({rows.size(-1)}, options);
-      case ONES_LIKE_WEIGHT: return at::ones({rows.size(-1)}, options);
-      default: return at::empty({size}, options);
-    }
-  }
-};
-
-using CuLaunchKernelEx = int (*)(const void* configuration, void* function, void** arguments, void** extra);
-
-template <size_t... i>
-void call(Word function, const Word* given, std::index_sequence<i...>) {
-  reinterpret_cast<void (*)(decltype(Word(i))...)>(function)(given[i]...);
-}
-
-// Whether there is a way to call machine code with so many arguments, and the call.
-bool call(Word function, const Word* given, size_t count) {
-  switch (count) {
-    case 4: call(function, given, std::make_index_sequence<4>()); return true;
-    case 10: call(function, given, std::make_index_sequence<10>()); return true;
-    case 11: call(function, given, std::make_index_sequence<11>()); return true;
-    default: return false;
-  }
-}
-
-struct Launch {
-  Word function;
-  std::vector<Word> words; // the arguments
-  std::vector<int> places; // for each whose address it is, by the order of the tensors; -1: nobody's
-  Word launcher; // cuLaunchKernelEx, or 0 where the function is machine code of the CPU
-  std::string configuration; // CUlaunchConfig
-  size_t stream_at; // in the configuration
-
-  bool run(const Word* addresses, void* stream) const {
-    Word given[MOST_ARGUMENTS];
-    void* pointers[MOST_ARGUMENTS];
-    for (size_t i = 0; i < words.size(); i++) {
-      given[i] = places[i] < 0 ? words[i] : addresses[places[i]];
-      pointers[i] = given + i;
-    }
-    if (launcher == 0) {
-      return call(function, given, words.size());
-    }
-    alignas(8) char whole[LARGEST_CONFIGURATION];
-    std::memcpy(whole, configuration.data(), configuration.size());
-    std::memcpy(whole + stream_at, &stream, sizeof stream);
-    const auto launch = reinterpret_cast<CuLaunchKernelEx>(launcher);
-    return launch(whole, reinterpret_cast<void*>(function), pointers, nullptr) == 0;
-  }
-};
-
-// Whether the storage holds all that the shape says: others may have freed it, or swapped it for a smaller one.
-bool in_memory(const Tensor& t) {
-  if (!t.defined() || t.numel() == 0) {
-    return true;
-  }
-  int64_t elements = t.numel();
-  if (!t.is_contiguous()) {
-    elements = 1;
-    for (int64_t i = 0; i < t.dim(); i++) {
-      elements += (t.size(i) - 1) * t.stride(i);
-    }
-  }
-  const auto needed = static_cast<size_t>(t.storage_offset() + elements) * t.element_size();
-  return t.storage().nbytes() >= needed;
-}
-
-struct Plan {
-  std::vector<std::optional<Fresh>> fresh;
-  std::vector<Launch> launches;
-  Word aligned; // bits that no address may have
-  std::shared_ptr<PyObject> keeps; // the compiled code, and what its arguments point to
-
-  // What the key cannot tell: whether these inputs are in memory, aligned, and on the current device. If they are not,
-  // Python makes the call, or says what is wrong.
-  bool fits(const Tensors& inputs, const Tensor& rows) const {
-    Word bits = 0;
-    for (const auto& t : inputs) {
-      if (!in_memory(t)) {
-        return false;
-      }
-      bits |= t.defined() ? reinterpret_cast<Word>(t.const_data_ptr()) : 0;
-    }
-    return (bits & aligned) == 0 &&
-        (!rows.is_cuda() || c10::impl::getDeviceGuardImpl(c10::DeviceType::CUDA)->getDevice() == rows.device());
-  }
-
-  // Appends the fresh tensors to the inputs. False if nothing could be launched, or not all of it.
-  bool run(Tensors& tensors, const Tensor& rows) const {
-    if (!fits(tensors, rows)) {
-      return false;
-    }
-    void* stream = nullptr;
-    if (rows.is_cuda()) {
-      stream = c10::impl::getDeviceGuardImpl(c10::DeviceType::CUDA)->getStream(rows.device()).native_handle();
-    }
-    for (const auto& one : fresh) {
-      tensors.push_back(one ? one->of(rows) : Tensor());
-    }
-    c10::SmallVector<Word, 9> addresses;
-    Word bits = 0;
-    for (const auto& t : tensors) {
-      addresses.push_back(t.defined() ? reinterpret_cast<Word>(t.const_data_ptr()) : 0);
-      bits |= addresses.back();
-    }
-    if (bits & aligned) {
-      return false;
-    }
-    for (const auto& launch : launches) {
-      if (!launch.run(addresses.data(), stream)) {
-        return false;
-      }
-    }
-    return true;
-  }
-};
-
-// --- by what it is found ---------------------------------------------------------------------------------------
-
-// All that a plan depends on: of each tensor dtype, device, shape and strides, and the numbers of the spec.
-struct Key {
-  c10::SmallVector<int64_t, 48> numbers;
-
-  void add(const Tensor& t) {
-    if (!t.defined()) {
-      numbers.push_back(-1);
-      return;
-    }
-    const auto device = t.device();
-    numbers.push_back(
-        static_cast<int64_t>(t.scalar_type()) | t.dim() << 8 | static_cast<int64_t>(device.type()) << 16 |
-        static_cast<int64_t>(device.index() + 1) << 24);
-    numbers.append(t.sizes().begin(), t.sizes().end());
-    numbers.append(t.strides().begin(), t.strides().end());
-  }
-
-  bool operator==(const Key& other) const {
-    return numbers == other.numbers;
-  }
-};
-
-struct Hash {
-  size_t operator()(const Key& key) const {
-    size_t hash = 0;
-    for (const auto number : key.numbers) {
-      hash = (hash ^ static_cast<size_t>(number)) * 0x9E3779B97F4A7C15;
-      hash ^= hash >> 32;
-    }
-    return hash;
-  }
-};
+// --- calls -----------------------------------------------------------------------------------------------------
 
 struct Spec {
+  double eps; // of a forward pass
   bool early, offset; // the offset is 0 or 1
 };
 
-Key forward_key(const Tensors& inputs, double eps, Spec spec, bool with_rstd) {
-  Key key;
-  int64_t bits;
-  std::memcpy(&bits, &eps, sizeof bits);
-  key.numbers = {bits, spec.early | spec.offset << 1 | with_rstd << 2};
-  for (const auto& t : inputs) {
-    key.add(t);
+// tensors: x, residual, w; or dy, ds, x, w, rstd. Undefined where there is none.
+struct Call {
+  bool backward;
+  Tensors tensors;
+  Spec spec;
+  std::array<bool, 2> asked; // with_rstd; or need_dx, need_dw
+
+  const Tensor& rows() const {
+    return tensors[backward ? 2 : 0];
   }
-  return key;
-}
+};
 
-// rstd, the last of the inputs, is always the same beside the others.
-Key backward_key(const Tensors& inputs, Spec spec, bool need_dx, bool need_dw) {
-  Key key;
-  key.numbers = {-1, spec.early | spec.offset << 1 | need_dx << 2 | need_dw << 3};
-  for (size_t i = 0; i + 1 < inputs.size(); i++) {
-    key.add(inputs[i]);
+// The spec, if it is one that needs no check; Python judges the others.
+std::optional<Spec> known_spec(double eps, bool early, bool late, double offset) {
+  if (early == late || (offset != 0.0 && offset != 1.0)) {
+    return std::nullopt;
   }
-  return key;
-}
-
-using Plans = std::unordered_map<Key, std::shared_ptr<const Plan>, Hash>;
-Plans& plans = *new Plans; // never destroyed: Python may have ended before
-std::mutex& plans_mutex = *new std::mutex;
-
-// Whether this thread's last look found nothing, so that Python's next call is one to learn.
-thread_local bool missed = false;
-
-// Nobody waits for the lock: where another thread has it, or had it when this process was forked, Python takes the call.
-using Lock = std::unique_lock<std::mutex>;
-
-std::shared_ptr<const Plan> planned(const Key& key) {
-  const Lock lock(plans_mutex, std::try_to_lock);
-  if (!lock) {
-    return nullptr;
-  }
-  const auto found = plans.find(key);
-  missed = found == plans.end();
-  return missed ? nullptr : found->second;
+  return Spec{eps, early, offset == 1.0};
 }
 
 // Whether all are real memory and nobody watches: no subclass, transform, mode, trace, tangent, or pending minus sign.
@@ -272,63 +97,406 @@ bool plain(const Tensors& tensors) {
   return (keys.raw_repr() & ~known.raw_repr()) == 0;
 }
 
-// --- autograd --------------------------------------------------------------------------------------------------
+// Whether autograd would have to differentiate what is made of these.
+bool differentiable(const Tensors& tensors) {
+  return at::GradMode::is_enabled() && std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) {
+    return t.defined() && t.requires_grad();
+  });
+}
 
-PyObject* slow_backward = nullptr; // ops.py's, for what is not planned
+// Whether the storage holds all that the shape says: others may have freed it, or swapped it for a smaller one.
+bool in_memory(const Tensor& t) {
+  if (!t.defined() || t.numel() == 0) {
+    return true;
+  }
+  int64_t elements = t.numel();
+  if (!t.is_contiguous()) {
+    elements = 1;
+    for (int64_t i = 0; i < t.dim(); i++) {
+      elements += (t.size(i) - 1) * t.stride(i);
+    }
+  }
+  const auto needed = static_cast<size_t>(t.storage_offset() + elements) * t.element_size();
+  return t.storage().nbytes() >= needed;
+}
 
-struct Dtypes {
-  at::ScalarType rows, w; // as they were saved; w: anything without a weight
+// What the kind of a call cannot tell: whether its tensors are in memory, and on the current device.
+bool fits(const Call& call) {
+  const auto& rows = call.rows();
+  return std::all_of(call.tensors.begin(), call.tensors.end(), in_memory) &&
+      (!rows.is_cuda() || c10::impl::getDeviceGuardImpl(c10::DeviceType::CUDA)->getDevice() == rows.device());
+}
+
+// --- plans -----------------------------------------------------------------------------------------------------
+
+using CuLaunchKernelEx = int (*)(const void* configuration, void* function, void** arguments, void** extra);
+
+template <size_t... i>
+void call_with(Word function, const Word* given, std::index_sequence<i...>) {
+  reinterpret_cast<void (*)(decltype(Word(i))...)>(function)(given[i]...);
+}
+
+template <size_t count>
+void call_with(Word function, const Word* given) {
+  call_with(function, given, std::make_index_sequence<count>());
+}
+
+// How machine code is called, by the number of its arguments.
+template <size_t... count>
+constexpr auto callers_of(std::index_sequence<count...>) {
+  return std::array<void (*)(Word, const Word*), sizeof...(count)>{call_with<count>...};
+}
+
+constexpr auto callers = callers_of(std::make_index_sequence<MOST_OF_MACHINE_CODE + 1>());
+
+// As plan.NativeTeam.
+struct Team {
+  int64_t M, rows;
+  Word drain, parallel;
+  int64_t process, pieces;
 };
 
-PyObject* wrap(const Tensor& t) {
-  return t.defined() ? THPVariable_Wrap(t) : Py_NewRef(Py_None);
-}
+using GompParallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 
-Tensor unwrap(py::handle object) {
-  return object.is_none() ? Tensor() : THPVariable_Unpack(object.ptr());
-}
+// As plan.NativeLaunch.
+struct Launch {
+  Word function;
+  std::vector<Word> words; // the arguments
+  std::vector<int> places; // for each whose address it is; NONE: a number
+  std::optional<Team> team;
+  Word launcher; // cuLaunchKernelEx, or 0 where the function is machine code of the CPU
+  std::string configuration; // CUlaunchConfig
+  size_t stream_at; // in the configuration
 
-std::pair<Tensor, Tensor> in_python(
-    const Tensors& inputs, Spec spec, bool need_dx, bool need_dw, const Dtypes& saved) {
-  const py::gil_scoped_acquire gil;
-  py::tuple arguments(11);
-  for (size_t i = 0; i < inputs.size(); i++) {
-    arguments[i] = py::reinterpret_steal<py::object>(wrap(inputs[i]));
+  bool run(const Word* addresses, void* stream) const {
+    Word given[MOST_ARGUMENTS];
+    void* pointers[MOST_ARGUMENTS];
+    for (size_t i = 0; i < words.size(); i++) {
+      given[i] = places[i] == NONE ? words[i] : addresses[places[i]];
+      pointers[i] = given + i;
+    }
+    if (team) {
+      return run_by_threads(given);
+    }
+    if (launcher == 0) {
+      callers[words.size()](function, given);
+      return true;
+    }
+    alignas(8) char whole[LARGEST_CONFIGURATION];
+    std::memcpy(whole, configuration.data(), configuration.size());
+    std::memcpy(whole + stream_at, &stream, sizeof stream);
+    const auto launch = reinterpret_cast<CuLaunchKernelEx>(launcher);
+    return launch(whole, reinterpret_cast<void*>(function), pointers, nullptr) == 0;
   }
-  arguments[5] = py::str(spec.early ? "early" : "late");
-  arguments[6] = py::float_(spec.offset ? 1.0 : 0.0);
-  arguments[7] = py::bool_(need_dx);
-  arguments[8] = py::bool_(need_dw);
-  arguments[9] = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(torch::getTHPDtype(saved.rows)));
-  arguments[10] = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(torch::getTHPDtype(saved.w)));
-  const auto found = py::reinterpret_steal<py::object>(PyObject_CallObject(slow_backward, arguments.ptr()));
+
+  // As threads.MachineCode: on all threads of torch's team, in pieces of many rows. A forked child has no such team.
+  bool run_by_threads(Word* given) const {
+    const int64_t threads = at::get_num_threads();
+    if (threads < 2) {
+      given[words.size()] = 0;
+      given[words.size() + 1] = team->M;
+      callers[words.size() + 2](function, given);
+      return true;
+    }
+    if (getpid() != team->process) {
+      return false;
+    }
+    const auto in_pieces = [&](int64_t rows) { return (team->M + rows - 1) / rows; };
+    const auto rows = team->rows * std::max<int64_t>(1, in_pieces(team->rows) / (team->pieces * threads));
+    Word shared[5 + MOST_ARGUMENTS] = {0, 0, static_cast<Word>(team->M), static_cast<Word>(rows), function};
+    std::copy_n(given, words.size(), shared + 5);
+    const auto drain = reinterpret_cast<void (*)(void*)>(team->drain);
+    if (in_pieces(rows) < 2) {
+      drain(shared);
+    } else {
+      reinterpret_cast<GompParallel>(team->parallel)(drain, shared, threads, 0);
+    }
+    return true;
+  }
+};
+
+// As plan.Fresh.
+struct Fresh {
+  at::ScalarType dtype;
+  std::vector<int64_t> shape;
+  std::optional<int64_t> value;
+
+  Tensor of(const Tensor& rows) const {
+    const auto options = rows.options().dtype(dtype);
+    return value ? at::full(shape, *value, options) : at::empty(shape, options);
+  }
+};
+
+// As plan.Native, with the places of tensors, the inputs first, for their names.
+struct Plan {
+  std::vector<Fresh> fresh;
+  std::vector<Launch> launches;
+  std::vector<int> outputs;
+  std::shared_ptr<PyObject> keeps;
+  bool by_threads = false;
+
+  // What comes out; nothing if not all could be launched.
+  std::optional<Tensors> run(const Call& call) const {
+    const auto& rows = call.rows();
+    void* stream = nullptr;
+    if (rows.is_cuda()) {
+      stream = c10::impl::getDeviceGuardImpl(c10::DeviceType::CUDA)->getStream(rows.device()).native_handle();
+    }
+    Tensors tensors(call.tensors);
+    for (const auto& one : fresh) {
+      tensors.push_back(one.of(rows));
+    }
+    c10::SmallVector<Word, 9> addresses;
+    for (const auto& t : tensors) {
+      addresses.push_back(t.defined() ? reinterpret_cast<Word>(t.const_data_ptr()) : 0);
+    }
+    for (const auto& launch : launches) {
+      if (!launch.run(addresses.data(), stream)) {
+        return std::nullopt;
+      }
+    }
+    Tensors found;
+    for (const auto place : outputs) {
+      found.push_back(place == NONE ? Tensor() : tensors[place]);
+    }
+    return found;
+  }
+};
+
+at::ScalarType dtype_of(py::handle object) {
+  TORCH_CHECK_TYPE(THPDtype_Check(object.ptr()), "a fresh tensor has no dtype");
+  return reinterpret_cast<THPDtype*>(object.ptr())->scalar_type;
+}
+
+std::shared_ptr<const Plan> read_plan(const py::object& native) {
+  std::unordered_map<std::string, int> places;
+  const auto named = [&places](const py::handle& name) { places.emplace(py::cast<std::string>(name), places.size()); };
+  const auto place_of = [&places](const py::handle& name) {
+    const auto found = places.find(py::cast<std::string>(name));
+    TORCH_CHECK_VALUE(found != places.end(), "no tensor of the plan is called ", py::cast<std::string>(name));
+    return found->second;
+  };
+  auto plan = std::make_shared<Plan>();
+  for (const auto& name : native.attr("inputs")) {
+    named(name);
+  }
+  for (const auto& one : native.attr("fresh")) {
+    named(one.attr("name"));
+    plan->fresh.push_back(Fresh{
+        dtype_of(one.attr("dtype")), py::cast<std::vector<int64_t>>(one.attr("shape")),
+        py::cast<std::optional<int64_t>>(one.attr("value"))});
+  }
+  for (const auto& one : native.attr("launches")) {
+    Launch launch{
+        py::cast<Word>(one.attr("function")), {}, {}, {}, py::cast<Word>(one.attr("launcher")),
+        py::cast<py::bytes>(one.attr("configuration")), py::cast<size_t>(one.attr("stream_at"))};
+    for (const auto& argument : one.attr("arguments")) {
+      const bool is_name = py::isinstance<py::str>(argument);
+      launch.words.push_back(is_name ? 0 : py::cast<Word>(argument));
+      launch.places.push_back(is_name ? place_of(argument) : NONE);
+    }
+    if (const auto team = one.attr("team"); !team.is_none()) {
+      const auto number = [&](const char* name) { return py::cast<int64_t>(team.attr(name)); };
+      launch.team = Team{number("M"), number("rows"), py::cast<Word>(team.attr("drain")),
+                         py::cast<Word>(team.attr("parallel")), number("process"), number("pieces")};
+      plan->by_threads = true;
+    }
+    const size_t most = launch.launcher == 0 ? MOST_OF_MACHINE_CODE - (launch.team ? 2 : 0) : MOST_ARGUMENTS;
+    TORCH_CHECK_VALUE(
+        launch.words.size() <= most &&
+            launch.configuration.size() <= LARGEST_CONFIGURATION &&
+            (launch.launcher == 0 || launch.stream_at + sizeof(void*) <= launch.configuration.size()),
+        "a launch of another form");
+    plan->launches.push_back(std::move(launch));
+  }
+  for (const auto& name : native.attr("outputs")) {
+    plan->outputs.push_back(name.is_none() ? NONE : place_of(name));
+  }
+  plan->keeps = std::shared_ptr<PyObject>(py::object(native.attr("keeps")).release().ptr(), [](PyObject* object) {
+    const py::gil_scoped_acquire gil;
+    Py_DECREF(object);
+  });
+  return plan;
+}
+
+// --- by what they are found ------------------------------------------------------------------------------------
+
+// The kind of a call, all that a plan depends on: of each tensor dtype, device, shape, strides and the alignment of its
+// address, as of plan.TensorKind; and the spec.
+struct Key {
+  c10::SmallVector<int64_t, 48> numbers;
+
+  explicit Key(const Call& call) {
+    int64_t eps;
+    std::memcpy(&eps, &call.spec.eps, sizeof eps);
+    numbers = {
+        eps, call.backward | call.spec.early << 1 | call.spec.offset << 2 | call.asked[0] << 3 | call.asked[1] << 4};
+    for (const auto& t : call.tensors) {
+      add(t);
+    }
+  }
+
+  void add(const Tensor& t) {
+    if (!t.defined()) {
+      numbers.push_back(-1);
+      return;
+    }
+    const auto device = t.device();
+    const auto address = reinterpret_cast<Word>(t.const_data_ptr());
+    const auto alignment = address | 16;
+    numbers.push_back(
+        static_cast<int64_t>(t.scalar_type()) | t.dim() << 8 | static_cast<int64_t>(device.type()) << 16 |
+        static_cast<int64_t>(device.index() + 1) << 24 | static_cast<int64_t>(alignment & -alignment) << 40);
+    numbers.append(t.sizes().begin(), t.sizes().end());
+    numbers.append(t.strides().begin(), t.strides().end());
+  }
+
+  bool operator==(const Key& other) const {
+    return numbers == other.numbers;
+  }
+};
+
+struct Hash {
+  size_t operator()(const Key& key) const {
+    size_t hash = 0;
+    for (const auto number : key.numbers) {
+      hash = (hash ^ static_cast<size_t>(number)) * 0x9E3779B97F4A7C15;
+      hash ^= hash >> 32;
+    }
+    return hash;
+  }
+};
+
+// None for a kind that is Python's.
+using Plans = std::unordered_map<Key, std::shared_ptr<const Plan>, Hash>;
+Plans& plans = *new Plans; // never destroyed: Python may have ended before
+std::shared_mutex& plans_mutex = *new std::shared_mutex;
+
+PyObject *native_forward = nullptr, *native_backward = nullptr, *check_saved = nullptr; // of host.py
+
+py::object wrapped(const Tensor& t) {
+  return t.defined() ? py::reinterpret_steal<py::object>(THPVariable_Wrap(t)) : py::none();
+}
+
+py::object asked(PyObject* function, const py::tuple& arguments) {
+  auto found = py::reinterpret_steal<py::object>(PyObject_CallObject(function, arguments.ptr()));
   if (!found) {
     python_error error;
     error.persist();
     throw error;
   }
-  const py::tuple gradients(found);
-  return {unwrap(gradients[0]), unwrap(gradients[1])};
+  return found;
 }
 
-// dx and dw; inputs: dy, ds, rows, w, rstd.
-std::pair<Tensor, Tensor> gradients(
-    const Tensors& inputs, Spec spec, bool need_dx, bool need_dw, const Dtypes& saved) {
-  missed = false;
-  const auto &rows = inputs[2], &w = inputs[3], &rstd = inputs[4];
-  // In grad mode the gradient must stay tied to its inputs, to raise if it is differentiated.
-  const bool ours = !at::GradMode::is_enabled() && plain(inputs) && rstd.is_contiguous() &&
-      rstd.scalar_type() == at::kFloat && rstd.device() == rows.device() &&
-      rows.dim() > 0 && rstd.sizes() == rows.sizes().slice(0, rows.dim() - 1) && rows.scalar_type() == saved.rows &&
-      (!w.defined() || w.scalar_type() == saved.w);
-  if (ours) {
-    const auto plan = planned(backward_key(inputs, spec, need_dx, need_dw));
-    Tensors tensors(inputs);
-    if (plan && plan->run(tensors, rows)) {
-      return {tensors[5], tensors[6]};
+std::shared_ptr<const Plan> made_plan(const Call& call) {
+  const py::gil_scoped_acquire gil;
+  py::list arguments;
+  for (const auto& t : call.tensors) {
+    arguments.append(wrapped(t));
+  }
+  if (!call.backward) {
+    arguments.append(call.spec.eps);
+  }
+  arguments.append(call.spec.early ? "early" : "late");
+  arguments.append(call.spec.offset ? 1.0 : 0.0);
+  arguments.append(call.asked[0]);
+  if (call.backward) {
+    arguments.append(call.asked[1]);
+  }
+  const auto native = asked(call.backward ? native_backward : native_forward, py::tuple(arguments));
+  return native.is_none() ? nullptr : read_plan(native);
+}
+
+// The plan for such calls, asked of Python if their kind is new; none where it is Python's turn.
+// Nobody waits for the lock: where another thread has it, or had it when this process was forked, Python takes the call.
+std::shared_ptr<const Plan> plan_of(const Call& call) {
+  if (!fits(call)) {
+    return nullptr;
+  }
+  Key key(call);
+  {
+    const std::shared_lock lock(plans_mutex, std::try_to_lock);
+    if (!lock) {
+      return nullptr;
+    }
+    const auto found = plans.find(key);
+    if (found != plans.end()) {
+      return found->second;
     }
   }
-  return in_python(inputs, spec, need_dx, need_dw, saved);
+  auto plan = made_plan(call);
+  Plans dropped; // outside the lock: to let go of a Python object can run any code
+  auto before = plan;
+  const std::unique_lock lock(plans_mutex, std::try_to_lock);
+  if (lock) {
+    if (plans.size() >= MOST_PLANS) {
+      plans.swap(dropped);
+    }
+    plans[std::move(key)].swap(before);
+  }
+  return plan;
+}
+
+// What comes out of a call; nothing where it is Python's turn. gil: whether this thread has it.
+std::optional<Tensors> run(const Call& call, bool gil = false) {
+  const auto plan = plan_of(call);
+  if (!plan) {
+    return std::nullopt;
+  }
+  std::optional<py::gil_scoped_release> released;
+  if (gil && (plan->by_threads || call.rows().is_cuda())) {
+    released.emplace(); // it takes long, or what a GPU waits for needs it
+  }
+  RECORD_FUNCTION(call.backward ? "rmsnorm_backward" : "rmsnorm", c10::ArrayRef<const c10::IValue>{});
+  return plan->run(call);
+}
+
+// --- autograd --------------------------------------------------------------------------------------------------
+
+struct Dtypes {
+  at::ScalarType rows, w; // as they were saved; w: anything without a weight
+};
+
+using BackwardOperator = std::tuple<Tensor, Tensor>(
+    const Tensor&, const std::optional<Tensor>&, const Tensor&, const std::optional<Tensor>&, const Tensor&,
+    c10::string_view, double, bool, bool);
+
+std::optional<Tensor> given_or_not(const Tensor& t) {
+  return t.defined() ? std::optional<Tensor>(t) : std::nullopt;
+}
+
+// Raises what is wrong with what was saved.
+void check(const Call& call, const Dtypes& saved) {
+  const py::gil_scoped_acquire gil;
+  py::list arguments;
+  for (const auto& t : call.tensors) {
+    arguments.append(wrapped(t));
+  }
+  arguments.append(call.spec.offset ? 1.0 : 0.0);
+  arguments.append(call.asked[1]);
+  for (const auto dtype : {saved.rows, saved.w}) {
+    arguments.append(py::handle(reinterpret_cast<PyObject*>(torch::getTHPDtype(dtype))));
+  }
+  asked(check_saved, py::tuple(arguments));
+}
+
+// dx and dw; call.tensors: dy, ds, rows, w, rstd.
+std::pair<Tensor, Tensor> gradients(const Call& call, const Dtypes& saved) {
+  const auto& t = call.tensors;
+  const bool as_saved = t[2].scalar_type() == saved.rows && (!t[3].defined() || t[3].scalar_type() == saved.w);
+  // In grad mode the gradient must stay tied to its inputs, to raise if it is differentiated.
+  if (as_saved && !at::GradMode::is_enabled() && plain(t)) {
+    if (const auto found = run(call)) {
+      return {(*found)[0], (*found)[1]};
+    }
+  }
+  check(call, saved);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("rmsnorm::backward", "").typed<BackwardOperator>();
+  auto [dx, dw] = op.call(
+      t[0], given_or_not(t[1]), t[2], given_or_not(t[3]), t[4], call.spec.early ? "early" : "late",
+      call.spec.offset ? 1.0 : 0.0, call.asked[0], call.asked[1]);
+  return {call.asked[0] ? dx : Tensor(), call.asked[1] ? dw : Tensor()};
 }
 
 } // namespace
@@ -353,10 +521,11 @@ variable_list saved_variables(AutogradContext* ctx) {
 struct Norm : torch::autograd::Function<Norm> {
   static constexpr bool is_traceable = true; // the backward pass knows nothing but what is saved here
 
+  // made: y, s and rstd.
   static variable_list forward(
       AutogradContext* ctx, const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& w,
-      const Tensors* tensors, Spec spec) {
-    const auto &y = (*tensors)[3], &s = (*tensors)[4], &rstd = (*tensors)[5];
+      const Tensors* made, Spec spec) {
+    const auto &y = (*made)[0], &s = (*made)[1], &rstd = (*made)[2];
     const auto& rows = residual ? s : x;
     ctx->save_for_backward({rows, w ? *w : Tensor(), rstd});
     ctx->set_materialize_grads(false);
@@ -369,7 +538,6 @@ struct Norm : torch::autograd::Function<Norm> {
   static variable_list backward(AutogradContext* ctx, variable_list given) {
     const auto saved = saved_variables(ctx);
     const auto how = ctx->saved_data["how"].toInt();
-    const Spec spec{(how & 1) != 0, (how & 2) != 0};
     const bool adds = (how & 4) != 0;
     const auto dtype = [how](int bit) { return static_cast<at::ScalarType>(how >> bit & 0xFF); };
     const bool need_x = ctx->needs_input_grad(0), need_residual = adds && ctx->needs_input_grad(1);
@@ -377,8 +545,10 @@ struct Norm : torch::autograd::Function<Norm> {
     const auto ds = adds ? given[1] : Tensor();
     Tensor d_rows, dw;
     if (given[0].defined()) {
-      std::tie(d_rows, dw) = gradients(
-          {given[0], ds, saved[0], saved[1], saved[2]}, spec, need_x || need_residual, need_dw, {dtype(24), dtype(32)});
+      const Call call{
+          true, {given[0], ds, saved[0], saved[1], saved[2]}, {0.0, (how & 1) != 0, (how & 2) != 0},
+          {need_x || need_residual, need_dw}};
+      std::tie(d_rows, dw) = gradients(call, {dtype(24), dtype(32)});
     } else {
       d_rows = ds;
     }
@@ -392,6 +562,82 @@ struct Norm : torch::autograd::Function<Norm> {
 } // namespace rmsnorm
 
 namespace {
+
+// --- the operators ---------------------------------------------------------------------------------------------
+
+// What Python has registered, for what C++ does not take; see ops.py.
+struct Registered {
+  c10::SafeKernelFunction backend, autograd;
+};
+
+Registered *python_forward = nullptr, *python_backward = nullptr;
+
+// The call of an operator with the arguments on the stack, if its spec is known.
+std::optional<Call> call_of(bool backward, torch::jit::Stack& stack) {
+  const size_t tensors = backward ? 5 : 3, count = backward ? 9 : 7;
+  const auto given = torch::jit::last(stack, count);
+  const auto* next = given.begin();
+  Call call{backward, {}, {}, {}};
+  for (size_t i = 0; i < tensors; i++, next++) {
+    call.tensors.push_back(next->isNone() ? Tensor() : next->toTensor());
+  }
+  const double eps = backward ? 0.0 : (next++)->toDouble();
+  const auto& cast = (next++)->toStringRef();
+  const auto spec = known_spec(eps, cast == "early", cast == "late", (next++)->toDouble());
+  if (!spec) {
+    return std::nullopt;
+  }
+  call.spec = *spec;
+  call.asked = {next->toBool(), backward && next[1].toBool()};
+  return call;
+}
+
+// Whether C++ has made the call: then its outputs are on the stack for its arguments.
+bool made(bool backward, bool autograd, torch::jit::Stack* stack) {
+  const auto call = call_of(backward, *stack);
+  if (!call || !plain(call->tensors) || (autograd && differentiable(call->tensors))) {
+    return false;
+  }
+  const auto found = run(*call);
+  if (!found) {
+    return false;
+  }
+  torch::jit::drop(*stack, backward ? 9 : 7);
+  for (const auto& t : *found) { // a schema cannot say "or none" of what it returns
+    stack->emplace_back(t.defined() ? t : at::empty({0}, call->rows().options()));
+  }
+  return true;
+}
+
+template <bool backward, bool autograd>
+void kernel(const c10::OperatorHandle& op, DispatchKeySet keys, torch::jit::Stack* stack) {
+  if (!made(backward, autograd, stack)) {
+    const auto& python = *(backward ? python_backward : python_forward);
+    (autograd ? python.autograd : python.backend).callBoxed(op, keys, stack);
+  }
+}
+
+// Beside what Python has registered for all devices, these come first on theirs. As for any library that is loaded while
+// a program runs, torch's dispatcher guards a registration against others, and not against calls at that very moment.
+void register_operators() {
+  const auto registered = [](const char* name) {
+    const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
+    return new Registered{
+        op.getComputedKernelForDispatchKey(DispatchKey::CPU),
+        op.getComputedKernelForDispatchKey(DispatchKey::AutogradCPU)};
+  };
+  python_forward = registered("rmsnorm::forward");
+  python_backward = registered("rmsnorm::backward");
+  for (const auto key : {DispatchKey::CPU, DispatchKey::CUDA, DispatchKey::AutogradCPU, DispatchKey::AutogradCUDA}) {
+    const bool autograd = key == DispatchKey::AutogradCPU || key == DispatchKey::AutogradCUDA;
+    auto& library = *new torch::Library(torch::Library::IMPL, "rmsnorm", key, __FILE__, __LINE__); // never undone
+    using torch::CppFunction;
+    library.impl("forward", autograd ? CppFunction::makeFromBoxedFunction<&kernel<false, true>>()
+                                     : CppFunction::makeFromBoxedFunction<&kernel<false, false>>());
+    library.impl("backward", autograd ? CppFunction::makeFromBoxedFunction<&kernel<true, true>>()
+                                      : CppFunction::makeFromBoxedFunction<&kernel<true, false>>());
+  }
+}
 
 // --- what Python calls -----------------------------------------------------------------------------------------
 
@@ -407,186 +653,83 @@ bool taken(PyObject* object, Tensors& tensors, bool optional) {
   return true;
 }
 
-// The spec, if it is one that needs no check; Python judges the others.
-std::optional<Spec> known_spec(PyObject* cast, PyObject* offset) {
-  if (!PyUnicode_CheckExact(cast) || !PyFloat_CheckExact(offset)) {
+// The call of norm(x, residual, w, eps, cast, offset); nothing if it is Python's, whatever its kind.
+std::optional<Call> call_of(PyObject* const* given, Py_ssize_t count) {
+  Call call{false, {}, {}, {}};
+  auto& tensors = call.tensors;
+  if (count != 6 || !taken(given[0], tensors, false) || !taken(given[1], tensors, true) ||
+      !taken(given[2], tensors, true) || !PyFloat_CheckExact(given[3]) || !PyUnicode_CheckExact(given[4]) ||
+      !PyFloat_CheckExact(given[5])) {
     return std::nullopt;
   }
-  const bool early = PyUnicode_CompareWithASCIIString(cast, "early") == 0;
-  const double added = PyFloat_AS_DOUBLE(offset);
-  if ((!early && PyUnicode_CompareWithASCIIString(cast, "late") != 0) || (added != 0.0 && added != 1.0)) {
+  const auto is = [&](const char* cast) { return PyUnicode_CompareWithASCIIString(given[4], cast) == 0; };
+  const auto spec =
+      known_spec(PyFloat_AS_DOUBLE(given[3]), is("early"), is("late"), PyFloat_AS_DOUBLE(given[5]));
+  if (!spec || !plain(tensors)) {
     return std::nullopt;
   }
-  return Spec{early, added == 1.0};
-}
-
-struct Call {
-  Tensors tensors;
-  std::optional<Spec> spec;
-  bool differentiable = false;
-  std::shared_ptr<const Plan> plan; // or none
-};
-
-// The call of norm(x, residual, w, eps, cast, offset).
-Call call_of(PyObject* const* given, Py_ssize_t count) {
-  missed = false;
-  Call call;
-  if (count != 6 || !taken(given[0], call.tensors, false) || !taken(given[1], call.tensors, true) ||
-      !taken(given[2], call.tensors, true) || !PyFloat_CheckExact(given[3])) {
-    return call;
+  call.spec = *spec;
+  call.asked[0] = differentiable(tensors);
+  if (call.asked[0] &&
+      std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.defined() && t.is_inference(); })) {
+    return std::nullopt; // autograd cannot save such a tensor
   }
-  call.spec = known_spec(given[4], given[5]);
-  if (!call.spec || !plain(call.tensors)) {
-    return call;
-  }
-  bool inference = false;
-  if (at::GradMode::is_enabled()) {
-    for (const auto& t : call.tensors) {
-      call.differentiable = call.differentiable || (t.defined() && t.requires_grad());
-      inference = inference || (t.defined() && t.is_inference());
-    }
-  }
-  if (call.differentiable && inference) {
-    return call; // autograd cannot save such a tensor
-  }
-  call.plan = planned(forward_key(call.tensors, PyFloat_AS_DOUBLE(given[3]), *call.spec, call.differentiable));
   return call;
 }
 
-// replays(x, residual, w, eps, cast, offset): whether `norm` would make this call.
-PyObject* replays(PyObject*, PyObject* const* given, Py_ssize_t count) {
+// makes(x, residual, w, eps, cast, offset): whether `norm` would make this call.
+PyObject* makes(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   const auto call = call_of(given, count);
-  missed = false;
-  return PyBool_FromLong(call.plan != nullptr && call.plan->fits(call.tensors, call.tensors[0]));
+  return PyBool_FromLong(call && plan_of(*call) != nullptr);
   END_HANDLE_TH_ERRORS
 }
 
-// norm(x, residual, w, eps, cast, offset): y, or (y, s) with a residual; None if it is not planned.
+// norm(x, residual, w, eps, cast, offset): y, or (y, s) with a residual; None if it is Python's turn.
 PyObject* norm(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  auto call = call_of(given, count);
-  auto& tensors = call.tensors;
-  const auto& plan = call.plan;
-  const auto& spec = call.spec;
-  const bool differentiable = call.differentiable;
-  if (!plan) {
+  const auto call = call_of(given, count);
+  if (!call) {
     Py_RETURN_NONE;
   }
-  RECORD_FUNCTION("rmsnorm", c10::ArrayRef<const c10::IValue>{});
-  const auto x = tensors[0];
-  bool ran;
-  if (x.is_cuda()) {
-    const py::gil_scoped_release released; // what a GPU waits for may need the GIL
-    ran = plan->run(tensors, x);
-  } else {
-    ran = plan->run(tensors, x);
-  }
-  if (!ran) {
+  const auto& tensors = call->tensors;
+  const auto made = run(*call, true);
+  if (!made) {
     Py_RETURN_NONE;
   }
-  const bool adds = tensors[1].defined();
-  variable_list outputs;
-  if (differentiable) {
-    const auto given_or_not = [](const Tensor& t) { return t.defined() ? std::optional<Tensor>(t) : std::nullopt; };
-    const Tensors* all = &tensors;
-    outputs = rmsnorm::Norm::apply(x, given_or_not(tensors[1]), given_or_not(tensors[2]), all, *spec);
-  } else {
-    outputs = {tensors[3], tensors[4]};
+  variable_list outputs{(*made)[0], (*made)[1]};
+  if (call->asked[0]) {
+    const Tensors* all = &*made;
+    outputs = rmsnorm::Norm::apply(tensors[0], given_or_not(tensors[1]), given_or_not(tensors[2]), all, call->spec);
   }
-  if (!adds) {
+  if (!tensors[1].defined()) {
     return THPVariable_Wrap(outputs[0]);
   }
-  return PyTuple_Pack(2, py::reinterpret_steal<py::object>(THPVariable_Wrap(outputs[0])).ptr(),
-                      py::reinterpret_steal<py::object>(THPVariable_Wrap(outputs[1])).ptr());
+  return PyTuple_Pack(2, wrapped(outputs[0]).ptr(), wrapped(outputs[1]).ptr());
   END_HANDLE_TH_ERRORS
-}
-
-at::ScalarType dtype_of(py::handle object) {
-  TORCH_CHECK_TYPE(THPDtype_Check(object.ptr()), "a fresh tensor has no dtype");
-  return reinterpret_cast<THPDtype*>(object.ptr())->scalar_type;
-}
-
-Tensors all_of(const py::tuple& given) {
-  Tensors tensors;
-  for (const auto& one : given) {
-    tensors.push_back(unwrap(one));
-  }
-  return tensors;
-}
-
-// inputs: how many. outputs: how many of what is fresh come out. fresh: None, or (dtype, size). launches: (function,
-// words, places, launcher, configuration, stream_at).
-void learn(
-    Key key, size_t inputs, size_t outputs, const py::tuple& fresh, const py::tuple& launches, Word aligned,
-    const py::object& keeps) {
-  TORCH_CHECK_VALUE(fresh.size() >= outputs, "fewer fresh tensors than come out");
-  auto plan = std::make_shared<Plan>();
-  for (const auto& one : fresh) {
-    if (one.is_none()) {
-      plan->fresh.push_back(std::nullopt);
-    } else {
-      const auto pair = py::cast<py::tuple>(one);
-      plan->fresh.push_back(Fresh{dtype_of(pair[0]), py::cast<int64_t>(pair[1])});
-    }
-  }
-  for (const auto& one : launches) {
-    const auto parts = py::cast<py::tuple>(one);
-    const Launch launch{
-        py::cast<Word>(parts[0]), py::cast<std::vector<Word>>(parts[1]), py::cast<std::vector<int>>(parts[2]),
-        py::cast<Word>(parts[3]), py::cast<py::bytes>(parts[4]), py::cast<size_t>(parts[5])};
-    const auto known = [&](int place) { return place < static_cast<int>(inputs + fresh.size()); };
-    TORCH_CHECK_VALUE(
-        launch.words.size() == launch.places.size() && launch.words.size() <= MOST_ARGUMENTS &&
-            std::all_of(launch.places.begin(), launch.places.end(), known) &&
-            launch.configuration.size() <= LARGEST_CONFIGURATION &&
-            (launch.launcher == 0 || launch.stream_at + sizeof(void*) <= launch.configuration.size()),
-        "a launch of another form");
-    plan->launches.push_back(launch);
-  }
-  plan->aligned = aligned;
-  plan->keeps = std::shared_ptr<PyObject>(Py_NewRef(keeps.ptr()), [](PyObject* object) {
-    const py::gil_scoped_acquire gil;
-    Py_DECREF(object);
-  });
-  Plans dropped; // outside the lock: to let go of a Python object can run any code
-  std::shared_ptr<const Plan> before = plan;
-  const Lock lock(plans_mutex, std::try_to_lock);
-  if (!lock) {
-    return;
-  }
-  if (plans.size() >= MOST_PLANS) {
-    plans.swap(dropped);
-  }
-  plans[std::move(key)].swap(before);
 }
 
 PyMethodDef fast_methods[] = {
     {"norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(norm)), METH_FASTCALL, nullptr},
-    {"replays", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(replays)), METH_FASTCALL, nullptr},
+    {"makes", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(makes)), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 
 } // namespace
 
 PYBIND11_MODULE(RMSNORM_HOST, module) {
   PyModule_AddFunctions(module.ptr(), fast_methods);
-  module.def("begin", [](const py::object& backward) { slow_backward = Py_NewRef(backward.ptr()); });
-  module.def("missed", [] { return std::exchange(missed, false); });
-  module.def("learn_forward", [](const py::tuple& inputs, double eps, const std::string& cast, double offset,
-                                 bool with_rstd, const py::tuple& fresh, const py::tuple& launches, Word aligned,
-                                 const py::object& keeps) {
-    const Spec spec{cast == "early", offset == 1.0};
-    learn(forward_key(all_of(inputs), eps, spec, with_rstd), 3, 3, fresh, launches, aligned, keeps);
-  });
-  module.def("learn_backward", [](const py::tuple& inputs, const std::string& cast, double offset, bool need_dx,
-                                  bool need_dw, const py::tuple& fresh, const py::tuple& launches, Word aligned,
-                                  const py::object& keeps) {
-    const Spec spec{cast == "early", offset == 1.0};
-    learn(backward_key(all_of(inputs), spec, need_dx, need_dw), 5, 2, fresh, launches, aligned, keeps);
+  module.def("begin", [](const py::object& forward, const py::object& backward, const py::object& check) {
+    if (native_forward != nullptr) {
+      return; // two threads have loaded the one library
+    }
+    native_forward = Py_NewRef(forward.ptr());
+    native_backward = Py_NewRef(backward.ptr());
+    check_saved = Py_NewRef(check.ptr());
+    register_operators();
   });
   module.def("forget", [] {
     Plans dropped;
-    const Lock lock(plans_mutex);
+    const std::unique_lock lock(plans_mutex);
     plans.swap(dropped);
   });
 }

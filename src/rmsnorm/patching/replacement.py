@@ -237,7 +237,7 @@ def serving(rule: Rule, theirs: Callable[..., Tensor], argument: str) -> Callabl
         if not x.is_contiguous() and (order := _order(x, k)) is not None:
             y = forward(self, x.permute(order))
             return y.permute([order.index(axis) for axis in range(x.dim())])
-        if k == 1 and not torch.compiler.is_compiling():
+        if k == 1 and (shape is None or x.shape[-1:] == shape) and not torch.compiler.is_compiling():
             y = host.norm(x, None, w, eps, cast, offset)
             if y is not None:
                 return y  # type: ignore[no-any-return]

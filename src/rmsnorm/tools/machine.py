@@ -113,20 +113,23 @@ def versions() -> dict[str, str]:
 
 
 def _release() -> str | None:
-    """The installed version: that of the metadata only if it is of this very file."""
+    """The installed version, if the installed package is the one that holds this file."""
     try:
         installed = importlib.metadata.distribution("rmsnorm")
     except importlib.metadata.PackageNotFoundError:
         return None
-    here = Path(__file__).resolve()
-    return installed.version if Path(str(installed.locate_file("rmsnorm/machine.py"))).resolve() == here else None
+    return installed.version if Path(str(installed.locate_file("rmsnorm"))).resolve() == _package() else None
+
+
+def _package() -> Path:
+    return Path(__file__).resolve().parents[1]
 
 
 def _commit() -> str | None:
     given = os.environ.get("RMSNORM_COMMIT")
     if given:
         return given
-    here = Path(__file__).resolve().parent
+    here = _package()
     # An installed copy may lie inside somebody else's repository: only the one that holds this file counts.
     if not _output("git", "-C", str(here), "ls-files", "--", "spec.py"):
         return None
