@@ -1,8 +1,8 @@
-"""What the running code does, counted from outside: the operators it dispatches, what it saves, what it allocates.
+"""A trace of the running code: the operators that it dispatches, what autograd saves, and what it allocates.
 
-Nothing here knows a formula. A dispatch mode sees every aten operator and takes its tensors' sizes; inside our own
-operators it goes on watching, and a spy takes the pointers that the compiled CPU kernels are called with. Memory is
-the allocator's own account, without any mode, since a mode changes what autograd does in place.
+It uses no formula of the counts. A dispatch mode sees every aten operator and the sizes of its tensors, also inside our
+own operators, and a spy sees the pointers with which the compiled CPU kernels are called. Memory is what the allocator
+reports, measured without the mode, because a mode changes what autograd does in place.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ class Seen:
 
 
 def stored(t: Tensor) -> int:
-    """Bytes of the elements that are there, however often an expanded dimension repeats them."""
+    """Bytes of the stored elements; an expanded dimension counts once."""
     count = 1
     for size, stride in zip(t.shape, t.stride(), strict=True):
         count *= size if stride or not size else 1
@@ -61,11 +61,11 @@ def flops(name: str, args: tuple[Any, ...], out: Tensor) -> int:
 
 
 class Watch(TorchDispatchMode):
-    """Every operator that runs inside, in order; views and fresh memory are none."""
+    """Records the operators that run inside it, in order, without views and allocations."""
 
     def __init__(self, arithmetic: bool = True) -> None:
         super().__init__()
-        self.arithmetic = arithmetic  # False where operators run that hide theirs
+        self.arithmetic = arithmetic  # False where operators run whose arithmetic a trace does not see
         self.seen: list[Seen] = []
         self.known: dict[int, list[Any]] = {}  # address: [tensor, whether anything has been written there]
 
@@ -91,7 +91,7 @@ class Watch(TorchDispatchMode):
         return out
 
     def launch(self, name: str, addresses: tuple[int | None, ...]) -> None:
-        """A compiled kernel ran over these: what nobody had written it writes, the rest it reads."""
+        """Record a compiled kernel: it writes the tensors that nothing has written before, and reads the others."""
         entries = [self.known[a] for a in dict.fromkeys(addresses) if a in self.known]
         read = sum(stored(t) for t, written in entries if written)
         self.seen.append(Seen(name, 0, read, sum(stored(t) for t, written in entries if not written)))
@@ -122,7 +122,7 @@ def spied(watch: Watch) -> Iterator[None]:
 
 
 def events(call: Callable[[], Any]) -> tuple[Any, list[int]]:
-    """The call's result, and what the CPU's allocator gave (+) and took (−) meanwhile, in order."""
+    """The call's result, and the CPU allocator's allocations (+) and frees (−) during it, in bytes and in order."""
     cpu = torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[cpu], profile_memory=True, acc_events=True) as profile:
         result = call()
@@ -133,7 +133,7 @@ def events(call: Callable[[], Any]) -> tuple[Any, list[int]]:
 
 
 def most(steps: list[int]) -> int:
-    """The highest that the running sum gets, from 0."""
+    """The maximum of the running sum, which begins at 0."""
     alive = peak = 0
     for step in steps:
         alive += step
@@ -196,14 +196,14 @@ class Run:
             return self.forward()
 
     def backward(self, outputs: Any) -> Callable[[], Any]:
-        """With random cotangents, which exist before it is called."""
+        """A call of the backward pass. Its random cotangents are made now, not in the call."""
         tensors = outputs if isinstance(outputs, tuple) else (outputs,)
         cotangents = [torch.randn_like(t) for t in tensors]
         return lambda: torch.autograd.grad(tensors, self.inputs, cotangents)
 
 
 def published(x: Tensor, weight: Tensor | None, cast: str, offset: float) -> Tensor:
-    """The lines of the published classes, of DeepSeek for early, GPT-OSS for late, Gemma with an offset."""
+    """The published classes' lines: DeepSeek's for "early", GPT-OSS's for "late", Gemma's with an offset."""
     if offset:
         assert weight is not None
         output = _gemma(x.float())
@@ -225,7 +225,7 @@ def _gemma(x: Tensor) -> Tensor:
 
 
 def traced(run: Run, phase: str) -> dict[str, int]:
-    """read, written, kernels, flops (0 where operators hide theirs), saved and peak of one phase, on the CPU."""
+    """flops (0 where operators do not show theirs), read, written, kernels, saved and peak of one phase on the CPU."""
     hidden = run.implementation in ("ours", "ours+residual", "LayerNorm")
     outputs = run.forward()  # also compiles what has to be compiled
     run.backward(outputs)()
@@ -255,7 +255,7 @@ def traced(run: Run, phase: str) -> dict[str, int]:
 
 
 def events_of_forward(run: Run) -> list[int]:
-    """The allocations of the forward, its outputs still held."""
+    """The allocations and frees of the forward pass while its outputs are held."""
     outputs, steps = events(run.forward)
     del outputs
     return steps
