@@ -7,8 +7,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+from rmsnorm.functional import wait_for_host
 from rmsnorm.kernels.host import loader as host
-from rmsnorm.ops import wait_for_host
 
 # The same examples on every run and no time limit, so that a slow machine fails nothing.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=30)

@@ -143,7 +143,10 @@ def test_links_between_documents_have_a_target(path: Path) -> None:
 
 
 def pictured(text: str) -> dict[str, set[str]]:
-    """The entries of each folder in the picture of CONTRIBUTING.md: "src/rmsnorm/" to {"ops.py", "kernels/", ...}."""
+    """The entries of each folder in the picture of CONTRIBUTING.md: "src/rmsnorm/" to {"spec.py", "kernels/", ...}.
+
+    Lines that are indented further go on with the entry above them.
+    """
     (picture,) = (block.text for block in blocks(text) if block.language == "text")
     found: dict[str, set[str]] = {}
     for line in picture.splitlines():
@@ -151,7 +154,7 @@ def pictured(text: str) -> dict[str, set[str]]:
         assert entry is not None, line
         if not entry[1]:
             folder = entry[2]
-        found.setdefault(folder, set()).update({entry[2]} if entry[1] else ())
+        found.setdefault(folder, set()).update({entry[2]} if len(entry[1]) == 2 else ())
     return found
 
 

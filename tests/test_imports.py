@@ -12,11 +12,12 @@ import rmsnorm
 ROOT = Path(rmsnorm.__file__).parent
 # A module imports only what stands in a line above its own, or its own package. "" is the package root, `import rmsnorm`.
 LAYERS = (
-    ("errors", "bits", "memory"),
+    ("errors", "bits", "memory", "compat"),
     ("spec",),
     ("reference",),
     ("kernels",),
-    ("ops", "distributed"),
+    ("ops",),
+    ("functional",),
     ("modules",),
     ("costs",),
     ("patching",),

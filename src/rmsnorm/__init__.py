@@ -9,8 +9,8 @@ register: tell torch's FLOP counter and transformers about this package.
 """
 
 from rmsnorm.costs.counts import Cost, cost
+from rmsnorm.functional import add_rms_norm, explain, rms_norm, warmup
 from rmsnorm.modules import DeepseekV2RMSNorm, RMSNorm
-from rmsnorm.ops import add_rms_norm, explain, rms_norm, warmup
 from rmsnorm.patching.drop_in import TorchRMSNorm
 from rmsnorm.patching.models import Report, patch, unpatch
 from rmsnorm.register import register

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rmsnorm.errors import complaint
-from rmsnorm.ops import rms_norm
+from rmsnorm.functional import rms_norm
 from rmsnorm.spec import DTYPES, Cast, check_spec, is_torchs_shape
 
 P = ParamSpec("P")

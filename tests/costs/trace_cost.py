@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import rmsnorm
-from rmsnorm import memory, ops
+from rmsnorm import memory
+from rmsnorm.ops import operators
 
 EPS = 1e-6
 NO_WORK = {"empty", "empty_like", "empty_strided", "new_empty"}
@@ -75,7 +76,9 @@ class Watch(TorchDispatchMode):
         if func.namespace == "rmsnorm":
             for t in inputs:
                 self.known.setdefault(t.data_ptr(), [t, True])
-            run = {"rmsnorm::forward": ops._run_forward, "rmsnorm::backward": ops._run_backward}[func._schema.name]
+            run = {"rmsnorm::forward": operators._run_forward, "rmsnorm::backward": operators._run_backward}[
+                func._schema.name
+            ]
             with self:
                 return run(*args, **kwargs)
         out = func(*args, **kwargs)

@@ -33,8 +33,8 @@ from torch import Tensor  # noqa: E402
 import tolerance  # noqa: E402
 from planned import Kernels  # noqa: E402
 from rmsnorm import add_rms_norm, explain, reference, rms_norm  # noqa: E402
+from rmsnorm.functional import wait_for_host  # noqa: E402
 from rmsnorm.kernels.host import loader as host  # noqa: E402
-from rmsnorm.ops import wait_for_host  # noqa: E402
 from rmsnorm.tools import machine  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from planned import planning  # noqa: E402
-from rmsnorm import ops  # noqa: E402
+from rmsnorm import functional  # noqa: E402
 from rmsnorm.kernels.gpu import driver, kernels  # noqa: E402
 from rmsnorm.kernels.host import loader as host  # noqa: E402
 
@@ -102,7 +102,7 @@ def test_a_launch_hands_on_what_the_kernel_takes(cuda: Driver, compiled: Compile
 
 def test_the_host_launches_the_same(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> None:
     """C++ hands cuLaunchKernelEx what Python does, but for the stream and the addresses, which are its own."""
-    ops.wait_for_host()
+    functional.wait_for_host()
     if host.described() != "called from C++":
         pytest.skip(host.described())
     seen: list[tuple[Any, ...]] = []

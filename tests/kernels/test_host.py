@@ -29,7 +29,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from planned import planning
-from rmsnorm import add_rms_norm, explain, ops, rms_norm
+from rmsnorm import add_rms_norm, explain, functional, rms_norm
+from rmsnorm.functional import wait_for_host
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.cpu import compiling
 from rmsnorm.kernels.cpu import planner as cpu
@@ -37,7 +38,6 @@ from rmsnorm.kernels.cpu import threads as kernel_threads
 from rmsnorm.kernels.host import build
 from rmsnorm.kernels.host import loader as host
 from rmsnorm.kernels.plan import Backward, Forward, NativeLaunch, Plan
-from rmsnorm.ops import wait_for_host
 from rmsnorm.spec import Spec
 from tolerance import assert_same_bits
 
@@ -979,11 +979,11 @@ def test_warmup_waits_for_whoever_compiles(cpp, tmp_path) -> None:
 def test_a_wait_for_the_compiler_can_have_an_end(monkeypatch) -> None:
     monkeypatch.setattr(host._State, "module", None)
     monkeypatch.setattr(host._State, "look_at", math.inf)  # it is settled that there will be none
-    assert ops.wait_for_host(60.0)
+    assert functional.wait_for_host(60.0)
     looks: list[float] = []
     monkeypatch.setattr(host, "look", lambda: looks.append(0.0))
     monkeypatch.setattr(host._State, "look_at", 0.0)
-    assert not ops.wait_for_host(0.0)
+    assert not functional.wait_for_host(0.0)
     assert looks == [0.0]
 
     def found() -> None:
@@ -992,7 +992,7 @@ def test_a_wait_for_the_compiler_can_have_an_end(monkeypatch) -> None:
 
     monkeypatch.setattr(host, "look", found)
     looks.clear()
-    assert ops.wait_for_host(60.0)
+    assert functional.wait_for_host(60.0)
     assert looks == [0.0, 0.0]
 
 
@@ -1052,4 +1052,4 @@ def test_explain_says_who_calls(cpp, randn) -> None:
     assert explain(x, w) == "cpu, float32: cpu kernel (Numba) (called from C++)"
     assert "called from" not in explain(x.double(), w)
     assert "called from" not in explain(TwoTensor(x, x), w)
-    assert ops.explain(x, w) == explain(x, w)
+    assert functional.explain(x, w) == explain(x, w)

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import rmsnorm
-from rmsnorm import distributed, reference
+from rmsnorm.ops import reference
 from rmsnorm.tools import verify
 from rmsnorm.tools.world import run_sharded
 from tolerance import OTHER_ORDER, assert_same_bits
@@ -263,15 +263,15 @@ def verify_is_red_when_a_rank_is_wrong(mesh: DeviceMesh) -> None:
     for sharding in ("rows", "columns"):
         assert (tally(sharding).differing, tally(sharding).unsteady) == (0, 0)
     assert tally("columns").dw.elements == 256
-    dot, as_whole = reference.dot, distributed.as_whole
+    dot, as_whole = reference.dot, sharding.as_whole
     try:
         reference.dot = lambda g, xh: (g * xh).sum(-1)
         assert tally("columns").differing > 0
         reference.dot = dot
-        distributed.as_whole = lambda t, mesh, layout, shape: as_whole(t + (Partial() in layout), mesh, layout, shape)
+        sharding.as_whole = lambda t, mesh, layout, shape: as_whole(t + (Partial() in layout), mesh, layout, shape)
         assert tally("rows").unsteady == 256
     finally:
-        reference.dot, distributed.as_whole = dot, as_whole
+        reference.dot, sharding.as_whole = dot, as_whole
 
 
 @on(2)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from rmsnorm import compat
 from rmsnorm.kernels.plan import Converted, Fresh, Plan
 
 _HUGE_PAGE = 2 << 20
@@ -15,7 +16,7 @@ _HUGE_PAGE = 2 << 20
 def run(plan: Plan, given: Sequence[Tensor | None]) -> list[Tensor | None]:
     """What comes out, in the plan's order; None for what was not asked for. given: as the plan's inputs."""
     gpu = plan.gpu
-    if gpu is not None and gpu != torch._C._cuda_getDevice():
+    if gpu is not None and gpu != compat.current_gpu():
         with torch.cuda.device(gpu):  # all that is allocated and launched is on the current one
             return _run(plan, given)
     return _run(plan, given)
@@ -41,14 +42,11 @@ def _converted(converted: Converted, tensors: Mapping[str, Tensor | None]) -> Te
     return total.to(converted.dtype).contiguous()
 
 
-_empty_on_gpu = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # the quickest way that torch has
-
-
 def _allocated(fresh: Fresh, plan: Plan) -> Tensor:
     if fresh.value is not None:
         return torch.full(fresh.shape, fresh.value, dtype=fresh.dtype, device=plan.device)
-    if _empty_on_gpu is not None and plan.gpu is not None:
-        return _empty_on_gpu(fresh.shape, fresh.strides, fresh.dtype)  # type: ignore[no-any-return]
+    if compat.empty_on_gpu is not None and plan.gpu is not None:
+        return compat.empty_on_gpu(fresh.shape, fresh.strides, fresh.dtype)
     t = torch.empty(fresh.shape, dtype=fresh.dtype, device=plan.device)
     if fresh.huge_pages:
         _in_huge_pages(t.data_ptr(), t.nbytes)

@@ -21,7 +21,7 @@ from torch import Tensor
 import rmsnorm
 from rmsnorm import bits, memory, reference
 from rmsnorm.errors import CommandError
-from rmsnorm.ops import wait_for_host
+from rmsnorm.functional import wait_for_host
 from rmsnorm.tools import display, machine, peers, plot, processes, results, timing
 from rmsnorm.tools.display import Block, Column, Table, Text
 from rmsnorm.tools.peers import EPS, Provider, definition

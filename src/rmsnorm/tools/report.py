@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from rmsnorm import bits, memory
 from rmsnorm.errors import CommandError, one_line
+from rmsnorm.functional import wait_for_host
 from rmsnorm.kernels.host import loader as host
-from rmsnorm.ops import wait_for_host
 from rmsnorm.patching.models import Verdict, exact, patch
 from rmsnorm.patching.replacement import become
 from rmsnorm.tools import checkpoint, loading, machine, results, timing

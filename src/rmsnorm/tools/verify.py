@@ -20,8 +20,8 @@ from torch import Tensor
 
 from rmsnorm import reference
 from rmsnorm.errors import CommandError
+from rmsnorm.functional import add_rms_norm, explain, rms_norm, wait_for_host
 from rmsnorm.kernels.host import loader as host
-from rmsnorm.ops import add_rms_norm, explain, rms_norm, wait_for_host
 from rmsnorm.spec import Cast
 from rmsnorm.tools import display, machine, processes
 from rmsnorm.tools.display import Block, Column, Table, Text

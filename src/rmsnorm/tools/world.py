@@ -28,9 +28,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from rmsnorm.distributed import as_whole
 from rmsnorm.errors import CommandError
-from rmsnorm.ops import explain
+from rmsnorm.functional import explain
+from rmsnorm.ops.sharding import as_whole
 from rmsnorm.tools import machine
 from rmsnorm.tools.processes import end_silently_on_ctrl_c
 from rmsnorm.tools.timing import Progress

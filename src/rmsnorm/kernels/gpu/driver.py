@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rmsnorm import compat
 from rmsnorm.kernels.plan import NativeLaunch
 
 _NUMBERS: dict[str, Any] = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
@@ -59,7 +60,7 @@ class TritonLaunch:
                 address = tensors[slot.tensor].data_ptr()  # type: ignore[union-attr]
                 addresses.append(address)
                 bits |= address
-            if bits & _ALIGNED == 0 and ready(torch._C._cuda_getCurrentRawStream(self.device), addresses):
+            if bits & _ALIGNED == 0 and ready(compat.raw_stream(self.device), addresses):
                 return
         arguments = [tensors[a.tensor] if isinstance(a, Slot) else a for a in self.arguments]
         self.kernel[self.grid](*arguments, **self._options)

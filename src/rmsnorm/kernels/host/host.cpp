@@ -503,7 +503,7 @@ std::pair<Tensor, Tensor> gradients(const Call& call, const Dtypes& saved) {
 
 namespace rmsnorm {
 
-// As ops._saved: torch's error about a tensor that was modified, with the way out.
+// As _saved of ops/autograd.py: torch's error about a tensor that was modified, with the way out.
 variable_list saved_variables(AutogradContext* ctx) {
   try {
     return ctx->get_saved_variables();
@@ -517,7 +517,7 @@ variable_list saved_variables(AutogradContext* ctx) {
   }
 }
 
-// As ops._Norm: saves what was normalized, the weight, and a number a row.
+// As _Norm of ops/autograd.py: saves what was normalized, the weight, and a number a row.
 struct Norm : torch::autograd::Function<Norm> {
   static constexpr bool is_traceable = true; // the backward pass knows nothing but what is saved here
 
@@ -565,7 +565,7 @@ namespace {
 
 // --- the operators ---------------------------------------------------------------------------------------------
 
-// What Python has registered, for what C++ does not take; see ops.py.
+// What Python has registered, for what C++ does not take; see ops/operators.py.
 struct Registered {
   c10::SafeKernelFunction backend, autograd;
 };
