@@ -199,7 +199,7 @@ def test_the_bounds_of_the_contract_are_those_that_are_tested() -> None:
 
 def test_the_presets_have_the_counts_that_are_tested() -> None:
     tested = re.findall(
-        r'\("([a-z0-9-]+)", (\d+), ([\d_]+)\)', (ROOT / "tests" / "tools" / "test_predict.py").read_text()
+        r'\("([a-z0-9-]+)", (\d+), ([\d_]+)\)', (ROOT / "tests" / "tools" / "cost" / "test_model_cost.py").read_text()
     )
     rows = re.findall(
         r"^\| `([a-z0-9-]+)` \| (\d+) \| ([\d,]+) \|$", (ROOT / "docs" / "cost.md").read_text(), re.MULTILINE

@@ -32,20 +32,20 @@ def test_summary(samples: list[float], expected: tuple[float, ...]) -> None:
     assert summary.calls == 4 * len(samples)
 
 
-def test_processes_side_by_side_take_every_share_and_pass_over_what_fails(tmp_path: Path) -> None:
+def test_workers_run_every_task_and_ignore_failures(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("a", "there", "b", "c")]
     folders[1].mkdir()
-    processes.side_by_side(os.mkdir, folders, 0o700)
+    processes.run_in_workers(os.mkdir, folders, 0o700)
     assert sorted(tmp_path.iterdir()) == sorted(folders)
     assert {folder.stat().st_mode & 0o777 for folder in folders if folder.name != "there"} == {0o700}
 
 
-def interrupted_in_the_background(pids: Path) -> None:
+def store_sigint_handler(pids: Path) -> None:
     (pids / str(os.getpid())).write_text(str(int(signal.getsignal(signal.SIGINT))))
 
 
-def test_the_terminal_s_ctrl_c_ends_a_process_beside_without_a_word(tmp_path: Path) -> None:
-    processes.side_by_side(interrupted_in_the_background, [tmp_path])
+def test_ctrl_c_ends_a_worker_without_a_traceback(tmp_path: Path) -> None:
+    processes.run_in_workers(store_sigint_handler, [tmp_path])
     assert [file.read_text() for file in tmp_path.iterdir()] == [str(int(signal.SIG_DFL))]
 
 
