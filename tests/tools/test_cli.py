@@ -187,9 +187,12 @@ def test_an_invalid_option_is_refused_before_the_work(verb, option, value, takes
     [
         (("frobnicate",), "'frobnicate' (choose from"),
         (("verify", "--frobnicate"), "unrecognized arguments: --frobnicate"),
-        (("verify", "--jso", "a.json"), "unrecognized arguments: --jso"),  # or a later option could change what it is
+        (
+            ("verify", "--jso", "a.json"),
+            "unrecognized arguments: --jso",
+        ),  # otherwise a new option could change what it means
         (("verify", "--json"), "--json expected one argument"),
-        (("cost",), "required: CONFIG.json|PRESET; rmsnorm cost --help lists"),
+        (("cost",), "required: CONFIG.json|PRESET; see rmsnorm cost --help"),
     ],
 )
 @pytest.mark.usefixtures("no_work")

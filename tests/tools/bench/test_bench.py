@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import random
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -329,11 +331,43 @@ def test_strided_rows_are_compared_with_rows_without_gaps() -> None:
     assert (round(held.measured, 3), held.met) == (0.962, False)
 
 
-def test_the_first_call_is_measured_with_an_empty_and_a_filled_cache() -> None:
-    first = overheads.first_call(torch.device("cpu"))
-    assert "error" not in first, first
-    assert first["empty_cache"]["forward_s"] > 0
-    assert first["filled_cache"]["backward_s"] > 0
+def test_the_first_call_runs_twice_in_new_processes_with_one_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[str]] = []
+    caches: list[tuple[str, str, bool]] = []
+
+    def run(command: list[str], env: dict[str, str], **_: object) -> SimpleNamespace:
+        ran.append(command)
+        caches.append((env["NUMBA_CACHE_DIR"], env["TRITON_CACHE_DIR"], Path(env["NUMBA_CACHE_DIR"]).is_dir()))
+        return SimpleNamespace(stdout=f'a warning\n{{"forward_s": {len(ran)}, "backward_s": 0.5}}\n')
+
+    monkeypatch.setattr(subprocess, "run", run)
+    found = overheads.first_call(torch.device("cpu"))
+    assert found == {
+        "empty_cache": {"forward_s": 1, "backward_s": 0.5},
+        "filled_cache": {"forward_s": 2, "backward_s": 0.5},
+    }
+    assert [command[-1] for command in ran] == ["cpu", "cpu"]
+    assert len(set(caches)) == 1
+    folder, other, existed = caches[0]
+    assert folder == other
+    assert existed
+    assert not Path(folder).exists()
+
+
+def test_the_program_of_the_first_call_prints_its_times(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["-c", "cpu"])
+    exec(overheads._FIRST_CALL, {})
+    times = json.loads(capsys.readouterr().out)
+    assert set(times) == {"forward_s", "backward_s"}
+    assert all(seconds > 0 for seconds in times.values())
+
+
+def test_a_first_call_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overheads, "_FIRST_CALL", "raise SystemExit(3)")
+    error = overheads.first_call(torch.device("cpu"))["error"]
+    assert error.startswith("CalledProcessError: Command ")
 
 
 @pytest.mark.parametrize(("device", "out"), [("nonsense", None), ("cpu", "file")])

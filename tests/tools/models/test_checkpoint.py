@@ -44,7 +44,7 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Call the command line; what it says in its one line, after exit code 2."""
+    """Call the command, and return the one line that it prints before it exits with 2."""
 
     def call(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["rmsnorm", *map(str, arguments)])
@@ -309,4 +309,4 @@ def test_transformers_reads_only_the_configuration_and_the_weights(folder: Path,
     with pytest.raises(SystemExit) as exit:
         main()
     assert exit.value.code == 0
-    assert "exact bits" in capsys.readouterr().out
+    assert "of the norms are exact" in capsys.readouterr().out
