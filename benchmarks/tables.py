@@ -22,6 +22,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from rmsnorm.tools.bench.cases import MODES
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 _PART = re.compile(r"(<!-- results: (?P<name>[a-z0-9-]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
@@ -263,25 +265,25 @@ def gpu_backward() -> str:
 
 @part
 def gpu_add_forward() -> str:
-    return _times("bench-cuda", "bfloat16", "add + norm, forward")
+    return _times("bench-cuda", "bfloat16", "add-forward")
 
 
 @part
 def gpu_add_backward() -> str:
-    return _times("bench-cuda", "bfloat16", "add + norm, backward")
+    return _times("bench-cuda", "bfloat16", "add-backward")
 
 
 @part
 def gpu_others() -> str:
     """What the tables leave out."""
-    sliced = cases("bench-cuda", "bfloat16", "forward, of rows 64 columns apart")[0]
+    sliced = cases("bench-cuda", "bfloat16", "strided-forward")[0]
     whole = next(c for c in cases("bench-cuda", "bfloat16", "forward") if c.shape == sliced.shape)
     lines = stored("bench-cuda")["line"]
     sizes = [size["M"] * size["N"] for size in lines["ours"]["sizes"]]
     rounding = [
         share
         for dtype in ("bfloat16", "float16")
-        for mode in ("forward", "add + norm, forward")
+        for mode in ("forward", "add-forward")
         for c in cases("bench-cuda", dtype, mode)
         for name in _PEERS
         if name != "Liger" and (share := c.differs(name)) is not None
@@ -328,7 +330,7 @@ def gpu_host() -> str:
 def gpu_peers_ahead() -> str:
     """Every case in which another norm takes at least 1 % less time than ours."""
     rows = []
-    for mode in ("forward", "backward", "add + norm, forward", "add + norm, backward"):
+    for mode in ("forward", "backward", "add-forward", "add-backward"):
         for peer in _PEERS:
             ahead = [
                 f"{short} {c.shape}: {percent(1 - ratio)}"
@@ -337,7 +339,7 @@ def gpu_peers_ahead() -> str:
                 if (ratio := c.ratio(peer, "ours")) is not None and ratio <= 0.99
             ]
             if ahead:
-                rows.append([mode, peer, "; ".join(ahead)])
+                rows.append([MODES[mode].title, peer, "; ".join(ahead)])
     return table(["mode", "peer", "takes less time than ours, by"], rows).replace("---:", "---")
 
 
@@ -378,7 +380,7 @@ def cpu_machine() -> str:
     return f"Machine: {machine(stored('bench-cpu')['machine'])}; a quick run on a shared machine."
 
 
-_CPU_MODES = {"forward": "forward", "forward+backward": "forward and backward"}
+_CPU_MODES = {"forward": "forward", "training": "forward and backward"}
 
 
 @part

@@ -1,11 +1,12 @@
-"""Tries launch configurations of the GPU kernels on a GPU, those in use among them, and says which are fastest.
+"""Times launch configurations of the GPU kernels, including those in use, and prints the fastest ones.
 
     python benchmarks/tiles.py "forward 16384x2880 bfloat16 block_n=512,1024 warps=2,4" "backward …" --out DIR
 
-A sweep: the pass (forward, add, backward, add-backward), M x N, the dtype, and for fields of `launch.Launch` the values
-to try in every combination; the others are as in use. A row that one program holds (parts=1) has the pieces of block_n
-that it takes; one that programs share (parts=2) has the parts that it takes. `programs` is the most there may be.
-Compiled in processes side by side, then timed in turn beside a copy.
+A sweep is a mode (forward, add-forward, backward, add-backward), M x N, a dtype, and for fields of `launch.Launch` the
+values to try in every combination; the other fields stay as they are in use. A row that one program processes (parts=1)
+gets as many pieces of block_n as it needs; a row that several programs share (parts=2) gets as many parts as it needs.
+`programs` is the largest number of programs. The kernels are compiled in several processes, then timed in turn with a
+copy.
 """
 
 import argparse
@@ -27,31 +28,27 @@ from rmsnorm.kernels.gpu import planner as gpu
 from rmsnorm.kernels.gpu import tiling
 from rmsnorm.kernels.gpu.tiling import Launch
 from rmsnorm.spec import Spec
-from rmsnorm.tools import bench, machine, peers, processes, results, timing
-from rmsnorm.tools.bench import Case
+from rmsnorm.tools import machine, processes, results, timing
+from rmsnorm.tools.bench.cases import ADD_BACKWARD, ADD_FORWARD, BACKWARD, FORWARD, BenchCase, Mode
+from rmsnorm.tools.bench.measure import copy_call, draw_inputs
+from rmsnorm.tools.bench.peers import EPS
 
-# What the benchmark calls the passes.
-MODES = {
-    "forward": bench.FORWARD,
-    "add": bench.ADD_FORWARD,
-    "backward": bench.BACKWARD,
-    "add-backward": bench.ADD_BACKWARD,
-}
+MODES = {mode.slug: mode for mode in (FORWARD, ADD_FORWARD, BACKWARD, ADD_BACKWARD)}
 DEVICE = torch.device("cuda")
-SPEC = Spec(peers.EPS)
+SPEC = Spec(EPS)
 FLAGS = ("staged", "overlap")  # fields that are not numbers
 
 
 def _known(given: str, known: Sequence[str], what: str) -> None:
     if given not in known:
-        raise argparse.ArgumentTypeError(f"{given!r} is no {what}: give one of {', '.join(known)}")
+        raise argparse.ArgumentTypeError(f"{given!r} is not a {what}: give one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """kind: which pass. fields: of `Launch`, with the values to try."""
+    """A mode, a shape, a dtype, and the values to try for fields of `Launch`."""
 
-    kind: str
+    mode: Mode
     M: int
     N: int
     dtype: torch.dtype
@@ -59,9 +56,9 @@ class Sweep:
 
     @classmethod
     def parse(cls, text: str) -> "Sweep":
-        """From a command's argument; raises ArgumentTypeError, whose message says what would do."""
-        kind, shape, dtype, *fields = *text.split(), "", "", ""
-        _known(kind, tuple(MODES), "pass")
+        """Parse an argument of the command. Raises ArgumentTypeError, whose message says what is expected."""
+        mode, shape, dtype, *fields = *text.split(), "", "", ""
+        _known(mode, tuple(MODES), "mode")
         _known(dtype, ("bfloat16", "float16", "float32"), "dtype")
         try:
             M, N = map(int, shape.split("x"))
@@ -80,23 +77,23 @@ class Sweep:
                 raise argparse.ArgumentTypeError(f"{name}={min(of)}: give numbers of at least {least}")
             if name in FLAGS:
                 values[name] = tuple(map(bool, of))
-        return cls(kind, M, N, getattr(torch, dtype), tuple(values.items()))
+        return cls(MODES[mode], M, N, getattr(torch, dtype), tuple(values.items()))
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.M} x {self.N} {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.mode.slug} {self.M} x {self.N} {str(self.dtype).removeprefix('torch.')}"
 
     @property
-    def case(self) -> Case:
-        """The benchmark's, whose inputs and copy are taken."""
-        return Case(self.M, self.N, self.dtype, MODES[self.kind])
+    def case(self) -> BenchCase:
+        """The case of the benchmark with the same inputs and copy."""
+        return BenchCase(self.M, self.N, self.dtype, self.mode)
 
     @property
     def passes(self) -> str:
-        """The function of `launch` that chooses."""
-        return "backward" if self.kind.endswith("backward") else "forward"
+        """The function of `tiling` that chooses the configuration."""
+        return "backward" if self.mode.backward else "forward"
 
     def configs(self, in_use: Launch) -> list[Launch]:
-        """The one in use first, then every other combination that there is a kernel for: none shares several rows."""
+        """Return the configuration in use, then every other combination that has a kernel: none shares several rows."""
         names = [name for name, _ in self.fields]
         found, longest = [in_use], tiling.LONGEST_SUM[self.dtype.itemsize]
         for values in itertools.product(*(values for _, values in self.fields)):
@@ -126,13 +123,13 @@ class Tensors:
 
     @classmethod
     def drawn(cls, sweep: Sweep) -> "Tensors":
-        inputs, cotangents = bench._drawn(sweep.case, DEVICE)
+        inputs, cotangents = draw_inputs(sweep.case, DEVICE)
         rstd = dispatch.forward(inputs[0], None, inputs[-1], SPEC, True)[2]
         assert rstd is not None
         return cls(sweep, inputs, cotangents, rstd)
 
     def run(self) -> tuple[Tensor | None, ...]:
-        """What the pass computes; what must have the same bits whatever the configuration, first."""
+        """Run the pass. The first output must have the same bits for every configuration."""
         x, *residual, w = self.inputs
         if self.sweep.passes == "forward":
             return dispatch.forward(x, residual[0] if residual else None, w, SPEC, False)
@@ -142,7 +139,7 @@ class Tensors:
 
 @contextlib.contextmanager
 def using(sweep: Sweep, config: Launch) -> Iterator[None]:
-    """Launches with this configuration, planned and compiled anew."""
+    """Launch with this configuration inside the context, planned and compiled anew."""
     before = getattr(tiling, sweep.passes)
     plans = (gpu.plan_forward, gpu.plan_backward)
     setattr(tiling, sweep.passes, lambda *a: config)
@@ -157,15 +154,16 @@ def using(sweep: Sweep, config: Launch) -> Iterator[None]:
 
 
 def in_use(sweep: Sweep) -> Launch:
+    """Return the configuration that the library uses."""
     size, of = sweep.dtype.itemsize, gpu._gpu(torch.cuda.current_device())
-    adds, aligned = sweep.kind.startswith("add"), sweep.N % 16 == 0
+    adds, aligned = sweep.mode.adds, sweep.N % 16 == 0
     if sweep.passes == "forward":
         return tiling.forward(sweep.N, size, adds, aligned, of)
     return tiling.backward(sweep.M, sweep.N, size, size, size, adds, aligned, of)
 
 
 def kernels(sweep: Sweep) -> list[tuple[Sweep, list[Launch]]]:
-    """The configurations, those together that one kernel serves."""
+    """Group the configurations by the kernel that they need."""
     found: dict[Launch, list[Launch]] = {}
     for config in sweep.configs(in_use(sweep)):
         found.setdefault(dataclasses.replace(config, programs=1), []).append(config)
@@ -173,7 +171,7 @@ def kernels(sweep: Sweep) -> list[tuple[Sweep, list[Launch]]]:
 
 
 def compile_one(kernel: tuple[Sweep, list[Launch]]) -> None:
-    """Into the cache on disk, with the sums that its numbers of programs take."""
+    """Compile a kernel, and the sums for its numbers of programs, into the cache on disk."""
     sweep, configs = kernel
     tensors = Tensors.drawn(sweep)
     for config in configs:
@@ -182,11 +180,11 @@ def compile_one(kernel: tuple[Sweep, list[Launch]]) -> None:
 
 
 def measured(sweep: Sweep, seconds: float) -> dict[str, Any]:
-    """By configuration the median in microseconds, or why there is none; of backward passes what of dw differs."""
+    """Return for each configuration the median in µs, or why there is none, and the share of dw that differs."""
     tensors = Tensors.drawn(sweep)
     configs = sweep.configs(in_use(sweep))
     expected = tensors.run()
-    calls: dict[str, Any] = {"copy": bench._copy(sweep.case, DEVICE)}
+    calls: dict[str, Any] = {"copy": copy_call(sweep.case, DEVICE)}
     found: dict[str, Any] = {"copy": {}}
     for config in configs:
         name = difference(configs[0], config)
@@ -198,7 +196,7 @@ def measured(sweep: Sweep, seconds: float) -> dict[str, Any]:
         try:
             row, other, *_ = call()
             torch.cuda.synchronize()
-        except Exception as error:  # noqa: BLE001  # too much shared memory, too many registers: a line in the table
+        except Exception as error:  # noqa: BLE001  # such as too much shared memory: reported in the table
             found[name] = {"no_time": f"{type(error).__name__}: {error}".splitlines()[0][:150]}
             continue
         if not torch.equal(row, expected[0]):  # type: ignore[arg-type]
@@ -216,7 +214,7 @@ def measured(sweep: Sweep, seconds: float) -> dict[str, Any]:
 
 
 def difference(in_use: Launch, config: Launch) -> str:
-    """The fields that are not as in use."""
+    """Return the fields that differ from the configuration in use."""
     a, b = dataclasses.asdict(in_use), dataclasses.asdict(config)
     return " ".join(f"{name}={int(b[name])}" for name in a if a[name] != b[name]) or "in use"
 
@@ -225,16 +223,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweeps", nargs="+", type=Sweep.parse, metavar="SWEEP")
     parser.add_argument(
-        "--seconds", type=float, default=0.05, help="of each configuration's calls (default: %(default)s)"
+        "--seconds", type=float, default=0.05, help="time limit for each configuration (default: %(default)s)"
     )
-    parser.add_argument("--best", type=int, default=8, help="how many to print of each sweep (default: %(default)s)")
+    parser.add_argument(
+        "--best", type=int, default=8, help="how many configurations to print for each sweep (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="a folder for tiles.json")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no GPU that torch can use here")
     if options.out is not None:
         results.check_folder(options.out)
-    processes.side_by_side(compile_one, [kernel for sweep in options.sweeps for kernel in kernels(sweep)])
+    processes.run_in_workers(compile_one, [kernel for sweep in options.sweeps for kernel in kernels(sweep)])
     of_sweeps = []
     for sweep in options.sweeps:
         found = measured(sweep, options.seconds)

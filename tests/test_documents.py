@@ -231,7 +231,7 @@ def test_readme_and_contract_state_the_bounds_that_are_tested() -> None:
 
 def test_the_cost_document_states_the_presets_counts_that_are_tested() -> None:
     tested = re.findall(
-        r'\("([a-z0-9-]+)", (\d+), ([\d_]+)\)', (ROOT / "tests" / "tools" / "test_predict.py").read_text()
+        r'\("([a-z0-9-]+)", (\d+), ([\d_]+)\)', (ROOT / "tests" / "tools" / "cost" / "test_model_cost.py").read_text()
     )
     rows = re.findall(
         r"^\| `([a-z0-9-]+)` \| (\d+) \| ([\d,]+) \|$", (ROOT / "docs" / "cost.md").read_text(), re.MULTILINE

@@ -26,6 +26,9 @@ def differing(a: Tensor, b: Tensor) -> tuple[int, int]:
         raise ValueError(f"{tuple(a.shape)} {a.dtype} cannot be compared with {tuple(b.shape)} {b.dtype}")
     if a.numel() == 0:
         return 0, 0
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    if torch.equal(a.contiguous().view(integer), b.contiguous().view(integer)):  # much faster than what follows
+        return 0, 0
     steps = (_ordered(a) - _ordered(b)).abs().masked_fill_(a.isnan() & b.isnan(), 0)
     return int(steps.count_nonzero()), int(steps.max())
 

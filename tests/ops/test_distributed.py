@@ -33,9 +33,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import rmsnorm
-from rmsnorm.ops import reference
-from rmsnorm.tools import verify
-from rmsnorm.tools.world import run_sharded
+from rmsnorm import reference
+from rmsnorm.ops import sharding as shards
+from rmsnorm.tools.verify.cases import VerifyCase
+from rmsnorm.tools.verify.compare import compare
+from rmsnorm.tools.verify.ranks import run_sharded
+from rmsnorm.tools.verify.tally import Tally
 from tolerance import OTHER_ORDER, assert_same_bits
 
 Case = Callable[[DeviceMesh], None]
@@ -254,24 +257,24 @@ def without_fp64_sums_bits_differ(mesh: DeviceMesh) -> None:
 
 @on(2)
 def verify_is_red_when_a_rank_is_wrong(mesh: DeviceMesh) -> None:
-    """What `rmsnorm verify --world` counts on ranks: nothing; fp32 sums over columns; a part of dw that is astray."""
+    """What `rmsnorm verify --world` counts on ranks: nothing; fp32 sums over columns; a wrong part of dw."""
 
-    def tally(sharding: str) -> verify.Tally:
-        case = verify.Case(torch.float32, torch.float32, "late", 0.0, 128, 256, sharding=sharding)
-        return verify.compare(case, 1, torch.device("cpu"), lambda given, case: run_sharded(given, case, mesh))
+    def tally(sharding: str) -> Tally:
+        case = VerifyCase(torch.float32, torch.float32, "late", 0.0, 128, 256, sharding=sharding)
+        return compare(case, 1, torch.device("cpu"), lambda given, case: run_sharded(given, case, mesh))
 
     for sharding in ("rows", "columns"):
         assert (tally(sharding).differing, tally(sharding).unsteady) == (0, 0)
     assert tally("columns").dw.elements == 256
-    dot, as_whole = reference.dot, sharding.as_whole
+    dot, as_whole = reference.dot, shards.as_whole
     try:
         reference.dot = lambda g, xh: (g * xh).sum(-1)
         assert tally("columns").differing > 0
         reference.dot = dot
-        sharding.as_whole = lambda t, mesh, layout, shape: as_whole(t + (Partial() in layout), mesh, layout, shape)
+        shards.as_whole = lambda t, mesh, layout, shape: as_whole(t + (Partial() in layout), mesh, layout, shape)
         assert tally("rows").unsteady == 256
     finally:
-        reference.dot, sharding.as_whole = dot, as_whole
+        reference.dot, shards.as_whole = dot, as_whole
 
 
 @on(2)

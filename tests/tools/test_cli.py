@@ -1,4 +1,4 @@
-"""The command line: what it prints where, and its exit codes."""
+"""The command line: its output and its exit codes."""
 
 import contextlib
 import io
@@ -14,13 +14,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import rmsnorm.tools.bench
-import rmsnorm.tools.checkpoint
-import rmsnorm.tools.predict
-import rmsnorm.tools.report
+import rmsnorm.tools.bench.command
+import rmsnorm.tools.bench.overheads
+import rmsnorm.tools.models.library
 import rmsnorm.tools.results
-import rmsnorm.tools.verify
-import rmsnorm.tools.world
+import rmsnorm.tools.verify.command
+import rmsnorm.tools.verify.printing
+import rmsnorm.tools.verify.ranks
 from rmsnorm.errors import CommandError, one_line
 from rmsnorm.tools import cli
 from rmsnorm.tools.cli import main
@@ -35,19 +35,21 @@ def call(*arguments: str) -> int:
 
 
 def stub(monkeypatch: pytest.MonkeyPatch, ok: bool) -> None:
+    """Replace the work of `rmsnorm verify`."""
+
     def verify(device, quick, progress, only) -> SimpleNamespace:
         progress(1, 2, "half way")
+        return SimpleNamespace(ok=ok, to_json=lambda: {"ok": ok, "quick": quick})
 
-        def table(verbose: bool) -> list[Block]:
-            return ["the table", *(["with every row"] if verbose else [])]
+    def blocks(result, verbose) -> list[Block]:
+        return ["the table", *(["with every row"] if verbose else [])]
 
-        return SimpleNamespace(ok=ok, to_json=lambda: {"ok": ok, "quick": quick}, table=table)
-
-    monkeypatch.setattr(rmsnorm.tools.verify, "verify", verify)
+    monkeypatch.setattr(rmsnorm.tools.verify.command, "verify", verify)
+    monkeypatch.setattr(rmsnorm.tools.verify.printing, "blocks", blocks)
 
 
 @pytest.mark.parametrize("ok", [True, False])
-def test_exit_code_tells_whether_a_check_is_red(ok, monkeypatch, capsys, tmp_path) -> None:
+def test_the_exit_code_is_1_if_a_check_fails(ok, monkeypatch, capsys, tmp_path) -> None:
     stub(monkeypatch, ok)
     assert call("verify") == (0 if ok else 1)
     assert capsys.readouterr() == ("the table\n", "")
@@ -65,32 +67,32 @@ OUT = Path("out")
 @pytest.mark.parametrize(
     ("arguments", "verb", "given"),
     [
-        ("report", "report.main", ("deepseek-ocr", Path(), {"device": None, "tokens": 2048, "seconds": 90.0, "every_layer": False})),
+        ("report", "report.command.report", ("deepseek-ocr", Path(), {"device": None, "tokens": 2048, "seconds": 90.0, "every_layer": False})),
         (
             "report folder --out out --device cpu --tokens 5 --seconds 2.5 --all",
-            "report.main",
+            "report.command.report",
             ("folder", OUT, {"device": "cpu", "tokens": 5, "seconds": 2.5, "every_layer": True}),
         ),
-        ("verify", "verify.verify", (None, False, {"only": []})),
-        ("verify --device cpu --quick --only a --only b", "verify.verify", ("cpu", True, {"only": ["a", "b"]})),
-        ("verify --world 3", "world.verify_on_ranks", (3, None, False, {"only": []})),
+        ("verify", "verify.command.verify", (None, False, {"only": []})),
+        ("verify --device cpu --quick --only a --only b", "verify.command.verify", ("cpu", True, {"only": ["a", "b"]})),
+        ("verify --world 3", "verify.ranks.verify_on_ranks", (3, None, False, {"only": []})),
         (
             "bench",
-            "bench.main",
+            "bench.command.bench",
             (None, False, None, {"drawing": None, "stored": None, "dtypes": [], "modes": [], "names": []}),
         ),
         (
             "bench --device cpu --quick --out out --plot a.svg --from b.json --dtype x --dtype y --mode m --provider p",
-            "bench.main",
+            "bench.command.bench",
             (
                 "cpu", True, OUT,
                 {"drawing": Path("a.svg"), "stored": Path("b.json"), "dtypes": ["x", "y"], "modes": ["m"], "names": ["p"]},
             ),
         ),
-        ("cost a.json", "predict.main", ("a.json", {"batch": 1, "seq": 8192, "dtype": "bfloat16", "gpu": None})),
+        ("cost a.json", "cost.command.model_cost", ("a.json", {"batch": 1, "seq": 8192, "dtype": "bfloat16", "gpu": None})),
         (
             "cost deepseek-v3 --batch 2 --seq 3 --dtype float32 --gpu h100",
-            "predict.main",
+            "cost.command.model_cost",
             ("deepseek-v3", {"batch": 2, "seq": 3, "dtype": "float32", "gpu": "h100"}),
         ),
     ],
@@ -101,18 +103,19 @@ def test_every_option_reaches_its_verb(arguments, verb, given, monkeypatch) -> N
 
     def work(*positional: object, **named: object) -> SimpleNamespace:
         calls.append((*(value for value in positional if not callable(value)), named))
-        return SimpleNamespace(ok=True, to_json=dict, table=lambda *_: [])
+        return SimpleNamespace(ok=True, to_json=dict)
 
     monkeypatch.setattr(f"rmsnorm.tools.{verb}", work)
+    monkeypatch.setattr(f"rmsnorm.tools.{verb.partition('.')[0]}.printing.blocks", lambda *_: [])
     assert call(*arguments.split()) == 0
     assert calls == [given]
 
 
-def test_a_command_error_is_one_line_and_exit_code_2(monkeypatch, capsys) -> None:
+def test_a_command_error_prints_one_line_and_exits_with_2(monkeypatch, capsys) -> None:
     def verify(*_: object, **__: object) -> None:
         raise CommandError("the device has gone")
 
-    monkeypatch.setattr(rmsnorm.tools.verify, "verify", verify)
+    monkeypatch.setattr(rmsnorm.tools.verify.command, "verify", verify)
     assert call("verify") == 2
     assert capsys.readouterr().err.strip().splitlines()[-1] == "rmsnorm: the device has gone"
 
@@ -120,7 +123,7 @@ def test_a_command_error_is_one_line_and_exit_code_2(monkeypatch, capsys) -> Non
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("verify", "--only", "fp4"), "--only 'fp4' is in the name of no row: give 'fp32, no weight' for example"),
+        (("verify", "--only", "fp4"), "--only 'fp4' matches no row; a row's name is, for example, 'fp32, no weight'"),
         (("report", "deepseek-nothing"), "deepseek-nothing"),
         (("cost", "deepseek-nothing"), "deepseek-nothing"),
         (("cost", "deepseek-ocr", "--gpu", "abacus"), "h200, h100"),
@@ -132,7 +135,7 @@ def test_a_command_error_is_one_line_and_exit_code_2(monkeypatch, capsys) -> Non
         (("bench", "--from", "/nowhere/at/all.json"), "--from /nowhere/at/all.json: No such file"),
     ],
 )
-def test_wrong_calls_say_what_to_do(arguments, text, capsys) -> None:
+def test_a_wrong_call_prints_what_is_expected(arguments, text, capsys) -> None:
     assert call(*arguments) == 2
     (said,) = capsys.readouterr().err.strip().splitlines()
     assert said.startswith("rmsnorm: ")
@@ -141,28 +144,28 @@ def test_wrong_calls_say_what_to_do(arguments, text, capsys) -> None:
 
 @pytest.fixture
 def no_work(monkeypatch) -> None:
-    """Whatever a verb does after it has judged its options is a failure."""
+    """Fail if a verb begins to work after it has checked its options."""
 
     def work(*_: object, **__: object) -> None:
-        raise AssertionError("it worked")
+        raise AssertionError("it began to work")
 
     for module, name in (
-        (rmsnorm.tools.verify, "count"),
-        (rmsnorm.tools.world, "tallies_of_ranks"),
-        (rmsnorm.tools.bench, "_measure"),
+        (rmsnorm.tools.verify.command, "count_cases"),
+        (rmsnorm.tools.verify.ranks, "tallies_of_ranks"),
+        (rmsnorm.tools.bench.command, "measure"),
+        (rmsnorm.tools.bench.overheads, "first_call"),
+        (rmsnorm.tools.models.library, "import_transformers"),
     ):
         monkeypatch.setattr(module, name, work)
-    monkeypatch.setattr(rmsnorm.tools.bench, "_first_call", work)
-    monkeypatch.setattr(rmsnorm.tools.checkpoint, "transformers_for", work)
 
 
 DEVICES = [(verb, "--device", "nowhere", "give cpu or cuda") for verb in ("report", "verify", "bench")]
-WHOLE = "give a whole number from 1 to 1,000,000,000"
+WHOLE = "expected a whole number from 1 to 1,000,000,000"
 NUMBERS = [
     (verb, option, value, takes)
     for verb, option, takes in (
         ("report", "--tokens", WHOLE),
-        ("report", "--seconds", "give a number of seconds above 0"),
+        ("report", "--seconds", "expected a number of seconds above 0"),
         ("verify", "--world", WHOLE),
         ("cost deepseek-ocr", "--batch", WHOLE),
         ("cost deepseek-ocr", "--seq", WHOLE),
@@ -173,7 +176,7 @@ NUMBERS = [
 
 @pytest.mark.parametrize(("verb", "option", "value", "takes"), [*DEVICES, *NUMBERS])
 @pytest.mark.usefixtures("no_work")
-def test_an_option_that_will_not_do_is_judged_before_the_work(verb, option, value, takes, capsys) -> None:
+def test_an_invalid_option_is_refused_before_the_work(verb, option, value, takes, capsys) -> None:
     assert call(*verb.split(), f"{option}={value}") == 2
     (said,) = capsys.readouterr().err.strip().splitlines()
     assert said.startswith(f"rmsnorm: {option} {value}: {takes}")
@@ -184,9 +187,12 @@ def test_an_option_that_will_not_do_is_judged_before_the_work(verb, option, valu
     [
         (("frobnicate",), "'frobnicate' (choose from"),
         (("verify", "--frobnicate"), "unrecognized arguments: --frobnicate"),
-        (("verify", "--jso", "a.json"), "unrecognized arguments: --jso"),  # or a later option could change what it is
+        (
+            ("verify", "--jso", "a.json"),
+            "unrecognized arguments: --jso",
+        ),  # otherwise a new option could change what it means
         (("verify", "--json"), "--json expected one argument"),
-        (("cost",), "required: CONFIG.json|PRESET; rmsnorm cost --help lists"),
+        (("cost",), "required: CONFIG.json|PRESET; see rmsnorm cost --help"),
     ],
 )
 @pytest.mark.usefixtures("no_work")
@@ -198,7 +204,7 @@ def test_unknown_verbs_and_options_exit_with_2(arguments, said, capsys) -> None:
     assert said in line
 
 
-def test_without_a_verb_it_prints_the_help_as_a_wrong_call(capsys) -> None:
+def test_without_a_verb_help_is_printed_and_the_exit_code_is_2(capsys) -> None:
     assert call() == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -206,21 +212,21 @@ def test_without_a_verb_it_prints_the_help_as_a_wrong_call(capsys) -> None:
 
 
 @pytest.mark.parametrize("verb", ["", "report", "verify", "bench", "cost"])
-def test_help_is_printed_and_is_no_mistake(verb, capsys) -> None:
+def test_help_is_printed_and_exits_with_0(verb, capsys) -> None:
     assert call(*verb.split(), "--help") == 0
     out, err = capsys.readouterr()
     assert f"usage: rmsnorm {verb}".strip() in out
     assert err == ""
 
 
-def test_version_says_what_it_runs_on(capsys) -> None:
+def test_version_lists_the_packages_it_uses(capsys) -> None:
     assert call("--version") == 0
     out = capsys.readouterr().out
     assert out.startswith(f"rmsnorm {rmsnorm.__version__} (torch {torch.__version__}")
     assert out.count("\n") == 1
 
 
-def test_the_module_and_the_function_without_arguments_are_the_command(monkeypatch, capsys) -> None:
+def test_the_module_and_main_without_arguments_are_the_command(monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["rmsnorm", "--version"])
     for start in (main, lambda: runpy.run_module("rmsnorm", run_name="__main__")):
         with pytest.raises(SystemExit) as exit:
@@ -229,7 +235,7 @@ def test_the_module_and_the_function_without_arguments_are_the_command(monkeypat
         assert capsys.readouterr().out.startswith("rmsnorm ")
 
 
-def test_the_command_needs_no_extra(monkeypatch, capsys, tmp_path) -> None:
+def test_the_command_works_without_the_extras(monkeypatch, capsys, tmp_path) -> None:
     for name in ("rich", "typer", "click", "transformers", "matplotlib"):
         monkeypatch.setitem(sys.modules, name, None)
     assert call("--help") == call("verify", "--help") == call("--version") == 0
@@ -245,7 +251,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_is_a_line_that_goes_away_on_a_terminal(monkeypatch) -> None:
+def test_progress_on_a_terminal_is_one_line_that_is_erased(monkeypatch) -> None:
     stub(monkeypatch, ok=True)
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
@@ -254,7 +260,7 @@ def test_progress_is_a_line_that_goes_away_on_a_terminal(monkeypatch) -> None:
     assert screen.getvalue() == "\r\x1b[K50 %  half way\r\x1b[K"
 
 
-def test_progress_elsewhere_is_a_line_now_and_then(monkeypatch, capsys) -> None:
+def test_progress_elsewhere_is_an_occasional_line(monkeypatch, capsys) -> None:
     stub(monkeypatch, ok=True)
     assert call("verify") == 0
     assert capsys.readouterr().err == ""
@@ -263,18 +269,18 @@ def test_progress_elsewhere_is_a_line_now_and_then(monkeypatch, capsys) -> None:
     assert capsys.readouterr().err == "50 %  half way\n"
 
 
-def test_ctrl_c_is_one_line_and_130(monkeypatch, capsys) -> None:
+def test_ctrl_c_prints_one_line_and_exits_with_130(monkeypatch, capsys) -> None:
     def verify(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rmsnorm.tools.verify, "verify", verify)
+    monkeypatch.setattr(rmsnorm.tools.verify.command, "verify", verify)
     assert call("verify") == 130
     assert capsys.readouterr() == ("", "rmsnorm: interrupted\n")
 
 
 @contextlib.contextmanager
 def closed_pipe() -> Iterator[io.TextIOWrapper]:
-    """A text stream into a pipe that nobody reads."""
+    """A text stream into a pipe without a reader."""
     reader, writer = os.pipe()
     os.close(reader)
     yield os.fdopen(writer, "w")
@@ -282,16 +288,16 @@ def closed_pipe() -> Iterator[io.TextIOWrapper]:
 
 @pytest.mark.parametrize("arguments", [("verify",), ("verify", "--json", "-"), ("--help",), ("verify", "--help")])
 @pytest.mark.parametrize("ok", [True, False])
-def test_a_reader_that_has_gone_changes_nothing(ok, arguments, monkeypatch, capsys) -> None:
+def test_a_pipe_whose_reader_has_gone_is_not_an_error(ok, arguments, monkeypatch, capsys) -> None:
     stub(monkeypatch, ok)
     with closed_pipe() as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
         assert call(*arguments) == (0 if ok or "--help" in arguments else 1)
-        pipe.close()  # what is left to be written goes nowhere, and is no error as Python exits
+        pipe.close()  # what is still buffered is dropped without an error
     assert capsys.readouterr().err == ""
 
 
-def test_the_work_goes_on_when_nobody_reads_its_progress(monkeypatch, capsys) -> None:
+def test_the_work_continues_if_nobody_reads_its_progress(monkeypatch, capsys) -> None:
     stub(monkeypatch, ok=True)
     monkeypatch.setattr(cli._ProgressLine, "SECONDS_BETWEEN", 0.0)
     with closed_pipe() as pipe:
@@ -301,7 +307,7 @@ def test_the_work_goes_on_when_nobody_reads_its_progress(monkeypatch, capsys) ->
     assert capsys.readouterr().out == "the table\n"
 
 
-def test_standard_streams_that_are_closed_are_no_mistake(monkeypatch, tmp_path) -> None:
+def test_closed_standard_streams_are_not_an_error(monkeypatch, tmp_path) -> None:
     stub(monkeypatch, ok=False)
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
@@ -327,7 +333,7 @@ def test_standard_streams_that_are_closed_are_no_mistake(monkeypatch, tmp_path) 
     ("make", "says"),
     [
         (lambda p: p.symlink_to("/dev/full"), "No space left on device"),
-        (os.mkfifo, "No such device or address"),  # nobody reads it
+        (os.mkfifo, "No such device or address"),  # it has no reader
         (lambda p: p.mkdir(), "is a folder or a disk, expected a file"),
         (lambda p: p.symlink_to(p), "Too many levels of symbolic links"),
         (lambda p: p.symlink_to("/proc/self/nothing.json"), "nothing can be written into /proc"),
@@ -349,7 +355,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
 
 @contextlib.contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may grow beyond some bytes, as on a disk that is full."""
+    """Limit the size of files to a few bytes, as if the disk were full."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))
     try:
@@ -358,7 +364,7 @@ def full_disk() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_disk_that_is_full_or_fills_up_is_one_line(monkeypatch, capsys, tmp_path) -> None:
+def test_a_full_disk_prints_one_line(monkeypatch, capsys, tmp_path) -> None:
     stub(monkeypatch, ok=True)
     file = tmp_path / "v.json"
     with full_disk():
@@ -368,7 +374,7 @@ def test_a_disk_that_is_full_or_fills_up_is_one_line(monkeypatch, capsys, tmp_pa
     assert "nothing can be written into" in early
     assert "File too large" in early
     assert "--out" in out
-    monkeypatch.setattr(rmsnorm.tools.results, "check_file", lambda *_: None)  # it fills up during the work
+    monkeypatch.setattr(rmsnorm.tools.results, "check_file", lambda *_: None)  # the disk fills up during the work
     with full_disk():
         assert call("verify", "--json", str(file)) == 2
     (late,) = (line for line in capsys.readouterr().err.splitlines() if line.strip())
@@ -386,9 +392,7 @@ def test_a_disk_that_is_full_or_fills_up_is_one_line(monkeypatch, capsys, tmp_pa
         (("bench", "--plot", "a.svg", "--json", "a.svg"), "--plot and --json both write a.svg"),
     ],
 )
-def test_results_that_would_overwrite_each_other_are_refused_before_any_work(
-    arguments, says, monkeypatch, capsys, tmp_path
-) -> None:
+def test_conflicting_output_files_are_refused_before_the_work(arguments, says, monkeypatch, capsys, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").mkdir()
     assert call(*arguments) == 2
@@ -396,7 +400,7 @@ def test_results_that_would_overwrite_each_other_are_refused_before_any_work(
     assert [path.name for path in tmp_path.rglob("*")] == ["there"]
 
 
-def test_a_pipe_gets_the_json_and_nothing_of_the_trial(monkeypatch, tmp_path) -> None:
+def test_a_pipe_gets_only_the_json(monkeypatch, tmp_path) -> None:
     stub(monkeypatch, ok=True)
     reader, writer = os.pipe()
     with os.fdopen(reader) as file:
@@ -405,7 +409,7 @@ def test_a_pipe_gets_the_json_and_nothing_of_the_trial(monkeypatch, tmp_path) ->
         assert json.loads(file.read()) == {"ok": True, "quick": False}
 
 
-def test_a_link_to_a_file_stays_one(monkeypatch, tmp_path) -> None:
+def test_a_symbolic_link_stays_a_link(monkeypatch, tmp_path) -> None:
     stub(monkeypatch, ok=True)
     (tmp_path / "link.json").symlink_to("target.json")
     assert call("verify", "--json", str(tmp_path / "link.json")) == 0
@@ -414,25 +418,25 @@ def test_a_link_to_a_file_stays_one(monkeypatch, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [("verify",), ("verify", "--json", "-"), ("--help",)])
-def test_standard_output_that_takes_no_more_is_one_line(arguments, monkeypatch, capsys) -> None:
+def test_a_full_standard_output_prints_one_line(arguments, monkeypatch, capsys) -> None:
     stub(monkeypatch, ok=True)
-    full = open("/dev/full", "w")  # noqa: SIM115  # what is left of it goes nowhere, so that closing it is no error
+    full = open("/dev/full", "w")  # noqa: SIM115  # what is still buffered is dropped, so that closing it does not fail
     monkeypatch.setattr(sys, "stdout", full)
     assert call(*arguments) == 2
     full.close()
     assert capsys.readouterr().err == "rmsnorm: standard output cannot be written: No space left on device\n"
 
 
-def test_a_stack_of_torch_is_left_out(capsys) -> None:
+def test_torch_s_stack_trace_is_left_out(capsys) -> None:
     assert one_line(
         RuntimeError("Overflow\nException raised from f at a.h:79 (most recent call first):\nframe #0")
     ) == ("RuntimeError: Overflow")
 
 
-def test_a_message_of_several_lines_and_control_characters_is_one(monkeypatch, capsys) -> None:
+def test_a_message_is_printed_in_one_line_without_control_characters(monkeypatch, capsys) -> None:
     def verify(*_: object, **__: object) -> None:
         raise CommandError("one\ntwo \x1b[31mthree")
 
-    monkeypatch.setattr(rmsnorm.tools.verify, "verify", verify)
+    monkeypatch.setattr(rmsnorm.tools.verify.command, "verify", verify)
     assert call("verify") == 2
     assert capsys.readouterr().err.strip() == "rmsnorm: one two \\x1b[31mthree"

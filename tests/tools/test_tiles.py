@@ -1,4 +1,4 @@
-"""What benchmarks/tiles.py tries; that it runs is seen on a GPU."""
+"""The configurations that benchmarks/tiles.py tries. Running them needs a GPU."""
 
 import argparse
 import dataclasses
@@ -34,8 +34,8 @@ def tiles() -> Any:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("", "forward, add, backward, add-backward"),
-        ("forwards 8192x1280 bfloat16", "forward, add, backward, add-backward"),
+        ("", "forward, add-forward, backward, add-backward"),
+        ("forwards 8192x1280 bfloat16", "forward, add-forward, backward, add-backward"),
         ("forward 8192x1280", "bfloat16, float16, float32"),
         ("forward 8192x1280 int8", "bfloat16, float16, float32"),
         ("forward 8192 bfloat16", "8192x1280"),
@@ -46,12 +46,12 @@ def tiles() -> Any:
         ("forward 0x1280 bfloat16", "at least 1"),
     ],
 )
-def test_what_is_no_sweep_says_what_would_be(tiles: Any, text: str, told: str) -> None:
+def test_an_invalid_sweep_raises_a_message_that_says_what_is_expected(tiles: Any, text: str, told: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=told):
         tiles.Sweep.parse(text)
 
 
-def test_every_combination_once_after_what_is_in_use(tiles: Any) -> None:
+def test_every_combination_follows_the_configuration_in_use(tiles: Any) -> None:
     in_use = tiling.forward(2880, 2, False, True, H200)
     sweep = tiles.Sweep.parse(f"forward 16384x2880 bfloat16 block_n=512,{in_use.block_n} warps=2,{in_use.warps}")
     configs = sweep.configs(in_use)
@@ -64,7 +64,7 @@ def test_every_combination_once_after_what_is_in_use(tiles: Any) -> None:
     assert tiles.difference(in_use, dataclasses.replace(in_use, warps=2)) == "warps=2"
 
 
-def test_rows_are_shared_or_whole_as_asked(tiles: Any) -> None:
+def test_parts_decides_whether_programs_share_a_row(tiles: Any) -> None:
     in_use = tiling.backward(8192, 16384, 2, 2, 2, False, True, H200)
     assert in_use.parts > 1
     shared, whole = (
@@ -75,7 +75,9 @@ def test_rows_are_shared_or_whole_as_asked(tiles: Any) -> None:
     )
     assert (shared.parts, shared.pieces, shared.staged) == (8, 2, True)
     assert (whole.parts, whole.pieces, whole.staged) == (1, 16, False)
-    assert tiles.Sweep.parse("backward 8192x16384 bfloat16 rows=2").configs(in_use) == [in_use]  # no kernel shares two
+    assert tiles.Sweep.parse("backward 8192x16384 bfloat16 rows=2").configs(in_use) == [
+        in_use
+    ]  # no kernel shares two rows
     enough = tiles.Sweep.parse("backward 8192x16384 bfloat16 block_n=16384 pieces=1").configs(in_use)[1]
     assert (enough.parts, enough.pieces, enough.staged) == (1, 1, False)
     longest = tiling.LONGEST_SUM[torch.bfloat16.itemsize]
@@ -83,7 +85,7 @@ def test_rows_are_shared_or_whole_as_asked(tiles: Any) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so() -> None:
+def test_without_a_gpu_the_message_says_so() -> None:
     command = [sys.executable, str(SCRIPT), "forward 64x64 bfloat16"]
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
     assert run.returncode == 2

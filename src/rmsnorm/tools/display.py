@@ -1,10 +1,10 @@
-"""What a command prints: numbers with their units, and lines and tables that fit the terminal.
+"""Formats what a command prints: numbers with their units, and lines and tables that fit the terminal.
 
-    Result.table(verbose) -> blocks (strings, Text, Table) -> render(blocks, width, color) -> the text
+    printing.blocks(result) -> blocks (strings, Text, Table) -> render(blocks, width, color) -> text
 
-Nothing is ever cut. Text folds; a column of numbers never does, and a table with too many of them becomes several,
-one below the other, each with the first column of the whole. The text is the same on a terminal and in a pipe, but
-for its width and its colors.
+Nothing is ever cut off. Text wraps; columns of numbers do not, and a table that is too wide is split into several, one
+below the other, which all repeat the first column. The text is the same on a terminal and in a pipe, except for its
+width and its colors.
 """
 
 import math
@@ -23,12 +23,12 @@ _DIGITS = 4
 
 
 def number(value: float | None, unit: str = "", digits: int = _DIGITS) -> str:
-    """`value` with at most `digits` significant digits and its unit: `1,235 GB/s`.
+    """Format a number with at most `digits` significant digits and its unit: `1,235 GB/s`.
 
     Args:
-        value: Any number; None and NaN give a dash.
-        unit: Follows the number after a space.
-        digits: The most significant digits that are printed; trailing zeros are not.
+        value: The number; None and NaN give a dash.
+        unit: What follows the number after a space.
+        digits: How many significant digits are printed; trailing zeros are dropped.
 
     Returns:
         The text, without an exponent.
@@ -49,7 +49,7 @@ def number(value: float | None, unit: str = "", digits: int = _DIGITS) -> str:
 
 
 def _scaled(value: float | None, units: Sequence[tuple[float, str]], digits: int) -> str:
-    """In the largest unit that makes the number, as it is printed, at least 1; the smallest one is last."""
+    """Format in the largest unit in which the printed number is at least 1; the smallest unit is the last one."""
     if value is None or math.isnan(value):
         return NOTHING
     rounded = abs(float(f"{value:.{digits - 1}e}"))
@@ -58,7 +58,7 @@ def _scaled(value: float | None, units: Sequence[tuple[float, str]], digits: int
 
 
 def duration(seconds: float | None, digits: int = _DIGITS) -> str:
-    """Seconds as `1.5 s`, `15.52 ms` or `68.1 µs`; None gives a dash."""
+    """Format seconds: `1.5 s`, `15.52 ms` or `68.1 µs`; None gives a dash."""
     if seconds == 0:
         return "0 s"
     return _scaled(seconds, ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")), digits)
@@ -68,17 +68,17 @@ _SIZES = ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.
 
 
 def size(count: float | None, digits: int = _DIGITS) -> str:
-    """Bytes in SI units (1 MB is 10⁶ bytes): `512 B`, `78.64 MB`; None gives a dash."""
+    """Format bytes in SI units (1 MB is 10⁶ bytes): `512 B`, `78.64 MB`; None gives a dash."""
     return _scaled(count, _SIZES, digits)
 
 
 def speed(bytes_per_second: float | None, digits: int = _DIGITS) -> str:
-    """Bytes a second in SI units: `4.185 TB/s`; None gives a dash."""
+    """Format bytes per second in SI units: `4.185 TB/s`; None gives a dash."""
     return _scaled(bytes_per_second, tuple((scale, f"{unit}/s") for scale, unit in _SIZES), digits)
 
 
 def count(value: float | None, digits: int = _DIGITS) -> str:
-    """A count: exact below 10,000, else as `60.52 thousand`, `167.9 million` or `1.2 billion`; None gives a dash."""
+    """Format a count: exactly below 10,000, else as `60.52 thousand` or `167.9 million`; None gives a dash."""
     if value is not None and abs(value) < 10_000 and value == int(value):
         return f"{int(value):,}"
     units = ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"), (1e3, "thousand"), (1.0, ""))
@@ -86,18 +86,18 @@ def count(value: float | None, digits: int = _DIGITS) -> str:
 
 
 def share(part: float | None, digits: int = _DIGITS) -> str:
-    """A share, where 1 is all of it, in percent: `12.3 %`. What is not all of it is never printed as `100 %`."""
+    """Format a share of 1 in percent: `12.3 %`. A share below 1 is never printed as `100 %`; None gives a dash."""
     if part is not None and part < 1 and float(f"{100 * part:.{digits - 1}e}") == 100:
         return f"> {number(100 * (1 - 10.0**-digits), '%', digits)}"
     return number(None if part is None else 100 * part, "%", digits)
 
 
 def factor(value: float | None, digits: int = _DIGITS) -> str:
-    """How many times as large or fast: `3.21 ×`; None gives a dash."""
+    """Format a factor: `3.21 ×`; None gives a dash."""
     return number(value, "×", digits)
 
 
-# --- what is printed -----------------------------------------------------------------------------------------
+# --- blocks --------------------------------------------------------------------------------------------------
 
 Style = Literal["", "title", "good", "bad", "note"]
 _CODES: dict[Style, str] = {"title": "1", "good": "32", "bad": "31", "note": "2"}
@@ -105,7 +105,7 @@ _CODES: dict[Style, str] = {"title": "1", "good": "32", "bad": "31", "note": "2"
 
 @dataclass(frozen=True)
 class Text:
-    """A line, or a cell of a table, in a style. fold: False for what is copied as it is, a command for example."""
+    """A line or a cell of a table, in a style. `fold` is False for text that must not wrap, such as a command."""
 
     text: str
     style: Style = ""
@@ -114,7 +114,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Column:
-    """words: text, which is aligned to the left and may fold; otherwise numbers."""
+    """A column of text (`words`), which is aligned to the left and may wrap, or of numbers."""
 
     header: str
     words: bool = False
@@ -122,7 +122,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table. The first column says what a row is: it comes again wherever the others do not fit beside each other."""
+    """A table. Its first column names the rows; it is repeated if the table is split because it is too wide."""
 
     title: str
     columns: tuple[Column, ...]
@@ -131,43 +131,43 @@ class Table:
 
 Block = str | Text | Table
 
-_NARROWEST = 40  # of what we lay out for; a terminal that is narrower folds by itself
-_FEWEST_WORDS, _LONGEST_WORD = 14, 24  # to what width a column of text may be folded, a long word in it broken
+_NARROWEST = 40  # the narrowest layout; a narrower terminal wraps by itself
+_FEWEST_WORDS, _LONGEST_WORD = 14, 24  # the narrowest column of text, and the longest word that is not broken
 _GAP = "  "
-# The space between a number and its unit, and those of a shape, as in 8192 × 1280.
+# The space between a number and its unit, and the spaces in a shape such as 8192 × 1280: no line breaks there.
 _UNIT = re.compile(r"(?<=\d) (?=(?:s|ms|µs|[kMGTP]?B|thousand|million|billion|trillion|×|%)(?![\w%]))|(?<=\d ×) (?=\d)")
 
 
 def render(blocks: Iterable[Block], width: int = 80, color: bool = False) -> str:
-    """The blocks as text, an empty line before each table and its rows in lines of at most `width` characters.
+    """Render blocks as text, with an empty line before each table and lines of at most `width` characters.
 
     Args:
-        blocks: Lines and tables. Control characters in them are shown escaped.
-        width: Of a line, in characters. Only a word, a number or a command that is itself longer makes it longer.
-        color: Whether to add the terminal's codes for the styles.
+        blocks: Lines and tables. Control characters in them are escaped.
+        width: The width of a line in characters. Only a longer word, number or command exceeds it.
+        color: Whether to add the terminal's escape codes for the styles.
 
     Returns:
-        The text, which ends in a line break unless it is empty.
+        The text, which ends with a line break unless it is empty.
     """
     width = max(width, _NARROWEST)
     lines: list[str] = []
     for block in blocks:
         if isinstance(block, Table):
-            for part in _parts(block, width):
-                lines += ["", *_drawn(part, block, width, color)]
+            for part in _split(block, width):
+                lines += ["", *_draw_part(part, block, width, color)]
         else:
             cell = _cell(block)
-            lines += [_styled(line, cell.style, color) for line in _folded(cell, width)]
+            lines += [_with_style(line, cell.style, color) for line in _wrapped(cell, width)]
     return "\n".join(lines[1:] if lines and not lines[0] else lines) + ("\n" if lines else "")
 
 
 def terminal_width() -> int:
-    """How many columns standard output has: COLUMNS if that is set, else the terminal's, and 80 for anything else."""
+    """Return the width of standard output: COLUMNS if that is set, else the terminal's, or 80 without a terminal."""
     return shutil.get_terminal_size((80, 24)).columns
 
 
 def colored(stream: TextIO) -> bool:
-    """Whether to color: on a terminal that can, unless NO_COLOR is set."""
+    """Return whether to use colors: on a terminal that supports them, unless NO_COLOR is set."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
@@ -176,7 +176,7 @@ def colored(stream: TextIO) -> bool:
 
 @dataclass(frozen=True)
 class _Part:
-    """Some columns of a table, by their indices, and how wide each is."""
+    """Some columns of a table, by their indices, and their widths."""
 
     columns: tuple[int, ...]
     widths: tuple[int, ...]
@@ -188,8 +188,8 @@ def _cell(cell: str | Text) -> Text:
     return Text(text, cell.style, cell.fold)
 
 
-def _folded(cell: Text, width: int, hard: bool = False) -> list[str]:
-    """The text's lines; a number stays beside its unit. hard: words that are longer than a line are broken as well."""
+def _wrapped(cell: Text, width: int, hard: bool = False) -> list[str]:
+    """Wrap a text, keeping numbers and their units together. `hard` also breaks words that are longer than a line."""
     if not cell.fold:
         return cell.text.splitlines()
     lines = []
@@ -206,27 +206,27 @@ def _folded(cell: Text, width: int, hard: bool = False) -> list[str]:
     return lines
 
 
-def _styled(text: str, style: Style, color: bool) -> str:
+def _with_style(text: str, style: Style, color: bool) -> str:
     return f"\x1b[{_CODES[style]}m{text}\x1b[0m" if color and style and text else text
 
 
-def _parts(table: Table, width: int) -> list[_Part]:
-    """The whole table if it fits, or else as few parts as hold all of its columns."""
+def _split(table: Table, width: int) -> list[_Part]:
+    """Split a table into as few parts as possible that fit the width and together have all columns."""
     parts: list[_Part] = []
     taken = [0]
     for i in range(1, len(table.columns)):
         if len(taken) > 1 and _line([_least(table, j) for j in (*taken, i)]) > width:
-            parts.append(_fitted(table, taken, width))
+            parts.append(_fit(table, taken, width))
             taken = [0]
         taken.append(i)
-    return [*parts, _fitted(table, taken, width)]
+    return [*parts, _fit(table, taken, width)]
 
 
-def _fitted(table: Table, columns: Sequence[int], width: int) -> _Part:
-    """These columns as wide as they would like to be; if that is too much headers fold, and then text."""
+def _fit(table: Table, columns: Sequence[int], width: int) -> _Part:
+    """Choose the widths of columns: the natural ones, or narrower ones for which headers wrap, and then text."""
     loose, tight, least = ([needs(table, i) for i in columns] for needs in (_loose, _tight, _least))
     bounds = (loose, tight) if _line(tight) <= width else (tight, least)
-    return _Part(tuple(columns), tuple(_shrunk(*bounds, width)))
+    return _Part(tuple(columns), tuple(_narrow_to(*bounds, width)))
 
 
 def _line(widths: Sequence[int]) -> int:
@@ -252,8 +252,8 @@ def _least(table: Table, i: int) -> int:
     return min(_tight(table, i), max(_FEWEST_WORDS, min(word, _LONGEST_WORD)))
 
 
-def _shrunk(wanted: Sequence[int], least: Sequence[int], width: int) -> list[int]:
-    """The widths that are wanted, the widest of those above their least made narrower until the line fits."""
+def _narrow_to(wanted: Sequence[int], least: Sequence[int], width: int) -> list[int]:
+    """Start with the wanted widths, and narrow the widest column that can be narrowed until the line fits."""
     widths = list(wanted)
     while _line(widths) > width:
         widest = max(range(len(widths)), key=lambda i: (widths[i] > least[i], widths[i]))
@@ -263,11 +263,11 @@ def _shrunk(wanted: Sequence[int], least: Sequence[int], width: int) -> list[int
     return widths
 
 
-def _drawn(part: _Part, table: Table, width: int, color: bool) -> list[str]:
-    lines = [_styled(line, "title", color) for line in _folded(Text(table.title), width)] if table.title else []
+def _draw_part(part: _Part, table: Table, width: int, color: bool) -> list[str]:
+    lines = [_with_style(line, "title", color) for line in _wrapped(Text(table.title), width)] if table.title else []
     headers = tuple(Text(column.header, "note") for column in table.columns)
     lines += _row(part, table, headers, color)
-    lines.append(_styled(_GAP.join("─" * w for w in part.widths), "note", color))
+    lines.append(_with_style(_GAP.join("─" * w for w in part.widths), "note", color))
     for row in table.rows:
         lines += _row(part, table, row, color)
     return lines
@@ -278,7 +278,7 @@ def _row(part: _Part, table: Table, row: Sequence[str | Text], color: bool) -> l
     for i, width in zip(part.columns, part.widths, strict=True):
         cell, words = _cell(row[i]), table.columns[i].words
         of_header = cell.text == table.columns[i].header
-        columns.append(_folded(cell, width, hard=words) if words or of_header else cell.text.splitlines())
+        columns.append(_wrapped(cell, width, hard=words) if words or of_header else cell.text.splitlines())
         cells.append(cell)
     lines = []
     for k in range(max(map(len, columns))):
@@ -286,6 +286,6 @@ def _row(part: _Part, table: Table, row: Sequence[str | Text], color: bool) -> l
         for i, width, cell, column in zip(part.columns, part.widths, cells, columns, strict=True):
             text = column[k] if k < len(column) else ""
             padded = text.ljust(width) if table.columns[i].words else text.rjust(width)
-            line.append(padded.replace(text, _styled(text, cell.style, color)) if text else padded)
+            line.append(padded.replace(text, _with_style(text, cell.style, color)) if text else padded)
         lines.append(_GAP.join(line).rstrip())
     return lines

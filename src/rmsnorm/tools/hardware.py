@@ -1,11 +1,19 @@
-"""What GPUs can do at most, as their makers publish it. Peaks of dense matrices, not of sparse ones."""
+"""The published peak figures of GPUs, for dense matrices."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """bandwidth: bytes of memory a second; matmul: 16-bit FLOP a second, dense; few_fp64: 1/32 of fp32 or less."""
+    """The published peak figures of a GPU.
+
+    Attributes:
+        name: Its name.
+        bandwidth: Bytes of memory per second.
+        matmul: FLOP per second of a dense 16-bit matrix product.
+        source: Where the figures were published.
+        few_fp64: Whether its fp64 rate is 1/32 of its fp32 rate or less.
+    """
 
     name: str
     bandwidth: float
@@ -14,7 +22,7 @@ class Gpu:
     few_fp64: bool = False
 
 
-# Where the sheet gives 16-bit FLOPs with sparsity alone, this is half of them.
+# If a data sheet gives 16-bit FLOP with sparsity only, this is half of that.
 GPUS: dict[str, Gpu] = {
     "h200": Gpu("H200 SXM", 4.8e12, 989.5e12, "nvidia.com/en-us/data-center/h200, specifications"),
     "h100": Gpu("H100 SXM", 3.35e12, 989.5e12, "nvidia.com/en-us/data-center/h100, specifications"),

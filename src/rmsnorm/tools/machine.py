@@ -1,4 +1,4 @@
-"""The device to measure on, and what every measured figure carries: machine, versions, commit and date."""
+"""Finds the device to measure on, and describes the machine, the versions and the commit of a result."""
 
 import datetime
 import importlib.metadata
@@ -16,11 +16,21 @@ _PACKAGES = ("torch", "numba", "triton", "transformers", "numpy")
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of that name, or by default the GPU if there is one. Raises CommandError if torch cannot use it."""
+    """Return the device of that name.
+
+    Args:
+        name: "cpu", "cuda" or "cuda:1"; by default the GPU if there is one.
+
+    Returns:
+        The device.
+
+    Raises:
+        CommandError: If torch cannot compute on it.
+    """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
     try:
         device = torch.device(name)
-    except (RuntimeError, TypeError):  # whose messages list every kind of device that torch can be built for
+    except (RuntimeError, TypeError):  # torch's message lists every kind of device that exists
         raise CommandError(f"--device {name}: give cpu or cuda") from None
     try:
         torch.ones(1, dtype=torch.float64, device=device).sum().item()
@@ -31,12 +41,17 @@ def find_device(name: str | None) -> torch.device:
 
 
 def describe(device: str | torch.device = "cpu") -> dict[str, Any]:
-    """The facts a figure measured on `device` needs to be read later, ready for `json.dumps`.
+    """Describe the machine and the software, so that figures measured on `device` can be interpreted later.
 
-    Keys: device, cpu, cores, threads, isa, memory_gb, gpu (a dict: name, memory_gb, multiprocessors, capability,
-    driver, cuda; None on the CPU), load (processes that wanted a core in the last minute), os, python, versions,
-    commit (None outside a repository; ends in "+" where files differ from it; the variable RMSNORM_COMMIT wins),
-    release (the version of rmsnorm where it is installed, else None), date (UTC).
+    Args:
+        device: Where the figures are measured.
+
+    Returns:
+        What `json.dumps` takes, with the keys device, cpu, cores, threads, isa, memory_gb, gpu (a dict with name,
+        memory_gb, multiprocessors, capability, driver, cuda; None on a CPU), load (how many processes wanted a core in
+        the last minute), os, python, versions, commit (RMSNORM_COMMIT if that is set, else the commit of the
+        repository, with "+" if files differ from it; None outside a repository), release (the version of rmsnorm if it
+        is installed, else None), date (UTC).
     """
     device = torch.device(device)
     return {
@@ -58,11 +73,15 @@ def describe(device: str | torch.device = "cpu") -> dict[str, Any]:
 
 
 def headline(facts: dict[str, Any]) -> str:
-    """One line for the top of a table."""
+    """Return one line for the top of a table.
+
+    Args:
+        facts: What `describe` returned.
+    """
     gpu = facts["gpu"]
     where = f"{gpu['name']}, driver {gpu['driver']}" if gpu else f"{facts['cpu']}, {facts['threads']} threads"
     packages = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if name != "numpy")
-    commit, release = facts["commit"], facts.get("release")  # which older records do not have
+    commit, release = facts["commit"], facts.get("release")  # older results have no release
     code = f"commit {commit[:12]}" if commit else f"rmsnorm {release}" if release else "commit unknown"
     return f"{where}; {packages}; {code}"
 
@@ -77,7 +96,7 @@ def _cpu_model() -> str:
 
 
 def cores() -> int:
-    """The cores that this process may use: a container may be given fewer than the machine has."""
+    """Return how many cores this process may use, which in a container may be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -102,7 +121,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """The versions of the packages that a result depends on, of those that are installed."""
+    """Return the versions of those packages that a result depends on and that are installed."""
     found = {}
     for name in _PACKAGES:
         try:
@@ -113,7 +132,7 @@ def versions() -> dict[str, str]:
 
 
 def _release() -> str | None:
-    """The installed version, if the installed package is the one that holds this file."""
+    """Return the installed version, if the installed package is the one that holds this file."""
     try:
         installed = importlib.metadata.distribution("rmsnorm")
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Work in processes of their own, and how they end."""
+"""Worker processes."""
 
 import contextlib
 import multiprocessing
@@ -12,16 +12,22 @@ import torch
 from rmsnorm.tools import machine
 
 
-def side_by_side(work: Callable[..., object], shares: Iterable[Any], *others: Any) -> None:
-    """Have new processes call `work(share, *others)` for each share, for what they leave on disk: compiled kernels.
+def run_in_workers(work: Callable[..., object], tasks: Iterable[Any], *others: Any) -> None:
+    """Call `work(task, *others)` for each task in new processes, to fill caches on disk with compiled kernels.
 
-    There torch has one thread. What goes wrong there goes wrong again where it is seen, so here it is passed over.
+    Each worker gives torch one thread. Exceptions of the workers are ignored: the caller does the same work again and
+    meets them there.
+
+    Args:
+        work: A function of a module, so that it can be pickled.
+        tasks: The first argument of each call.
+        others: The other arguments of all calls.
     """
     workers = min(machine.cores(), 16)
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, initializer=_as_a_worker) as pool:
+    with ProcessPoolExecutor(workers, spawn, initializer=_initialize_worker) as pool:
         try:
-            for done in [pool.submit(work, share, *others) for share in shares]:
+            for done in [pool.submit(work, task, *others) for task in tasks]:
                 with contextlib.suppress(Exception):
                     done.result()
         except KeyboardInterrupt:
@@ -29,11 +35,11 @@ def side_by_side(work: Callable[..., object], shares: Iterable[Any], *others: An
             raise
 
 
-def _as_a_worker() -> None:
+def _initialize_worker() -> None:
     torch.set_num_threads(1)
-    end_silently_on_ctrl_c()
+    exit_on_ctrl_c()
 
 
-def end_silently_on_ctrl_c() -> None:
-    """For a process that another one started: the terminal interrupts both, and only the first is to say so."""
+def exit_on_ctrl_c() -> None:
+    """Let Ctrl-C end this process without a traceback: the terminal also interrupts its parent, which reports it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""Result files: tried before the work, and written whole or not at all."""
+"""Writes result files as a whole or not at all, and checks before the work that they can be written."""
 
 import json
 import os
@@ -9,14 +9,22 @@ from typing import Any
 
 from rmsnorm.errors import CommandError, one_line
 
-# More than a command writes: whether so much fits is tried before the work.
+# More than a command writes: the check before the work tries whether so much fits.
 _LARGEST_RESULT = 1 << 18
 
 
 def check_folder(out: Path, argument: str = "--out") -> None:
-    """Raise CommandError, before any work is done for it, unless a file could be written into `out`.
+    """Check that a file could be written into a folder.
 
-    Writes a nameless file where `out` is or would be made, since permissions say nothing of a full disk.
+    Writes a temporary file without a name there, or into the nearest folder that exists, since permissions do not show
+    that a disk is full.
+
+    Args:
+        out: The folder, which need not exist.
+        argument: The option that names it, for the message.
+
+    Raises:
+        CommandError: If no file could be written.
     """
     existing = out
     try:
@@ -30,10 +38,18 @@ def check_folder(out: Path, argument: str = "--out") -> None:
 
 
 def check_file(path: Path, argument: str) -> int | None:
-    """Raise CommandError, before any work is done for it, unless `write_output` could write the file.
+    """Check that `write_output` could write a file.
 
-    Returns the handle of a pipe or a device, None for a file: a pipe that is closed and opened again is two to who
-    reads it.
+    Args:
+        path: A file, which need not exist, a pipe or a character device.
+        argument: The option that names it, for the message.
+
+    Returns:
+        None for a file. For a pipe or a device its open handle: the reader of a pipe would see the end of it if it were
+        closed and opened again.
+
+    Raises:
+        CommandError: If it could not be written.
     """
     try:
         mode = path.stat().st_mode
@@ -47,21 +63,24 @@ def check_file(path: Path, argument: str) -> int | None:
         check_folder((Path(os.path.realpath(path)) if path.is_symlink() else path.absolute()).parent, argument)
         return None
     try:
-        handle = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe without a reader is an error
+        handle = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))  # fails for a pipe without a reader
         os.set_blocking(handle, True)
         if stat.S_ISCHR(mode) and not os.isatty(handle):
-            os.write(handle, b"\n")  # which changes no JSON document; /dev/full refuses it
+            os.write(handle, b"\n")  # harmless before a JSON document; fails for /dev/full
     except OSError as error:
         raise CommandError(f"{argument} {path} cannot be written: {one_line(error)}") from None
     return handle
 
 
 def check_apart(one: tuple[str, Path], other: tuple[str, Path]) -> None:
-    """Raise CommandError if two results would be one file, or one's file would be where the other needs a folder.
+    """Check that two results do not overwrite each other, and that neither file is where the other needs a folder.
 
     Args:
-        one: The name of an argument, and the file that is written for it.
-        other: The same of another argument.
+        one: The name of an option, and the file that is written for it.
+        other: The same for another option.
+
+    Raises:
+        CommandError: If they conflict.
     """
     for (argument, file), (second, its_file) in ((one, other), (other, one)):
         here, there = (Path(os.path.realpath(path)) for path in (file, its_file))
@@ -74,9 +93,19 @@ def check_apart(one: tuple[str, Path], other: tuple[str, Path]) -> None:
 
 
 def write_output(path: Path, content: bytes, argument: str, handle: int | None) -> None:
-    """Write what `check_file` was asked about, and gave the handle of. Raises CommandError if it cannot be written."""
+    """Write a file, a pipe or a device.
+
+    Args:
+        path: What is written.
+        content: The bytes.
+        argument: The option that names it, for the message.
+        handle: What `check_file` returned for it.
+
+    Raises:
+        CommandError: If it cannot be written.
+    """
     if handle is None:
-        write_whole(Path(os.path.realpath(path)), content)  # a link stays one
+        write_whole(Path(os.path.realpath(path)), content)  # a symbolic link stays a link
         return
     try:
         with os.fdopen(handle, "wb") as file:
@@ -86,14 +115,28 @@ def write_output(path: Path, content: bytes, argument: str, handle: int | None) 
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write it as a whole file or not at all. Raises ValueError for NaN and infinities, which JSON has not."""
+    """Write JSON as a whole file or not at all.
+
+    Args:
+        path: The file; its folder is made if it does not exist.
+        content: What is written.
+
+    Raises:
+        ValueError: If the content has a NaN or an infinity, which JSON does not have.
+        CommandError: If the file cannot be written.
+    """
     write_whole(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write the whole file or none of it: into a file beside it, and then under its name.
+    """Write a file as a whole or not at all: into a temporary file beside it, which is then renamed.
 
-    Raises CommandError if it cannot be written.
+    Args:
+        path: The file; its folder is made if it does not exist.
+        content: The bytes.
+
+    Raises:
+        CommandError: If the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

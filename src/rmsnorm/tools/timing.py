@@ -1,4 +1,4 @@
-"""How times are taken: interleaved samples, their quartiles, confidence intervals, and how far the work is."""
+"""Measures times: interleaved samples, their quartiles, confidence intervals, fitted lines; and reports progress."""
 
 import math
 import random
@@ -10,20 +10,33 @@ from typing import Any
 
 import torch
 
-# (how many steps are done, of how many, what comes next)
+# Called with the number of steps that are done, the number of all steps, and what comes next.
 Progress = Callable[[int, int, str], None]
-now = time.perf_counter  # seconds; every time and every limit is taken from it, so that a test can set it
+# Seconds. Every time and every limit is read from this clock, so that a test can replace it.
+now = time.perf_counter
 
-# A shorter sample than this on a CPU is mostly the clock, so short calls are timed several in a row.
+# On a CPU, reading the clock dominates a shorter sample than this, so short calls are timed several in a row.
 _SHORTEST_SAMPLE = 100e-6
-_SHORTEST_SAMPLE_OF_BOTH = 2e-3  # of host and GPU: much longer than it takes to wait for the GPU
+_SHORTEST_SAMPLE_OF_BOTH = 2e-3  # of host and GPU: much longer than a synchronization
 _MOST_REPEATS = 200
 _FEWEST_FOR_QUARTILES = 5
 
 
+def no_progress(done: int, total: int, what: str) -> None:
+    """Report nothing."""
+
+
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call. low and high: the quartiles of the samples, or, of fewer than five, the extremes."""
+    """Seconds for one call.
+
+    Attributes:
+        calls: How many calls were timed.
+        minimum: The shortest sample.
+        median: The median of the samples.
+        low: The lower quartile of the samples; the shortest of fewer than five.
+        high: The upper quartile of the samples; the longest of fewer than five.
+    """
 
     calls: int
     minimum: float
@@ -32,6 +45,7 @@ class Timing:
     high: float
 
     def to_json(self) -> dict[str, Any]:
+        """Return the figures in microseconds, to the nanosecond."""
         return {
             "calls": self.calls,
             "min_us": round(self.minimum * 1e6, 3),
@@ -42,7 +56,7 @@ class Timing:
 
 
 def summarize(samples: list[float], repeats: int = 1) -> Timing:
-    """The figures of samples in seconds, each the mean of `repeats` calls."""
+    """Summarize samples in seconds, each the mean of `repeats` calls."""
     low, high = min(samples), max(samples)
     if len(samples) >= _FEWEST_FOR_QUARTILES:
         low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
@@ -51,7 +65,7 @@ def summarize(samples: list[float], repeats: int = 1) -> Timing:
 
 @dataclass(frozen=True)
 class Interval:
-    """Contains the median of the distribution that the samples came from, with a probability of `coverage` or more."""
+    """A confidence interval: it contains the median of the sampled distribution with probability `coverage`."""
 
     low: float
     high: float
@@ -59,18 +73,18 @@ class Interval:
 
 
 def median_interval(samples: Sequence[float], confidence: float = 0.95) -> Interval | None:
-    """The order-statistic (sign-test) confidence interval of a median.
+    """Return the order-statistic (sign-test) confidence interval of a median.
 
     It is exact for independent samples of any continuous distribution: the k-th smallest and the k-th largest sample
-    enclose the median unless fewer than k samples fall on one side of it, and the number that do is binomial.
+    enclose the median unless fewer than k samples fall on one side of it, and that number is binomially distributed.
 
     Args:
         samples: At least 6 for a confidence of 0.95.
-        confidence: The least probability with which it is to contain the median.
+        confidence: The lowest acceptable probability that the interval contains the median.
 
     Returns:
-        The interval between the k-th smallest and the k-th largest sample, for the largest k that is confident
-        enough. None if there are too few samples for any.
+        The interval between the k-th smallest and the k-th largest sample, for the largest k that gives at least
+        this confidence. None if there are too few samples for any k.
 
     Example:
         >>> median_interval([3.0, 1.0, 2.0, 5.0, 4.0, 7.0, 90.0])
@@ -95,22 +109,23 @@ def interleave(
     seconds: float | None = None,
     with_host: bool = False,
 ) -> dict[str, Timing]:
-    """Time the calls in turn, in an order shuffled every round, so that none has the machine's better moments.
+    """Time the calls in turn, shuffled in every round, so that slow phases of the machine affect all alike.
 
-    On a GPU a sample is one call between two events after the L2 cache was overwritten; on a CPU it is as many calls
-    in a row as fill a tenth of a millisecond.
+    On a GPU a sample is one call between two events, after the L2 cache was overwritten. On a CPU it is as many calls
+    in a row as take a tenth of a millisecond.
 
     Args:
         calls: What to time, by name.
         device: Where it runs.
-        samples: How many samples each gets.
-        fewest: How many each gets even if `seconds` are over.
-        seconds: For each of the calls: it gets as many samples as are expected to fit, and fewer if they take longer.
-        with_host: On a GPU, time many calls in a row until the host and the GPU are through with them. A step of a
-            model waits for whichever of the two is slower.
+        samples: How many samples each call gets.
+        fewest: How many samples each call gets at least, even if the time limit is exceeded.
+        seconds: The time limit for each call. It gets as many samples as are expected to fit, or fewer if they take
+            longer than expected.
+        with_host: Whether a sample on a GPU is many calls in a row, until both the host and the GPU have finished. A
+            step of a model waits for the slower of the two.
 
     Returns:
-        The seconds a call, by name.
+        The seconds for one call, by name.
     """
     on_gpu = device.type == "cuda"
     stopwatch: Callable[[Callable[[], object], int], float]
@@ -143,9 +158,15 @@ def interleave(
 
 
 def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """(a, b) of the line a + b·x that minimizes Σ((a + b·x - t) / t)², from (x, t) of at least two different x.
+    """Fit the line a + b·x to points by least squares of the relative errors: it minimizes Σ((a + b·x - t) / t)².
 
-    The errors are relative, or the largest sizes alone would decide.
+    With absolute errors the largest times alone would decide.
+
+    Args:
+        points: (x, t) with at least two different x.
+
+    Returns:
+        (a, b).
     """
     uu = sum((1 / t) ** 2 for _, t in points)
     uv = sum(x / t**2 for x, t in points)
@@ -175,14 +196,14 @@ def _stopwatch_of_both(device: torch.device) -> Callable[[Callable[[], object], 
 
 
 def _cuda_stopwatch(device: torch.device) -> Callable[[Callable[[], object], int], float]:
-    # Four times the L2 cache, eight times over: also long enough for the host to queue the call meanwhile.
+    # Four times the size of the L2 cache, overwritten eight times: that also gives the host time to queue the call.
     size = 4 * getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20)
-    wash = torch.empty(max(size, 1 << 20), dtype=torch.uint8, device=device)
+    scratch = torch.empty(max(size, 1 << 20), dtype=torch.uint8, device=device)
 
     def sample(call: Callable[[], object], repeats: int) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         for _ in range(8):
-            wash.zero_()
+            scratch.zero_()
         start.record()
         call()
         end.record()

@@ -1,0 +1,1 @@
+"""`rmsnorm bench`: measures this norm and others in one run."""

@@ -1,0 +1,134 @@
+"""The providers that `rmsnorm bench` measures. To measure another norm, add a line to PROVIDERS."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import rmsnorm
+from rmsnorm.errors import CommandError
+
+EPS = 1e-6
+
+Norm = Callable[[Tensor, Tensor], Tensor]
+AddNorm = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Something that is measured.
+
+    Attributes:
+        name: Its name in tables, in JSON and on the command line.
+        norm: (x, w) -> y; None for a copy of as many bytes.
+        compiled: Whether it goes through `torch.compile`.
+        equal: Whether it computes the Definition up to rounding.
+        add: (x, residual, w) -> (y, x + residual); without it, the sum and then `norm` are called.
+        package: The package that it needs; without that package it is left out.
+    """
+
+    name: str
+    norm: Norm | None
+    compiled: bool = False
+    equal: bool = True
+    add: AddNorm | None = None
+    package: str = ""
+
+
+def definition(x: Tensor, w: Tensor) -> Tensor:
+    """Compute the published forward, with the same temporary tensors as the class.
+
+    Args:
+        x: (..., N).
+        w: (N,).
+    """
+    h = x.to(torch.float32)
+    variance = h.pow(2).mean(-1, keepdim=True)
+    h = h * torch.rsqrt(variance + EPS)
+    return w * h.to(x.dtype)
+
+
+def _liger(x: Tensor, w: Tensor) -> Tensor:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    y: Tensor = LigerRMSNormFunction.apply(x, w, EPS, 0.0, "llama", False)
+    return y
+
+
+def _liger_add(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+
+    y, s = LigerFusedAddRMSNormFunction.apply(x, residual, w, EPS, 0.0, "llama", False)
+    return y, s
+
+
+def _quack(x: Tensor, w: Tensor) -> Tensor:
+    from quack.rmsnorm import rmsnorm as norm
+
+    y: Tensor = norm(x, w, eps=EPS)
+    return y
+
+
+def _quack_add(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    from quack.rmsnorm import rmsnorm as norm
+
+    y, s = norm(x, w, residual=residual, eps=EPS, prenorm=True)
+    return y, s
+
+
+def _flashinfer(x: Tensor, w: Tensor) -> Tensor:
+    from flashinfer.norm import rmsnorm as norm
+
+    y: Tensor = norm(x, w, EPS)
+    return y
+
+
+def _fla(x: Tensor, w: Tensor) -> Tensor:
+    from fla.modules.norm.layernorm import rms_norm as norm
+
+    y: Tensor = norm(x, w, None, eps=EPS)
+    return y
+
+
+def _fla_add(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    from fla.modules.norm.layernorm import rms_norm as norm
+
+    y, s = norm(x, w, None, residual=residual, eps=EPS, prenorm=True)
+    return y, s
+
+
+PROVIDERS = (
+    Provider("ours", lambda x, w: rmsnorm.rms_norm(x, w, EPS), add=lambda x, r, w: rmsnorm.add_rms_norm(x, r, w, EPS)),
+    Provider("copy", None),
+    Provider("Definition", definition),
+    Provider("F.rms_norm", lambda x, w: F.rms_norm(x, (x.shape[-1],), w, EPS)),
+    Provider("LayerNorm", lambda x, w: F.layer_norm(x, (x.shape[-1],), w, None, EPS), equal=False),
+    Provider("torch.compile", definition, compiled=True),
+    Provider("Liger", _liger, add=_liger_add, package="liger_kernel"),
+    Provider("QuACK", _quack, add=_quack_add, package="quack"),
+    Provider("FlashInfer", _flashinfer, package="flashinfer"),
+    Provider("fla", _fla, add=_fla_add, package="fla"),
+)
+
+
+def providers(device_type: str, only: Sequence[str] = ()) -> tuple[Provider, ...]:
+    """Return the providers that can run on a device. The other packages have kernels for GPUs only.
+
+    Args:
+        device_type: "cpu" or "cuda".
+        only: Names of providers; with any, only these, ours and the copy are returned.
+
+    Raises:
+        CommandError: If a named provider cannot run.
+    """
+    known = tuple(p for p in PROVIDERS if not p.package or (device_type == "cuda" and find_spec(p.package) is not None))
+    names = [p.name for p in known]
+    for name in only:
+        if name not in names:
+            raise CommandError(
+                f"--provider {name!r} cannot be measured here: give one of {', '.join(map(repr, names))}"
+            )
+    return tuple(p for p in known if not only or p.name in ("ours", "copy", *only))

@@ -1,0 +1,1 @@
+"""`rmsnorm cost`: what the norms of a model cost, from its configuration alone."""

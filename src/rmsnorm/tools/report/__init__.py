@@ -1,0 +1,1 @@
+"""`rmsnorm report`: what replacing the norms of a model changes and gains."""

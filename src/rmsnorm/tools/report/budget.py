@@ -1,0 +1,105 @@
+"""A budget of wall time, and predictions of how many tokens fit into it."""
+
+from collections.abc import Callable
+
+from rmsnorm.tools import timing
+from rmsnorm.tools.timing import Progress
+
+FEWEST_TOKENS = 16
+MARGIN = 1.25  # how many times as long as predicted a step may take
+
+
+class Budget:
+    """Seconds of wall time from the start of the command, and how many each phase has taken."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.start = self.last = timing.now()
+        self.phases: dict[str, float] = {}
+
+    @property
+    def spent(self) -> float:
+        """Seconds since the start."""
+        return timing.now() - self.start
+
+    @property
+    def left(self) -> float:
+        """Seconds that remain; negative when the budget is exceeded."""
+        return self.seconds - self.spent
+
+    def finish(self, phase: str) -> None:
+        """Add the time since the last call, or since the start, to a phase."""
+        now = timing.now()
+        self.phases[phase], self.last = self.phases.get(phase, 0.0) + now - self.last, now
+
+
+class TimeModel:
+    """Predicts how many seconds a step takes on a number of tokens, from steps that were timed.
+
+    Attributes:
+        seen: The seconds of the steps that were timed, by their numbers of tokens.
+    """
+
+    def __init__(self) -> None:
+        self.seen: dict[int, float] = {}
+
+    def time(self, run: Callable[[int], object], tokens: int) -> None:
+        """Run a step and remember its time."""
+        start = timing.now()
+        run(tokens)
+        self.seen[tokens] = timing.now() - start
+
+    def predict(self, tokens: int) -> float:
+        """Return the seconds on the line through the two largest steps, or in proportion to a single one."""
+        if tokens in self.seen:
+            return self.seen[tokens]
+        *fewer, (many, most) = sorted(self.seen.items())
+        if not fewer:
+            return most * max(1.0, tokens / many)
+        few, least = fewer[-1]
+        slope = max(0.0, (most - least) / (many - few))
+        return max(least, most + slope * (tokens - many))
+
+
+def most_tokens(asked: int, predict: Callable[[int], float], seconds: float) -> int | None:
+    """Return the largest of asked, asked / 2, asked / 4, … tokens that is expected to fit; None if none fits."""
+    tokens = asked
+    while predict(tokens) * MARGIN > seconds:
+        if tokens <= FEWEST_TOKENS:
+            return None
+        tokens = max(FEWEST_TOKENS, tokens // 2)
+    return tokens
+
+
+def probe(run: Callable[[int], object], asked: int, seconds: float) -> TimeModel:
+    """Time a step on few tokens, twice since the first call compiles, then on four times as many while that fits.
+
+    Args:
+        run: Runs the step on a number of tokens.
+        asked: The number of tokens that the user asked for.
+        seconds: What all runs except the first may take together.
+
+    Returns:
+        A model of the step's time.
+    """
+    cost = TimeModel()
+    fewest = tokens = min(asked, FEWEST_TOKENS)
+    cost.time(run, fewest)
+    expected = cost.seen[fewest]
+    while expected <= seconds and tokens <= max(fewest, asked // 2):
+        cost.time(run, tokens)
+        seconds -= cost.seen[tokens]
+        tokens *= 4
+        # On few tokens, most of the time does not depend on their number.
+        expected = 2 * cost.seen[fewest] if len(cost.seen) == 1 else cost.predict(tokens)
+    return cost
+
+
+class Announcer:
+    """Reports what comes next, and what percentage of the budget is spent."""
+
+    def __init__(self, progress: Progress, budget: Budget) -> None:
+        self.progress, self.budget = progress, budget
+
+    def __call__(self, what: str) -> None:
+        self.progress(min(99, int(100 * self.budget.spent / self.budget.seconds)), 100, what)

@@ -1,0 +1,62 @@
+"""Runs `rmsnorm report`.
+
+build -> prove -> check and time each norm alone -> time whole-model steps in pairs -> ReportResult
+"""
+
+import math
+from pathlib import Path
+
+from rmsnorm.errors import CommandError
+from rmsnorm.functional import wait_for_host
+from rmsnorm.tools import machine, results
+from rmsnorm.tools.models import library, loading
+from rmsnorm.tools.report.budget import Announcer, Budget
+from rmsnorm.tools.report.result import ReportResult
+from rmsnorm.tools.report.run import ReportRun
+from rmsnorm.tools.timing import Progress
+
+
+def report(
+    target: str, out: Path, progress: Progress, *, device: str | None = None, tokens: int = 2048, seconds: float = 90.0,
+    every_layer: bool = False,
+) -> ReportResult:  # fmt: skip
+    """Measure what replacing the norms of a model changes and gains, and write out/report.json.
+
+    Args:
+        target: "deepseek-ocr", or the path of a folder with config.json and *.safetensors.
+        out: The folder for report.json; it is made if it does not exist.
+        progress: Called before each step with the percentage of the budget that is spent, 100, and what comes next.
+        device: "cpu" or "cuda"; by default the GPU if there is one.
+        tokens: The length of the sequence; shorter if the model has fewer positions or the time does not suffice.
+        seconds: The budget of wall time. Only loading the model and proving its norms can exceed it.
+        every_layer: Whether to print a row for each norm instead of each kind of norm.
+
+    Returns:
+        What was found; its `notes` say what was left out and why.
+
+    Raises:
+        CommandError: Before anything is written, if the target is neither a preset nor an intact folder, or an option
+            is out of range.
+    """
+    budget = Budget(seconds)
+    _check_options(tokens, seconds)
+    where = machine.find_device(device)
+    results.check_file(out / "report.json", "--out")
+    build = loading.builder(target)
+    library.import_transformers("the report")
+    say = Announcer(progress, budget)
+    say(f"building {target}")
+    with library.quiet():
+        wait_for_host(0.0)  # starts compiling the host's code in the background
+        built = build(where)
+        budget.finish("loading")
+        result = ReportRun(target, where, built, tokens, budget, say, every_layer).result()
+    results.write_json(out / "report.json", result.to_json())
+    return result
+
+
+def _check_options(tokens: int, seconds: float) -> None:
+    if tokens < 1:
+        raise CommandError(f"--tokens is {tokens}: give at least 1")
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise CommandError(f"--seconds is {seconds:g}: give a finite number above 0")

@@ -1,0 +1,91 @@
+"""What `rmsnorm report` found, and its JSON."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from rmsnorm.tools.report.norms import Mode, NormResult, Pair, pair_to_json, total
+from rmsnorm.tools.report.steps import StepResult
+
+
+@dataclass(frozen=True)
+class SavedBytes:
+    """The bytes that the whole model saves for the backward pass of `tokens` tokens, without the weights."""
+
+    tokens: int
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """What `rmsnorm report` found.
+
+    Attributes:
+        target: What the user named.
+        facts: What `machine.describe` returned.
+        model: The model's class, size, dtype, tokens and numbers of norms, and whether these are as expected.
+        notes: What was left out and why.
+        norms: The norms.
+        forward: Forward steps of the whole model; None if they were not timed.
+        training: Training steps of the whole model; None if they were not timed.
+        saved: What the model saves for the backward pass; None if that was not counted.
+        asked: The seconds that the user allowed.
+        phases: The seconds that each phase took.
+        peak_bytes: The most memory that the process used.
+        every_layer: Whether to print a row for each norm.
+    """
+
+    target: str
+    facts: dict[str, Any]
+    model: dict[str, Any]
+    notes: tuple[str, ...]
+    norms: tuple[NormResult, ...]
+    forward: StepResult | None
+    training: StepResult | None
+    saved: SavedBytes | None
+    asked: float
+    phases: dict[str, float]
+    peak_bytes: int
+    every_layer: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Whether no output of the norms differs from *exact*, and a preset has the norms that it must have."""
+        return not any(n.wrong for n in self.norms) and self.model["as_expected"] is not False
+
+    @property
+    def seconds(self) -> float:
+        """How long the report took."""
+        return sum(self.phases.values())
+
+    def total(self, mode: Mode) -> Pair | None:
+        """Return the seconds of all norms together; None if they were not timed."""
+        return total(self.norms, mode)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything, in types that `json.dumps` takes."""
+        saved = self.saved
+        return {
+            "verb": "report",
+            "ok": self.ok,
+            "target": self.target,
+            "machine": self.facts,
+            "model": self.model,
+            "notes": list(self.notes),
+            "norms": [n.to_json() for n in self.norms],
+            "sum_forward": pair_to_json(self.total("forward")),
+            "sum_forward_backward": pair_to_json(self.total("training")),
+            "sum_one_token": pair_to_json(self.total("token")),
+            "forward_step": self.forward and self.forward.to_json(),
+            "training_step": self.training and self.training.to_json(),
+            "saved_for_backward": saved and {
+                "tokens": saved.tokens,
+                "before_bytes": saved.before,
+                "after_bytes": saved.after,
+                "less_bytes": saved.before - saved.after,
+            },
+            "asked_seconds": self.asked,
+            "seconds": round(self.seconds, 1),
+            "phases_seconds": {name: round(seconds, 1) for name, seconds in self.phases.items()},
+            "peak_resident_bytes": self.peak_bytes,
+        }  # fmt: skip

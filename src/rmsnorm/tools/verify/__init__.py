@@ -1,0 +1,1 @@
+"""`rmsnorm verify`: checks the contract on the current device."""

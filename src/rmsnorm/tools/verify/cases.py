@@ -1,0 +1,155 @@
+"""The cases of `rmsnorm verify`, and the rows of the sweep that they are grouped into."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rmsnorm.errors import CommandError
+from rmsnorm.spec import Cast
+from rmsnorm.tools.verify.bounds import NARROW
+from rmsnorm.tools.verify.layouts import LAYOUTS, ORTHOGONAL, ROUNDING_BOUNDARY, SPECIAL_VALUES
+
+
+@dataclass(frozen=True)
+class VerifyCase:
+    """One call of the norm, forward and backward.
+
+    Attributes:
+        x: The dtype of x.
+        w: The dtype of the weight; None for no weight.
+        cast: "early" or "late".
+        offset: What is added to the weight.
+        M: The number of rows.
+        N: The width of the rows.
+        form: A key of `LAYOUTS`, or the name of a kind of special values.
+        eps: The epsilon of the norm.
+        residual: The dtype of the residual; None for a norm without a residual.
+        sharding: How the tensors are sharded, a key of `ranks.SHARDINGS`; empty for a single process.
+    """
+
+    x: torch.dtype
+    w: torch.dtype | None
+    cast: Cast
+    offset: float
+    M: int
+    N: int
+    form: str = "contiguous"
+    eps: float = 1e-6
+    residual: torch.dtype | None = None
+    sharding: str = ""
+
+    @property
+    def outputs(self) -> int:
+        """The number of elements of y."""
+        return self.M * self.N
+
+    @property
+    def s(self) -> torch.dtype:
+        """The dtype of the tensor that is normalized: x, or x + residual."""
+        return self.x if self.residual is None else torch.promote_types(self.x, self.residual)
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """A row of the sweep: cases that share their dtypes and are reported together.
+
+    Attributes:
+        section: The table that the row belongs to: "spec", "form", "width", "constructed" or "all".
+        name: The name of the row, unique in the sweep.
+        cases: What is run.
+        seed: The seed of the first case; the following cases have the next ones. It does not depend on which rows
+            are selected, so a row that runs alone gets the same numbers.
+    """
+
+    section: str
+    name: str
+    cases: tuple[VerifyCase, ...]
+    seed: int = 0
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+SPECS: tuple[tuple[Cast, float], ...] = (("early", 0.0), ("late", 0.0), ("late", 1.0))
+_EPS = (1e-6, 1e-5, 0.0, 1e-3)
+_PRIMES = (67, 127, 251, 509, 1021, 1279, 2039, 4093, 7919)
+_MIXED = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float16, torch.float16: torch.float32}
+
+
+def sweep(quick: bool) -> list[SweepRow]:
+    """Return every row: each spec with each pair of dtypes, each layout, each range of widths, constructed rows.
+
+    Args:
+        quick: Whether to use about a sixth of the outputs.
+
+    Returns:
+        The rows, each with its own range of seeds.
+    """
+    rows = []
+    widths = (512, 1280, 1021) if quick else (512, 768, 1021, 1280, 1536, 1555, 2048) * 8
+    for x in FLOATS:
+        for w in (None, *FLOATS):
+            for cast, offset in SPECS if w is not None else SPECS[:1]:
+                cases = tuple(VerifyCase(x, w, cast, offset, 48, N, eps=_EPS[i % 4]) for i, N in enumerate(widths))
+                plus = "1 + weight" if offset else "weight"
+                spec = f"{plus} {short_name(w)}, {cast}" if w is not None else "no weight"
+                rows.append(SweepRow("spec", f"{short_name(x)}, {spec}", cases))
+    M = 96 if quick else 256
+    for x in FLOATS:
+        for form in list(LAYOUTS)[1:]:
+            N = 512 if form == "512 of 576 columns" else 1280
+            cases = tuple(VerifyCase(x, x, cast, offset, M, N, form) for cast, offset in SPECS)
+            rows.append(SweepRow("form", f"{short_name(x)}, {form}", cases))
+        cases = tuple(VerifyCase(x, x, cast, offset, M, 1280, SPECIAL_VALUES, eps=0.0) for cast, offset in SPECS)
+        rows.append(SweepRow("form", f"{short_name(x)}, {SPECIAL_VALUES}", cases))
+        singles = tuple(
+            VerifyCase(x, x, SPECS[i % 3][0], SPECS[i % 3][1], 1, 1024 + i) for i in range(20 if quick else 400)
+        )
+        rows.append(SweepRow("form", f"{short_name(x)}, one row", singles))
+        empty = tuple(VerifyCase(x, x, cast, offset, 0, 1280) for cast, offset in SPECS)
+        rows.append(SweepRow("form", f"{short_name(x)}, no rows", empty))
+        for other in (x, _MIXED[x]):
+            cases = tuple(VerifyCase(x, x, cast, offset, M, 1280, residual=other) for cast, offset in SPECS)
+            rows.append(SweepRow("form", f"{short_name(x)}, residual {short_name(other)}", cases))
+    scale = 1 << (13 if quick else 17)
+    bands: tuple[tuple[str, Iterable[int]], ...] = (
+        (f"N 1 to {NARROW - 1}", range(1, NARROW)),
+        (f"N {NARROW} to 64", range(NARROW, 65)),
+        ("N prime", _PRIMES),
+        ("N 576 to 32767", (576, 1536, 2048, 5120, 7168, 8191, 12288, 32767)),
+    )
+    for x in FLOATS:
+        for name, band in bands:
+            cases = tuple(
+                VerifyCase(x, x, *SPECS[i % 3], max(4, scale // N), N, eps=_EPS[i % 2]) for i, N in enumerate(band)
+            )
+            rows.append(SweepRow("width", f"{short_name(x)}, {name}", cases))
+    for x in FLOATS:
+        for form in (ROUNDING_BOUNDARY, ORTHOGONAL):
+            cases = tuple(VerifyCase(x, x, cast, offset, M, 2048, form, eps=0.0) for cast, offset in SPECS)
+            rows.append(SweepRow("constructed", f"{short_name(x)}, {form}", cases))
+    return [dataclasses.replace(row, seed=1000 * i) for i, row in enumerate(rows)]
+
+
+def select_rows(rows: list[SweepRow], only: Sequence[str]) -> list[SweepRow]:
+    """Return the rows whose name contains one of the texts.
+
+    Args:
+        rows: The rows of a sweep.
+        only: The texts; without any, all rows are returned.
+
+    Returns:
+        The selected rows, in order.
+
+    Raises:
+        CommandError: If no name contains one of the texts.
+    """
+    for text in only:
+        if not any(text in row.name for row in rows):
+            raise CommandError(f"--only {text!r} matches no row; a row's name is, for example, {rows[0].name!r}")
+    return [row for row in rows if not only or any(text in row.name for text in only)]
+
+
+def short_name(dtype: torch.dtype) -> str:
+    """Return "fp32", "bf16" or "fp16"."""
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]

@@ -1,0 +1,234 @@
+"""Runs `rmsnorm verify --world N`: the same sweep with each case assign_shardings over N ranks, which are started here.
+
+Every rank draws the whole inputs of a case, passes its own part to the public API as a DTensor, and gathers the
+outputs. The ranks take turns comparing them.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import itertools
+import logging
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from rmsnorm.errors import CommandError
+from rmsnorm.ops.sharding import as_whole
+from rmsnorm.tools import machine
+from rmsnorm.tools.processes import exit_on_ctrl_c
+from rmsnorm.tools.timing import Progress, no_progress
+from rmsnorm.tools.verify.cases import SweepRow, VerifyCase, select_rows, sweep
+from rmsnorm.tools.verify.command import count_cases, finish
+from rmsnorm.tools.verify.compare import CallOutputs, compare, differing, run_unsharded
+from rmsnorm.tools.verify.inputs import Inputs
+from rmsnorm.tools.verify.judge import judge_all
+from rmsnorm.tools.verify.result import VerifyResult
+from rmsnorm.tools.verify.tally import Tally
+
+# By name: what is assign_shardings along each dimension of the device mesh.
+SHARDINGS = {"rows": ("rows",), "columns": ("columns",), "rows and columns": ("rows", "columns")}
+# A rank that waits longer than this for the others ends with an error.
+_TIMEOUT = datetime.timedelta(minutes=5)
+
+
+def verify_on_ranks(
+    world: int,
+    device: str | None = None,
+    quick: bool = False,
+    progress: Progress = no_progress,
+    *,
+    only: Sequence[str] = (),
+) -> VerifyResult:
+    """Check the contract with every case sharded over several ranks: gloo on the CPU, NCCL with a GPU for each rank.
+
+    Args:
+        world: The number of ranks.
+        device: "cpu" or "cuda"; by default the GPU if there is one.
+        quick: Whether to compute a sixth of the outputs.
+        progress: Called with the number of outputs that are done, that of all outputs, and the name of the next row.
+        only: Texts; only rows with one of them in their names run.
+
+    Returns:
+        What was found.
+
+    Raises:
+        CommandError: If the device or so many ranks cannot be used, a text is in no row's name, or a rank fails.
+    """
+    where = machine.find_device(device)
+    if world < 1:
+        raise CommandError(f"--world is {world}, expected at least 1")
+    if where.type == "cuda" and world > torch.cuda.device_count():
+        raise CommandError(
+            f"--world is {world}, but there are {torch.cuda.device_count()} GPUs: give fewer, or --device cpu"
+        )
+    start = time.perf_counter()
+    rows = select_rows(assign_shardings(sweep(quick), world), only)
+    results = judge_all(rows, tallies_of_ranks(rows, world, where.type, progress))
+    return finish(where.type, where, quick, start, results, world, only)
+
+
+def assign_shardings(rows: list[SweepRow], world: int) -> list[SweepRow]:
+    """Return the rows with a sharding assigned to each case, the shardings in turn.
+
+    Sharding both rows and columns needs an even number of ranks greater than 2.
+    """
+    shardings = [name for name, dims in SHARDINGS.items() if len(dims) == 1 or (world > 2 and world % 2 == 0)]
+    return [
+        dataclasses.replace(
+            row,
+            cases=tuple(
+                dataclasses.replace(case, sharding=shardings[(i + j) % len(shardings)])
+                for j, case in enumerate(row.cases)
+            ),
+        )
+        for i, row in enumerate(rows)
+    ]
+
+
+def tallies_of_ranks(rows: list[SweepRow], world: int, device: str, progress: Progress) -> list[Tally]:
+    """Start the ranks and run the rows on them.
+
+    Args:
+        rows: The rows, with a sharding assigned to each case.
+        world: The number of ranks.
+        device: "cpu" or "cuda".
+        progress: Called as `command.count_cases` does.
+
+    Returns:
+        A tally for each row, added up over the ranks.
+
+    Raises:
+        CommandError: If a rank fails or is killed.
+    """
+    steps = multiprocessing.get_context("spawn").SimpleQueue()
+
+    def forward_progress() -> None:
+        while (step := steps.get()) is not None:
+            progress(*step)
+
+    listener = threading.Thread(target=forward_progress, daemon=True)
+    listener.start()
+    with tempfile.TemporaryDirectory() as logs, _silent_launcher():
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=world,
+            run_id="rmsnorm-verify",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(logs, redirects=Std.OUT),  # NCCL logs to stdout, which may be for the JSON
+        )
+        try:
+            counted = elastic_launch(config, _rank)(rows, device, steps)
+        except SignalException as error:
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            message = failure.message["message"] if isinstance(failure.message, dict) else failure.message
+            raise CommandError(f"rank {rank} of {world} failed: {message}") from None
+    steps.put(None)  # not after a failure: a rank that was killed may still hold the queue's lock
+    listener.join()
+    return [sum(tallies, Tally()) for tallies in zip(*counted.values(), strict=True)]
+
+
+@contextlib.contextmanager
+def _silent_launcher() -> Iterator[None]:
+    """Turn off the launcher's warnings: Ctrl-C causes one for each rank. Failures are raised in any case."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+
+
+def _rank(rows: list[SweepRow], device_type: str, steps: Any) -> list[Tally]:
+    """Run one rank. Only the first one reports progress."""
+    exit_on_ctrl_c()
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if device_type == "cuda":
+        torch.cuda.set_device(rank)
+    else:
+        torch.set_num_threads(max(1, torch.get_num_threads() // world))
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=_TIMEOUT)
+    line = init_device_mesh(device_type, (world,))
+    square = init_device_mesh(device_type, (2, world // 2)) if world > 2 and world % 2 == 0 else line
+    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
+    turns = itertools.cycle(range(world))
+
+    def count(case: VerifyCase, seed: int) -> Tally:
+        mesh = square if len(SHARDINGS[case.sharding]) > 1 else line
+        return compare(case, seed, device, lambda inputs, case: run_sharded(inputs, case, mesh), next(turns) == rank)
+
+    try:
+        return count_cases(rows, count, lambda *step: steps.put(step) if rank == 0 else None)
+    finally:
+        dist.destroy_process_group()
+
+
+def run_sharded(inputs: Inputs, case: VerifyCase, mesh: DeviceMesh) -> CallOutputs:
+    """Call the public API on DTensors, and gather what it returns.
+
+    Args:
+        inputs: The whole inputs, the same on every rank.
+        case: The case, with its sharding.
+        mesh: The device mesh, with as many dimensions as the sharding of the case.
+    """
+    dims = SHARDINGS[case.sharding]
+
+    def placements(t: Tensor) -> tuple[Placement, ...]:
+        return tuple(Shard(t.dim() - (1 if dim == "columns" else 2)) for dim in dims)
+
+    def share(t: Tensor) -> DTensor:
+        return as_whole(_part(t, mesh, placements(t)), mesh, placements(t), t.shape)
+
+    w = inputs.w
+    if w is not None:
+        of_w = tuple(Shard(0) if dim == "columns" else Replicate() for dim in dims)
+        w = as_whole(_part(w, mesh, of_w), mesh, of_w, w.shape)
+    ours = run_unsharded(dataclasses.replace(inputs.map(lambda t, _: share(t)), w=w), case)
+    gathered = {
+        name: t.full_tensor()
+        for name in ("y", "s", "dx", "d_residual")
+        if isinstance(t := getattr(ours, name), DTensor)
+    }
+    dw, misplaced = ours.dw, 0
+    if isinstance(dw, DTensor) and "rows" not in dims:
+        dw = dw.full_tensor()
+    elif isinstance(dw, DTensor):
+        if dims == ("rows",):
+            own = run_unsharded(inputs.map(lambda t, _: _part(t, mesh, placements(t))), case).dw
+            misplaced = 0 if own is None else differing(dw.to_local(), own)
+        dw = None
+    return dataclasses.replace(ours, **gathered, dw=dw, misplaced=misplaced)
+
+
+def _part(t: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Tensor:
+    """Return this rank's part as a view; it is empty if there are more ranks than rows or columns."""
+    for i, p in enumerate(placements):
+        if isinstance(p, Shard):
+            n = t.shape[p.dim]
+            size = -(-n // mesh.size(i))
+            start = min(n, size * mesh.get_local_rank(i))
+            t = t.narrow(p.dim, start, min(size, n - start))
+    return t

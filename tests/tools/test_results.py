@@ -1,0 +1,47 @@
+"""Result files."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from rmsnorm.errors import CommandError
+from rmsnorm.tools import results
+
+
+def test_results_that_overwrite_each_other_are_refused(tmp_path: Path) -> None:
+    report = tmp_path / "out" / "report.json"
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    results.check_apart(("--out", report), ("--json", tmp_path / "out" / "other.json"))
+    results.check_apart(("--out", report), ("--json", tmp_path / "report.json"))
+    for same in (report, tmp_path / "link" / "report.json", tmp_path / "x" / ".." / "out" / "report.json"):
+        with pytest.raises(CommandError, match="--out and --json both write"):
+            results.check_apart(("--out", report), ("--json", same))
+    with pytest.raises(CommandError, match=r"--json writes the file .*out, which --out needs as a folder"):
+        results.check_apart(("--out", report), ("--json", tmp_path / "out"))
+    with pytest.raises(CommandError, match=r"--out writes the file .*json, which --json needs as a folder"):
+        results.check_apart(("--out", report), ("--json", report / "x.json"))
+    assert list(tmp_path.iterdir()) == [tmp_path / "link"]
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "figures.json"
+    results.write_json(path, {"a": 1.5})
+    assert json.loads(path.read_text()) == {"a": 1.5}
+    with pytest.raises(ValueError, match="JSON"):
+        results.write_json(path, {"a": math.nan})
+    with pytest.raises(TypeError):
+        results.write_json(path, {"a": torch.device("cpu")})
+    assert json.loads(path.read_text()) == {"a": 1.5}
+    assert [p.name for p in path.parent.iterdir()] == ["figures.json"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    results.check_folder(tmp_path / "new" / "deep")
+    assert not (tmp_path / "new").exists()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(CommandError, match="--out"):
+            results.check_folder(out)
