@@ -45,7 +45,7 @@ from transformers import (
 from rmsnorm.errors import CommandError
 from rmsnorm.kernels.host import loader as host
 from rmsnorm.patching import replacement
-from rmsnorm.patching.models import Verdict
+from rmsnorm.patching.patch_report import Verdict
 from rmsnorm.spec import Spec
 from rmsnorm.tools import loading, machine, predict, report, timing
 from rmsnorm.tools.display import render
@@ -535,7 +535,7 @@ def test_norms_that_are_left_or_not_reached_are_listed(tmp_path: Path, monkeypat
     assert by_name["strange"].verdict.spec is None
     assert by_name["spare"].calls == 0
     text = shown(result)
-    assert "(strange): left: " in text
+    assert "(strange): not replaced: " in text
     assert "No activation reached spare." in text
     assert "Note: a note" in text
     assert "strange" in shown(replace(result, every_layer=True))

@@ -22,7 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rmsnorm.costs.counts import TRACED_TORCH, Cost, Implementation, Phase, cost
 from rmsnorm.errors import CommandError, one_line
-from rmsnorm.patching import models
+from rmsnorm.patching.patch import patch, unpatch
+from rmsnorm.patching.patch_report import PatchReport, Verdict
 from rmsnorm.spec import Spec
 from rmsnorm.tools import architecture, checkpoint, display
 from rmsnorm.tools.checkpoint import AtMost, CallsExhausted
@@ -343,11 +344,11 @@ def main(target: str, progress: Progress, *, batch: int, seq: int, dtype: str, g
         model = architecture.build_on_meta(config, transformers, target)
         progress(2, 4, "proving its norms")
         with checkpoint.blame(f"the norms of {type(model).__name__} cannot be proven"):
-            report = models.patch(model)
-            models.unpatch(model)
+            report = patch(model)
+            unpatch(model)
         progress(3, 4, "running it without memory")
         modules = dict(model.named_modules())
-        proven = {v.name: v for v in report.proven}
+        proven = {v.name: v for v in report.replaced}
         calls, said = _calls({name: modules[name] for name in proven}, model, config, batch, seq)
     notes += said
     if not report.verdicts:
@@ -394,23 +395,23 @@ def _weights(groups: tuple[Group, ...], dtype: torch.dtype) -> tuple[Cost, int]:
 
 
 def _groups(
-    proven: dict[str, models.Verdict], modules: dict[str, nn.Module], calls: dict[str, tuple[Call, ...]]
+    proven: dict[str, Verdict], modules: dict[str, nn.Module], calls: dict[str, tuple[Call, ...]]
 ) -> Iterator[Group]:
     """The norms whose inputs are known, by what they cost, in the order in which they come."""
     found: dict[Any, list[str]] = {}
     for name, verdict in proven.items():
         if name in calls:
             width = checkpoint.norm_width(modules[name])
-            key = calls[name], width or next((w for _, w in calls[name]), 0), verdict.cls, verdict.spec
+            key = calls[name], width or next((w for _, w in calls[name]), 0), verdict.class_name, verdict.spec
             found.setdefault((*key, _weight(modules[name]) is not None), []).append(name)
     for (called, width, cls, spec, weighted), names in found.items():
         yield Group(len(names), called, width, cls, names[0], spec, weighted)
 
 
-def _left(report: models.Report) -> Iterator[Left]:
+def _left(report: PatchReport) -> Iterator[Left]:
     found: dict[tuple[str, str], list[str]] = {}
-    for v in report.left:
-        found.setdefault((v.cls, v.reason), []).append(v.name)
+    for v in report.not_replaced:
+        found.setdefault((v.class_name, v.reason), []).append(v.name)
     for (cls, reason), names in found.items():
         yield Left(len(names), cls, names[0], reason)
 

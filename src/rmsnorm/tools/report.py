@@ -24,8 +24,9 @@ from rmsnorm import bits, memory
 from rmsnorm.errors import CommandError, one_line
 from rmsnorm.kernels.host import loader as host
 from rmsnorm.ops import wait_for_host
-from rmsnorm.patching.models import Verdict, exact, patch
-from rmsnorm.patching.replacement import become
+from rmsnorm.patching.patch import patch
+from rmsnorm.patching.patch_report import Verdict
+from rmsnorm.patching.replacement import exact_output, set_class
 from rmsnorm.tools import checkpoint, loading, machine, results, timing
 from rmsnorm.tools.display import Block, Column, Table, Text, count, duration, factor, share, size
 from rmsnorm.tools.timing import Interval, Progress, Timing
@@ -99,17 +100,17 @@ class Norm:
 
     @property
     def compared(self) -> bool:
-        return self.verdict.spec is not None and self.calls > 0
+        return self.verdict.replaced and self.calls > 0
 
     def to_json(self) -> dict[str, Any]:
         spec = self.verdict.spec
         return {
             "name": self.verdict.name,
-            "class": self.verdict.cls,
+            "class": self.verdict.class_name,
             "width": self.width,
             "spec": None if spec is None else {"eps": spec.eps, "cast": spec.cast, "offset": spec.offset},
             "left_because": self.verdict.reason or None,
-            "own_forward": self.verdict.partly or None,
+            "own_forward": self.verdict.own_forward_when or None,
             "calls": self.calls,
             "rows": self.rows,
             "outputs": self.outputs,
@@ -143,7 +144,7 @@ class Kind:
 def kinds(norms: Iterable[Norm]) -> tuple[Kind, ...]:
     groups: dict[Any, list[Norm]] = {}
     for n in norms:
-        groups.setdefault((n.verdict.cls, n.width, n.verdict.kind, n.rows, n.calls), []).append(n)
+        groups.setdefault((n.verdict.class_name, n.width, n.verdict.finding, n.rows, n.calls), []).append(n)
     return tuple(Kind(tuple(group)) for group in groups.values())
 
 
@@ -331,7 +332,7 @@ class Result:
         )
 
     def _answer(self) -> Iterator[Block]:
-        found, proven = len(self.norms), [n for n in self.norms if n.verdict.spec is not None]
+        found, proven = len(self.norms), [n for n in self.norms if n.verdict.replaced]
         if not proven:
             yield Text(
                 "No norm was found."
@@ -387,7 +388,7 @@ class Result:
             width = "–" if n.width is None else str(n.width)
             rows.append(
                 (
-                    n.verdict.cls,
+                    n.verdict.class_name,
                     width,
                     str(len(kind.norms)),
                     _verdict(n),
@@ -459,11 +460,11 @@ class Result:
         """What was found of each kind of norm, with the whole reason."""
         groups: dict[tuple[str, str], list[Norm]] = {}
         for n in self.norms:
-            groups.setdefault((n.verdict.cls, n.verdict.kind), []).append(n)
+            groups.setdefault((n.verdict.class_name, n.verdict.finding), []).append(n)
         for (cls, said), group in groups.items():
             names = group[0].verdict.name + (", …" if len(group) > 1 else "")
             yield f"{len(group)} × {cls} ({names}): {said}"
-        idle = [n.verdict.name for n in self.norms if n.verdict.spec is not None and not n.calls]
+        idle = [n.verdict.name for n in self.norms if n.verdict.replaced and not n.calls]
         if idle:
             yield f"No activation reached {', '.join(idle)}."
 
@@ -476,13 +477,13 @@ def _arrow(pair: Pair | None) -> str:
 
 
 def _verdict(n: Norm) -> Text:
-    if n.verdict.spec is None:
+    if not n.verdict.replaced:
         return Text("left", "bad")
     if n.wrong:
         return Text("wrong", "bad")
     if not n.calls:
         return Text("proven, not reached", "note")
-    return Text("proven in part" if n.verdict.partly else "proven", "good")
+    return Text("proven in part" if n.verdict.own_forward_when else "proven", "good")
 
 
 def _changed(wrong: int, outputs: int, changed: int) -> str | Text:
@@ -660,7 +661,7 @@ class _Run:
         self.own = {name: own[name] for name in self.modules}
         self.ours = {name: type(module) for name, module in self.modules.items()}
         self.norms = self._fresh()
-        if any(v.spec for v in self.verdicts):
+        if any(v.replaced for v in self.verdicts):
             if not wait_for_host(max(0.0, self.budget.left * _FOR_THE_COMPILER)):
                 self.notes.append(f"one token is timed as it is {host.described()}")
             self.budget.enter("proving")
@@ -748,7 +749,7 @@ class _Run:
         norms = self._fresh()
         hooks = []
         for n in norms:
-            if n.verdict.spec is not None:
+            if n.verdict.replaced:
 
                 def hook(
                     module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], y: Tensor, n: Norm = n
@@ -769,7 +770,7 @@ class _Run:
 
     def _use(self, which: Literal["before", "after"]) -> None:
         for name, module in self.modules.items():
-            become(module, (self.own if which == "before" else self.ours)[name])
+            set_class(module, (self.own if which == "before" else self.ours)[name])
 
     # --- whole-model steps ---
 
@@ -929,7 +930,7 @@ class _Run:
 def _check(n: Norm, own: type[nn.Module], module: nn.Module, x: Tensor, y: Tensor) -> None:
     """Compare y, which the patched norm gave for x."""
     before = own.forward(module, x)
-    expected = exact(module, x)
+    expected = exact_output(module, x)
     n.width = n.width or y.shape[-1]
     n.calls += 1
     n.rows += x.numel() // n.width
@@ -951,12 +952,12 @@ class _Timer:
         self, run: _Run, seconds: float, modes: tuple[Mode, ...], most: int | None = None, with_host: bool = False
     ) -> None:
         self.run, self.seconds, self.modes, self.most, self.with_host = run, seconds, modes, most, with_host
-        self.to_come = sum(v.spec is not None for v in run.verdicts)
+        self.to_come = sum(v.replaced for v in run.verdicts)
         self.spent = 0.0
         self.kinds: dict[Any, list[Norm]] = {}
 
     def time(self, n: Norm, module: nn.Module, x: Tensor, y: Tensor) -> None:
-        kind = self.kinds.setdefault((n.verdict.cls, n.verdict.kind, x.shape, x.stride(), x.dtype), [])
+        kind = self.kinds.setdefault((n.verdict.class_name, n.verdict.finding, x.shape, x.stride(), x.dtype), [])
         seconds = max(0.0, self.seconds - self.spent) / max(1, self.to_come)
         self.to_come -= 1
         if kind and (self.spent >= self.seconds or (self.most is not None and len(kind) >= self.most)):
