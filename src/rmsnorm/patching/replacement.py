@@ -137,7 +137,7 @@ def forward_by_rule(rule: Rule, own_forward: Callable[..., Tensor], input_name: 
         if not x.is_contiguous() and (order := _memory_order(x, k)) is not None:
             y = forward(self, x.permute(order))
             return y.permute([order.index(axis) for axis in range(x.dim())])
-        if k == 1 and (shape is None or x.shape[-1:] == shape) and not torch.compiler.is_compiling():
+        if k == 1 and not torch.compiler.is_compiling() and (shape is None or _has_size(x, shape)):
             y = host.norm(x, None, w, eps, cast, offset)
             if y is not None:
                 return y  # type: ignore[no-any-return]
@@ -149,6 +149,11 @@ def forward_by_rule(rule: Rule, own_forward: Callable[..., Tensor], input_name: 
         return rms_norm(x.flatten(-k), w, eps, cast=cast, offset=offset).view(x.shape)
 
     return forward
+
+
+def _has_size(x: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether x ends in this shape; False while torch.jit traces, which warns about every comparison of a size."""
+    return not torch._C._is_tracing() and x.shape[-len(shape) :] == shape
 
 
 def weight_of(module: Any) -> Any:
