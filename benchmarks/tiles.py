@@ -23,8 +23,11 @@ import torch
 from torch import Tensor
 
 from rmsnorm.errors import CommandError
-from rmsnorm.kernels import gpu, launch
-from rmsnorm.kernels.launch import Launch
+from rmsnorm.kernels import dispatch
+from rmsnorm.kernels.gpu import planner as gpu
+from rmsnorm.kernels.gpu import tiling
+from rmsnorm.kernels.gpu.tiling import Launch
+from rmsnorm.spec import Spec
 from rmsnorm.tools import machine, processes, results, timing
 from rmsnorm.tools.bench.cases import ADD_BACKWARD, ADD_FORWARD, BACKWARD, FORWARD, BenchCase, Mode
 from rmsnorm.tools.bench.measure import copy_call, draw_inputs
@@ -32,6 +35,7 @@ from rmsnorm.tools.bench.peers import EPS
 
 MODES = {mode.slug: mode for mode in (FORWARD, ADD_FORWARD, BACKWARD, ADD_BACKWARD)}
 DEVICE = torch.device("cuda")
+SPEC = Spec(EPS)
 FLAGS = ("staged", "overlap")  # fields that are not numbers
 
 
@@ -85,13 +89,13 @@ class Sweep:
 
     @property
     def passes(self) -> str:
-        """The function of `launch` that chooses the configuration."""
+        """The function of `tiling` that chooses the configuration."""
         return "backward" if self.mode.backward else "forward"
 
     def configs(self, in_use: Launch) -> list[Launch]:
         """Return the configuration in use, then every other combination that has a kernel: none shares several rows."""
         names = [name for name, _ in self.fields]
-        found, longest = [in_use], launch.LONGEST_SUM[self.dtype.itemsize]
+        found, longest = [in_use], tiling.LONGEST_SUM[self.dtype.itemsize]
         for values in itertools.product(*(values for _, values in self.fields)):
             chosen: dict[str, Any] = dict(zip(names, values, strict=True))
             config = dataclasses.replace(in_use, **chosen)
@@ -102,7 +106,7 @@ class Sweep:
                 continue
             if self.passes == "backward":
                 config = dataclasses.replace(
-                    config, programs=launch._programs(self.M, config.programs, config.rows, longest)
+                    config, programs=tiling._programs(self.M, config.programs, config.rows, longest)
                 )
             found.append(config)
         return list(dict.fromkeys(found))
@@ -120,7 +124,7 @@ class Tensors:
     @classmethod
     def drawn(cls, sweep: Sweep) -> "Tensors":
         inputs, cotangents = draw_inputs(sweep.case, DEVICE)
-        rstd = gpu.forward(inputs[0], None, inputs[-1], EPS, "early", 0.0, True)[2]
+        rstd = dispatch.forward(inputs[0], None, inputs[-1], SPEC, True)[2]
         assert rstd is not None
         return cls(sweep, inputs, cotangents, rstd)
 
@@ -128,23 +132,23 @@ class Tensors:
         """Run the pass. The first output must have the same bits for every configuration."""
         x, *residual, w = self.inputs
         if self.sweep.passes == "forward":
-            return gpu.forward(x, residual[0] if residual else None, w, EPS, "early", 0.0, False)
+            return dispatch.forward(x, residual[0] if residual else None, w, SPEC, False)
         dy, *ds = self.cotangents
-        return gpu.backward(dy, ds[0] if ds else None, x, w, self.rstd, "early", 0.0, True, True)
+        return dispatch.backward(dy, ds[0] if ds else None, x, w, self.rstd, SPEC, True, True)
 
 
 @contextlib.contextmanager
 def using(sweep: Sweep, config: Launch) -> Iterator[None]:
-    """Launch with this configuration inside the context."""
-    before = getattr(launch, sweep.passes)
-    plans = (gpu._forward_call, gpu._backward_calls)
-    setattr(launch, sweep.passes, lambda *a: config)
+    """Launch with this configuration inside the context, planned and compiled anew."""
+    before = getattr(tiling, sweep.passes)
+    plans = (gpu.plan_forward, gpu.plan_backward)
+    setattr(tiling, sweep.passes, lambda *a: config)
     for plan in plans:
         plan.cache_clear()
     try:
         yield
     finally:
-        setattr(launch, sweep.passes, before)
+        setattr(tiling, sweep.passes, before)
         for plan in plans:
             plan.cache_clear()
 
@@ -154,8 +158,8 @@ def in_use(sweep: Sweep) -> Launch:
     size, of = sweep.dtype.itemsize, gpu._gpu(torch.cuda.current_device())
     adds, aligned = sweep.mode.adds, sweep.N % 16 == 0
     if sweep.passes == "forward":
-        return launch.forward(sweep.N, size, adds, aligned, of)
-    return launch.backward(sweep.M, sweep.N, size, size, size, adds, aligned, of)
+        return tiling.forward(sweep.N, size, adds, aligned, of)
+    return tiling.backward(sweep.M, sweep.N, size, size, size, adds, aligned, of)
 
 
 def kernels(sweep: Sweep) -> list[tuple[Sweep, list[Launch]]]:

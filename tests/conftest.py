@@ -1,4 +1,4 @@
-"""What several test files share: seeded numbers, poisoned memory, torch and the host put back as they were."""
+"""Fixtures of several test files: seeded numbers, poisoned memory, and cleaning up the state of torch and the host."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,8 +7,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from rmsnorm.kernels import host
-from rmsnorm.ops import wait_for_host
+from rmsnorm.functional import wait_for_host
+from rmsnorm.kernels.host import loader as host
 
 # The same examples on every run and no time limit, so that a slow machine fails nothing.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=30)
@@ -19,7 +19,7 @@ Draw = Callable[..., Tensor]
 
 @pytest.fixture(autouse=True)
 def nothing_learned() -> Iterator[None]:
-    """The first call of a test goes through Python; those of its kind that follow do not, where there is a compiler."""
+    """Forget the calls of earlier tests. Python makes the first call of a kind; where there is a compiler, C++ the next."""
     wait_for_host()
     host.forget()
     yield
@@ -39,7 +39,7 @@ def randn() -> Draw:
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """Fresh memory is full of NaN, so that an output that nobody wrote shows."""
+    """Fill fresh memory with NaN, so that an element that was never written is noticed."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(3).isnan().all()
@@ -57,7 +57,7 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 @pytest.fixture
 def fresh_dynamo() -> Iterator[None]:
-    """Nothing compiled before counts, and nothing compiled here stays."""
+    """Discard what torch.compile has compiled, before and after the test."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""What every result that is printed keeps to, whichever verb it is of."""
+"""The rules for every printed result, whichever command prints it."""
 
 import re
 from collections.abc import Iterable
@@ -11,7 +11,10 @@ _FIGURE = re.compile(
 
 
 def check(blocks: Iterable[Block]) -> str:
-    """The text at 80 columns, after it was seen to fit 80 and 60, to cut nothing and to have four digits at most."""
+    """The text at 80 columns.
+
+    Asserts that it fits 80 and 60 columns, that nothing is cut off, and that no figure has more than four digits.
+    """
     blocks = list(blocks)
     commands = {block.text for block in blocks if isinstance(block, Text) and not block.fold}
     whole = render(blocks, 1000)

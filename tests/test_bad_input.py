@@ -1,4 +1,7 @@
-"""What makes no sense is refused by name: which argument, what it was, what it should be. Compiled too."""
+"""Invalid arguments raise TypeError or ValueError that names the argument, what it was and what it should be.
+
+The same holds under torch.compile.
+"""
 
 import math
 import re
@@ -26,7 +29,7 @@ class Bad(NamedTuple):
 
 
 def of_tensor(name: str, make: Callable[..., Any]) -> list[Bad]:
-    """What no argument may be that is a tensor."""
+    """The values that are invalid for every argument that is a tensor."""
     wanted = "float32, bfloat16, float16 or float64"
     refused = (
         torch.int64,
@@ -118,20 +121,20 @@ def check(bad: Bad, where: str, call: Callable[[Bad], Any]) -> None:
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning")
 @pytest.mark.parametrize("bad", BAD, **names)
-def test_rms_norm_refuses(bad) -> None:
+def test_rms_norm_names_the_bad_argument_and_what_it_should_be(bad) -> None:
     check(bad, "rms_norm", plain)
 
 
 @pytest.mark.parametrize("bad", BAD + BAD_RESIDUAL, **names)
-def test_add_rms_norm_refuses(bad) -> None:
+def test_add_rms_norm_names_the_bad_argument_and_what_it_should_be(bad) -> None:
     if (bad.argument == "x" and bad.was.startswith("has shape")) or "the device of x" in bad.should_be:
-        # The residual fits x, whatever is wrong with the other.
+        # The residual is made to fit x, so that the other argument is the only bad one.
         given = bad.arguments
         bad = bad._replace(arguments=lambda: {"residual": given().get("x", x())} | given())
     check(bad, "add_rms_norm", summed)
 
 
-def test_explain_refuses() -> None:
+def test_explain_names_the_bad_argument() -> None:
     with pytest.raises(
         ValueError, match=re.escape("[explain] weight has shape (5,), expected (8,), the last dimension")
     ):
@@ -140,13 +143,13 @@ def test_explain_refuses() -> None:
         explain(x(dtype=torch.int64))
 
 
-def test_the_words_of_the_contract() -> None:
+def test_a_short_weight_raises_the_message_of_the_contract() -> None:
     with pytest.raises(ValueError, match="expected") as raised:
         rms_norm(x(2, 1280), x(512))
     assert str(raised.value) == "[rms_norm] weight has shape (512,), expected (1280,), the last dimension of x"
 
 
-def test_the_argument_order_of_torch_is_recognized() -> None:
+def test_the_argument_order_of_f_rms_norm_raises_an_error_that_says_so() -> None:
     order = "expected a torch.Tensor: this is the argument order of F.rms_norm; write rms_norm(x, weight, eps, "
     for shape in ((N,), [N], N, torch.Size((N,))):
         for more in ((), (x(N),), (x(N), 1e-6), (None, 1e-6)):
@@ -157,7 +160,7 @@ def test_the_argument_order_of_torch_is_recognized() -> None:
         TypeError, match=re.escape("eps is a NoneType, expected a number; F.rms_norm's None is torch.f")
     ):
         rms_norm(x(), x(N), None)
-    rms_norm(x(), x(N))  # so that its kind is known in C++
+    rms_norm(x(), x(N))  # so that C++ makes the next calls of this kind
     for given, was in (("late", "is 'late'"), (x(N), "is a Tensor")):
         with pytest.raises(
             TypeError, match=re.escape(f"[rms_norm] the argument after eps {was}, expected cast and off")
@@ -167,14 +170,14 @@ def test_the_argument_order_of_torch_is_recognized() -> None:
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
-def test_nothing_is_broadcast(grad, residual) -> None:
-    """An (N, 1) weight or a (1, N) residual would be broadcast by plain torch."""
+def test_weight_and_residual_are_never_broadcast(grad, residual) -> None:
+    """Plain torch would broadcast an (N, 1) weight or a (1, N) residual."""
     a = x(1, N).requires_grad_(grad)
     with pytest.raises(ValueError, match="shape"):
         _ = add_rms_norm(a, x(3, N)) if residual else rms_norm(a, x(N, 1))
 
 
-def test_what_is_unusual_but_makes_sense() -> None:
+def test_numbers_of_numpy_integers_and_zero_rows_are_accepted() -> None:
     import numpy as np
 
     expected = rms_norm(x(), x(N), 0.0)
@@ -186,7 +189,7 @@ def test_what_is_unusual_but_makes_sense() -> None:
 
 # --- compiled: torch's own error contains ours ----------------------------------------------------------------
 
-# Except for sparse tensors: torch.compile takes none in and says so before our code is asked.
+# Not sparse tensors: torch.compile raises for those before it reaches our code.
 REACHES_US = [bad for bad in BAD if "sparse" not in bad.was]
 RESIDUAL_REACHES_US = [bad for bad in BAD_RESIDUAL if "sparse" not in bad.was]
 
@@ -195,7 +198,7 @@ def compiled(f: Callable[..., Any], given: dict[str, Any]) -> str:
     torch._dynamo.reset()
     try:
         torch.compile(lambda given: f(**given), fullgraph=True, backend="eager")(given)
-    except Exception as error:  # which class torch wraps it in is torch's affair
+    except Exception as error:  # torch wraps ours in a class of its own
         chain, e = [], error
         while e is not None:
             chain.append(str(e))
@@ -206,7 +209,7 @@ def compiled(f: Callable[..., Any], given: dict[str, Any]) -> str:
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("bad", REACHES_US, **names)
-def test_rms_norm_refuses_when_compiled(bad) -> None:
+def test_compiled_rms_norm_names_the_bad_argument(bad) -> None:
     message = compiled(rms_norm, {"x": x(), "weight": x(N)} | bad.arguments())
     assert f"[rms_norm] {bad.argument} {bad.was}" in message, message
     assert bad.should_be in message
@@ -214,7 +217,7 @@ def test_rms_norm_refuses_when_compiled(bad) -> None:
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("bad", RESIDUAL_REACHES_US, **names)
-def test_add_rms_norm_refuses_when_compiled(bad) -> None:
+def test_compiled_add_rms_norm_names_the_bad_argument(bad) -> None:
     message = compiled(add_rms_norm, {"x": x(), "residual": x(), "weight": x(N)} | bad.arguments())
     assert f"[add_rms_norm] {bad.argument} {bad.was}" in message, message
     assert bad.should_be in message

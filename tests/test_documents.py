@@ -1,4 +1,4 @@
-"""README.md and docs/: the code runs and prints what they say, the figures are measured, what they name exists."""
+"""README.md and docs/: code blocks run and print what is shown, figures are measured, and what is named exists."""
 
 import ast
 import importlib.util
@@ -19,6 +19,7 @@ from tolerance import DEFINITION_SHARE, DEFINITION_ULP
 
 TABLES = ROOT / "benchmarks" / "tables.py"
 SOURCE = Path(rmsnorm.__file__).parent
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 RUN = [path for path in documents() if any(b.language == "python" for b in blocks(path.read_text()))]
 
 
@@ -42,7 +43,7 @@ def test_python_blocks_run_and_print_what_the_document_says(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("path", "block"), needing(), ids=lambda value: getattr(value, "line", None) or name(value))
-def test_a_block_that_needs_a_package_says_so_and_compiles(path: Path, block: Block) -> None:
+def test_a_block_that_needs_a_package_compiles_and_the_text_above_names_the_package(path: Path, block: Block) -> None:
     compile(block.text, str(path), "exec")
     above = path.read_text()[: block.start].splitlines()[-4:]
     package = next(word.removeprefix("needs=") for word in block.words if word.startswith("needs="))
@@ -70,7 +71,7 @@ def commands(text: str) -> Iterator[list[str]]:
     for line in lines:
         words = shlex.split(line, comments=True)
         if words:
-            yield words
+            yield [Path(words[0]).name, *words[1:]]
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def help_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return show
 
 
-@pytest.mark.parametrize("path", documents(), ids=name)
+@pytest.mark.parametrize("path", [*documents(), CONTRIBUTING], ids=name)
 def test_commands_and_their_options_exist(path: Path, help_of) -> None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     known: dict[str, str] = {}
@@ -100,7 +101,10 @@ def test_commands_and_their_options_exist(path: Path, help_of) -> None:
             for option in (word for word in rest if word.startswith("--")):
                 assert re.search(rf"{option}\b", known[verb]), f"rmsnorm {verb} has no {option}"
         elif program == "python":
-            assert (ROOT / words[0]).exists(), words[0]
+            files = [word for word in words if "/" in word]
+            assert files or words[:1] == ["-m"], words
+            for file in files:
+                assert (ROOT / file).exists(), file
         else:
             assert program == "pip", f"{program} in a shell block"
 
@@ -124,8 +128,8 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("path", documents(), ids=name)
-def test_links_lead_somewhere(path: Path) -> None:
+@pytest.mark.parametrize("path", [*documents(), CONTRIBUTING], ids=name)
+def test_links_between_documents_have_a_target(path: Path) -> None:
     for link in re.findall(r"\]\(([^)]+)\)", path.read_text()):
         if link.startswith("https://"):
             continue
@@ -133,6 +137,34 @@ def test_links_lead_somewhere(path: Path) -> None:
         file = path if not target else path.parent / target
         assert file.exists(), f"{name(path)} links to {link}"
         assert not anchor or anchor in anchors(file.read_text()), f"{name(path)} links to {link}"
+
+
+# --- layout --------------------------------------------------------------------------------------------------
+
+
+def pictured(text: str) -> dict[str, set[str]]:
+    """The entries of each folder in the picture of CONTRIBUTING.md: "src/rmsnorm/" to {"spec.py", "kernels/", ...}.
+
+    Lines that are indented further go on with the entry above them.
+    """
+    (picture,) = (block.text for block in blocks(text) if block.language == "text")
+    found: dict[str, set[str]] = {}
+    for line in picture.splitlines():
+        entry = re.match(r"( *)(\S+)", line)
+        assert entry is not None, line
+        if not entry[1]:
+            folder = entry[2]
+        found.setdefault(folder, set()).update({entry[2]} if len(entry[1]) == 2 else ())
+    return found
+
+
+def test_contributing_names_every_module_and_package_of_the_library() -> None:
+    entries = pictured(CONTRIBUTING.read_text())
+    there = {f"{path.name}/" if path.is_dir() else path.name for path in SOURCE.iterdir()}
+    assert entries["src/rmsnorm/"] == there - {"__pycache__/", "py.typed"}
+    for folder, names in entries.items():
+        for entry in ("", *names):
+            assert (ROOT / folder / entry).exists(), f"{folder}{entry}"
 
 
 # --- figures -------------------------------------------------------------------------------------------------
@@ -157,7 +189,7 @@ def test_tables_are_those_of_the_stored_results(path: Path, tables: ModuleType) 
     assert tables.filled(text) == text, f"{name(path)} differs from benchmarks/results: run make tables"
 
 
-def test_every_part_is_in_a_document_and_a_changed_figure_is_noticed(tables: ModuleType) -> None:
+def test_every_table_is_in_one_document_and_a_changed_figure_is_noticed(tables: ModuleType) -> None:
     texts = [path.read_text() for path in documents()]
     for part in tables.PARTS:
         marked = f"<!-- results: {part} -->\n"
@@ -171,7 +203,7 @@ def test_every_part_is_in_a_document_and_a_changed_figure_is_noticed(tables: Mod
         tables.filled("<!-- results: nothing -->\n<!-- end of results -->")
 
 
-# Figures with a unit that nobody measured: a claim of others, constants of a prediction, what is downloaded.
+# Figures with a unit that are no measurements: claims of others, constants of a prediction, sizes of downloads.
 NOT_MEASURED = (
     "at least 95 %", "(98.4 %)", "(95.9 %)", "at most 8 s", "up to 10 % more",
     "15 to 20 %", "at 75 %", "or 5 µs a kernel", "about 0.5 GB", "2.2 GB", "at least 1 %",
@@ -180,8 +212,8 @@ MEASURED = re.compile(r"\d\s?(%|µs|us\b|ms\b|s\b|[kMGT]B\b|[GT]B/s)")
 
 
 @pytest.mark.parametrize("path", [p for p in documents() if p.name != "verdicts.md"], ids=name)
-def test_measured_figures_stand_in_tables_alone(path: Path, tables: ModuleType) -> None:
-    """What people write by hand goes stale. docs/verdicts.md is written by tests/patching/verdicts.py as a whole."""
+def test_measured_figures_appear_only_in_generated_tables(path: Path, tables: ModuleType) -> None:
+    """A figure written by hand would go stale. docs/verdicts.md is generated as a whole by tests/patching/verdicts.py."""
     text = without_blocks(tables.without_results(path.read_text()))
     for known in NOT_MEASURED:
         text = text.replace(known, "")
@@ -189,7 +221,7 @@ def test_measured_figures_stand_in_tables_alone(path: Path, tables: ModuleType) 
     assert found is None, f"{name(path)}: {text[max(0, found.start() - 60) : found.end()]!r} is no stored result"
 
 
-def test_the_bounds_of_the_contract_are_those_that_are_tested() -> None:
+def test_readme_and_contract_state_the_bounds_that_are_tested() -> None:
     shares = [f"{DEFINITION_SHARE[dtype] * 1e5:.0f}·10⁻⁵" for dtype in (torch.bfloat16, torch.float16)]
     for path in (ROOT / "README.md", ROOT / "docs" / "contract.md"):
         text = re.sub(r"\s+", " ", path.read_text())
@@ -197,7 +229,7 @@ def test_the_bounds_of_the_contract_are_those_that_are_tested() -> None:
             assert words in text, f"{name(path)} does not say {words}"
 
 
-def test_the_presets_have_the_counts_that_are_tested() -> None:
+def test_the_cost_document_states_the_presets_counts_that_are_tested() -> None:
     tested = re.findall(
         r'\("([a-z0-9-]+)", (\d+), ([\d_]+)\)', (ROOT / "tests" / "tools" / "cost" / "test_model_cost.py").read_text()
     )
@@ -210,17 +242,17 @@ def test_the_presets_have_the_counts_that_are_tested() -> None:
 
 # --- messages ------------------------------------------------------------------------------------------------
 
-# The functions whose words explain passes on.
+# The functions whose texts `explain` repeats,
 EXPLAINED = {
-    "explain", "explained", "refuses", "_backend", "described", "caller", "why_own", "_changed", "_unproven",
+    "explain", "explained", "refuses", "_module", "described", "made_by", "native", "why_own", "_changed", "_unproven",
     "_unserved", "_exported", "_inference_tensor", "_rmsnorm_explain",
 }  # fmt: skip
-# The exceptions whose words it passes on.
+# and the exceptions whose messages it repeats.
 UNUSABLE = ("Unusable", "_Replaceable")
 
 
 def sentences(tree: ast.AST) -> Iterator[str]:
-    """The texts in the code, each whole, with … for what is filled in; not docstrings."""
+    """The string literals in the code without docstrings; in an f-string … stands for each value."""
     inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)} - {
         id(node) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)
     }
@@ -245,8 +277,8 @@ def said_by_explain() -> Iterator[str]:
                 yield from sentences(node)
 
 
-def test_troubleshooting_has_every_line_of_explain() -> None:
-    """By the words between what is filled in, three of them at least: "its weight is on", "is being compiled"."""
+def test_the_troubleshooting_document_has_every_message_of_explain() -> None:
+    """Compares the parts of a message between its values, if they have at least three words."""
     document = re.sub(r"\s+", " ", (ROOT / "docs" / "troubleshooting.md").read_text())
     pieces = {p.strip(" :;,()") for sentence in said_by_explain() for p in sentence.split("…")}
     pieces = {p for p in pieces if p.count(" ") >= 2}
@@ -256,20 +288,20 @@ def test_troubleshooting_has_every_line_of_explain() -> None:
 
 
 def is_composed(words: str, code: str) -> bool:
-    """Whether the words are in the code, in pieces of three words at least."""
+    """Whether the code contains the words, whole or in parts of at least three words."""
     if words in code or words.count(" ") < 2:
         return True
     cuts = [i for i, letter in enumerate(words) if letter == " "][2:]
     return any(words[:i].rstrip(",:;") in code and is_composed(words[i + 1 :], code) for i in cuts)
 
 
-def test_the_lines_of_troubleshooting_are_in_the_code() -> None:
-    """The first column of its tables, by the words between what depends on the case."""
+def test_every_message_in_the_troubleshooting_document_is_in_the_code() -> None:
+    """Compares the first column of its tables, by the parts of a message between its values."""
     text = (ROOT / "docs" / "troubleshooting.md").read_text()
     said = [s for file in SOURCE.rglob("*.py") for s in sentences(ast.parse(file.read_text()))]
     code = re.sub(r"…+", "…", " ".join(said))
     for row in re.findall(r"^\| (`.+?) \|", text, re.MULTILINE):
         for quoted in re.findall(r"`([^`]+)`", row.partition(" | ")[0]):
-            for piece in re.split("…|expected ", quoted):  # the word that every complaint has
+            for piece in re.split("…|expected ", quoted):  # every error message has this word
                 words = re.sub(r"^\[\w+\]", "", piece).strip(" :;,()")
                 assert is_composed(words, code), words

@@ -1,10 +1,8 @@
-"""The layers: constructor, attributes, state, and everything a module is put through."""
+"""The layers: constructor, attributes, state_dict, copies, pickles and the meta device."""
 
 import copy
 import io
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -35,7 +33,7 @@ LAYERS = [
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=repr)
-def test_copies_compute_the_same(layer: nn.Module, tmp_path) -> None:
+def test_copied_pickled_and_loaded_layers_compute_the_same(layer: nn.Module, tmp_path) -> None:
     layer = randomized(copy.deepcopy(layer))
     x = torch.randn(5, 48, generator=torch.Generator().manual_seed(1)).bfloat16()
     x = x.view(5, *getattr(layer, "normalized_shape", (48,)))
@@ -54,7 +52,7 @@ def test_copies_compute_the_same(layer: nn.Module, tmp_path) -> None:
         assert torch.equal(other(x), layer(x))
 
 
-def test_layer_is_the_function() -> None:
+def test_a_layer_gives_the_bits_of_the_function() -> None:
     x = torch.randn(3, 4, 48, generator=torch.Generator().manual_seed(0)).half()
     layer = randomized(RMSNorm(48, 1e-5, cast="late", offset=1.0))
     assert torch.equal(layer(x), rms_norm(x, layer.weight, 1e-5, cast="late", offset=1.0))
@@ -62,7 +60,7 @@ def test_layer_is_the_function() -> None:
     assert torch.equal(published(x), rms_norm(x, published.weight))
 
 
-def test_published_class_has_the_published_shape() -> None:
+def test_deepseek_v2_rms_norm_has_the_published_attributes_and_state_dict() -> None:
     layer = DeepseekV2RMSNorm(48, eps=1e-5)
     assert list(layer.state_dict()) == ["weight"]
     assert torch.equal(layer.weight, torch.ones(48))
@@ -73,13 +71,13 @@ def test_published_class_has_the_published_shape() -> None:
     assert not torch.equal(layer(x), before)
 
 
-def test_new_layers_scale_by_one() -> None:
+def test_the_weight_of_a_new_layer_multiplies_by_one() -> None:
     assert torch.equal(RMSNorm(4).weight, torch.ones(4))
     assert torch.equal(RMSNorm(4, cast="late", offset=1).weight, torch.zeros(4))
     assert RMSNorm(4, elementwise_affine=False).weight is None
 
 
-def test_meta_device_allocates_nothing_and_materializes() -> None:
+def test_a_layer_on_the_meta_device_allocates_nothing_and_can_be_materialized() -> None:
     layer = RMSNorm(1 << 40, device="meta")
     assert layer.weight.is_meta
     with torch.device("meta"):
@@ -111,27 +109,12 @@ def test_meta_device_allocates_nothing_and_materializes() -> None:
         ({"normalized_shape": 4}, TypeError, f"normalized_shape is 4, expected hidden_size, an int; {TORCHS}"),
     ],
 )
-def test_bad_constructor_arguments_are_named(arguments: dict, error: type[Exception], text: str) -> None:
+def test_the_constructor_names_the_bad_argument(arguments: dict, error: type[Exception], text: str) -> None:
     with pytest.raises(error) as caught:
         RMSNorm(**arguments)
     assert text in str(caught.value)
 
 
-def test_a_third_argument_by_position_is_torchs() -> None:
+def test_a_third_positional_argument_raises_an_error_that_names_torch_rms_norm() -> None:
     with pytest.raises(TypeError, match=rf"^\[RMSNorm\] the argument after eps is True, expected .*; {TORCHS}$"):
         RMSNorm(4, 1e-6, True)
-
-
-def test_joins_the_layernorm_list_of_transformers_that_have_one() -> None:
-    program = """
-import sys, types
-stand_in = types.ModuleType("transformers.pytorch_utils")
-stand_in.ALL_LAYERNORM_LAYERS = []
-import rmsnorm
-rmsnorm.DeepseekV2RMSNorm(4)
-assert "transformers" not in sys.modules
-sys.modules["transformers.pytorch_utils"] = stand_in
-rmsnorm.DeepseekV2RMSNorm(4), rmsnorm.DeepseekV2RMSNorm(4)
-assert stand_in.ALL_LAYERNORM_LAYERS == [rmsnorm.DeepseekV2RMSNorm]
-"""
-    subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,4 +1,4 @@
-"""The mathematics of RMSNorm, held against the public function: what scales, turns, permutes and stays orthogonal.
+"""Mathematical properties of RMSNorm, tested on the public functions: scaling, symmetry, orthogonality, Jacobian.
 
 ms is the mean of squares of a row, r = 1/√(ms + ε), xh = r·x, g = dy·w.
 """
@@ -61,7 +61,7 @@ def exactly(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
 
 # A factor that keeps fp16 squares, sums and gradients in its normal range; at eps 0 nothing else depends on scale.
 @given(seeds, widths, dtypes, specs, st.integers(-3, 3))
-def test_a_power_of_two_changes_no_bit_of_y_and_dw_and_divides_dx(seed, N, dtype, spec, k) -> None:
+def test_scaling_x_by_a_power_of_two_keeps_y_and_dw_and_divides_dx_exactly(seed, N, dtype, spec, k) -> None:
     x, w, dy = numbers(seed, (6, N), (N,), (6, N), dtype=dtype)
     x, alpha = x.sign() * (x.abs() + 0.25), 2.0**k
     assert_same_bits(
@@ -77,13 +77,13 @@ def test_a_power_of_two_changes_no_bit_of_y_and_dw_and_divides_dx(seed, N, dtype
     assert_same_bits((dx_scaled * alpha)[normal], dx[normal], "dx")
 
 
-def test_another_factor_does_change_bits(randn) -> None:
+def test_scaling_x_by_another_factor_changes_bits(randn) -> None:
     x, w = randn(64, 128), randn(128)
     assert (rms_norm(3 * x, w, 0.0) != rms_norm(x, w, 0.0)).any()
 
 
 @given(seeds, widths, epses, st.floats(0.1, 10))
-def test_scaling_x_scales_y_by_what_eps_leaves(seed, N, eps, alpha) -> None:
+def test_scaling_x_changes_y_only_through_eps(seed, N, eps, alpha) -> None:
     x, w = numbers(seed, (4, N), (N,))
     _, ms, _ = exactly(x, eps)
     expected = rms_norm(x, w, eps).double() * ((ms + eps) / (ms + eps / alpha**2)).sqrt()
@@ -92,14 +92,14 @@ def test_scaling_x_scales_y_by_what_eps_leaves(seed, N, eps, alpha) -> None:
 
 @given(seeds, widths, specs)
 @example(0, 1, ("early", 0.0))
-def test_the_norm_of_a_norm_is_the_norm(seed, N, spec) -> None:
+def test_normalizing_twice_is_normalizing_once(seed, N, spec) -> None:
     (x,) = numbers(seed, (4, N))
     once = rms_norm(x, None, 0.0)
     torch.testing.assert_close(rms_norm(once, None, 0.0), once, rtol=IDEMPOTENT, atol=0)
 
 
 @given(seeds, widths, epses, st.floats(1e-3, 1e3))
-def test_the_rms_of_the_output(seed, N, eps, scale) -> None:
+def test_the_rms_of_the_output_is_at_most_one_and_follows_the_formula(seed, N, eps, scale) -> None:
     (x,) = numbers(seed, (4, N))
     x = x * scale
     _, ms, _ = exactly(x, eps)
@@ -112,7 +112,7 @@ def test_the_rms_of_the_output(seed, N, eps, scale) -> None:
 
 
 @given(seeds, widths, dtypes, specs, epses)
-def test_odd_in_x_and_linear_in_the_sign_of_dy(seed, N, dtype, spec, eps) -> None:
+def test_negating_x_negates_y_and_dw_and_negating_dy_negates_dx_and_dw(seed, N, dtype, spec, eps) -> None:
     x, w, dy = numbers(seed, (5, N), (N,), (5, N), dtype=dtype)
     y = rms_norm(x, w, eps, cast=spec[0], offset=spec[1])
     assert_same_bits(rms_norm(-x, w, eps, cast=spec[0], offset=spec[1]), -y, "y")
@@ -138,7 +138,7 @@ def test_permuting_columns_permutes_the_outputs(seed, N, dtype, spec, eps) -> No
 
 
 @given(seeds, st.integers(1, 40), widths, dtypes, specs)
-def test_a_row_knows_nothing_of_the_others(seed, M, N, dtype, spec) -> None:
+def test_a_row_of_y_and_dx_does_not_depend_on_the_other_rows(seed, M, N, dtype, spec) -> None:
     x, w, dy = numbers(seed, (M, N), (N,), (M, N), dtype=dtype)
     y = rms_norm(x, w, cast=spec[0], offset=spec[1])
     dx, _ = gradients(x, w, dy, 1e-6, *spec)
@@ -152,7 +152,7 @@ def test_a_row_knows_nothing_of_the_others(seed, M, N, dtype, spec) -> None:
     assert_same_bits(half, y[M // 2 :], "y, half the rows")
 
 
-def test_a_row_knows_nothing_of_many_others(randn) -> None:
+def test_a_row_of_y_and_dx_does_not_depend_on_thousands_of_other_rows(randn) -> None:
     x, w, dy = randn(9000, 96, dtype=torch.bfloat16), randn(96), randn(9000, 96)
     y = rms_norm(x, w)
     dx, _ = gradients(x, w, dy, 1e-6, "early", 0.0)
@@ -161,7 +161,7 @@ def test_a_row_knows_nothing_of_many_others(randn) -> None:
         assert_same_bits(gradients(x[m], w, dy[m], 1e-6, "early", 0.0)[0], dx[m], f"dx {m}")
 
 
-def test_the_residual_sum_is_the_norm_of_the_sum(randn) -> None:
+def test_add_rms_norm_is_rms_norm_of_the_rounded_sum(randn) -> None:
     for dtype, (cast, offset) in itertools.product(FLOATS, SPECS):
         x, residual, w = randn(7, 65, dtype=dtype), randn(7, 65, dtype=dtype), randn(65, dtype=dtype)
         y, s = add_rms_norm(x, residual, w, cast=cast, offset=offset)
@@ -171,15 +171,15 @@ def test_the_residual_sum_is_the_norm_of_the_sum(randn) -> None:
         assert_same_bits(swapped[0], y, "x and residual swapped")
 
 
-# --- what RMSNorm is not -------------------------------------------------------------------------------------
+# --- properties that RMSNorm does not have -------------------------------------------------------------------
 
 
-def test_a_shift_changes_the_output(randn) -> None:
+def test_adding_a_constant_to_x_changes_the_output(randn) -> None:
     x, w = randn(4, 64), randn(64)
     assert (rms_norm(x + 1, w) - rms_norm(x, w)).abs().max() > 0.1
 
 
-def test_scaling_one_row_of_a_matrix_before_it_changes_the_other_outputs(randn) -> None:
+def test_scaling_one_row_of_the_matrix_before_a_norm_changes_the_other_outputs(randn) -> None:
     a, W = randn(4, 32), randn(64, 32)
     scaled = W.clone()
     scaled[0] *= 8
@@ -190,7 +190,7 @@ def test_scaling_one_row_of_a_matrix_before_it_changes_the_other_outputs(randn) 
 
 
 @given(seeds, st.integers(2, 200), epses)
-def test_layer_norm_is_rms_norm_of_what_has_no_mean(seed, N, eps) -> None:
+def test_layer_norm_is_rms_norm_of_centred_rows(seed, N, eps) -> None:
     x, w = numbers(seed, (4, N), (N,))
     centred = (x.double() - x.double().mean(-1, keepdim=True)).float()
     expected = F.layer_norm(x.double(), (N,), w.double(), eps=eps)
@@ -200,7 +200,7 @@ def test_layer_norm_is_rms_norm_of_what_has_no_mean(seed, N, eps) -> None:
 
 
 @given(seeds, st.integers(1, 40), st.integers(-4, 4))
-def test_linear_before_scaled_by_a_power_of_two(seed, N, k) -> None:
+def test_scaling_the_matrix_before_a_norm_by_a_power_of_two_divides_its_gradient_exactly(seed, N, k) -> None:
     a, W, w, dy = numbers(seed, (8, 24), (N, 24), (N,), (8, N))
 
     def dW(a: Tensor, W: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ def test_linear_before_scaled_by_a_power_of_two(seed, N, k) -> None:
 
 
 @given(seeds, st.integers(2, 60))
-def test_the_gradient_of_a_matrix_before_it_is_orthogonal_to_the_matrix(seed, N) -> None:
+def test_the_gradient_of_the_matrix_before_a_norm_is_orthogonal_to_the_matrix(seed, N) -> None:
     a, W, w, dy = numbers(seed, (8, 24), (N, 24), (N,), (8, N))
     z = (a @ W.T).requires_grad_()
     dz, _ = gradients(z, w, dy, 0.0, "early", 0.0)
@@ -223,7 +223,7 @@ def test_the_gradient_of_a_matrix_before_it_is_orthogonal_to_the_matrix(seed, N)
 
 
 @given(seeds, st.integers(1, 60))
-def test_linear_after_folds_the_weight(seed, N) -> None:
+def test_the_weight_can_be_folded_into_the_matrix_after_a_norm(seed, N) -> None:
     x, w, L = numbers(seed, (5, N), (N,), (3, N))
     folded = rms_norm(x).double() @ (L.double() * w.double()).T
     y = rms_norm(x, w).double()
@@ -234,14 +234,14 @@ def test_linear_after_folds_the_weight(seed, N) -> None:
 
 
 def orthogonal(x: Tensor, r: Tensor, g: Tensor) -> Tensor:
-    """How far ⟨dx, x⟩ of a row may be from its exact value: DX of each element of dx, times x."""
+    """The bound on the error of ⟨dx, x⟩ of each row: DX of each element of dx, times x."""
     xh = x * r
     c = (g * xh).mean(-1, keepdim=True)
     return DX * (r * (g.abs() + (xh * c).abs()) * x.abs()).sum(-1)
 
 
 @given(seeds, widths, epses | st.just(0.0), specs)
-def test_dx_is_orthogonal_to_x_but_for_eps(seed, N, eps, spec) -> None:
+def test_dx_is_orthogonal_to_x_up_to_the_term_of_eps(seed, N, eps, spec) -> None:
     x, w, dy = numbers(seed, (6, N), (N,), (6, N))
     dx, _ = gradients(x, w, dy, eps, *spec)
     x64, _, r = exactly(x, eps)
@@ -257,7 +257,7 @@ def jacobian(x: Tensor, eps: float) -> Tensor:
 
 @pytest.mark.parametrize("eps", [0.0, 1e-6, 1e-2])
 @pytest.mark.parametrize("N", [1, 2, 17, 64])
-def test_the_jacobian_of_the_formula(N, eps, randn) -> None:
+def test_the_jacobian_of_the_formula_is_symmetric_and_has_the_expected_eigenvalues(N, eps, randn) -> None:
     x = randn(N).double()
     _, ms, r = exactly(x, eps)
     J = jacobian(x, eps)
@@ -269,7 +269,7 @@ def test_the_jacobian_of_the_formula(N, eps, randn) -> None:
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-6, 1e-2])
-def test_backward_and_forward_mode_are_that_jacobian(eps, randn) -> None:
+def test_backward_and_forward_mode_multiply_by_the_jacobian(eps, randn) -> None:
     N = 33
     x, v = randn(N), randn(N)
     J = jacobian(x.double(), eps)
@@ -282,7 +282,7 @@ def test_backward_and_forward_mode_are_that_jacobian(eps, randn) -> None:
     assert ((tangent.double() - J @ g).abs() <= TANGENT * bound).all()
 
 
-def test_backward_from_y_is_the_closed_form(randn) -> None:
+def test_dx_of_the_formula_follows_from_y_in_closed_form(randn) -> None:
     x, w, dy = randn(4, 24).double().requires_grad_(), randn(24).double(), randn(4, 24).double()
     y = reference.truth(x, w, 1e-6, 0.0)
     (dx,) = torch.autograd.grad(y, x, dy)
@@ -294,8 +294,10 @@ def test_backward_from_y_is_the_closed_form(randn) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("N", [1, 2, 5, 15])
 @pytest.mark.parametrize("eps", [1e-6, 0.5])
-def test_gradients_of_narrow_rows_are_within_ulps_of_what_cancels(dtype: torch.dtype, N: int, eps: float) -> None:
-    """Below 16 columns dx is a difference that cancels, in one column wholly: the bound is on what is subtracted."""
+def test_gradients_of_narrow_rows_are_within_8_ulps_of_the_terms_that_cancel(
+    dtype: torch.dtype, N: int, eps: float
+) -> None:
+    """Below 16 columns dx is a difference of nearly equal terms, so the bound is relative to those terms."""
     generator = torch.Generator().manual_seed(N)
     x = torch.randn(GRADIENT_ELEMENTS // N, N, generator=generator).to(dtype).requires_grad_()
     w = torch.randn(N, generator=generator).to(dtype).requires_grad_()

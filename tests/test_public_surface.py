@@ -13,6 +13,7 @@ SIGNATURES = {
     "DeepseekV2RMSNorm": "hidden_size, eps=1e-06",
     "TorchRMSNorm": "normalized_shape, eps=None, elementwise_affine=True, device=None, dtype=None",
     "patch": "model, *, strict=True",
+    "register": "",
     "cost": "shape, dtype=torch.bfloat16, weight_dtype=None, *, implementation='ours', phase='inference', device='cpu', "
     "cast='early', offset=0.0, elementwise_affine=True, master=False, threads=None",
     "Cost": "flops, read, written, kernels, saved, peak, least, parameters, gradients, optimizer, derived, terms",
@@ -29,10 +30,10 @@ def bare(function: object) -> str:
     return str(inspect.Signature(plain))[1:-1]
 
 
-def test_names_and_signatures() -> None:
+def test_the_public_names_have_these_signatures() -> None:
     assert sorted(rmsnorm.__all__) == sorted(SIGNATURES)
     assert {name: bare(getattr(rmsnorm, name)) for name in rmsnorm.__all__} == SIGNATURES
 
 
-def test_type_information_is_shipped() -> None:
+def test_the_package_ships_its_type_information() -> None:
     assert (ROOT / "py.typed").exists()

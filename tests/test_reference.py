@@ -1,4 +1,4 @@
-"""The specification itself: against the published classes bit for bit, and its derivative against fp64."""
+"""reference.py: its bits are those of the published classes, and its gradients are close to the fp64 truth."""
 
 from collections.abc import Callable
 
@@ -50,10 +50,10 @@ def module(cls: type[nn.Module], w: Tensor, eps: float) -> nn.Module:
 
 
 @pytest.mark.parametrize(("cls", "w_dtype", "x_dtype"), PAIRS)
-def test_published_is_what_the_class_computes(cls, w_dtype, x_dtype, randn) -> None:
+def test_published_gives_the_bits_of_each_class_run_eagerly(cls, w_dtype, x_dtype, randn) -> None:
     cast, offset = PUBLISHED[cls]
     for N, eps in ((1, 1e-6), (64, 0.0), (127, 1e-5), (1280, 1e-6)):
-        # In half of the rows the mean square is about eps, so that eps decides.
+        # In half of the rows the mean square is about as large as eps, so that eps matters.
         x = torch.cat([randn(32, N), randn(32, N, scale=2e-3)]).to(x_dtype)
         w = randn(N, dtype=w_dtype)
         y = reference.published(x, w, eps, cast, offset)
@@ -61,7 +61,7 @@ def test_published_is_what_the_class_computes(cls, w_dtype, x_dtype, randn) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_early_is_not_late(dtype, randn) -> None:
+def test_early_and_late_give_different_bits_in_16_bits(dtype, randn) -> None:
     x, w = randn(64, 1280, dtype=dtype), randn(1280, dtype=dtype)
     for statistic in (
         lambda cast: reference.published(x, w, 1e-6, cast, 0.0),
@@ -72,7 +72,7 @@ def test_early_is_not_late(dtype, randn) -> None:
         assert share > 0.1
 
 
-def test_exact_is_not_published_in_fp32(randn) -> None:
+def test_exact_and_published_differ_in_fp32(randn) -> None:
     x, w = randn(512, 1280), randn(1280)
     exact = reference.forward(x, None, w, 1e-6, "early", 0.0, False)[0]
     assert (exact != reference.published(x, w, 1e-6, "early", 0.0)).any()
@@ -80,7 +80,7 @@ def test_exact_is_not_published_in_fp32(randn) -> None:
 
 @pytest.mark.parametrize("cast", ["early", "late"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_exact_against_the_class(dtype, cast, randn) -> None:
+def test_exact_differs_from_the_class_in_no_more_outputs_than_the_contract_allows(dtype, cast, randn) -> None:
     x, w = randn(1024, 1280, dtype=dtype), randn(1280, dtype=dtype)
     exact = reference.forward(x, None, w, 1e-6, cast, 0.0, False)[0]
     eager = module(DeepseekV2RMSNorm if cast == "early" else GptOssRMSNorm, w, 1e-6)(x)
@@ -90,7 +90,7 @@ def test_exact_against_the_class(dtype, cast, randn) -> None:
 
 
 def steps(x: Tensor, w: Tensor | None, eps: float, cast: str, offset: float) -> Tensor:
-    """The arithmetic of the words, a number at a time, each step rounded to fp32 by name."""
+    """The arithmetic of docs/contract.md, one number at a time, with every rounding to fp32 written out."""
     f = torch.float32
     y = []
     for row in x.reshape(-1, x.shape[-1]):
@@ -111,7 +111,7 @@ def steps(x: Tensor, w: Tensor | None, eps: float, cast: str, offset: float) -> 
 
 @pytest.mark.parametrize(("cast", "offset"), [("early", 0.0), ("late", 0.0), ("late", 1.0)])
 @pytest.mark.parametrize("x_dtype", [*FLOATS, torch.float64])
-def test_forward_follows_the_words(x_dtype, cast, offset, randn) -> None:
+def test_forward_gives_the_bits_of_the_arithmetic_written_out_by_hand(x_dtype, cast, offset, randn) -> None:
     x = randn(2, 24, 37, dtype=x_dtype)
     for w in (None, *(randn(37, dtype=w_dtype) for w_dtype in (*FLOATS, torch.float64))):
         if w is None and offset:
@@ -129,7 +129,7 @@ def test_forward_follows_the_words(x_dtype, cast, offset, randn) -> None:
 
 @pytest.mark.parametrize("r_dtype", FLOATS)
 @pytest.mark.parametrize("x_dtype", FLOATS)
-def test_the_sum_is_rounded_before_the_norm(x_dtype, r_dtype, randn) -> None:
+def test_the_sum_with_the_residual_is_rounded_before_it_is_normalized(x_dtype, r_dtype, randn) -> None:
     x, residual, w = randn(16, 64, dtype=x_dtype), randn(16, 64, dtype=r_dtype), randn(64, dtype=x_dtype)
     y, s, _ = reference.forward(x, residual, w, 1e-6, "early", 0.0, False)
     assert_same_bits(s, (x + residual).to(torch.promote_types(x_dtype, r_dtype)), "s")
@@ -166,7 +166,7 @@ def gathered(how: Callable[..., Gradients], draws: list[tuple[Tensor, ...]], *sp
 @pytest.mark.parametrize(("cast", "offset"), list(CLASS))
 @pytest.mark.parametrize(("w_dtype", "x_dtype"), [(w, x) for w in FLOATS for x in FLOATS if w in (x, torch.float32)])
 @pytest.mark.parametrize("N", [1, 2, 3, 7, 16, 127, 1280])
-def test_backward_is_no_worse_than_eagers(N, w_dtype, x_dtype, cast, offset, randn) -> None:
+def test_gradients_are_no_further_from_fp64_than_those_of_eager(N, w_dtype, x_dtype, cast, offset, randn) -> None:
     # dw has only N elements a draw: for narrow rows its bound is held over fewer draws with many rows each.
     count = min(-(-GRADIENT_ELEMENTS // N), 64)
     rows = max(-(-GRADIENT_ELEMENTS // (N * count)), 16)
@@ -194,14 +194,14 @@ def test_backward_is_no_worse_than_eagers(N, w_dtype, x_dtype, cast, offset, ran
 
 
 def unit(x: Tensor, w: Tensor, dy: Tensor, eps: float, cast: str, offset: float) -> Gradients:
-    """What the errors of dx and dw are measured in where dx cancels: rstd·dy·w and Σ|dy·xh|."""
+    """The units for the errors of dx and dw of narrow rows: rstd·dy·w and Σ|dy·xh|."""
     x, w, dy = x.double(), w.double() + offset, dy.double()
     rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return rstd * dy * w, (dy * x * rstd).abs().sum(0)
 
 
 @pytest.mark.parametrize(("cast", "offset"), list(CLASS))
-def test_the_gradient_through_the_sum_is_added_before_the_one_cast(cast, offset, randn) -> None:
+def test_the_gradient_through_the_sum_is_added_before_the_only_cast(cast, offset, randn) -> None:
     for dtype in FLOATS:
         x, w, dy, ds = randn(64, 96, dtype=dtype), randn(96, dtype=dtype), *(randn(64, 96, dtype=dtype) for _ in "12")
         rstd = reference.forward(x, None, w, 1e-6, cast, offset, True)[2]
@@ -211,7 +211,7 @@ def test_the_gradient_through_the_sum_is_added_before_the_one_cast(cast, offset,
         assert_same_bits(both, (alone + ds.float()).to(dtype), str(dtype))
 
 
-def test_nothing_is_computed_that_nobody_asked_for(randn) -> None:
+def test_results_that_are_not_asked_for_are_none(randn) -> None:
     x, w, dy = randn(4, 8), randn(8), randn(4, 8)
     rstd = reference.forward(x, None, w, 1e-6, "early", 0.0, True)[2]
     assert reference.forward(x, None, w, 1e-6, "early", 0.0, False)[2] is None
@@ -221,7 +221,7 @@ def test_nothing_is_computed_that_nobody_asked_for(randn) -> None:
     assert dw is None
 
 
-def test_truth_is_differentiable_twice(randn) -> None:
+def test_truth_passes_gradcheck_and_gradgradcheck(randn) -> None:
     x, w = randn(3, 5).double().requires_grad_(), randn(5).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x, w: reference.truth(x, w, 1e-2, 1.0), (x, w))
     assert torch.autograd.gradgradcheck(lambda x, w: reference.truth(x, w, 1e-2, 1.0), (x, w))

@@ -1,4 +1,4 @@
-"""Every way into a kernel checks what it is given: no size, dtype or freed storage makes one read memory that is not its own."""
+"""Every entry to a kernel checks its tensors, so that no size, dtype or freed storage makes it read foreign memory."""
 
 import copy
 import re
@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2RMSNorm
 
 from rmsnorm import RMSNorm, add_rms_norm, explain, patch, rms_norm
-from rmsnorm.kernels import host
+from rmsnorm.kernels.host import loader as host
 from tolerance import assert_same_bits
 
 M, N = 4, 64
@@ -25,7 +25,7 @@ Change = Callable[["Run"], object]
 
 
 def _skip_without_cpp() -> None:
-    """Also makes the host forget the call that finds out."""
+    """Skip unless C++ makes calls. The call that finds out is forgotten."""
     x, w = torch.ones(1, 8), torch.ones(8)
     rms_norm(x, w)
     said = explain(x, w)
@@ -41,7 +41,7 @@ def cpp() -> None:
 
 @pytest.fixture(params=["C++", "Python"])
 def node(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whose autograd node the calls of the test make."""
+    """Whether C++ or Python creates the autograd nodes of this test."""
     if request.param == "C++":
         _skip_without_cpp()
     else:
@@ -56,8 +56,7 @@ class Run:
         x, self.w, r = randn(M, N, dtype=dtype), nn.Parameter(randn(N, dtype=dtype)), randn(M, N, dtype=dtype)
         self.x, self.r = x.requires_grad_(), r.requires_grad_() if adds else None
         self.dy, self.ds = randn(M, N, dtype=dtype), randn(M, N, dtype=dtype) if adds else None
-        # Python makes the first call of a kind, and the first backward pass of C++'s node.
-        self.untouched = [self.forward().backward() for _ in range(2)][1]
+        self.untouched = self.forward().backward()
         self.forward()
         name = self.y.grad_fn.name()
         assert ("CppNode<rmsnorm::Norm>" in name) if node == "C++" else (name == "_NormBackward"), name
@@ -183,7 +182,9 @@ CHANGES: dict[str, tuple[bool, Change, str]] = {
 
 
 @pytest.mark.parametrize(("adds", "change", "words"), CHANGES.values(), ids=CHANGES.keys())
-def test_the_backward_pass_names_what_has_changed_since_the_forward_pass(node, randn, adds, change, words) -> None:
+def test_the_backward_pass_names_the_tensor_that_changed_since_the_forward_pass(
+    node, randn, adds, change, words
+) -> None:
     run = Run(node, randn, adds)
     change(run)
     with pytest.raises((TypeError, ValueError), match=re.escape(words) + r" \(in the backward pass: "):
@@ -191,7 +192,7 @@ def test_the_backward_pass_names_what_has_changed_since_the_forward_pass(node, r
 
 
 def test_a_dtype_that_changed_to_that_of_another_planned_kind_is_named(node, randn) -> None:
-    """C++ has a plan for the backward pass of either kind, and must not take the one for the other's."""
+    """C++ has a plan for the backward pass of both dtypes and must not confuse them."""
     x, dy = randn(M, N, dtype=torch.bfloat16).requires_grad_(), randn(M, N, dtype=torch.bfloat16)
     narrow, wide = (randn(N, dtype=dtype).requires_grad_() for dtype in (torch.bfloat16, torch.float32))
     for w in 3 * [wide] + 2 * [narrow]:
@@ -226,8 +227,8 @@ def test_strided_rows_that_reach_past_their_storage_are_named(node, randn) -> No
 
 @pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_back_in_time_gives_the_gradients_of_an_untouched_run(node, randn, adds, dtype) -> None:
-    """As an engine does that shards parameters: it frees the weight after the forward pass and gathers it again."""
+def test_memory_freed_and_restored_before_the_backward_pass_changes_no_gradient(node, randn, adds, dtype) -> None:
+    """As FSDP does: it frees the weight after the forward pass and gathers it again before the backward pass."""
     run = Run(node, randn, adds, dtype)
     held, rows = run.w.data, run.x.data
     set_data(run.w, torch.empty(0, dtype=dtype))
@@ -272,7 +273,7 @@ UNPACKED = {
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("which", ["x", "weight", "rstd"])
 @pytest.mark.parametrize(("unpacked", "error", "words"), UNPACKED.values(), ids=UNPACKED.keys())
-def test_what_a_hook_unpacks_is_checked(node, randn, which, unpacked, error, words) -> None:
+def test_the_backward_pass_checks_what_a_saved_tensor_hook_returns(node, randn, which, unpacked, error, words) -> None:
     run = Run(node, randn)
     shape = {"x": (M, N), "weight": (N,), "rstd": (M,)}[which]
     changed = []
@@ -290,7 +291,7 @@ def test_what_a_hook_unpacks_is_checked(node, randn, which, unpacked, error, wor
     assert changed == [which]
 
 
-def test_hooks_that_give_back_what_they_took_change_no_bits(node, randn) -> None:
+def test_saved_tensor_hooks_that_return_copies_change_no_bits(node, randn) -> None:
     run = Run(node, randn)
     with saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t.clone()):
         run.forward()
@@ -303,7 +304,7 @@ def test_hooks_that_give_back_what_they_took_change_no_bits(node, randn) -> None
 
 @pytest.mark.parametrize("trains", [False, True])
 @pytest.mark.parametrize("which", ["x", "residual", "weight"])
-def test_the_forward_pass_names_what_was_freed(node, randn, which, trains) -> None:
+def test_the_forward_pass_names_the_tensor_whose_memory_was_freed(node, randn, which, trains) -> None:
     for size in (0, 252):
         x, r, w = randn(M, N), randn(M, N), randn(N).requires_grad_(trains)
         adds = which == "residual"
@@ -323,7 +324,7 @@ def test_the_forward_pass_names_what_was_freed(node, randn, which, trains) -> No
 
 
 @pytest.mark.parametrize("shape", [(0, N), (0, 3, N), (2, 0, N)])
-def test_no_rows_need_no_memory(node, randn, shape) -> None:
+def test_tensors_without_rows_need_no_memory(node, randn, shape) -> None:
     x, r = (randn(*shape).requires_grad_() for _ in range(2))
     w = randn(N).requires_grad_()
     resize(x, 0)
@@ -425,7 +426,7 @@ def test_the_operators_refuse_tensors_of_two_devices(randn, device) -> None:
 
 
 @pytest.mark.parametrize("which", ["x", "weight", "residual", "dy", "ds", "rstd"])
-def test_the_operators_name_what_was_freed(randn, which) -> None:
+def test_the_operators_name_the_tensor_whose_memory_was_freed(randn, which) -> None:
     backward = which in ("dy", "ds", "rstd")
     given = backward_arguments(randn) if backward else forward_arguments(randn)
     if given[which] is None:
@@ -440,7 +441,7 @@ def test_the_operators_name_what_was_freed(randn, which) -> None:
 @pytest.mark.parametrize(
     "case", [case for case in BAD_FORWARD if "integer weight" not in case and case[:6] != "sparse"]
 )
-def test_the_forward_operator_checks_what_is_trained(randn, case) -> None:
+def test_the_forward_operator_checks_its_arguments_when_a_gradient_is_needed(randn, case) -> None:
     others, error, words = BAD_FORWARD[case]
     given = forward_arguments(randn, **others)
     trained = "x" if given["weight"] is None else "weight"
@@ -458,8 +459,8 @@ def test_a_nested_tensor_is_refused(randn) -> None:
         torch.ops.rmsnorm.forward(nested, None, randn(N), EPS, "early", 0.0, True)
 
 
-def test_samples_are_not_taken_for_columns(randn) -> None:
-    """A sample without a dimension has no columns, though all samples together look like a row."""
+def test_vmap_over_scalars_raises(randn) -> None:
+    """A scalar sample has no columns, though the batch of all samples has the shape of a row."""
     with pytest.raises(ValueError, match=re.escape("[rms_norm] x has shape (), expected (..., N)")):
         torch.vmap(lambda x: torch.ops.rmsnorm.forward(x, None, None, EPS, "early", 0.0, True)[0])(randn(N))
 
@@ -469,7 +470,7 @@ def test_samples_are_not_taken_for_columns(randn) -> None:
 SHORT = "[rms_norm] weight has shape (63,), expected (64,), the last dimension of x"
 
 
-def test_a_traced_norm_of_one_width_refuses_another(randn) -> None:
+def test_a_traced_norm_raises_for_another_width(randn) -> None:
     w = randn(N)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # jit.trace is deprecated, and says what it takes for constants
@@ -486,7 +487,7 @@ class OfAnInput(nn.Module):
         return rms_norm(x, w, EPS)
 
 
-def test_an_exported_norm_refuses_a_short_weight_that_is_an_input(randn) -> None:
+def test_an_exported_norm_raises_for_a_short_weight_given_as_an_input(randn) -> None:
     x, w = randn(M, N), randn(N)
     program = torch.export.export(OfAnInput(), (x, w))
     assert_same_bits(program.module()(x, w), rms_norm(x, w, EPS))
@@ -500,7 +501,7 @@ def test_an_exported_norm_refuses_a_short_weight_that_is_an_input(randn) -> None
     "trains",
     [False, True],
 )
-def test_an_exported_layer_refuses_a_short_weight_in_its_state(randn, trains) -> None:
+def test_an_exported_layer_raises_for_a_short_weight_in_its_state(randn, trains) -> None:
     x, layer = randn(M, N), RMSNorm(N, EPS)
     nn.init.normal_(layer.weight)
     layer.requires_grad_(trains)
@@ -512,7 +513,7 @@ def test_an_exported_layer_refuses_a_short_weight_in_its_state(randn, trains) ->
 
 
 @pytest.mark.parametrize("trains", [False, True])
-def test_a_compiled_norm_refuses_a_short_weight(fresh_dynamo, randn, trains) -> None:
+def test_a_compiled_norm_raises_for_a_short_weight(fresh_dynamo, randn, trains) -> None:
     x, w = randn(M, N), randn(N).requires_grad_(trains)
     compiled = torch.compile(rms_norm, backend="aot_eager")
     assert_same_bits(compiled(x, w), rms_norm(x, w))
@@ -520,7 +521,7 @@ def test_a_compiled_norm_refuses_a_short_weight(fresh_dynamo, randn, trains) -> 
         compiled(x, randn(N - 1).requires_grad_(trains))
 
 
-# --- sizes that only a run knows -----------------------------------------------------------------------------
+# --- sizes that are unknown until the program runs -----------------------------------------------------------
 
 
 def unbacked(t: Tensor, dim: int) -> Tensor:
@@ -529,7 +530,7 @@ def unbacked(t: Tensor, dim: int) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_rows_that_only_a_run_knows_compile(fresh_dynamo, randn, backend) -> None:
+def test_an_unbacked_number_of_rows_compiles(fresh_dynamo, randn, backend) -> None:
     compiled = torch.compile(add_rms_norm, fullgraph=True, backend=backend)
     w = randn(N).requires_grad_()
     for rows in (5, 7, 1):
@@ -546,7 +547,7 @@ def test_rows_that_only_a_run_knows_compile(fresh_dynamo, randn, backend) -> Non
         compiled(x, r, w, EPS)
 
 
-def test_an_eps_that_only_a_run_knows_compiles(fresh_dynamo, randn) -> None:
+def test_a_dynamic_eps_compiles(fresh_dynamo, randn) -> None:
     x, w = randn(M, N), randn(N)
     compiled = torch.compile(lambda eps: rms_norm(x, w, eps), fullgraph=True, backend="aot_eager")
     for eps in (1e-6, 1e-3, 0.1):
@@ -559,7 +560,7 @@ class SumOfInputs(nn.Module):
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_an_exported_norm_of_any_size_refuses_those_that_differ(randn, strict) -> None:
+def test_an_exported_norm_of_dynamic_shape_raises_for_shapes_that_do_not_fit(randn, strict) -> None:
     any_size, columns = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}, {0: torch.export.Dim.DYNAMIC}
     shapes = (any_size, any_size, columns)
     given = (randn(5, N), randn(5, N), randn(N))
@@ -574,7 +575,7 @@ def test_an_exported_norm_of_any_size_refuses_those_that_differ(randn, strict) -
             program.graph_module(*wrong)
 
 
-def test_a_width_that_only_a_run_knows_compiles(fresh_dynamo, randn) -> None:
+def test_an_unbacked_width_compiles(fresh_dynamo, randn) -> None:
     compiled = torch.compile(rms_norm, fullgraph=True, backend="aot_eager")
     for width in (N, 33):
         x, w = unbacked(randn(M, width).requires_grad_(), 1), unbacked(randn(width).requires_grad_(), 0)
@@ -592,8 +593,8 @@ def test_a_width_that_only_a_run_knows_compiles(fresh_dynamo, randn) -> None:
 # --- modified in place ---------------------------------------------------------------------------------------
 
 
-def test_what_was_modified_in_place_is_named_with_the_way_out(cpp, randn, monkeypatch) -> None:
-    """The same words from C++'s node and from Python's; torch's own follow."""
+def test_an_x_or_weight_modified_in_place_raises_an_error_that_says_what_to_write(cpp, randn, monkeypatch) -> None:
+    """The nodes of C++ and Python give the same message, followed by torch's own."""
     for which in ("x", "w", "s"):
         said = []
         for node in ("C++", "Python"):
@@ -624,64 +625,45 @@ def test_other_errors_of_what_was_saved_stay_torchs(node, randn) -> None:
 
 
 def test_explain_says_of_each_call_who_would_make_it(cpp, randn, threads) -> None:
+    """Also of a call that was never made, and why where it is Python."""
     threads(2)
     x, w, r = randn(M, N), randn(N), randn(M, N)
-    half = randn(N, dtype=torch.bfloat16)
+    half, store = randn(N, dtype=torch.bfloat16), randn(M * N + 1, dtype=torch.bfloat16)
     cases = {
-        "small": (x, w, None, True),
-        "without a weight": (x, None, None, True),
-        "with a residual": (x, w, r, True),
-        "strided rows": (randn(M, 2 * N)[:, :N], w, None, True),
-        "on several threads": (randn(8192, 1280), randn(1280), None, False),
-        "a weight of another dtype": (x, half, None, False),
-        "a transposed x": (randn(N, M).T, w, None, False),
-        "a residual of another dtype": (x, w, randn(M, N, dtype=torch.bfloat16), False),
-    }
-    for name, (x, w, r, planned) in cases.items():
-        assert FROM_PYTHON in explain(x, w, r), f"{name}: nothing was called yet"
-        for _ in range(2):
-            _ = rms_norm(x, w) if r is None else add_rms_norm(x, r, w)
-        said = explain(x, w, r)
-        assert (FROM_CPP in said, FROM_PYTHON in said) == (planned, not planned), f"{name}: {said}"
-        assert (host.norm(x, r, w, EPS, "early", 0.0) is not None) == planned, name
-
-
-def test_explain_asks_for_the_very_call(cpp, randn) -> None:
-    x, w = randn(M, N), randn(N)
-    rms_norm(x, w)
-    assert FROM_CPP in explain(x, w)
-    assert FROM_CPP in explain(x.clone(), w.clone())
-    assert FROM_PYTHON in explain(x, w, eps=1e-5)
-    assert FROM_PYTHON in explain(x, w, cast="late")
-    assert FROM_PYTHON in explain(x[:2], w)
-    assert FROM_PYTHON in explain(x.bfloat16(), w.bfloat16())
-    assert FROM_PYTHON in explain(x, w.clone().requires_grad_())
-    rms_norm(x, w.clone().requires_grad_())
-    assert FROM_CPP in explain(x, w.clone().requires_grad_())
-
-
-def test_explain_knows_where_the_memory_lies(cpp, randn) -> None:
-    """A plan for pairs of numbers serves none at an odd place, though shape and strides are the same."""
-    store, w = randn(M * N + 1, dtype=torch.bfloat16), randn(N, dtype=torch.bfloat16)
-    even, odd = store[:-1].view(M, N), store[1:].view(M, N)
-    rms_norm(even, w)
-    assert FROM_CPP in explain(even, w)
-    assert FROM_PYTHON in explain(odd, w)
+        "small": (x, w, None, ""),
+        "without a weight": (x, None, None, ""),
+        "with a residual": (x, w, r, ""),
+        "strided rows": (randn(M, 2 * N)[:, :N], w, None, ""),
+        "on several threads": (randn(81, 1280), randn(1280), None, ""),
+        "at an odd place": (store[1:].view(M, N), half, None, ""),
+        "to be differentiated": (x.clone().requires_grad_(), w, None, ""),
+        "of huge pages": (torch.ones(1, 8 << 20), None, None, "it asks for huge pages"),
+        "a weight of another dtype": (x, half, None, "torch converts weight at each call"),
+        "a transposed x": (randn(N, M).T, w, None, "torch converts x at each call"),
+        "a residual of another dtype": (
+            x, w, randn(M, N, dtype=torch.bfloat16), "torch converts x, residual at each call"
+        ),
+    }  # fmt: skip
+    for name, (x, w, r, why) in cases.items():
+        expected = f"({FROM_PYTHON}: {why})" if why else f"({FROM_CPP})"
+        assert expected in explain(x, w, r), name
+        assert (host.norm(x, r, w, EPS, "early", 0.0) is None) == bool(why), name
+        assert expected in explain(x, w, r), name
 
 
 # --- a batch of nothing --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batched", [(0, None), (None, 0), (0, 0)], ids=["x", "weight", "both"])
-def test_vmap_takes_no_samples(randn, batched) -> None:
+def test_vmap_over_no_samples_gives_empty_results(randn, batched) -> None:
     x, w = (randn(*([0] if d == 0 else []), *shape) for d, shape in zip(batched, ((M, N), (N,)), strict=True))
     assert torch.vmap(rms_norm, batched)(x, w).shape == (0, M, N)
     y, s = torch.vmap(add_rms_norm, (batched[0], batched[0], batched[1]))(x, x, w) if batched[0] == 0 else (None, None)
     assert y is None or y.shape == s.shape == (0, M, N)
 
 
-def test_gradients_of_no_single_rows_have_their_shapes(randn) -> None:
-    """Their rstd has the shape (0,), as an output that was not asked for."""
+def test_gradients_of_no_single_rows_have_the_right_shapes(randn) -> None:
+    """Their rstd has the shape (0,), like an output that was not asked for."""
     x, w = randn(0, N), randn(N)
     dx, dw = torch.vmap(torch.func.grad(lambda x, w: rms_norm(x, w).sum(), (0, 1)), (0, None))(x, w)
     assert dx.shape == dw.shape == (0, N)
@@ -689,13 +671,13 @@ def test_gradients_of_no_single_rows_have_their_shapes(randn) -> None:
     assert y.shape == tangent.shape == (0, N)
 
 
-def test_vmap_takes_no_samples_of_a_residual_alone(randn) -> None:
+def test_vmap_over_no_samples_of_a_residual_alone_gives_empty_results(randn) -> None:
     y, s = torch.vmap(add_rms_norm, (None, 0, None))(randn(M, N), randn(0, M, N), randn(N))
     assert y.shape == s.shape == (0, M, N)
 
 
 @pytest.mark.parametrize("batched", [(0, 0), (0, None), (None, 0)], ids=["both", "x", "weight"])
-def test_gradients_of_no_samples_have_their_shapes(randn, batched) -> None:
+def test_gradients_of_no_samples_have_the_right_shapes(randn, batched) -> None:
     x, w = (randn(*([0] if d == 0 else []), *shape) for d, shape in zip(batched, ((M, N), (N,)), strict=True))
     gradient = torch.func.grad(lambda x, w: rms_norm(x, w).square().sum(), (0, 1))
     dx, dw = torch.vmap(gradient, batched)(x, w)
@@ -703,7 +685,7 @@ def test_gradients_of_no_samples_have_their_shapes(randn, batched) -> None:
     assert dw.shape == (0, N)
 
 
-def test_gradients_of_no_samples_of_a_sum_have_their_shapes(randn) -> None:
+def test_gradients_of_no_samples_of_a_sum_have_the_right_shapes(randn) -> None:
     def loss(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
         y, s = add_rms_norm(x, r, w)
         return y.sum() + s.square().sum()
@@ -715,7 +697,7 @@ def test_gradients_of_no_samples_of_a_sum_have_their_shapes(randn) -> None:
 # --- a replaced norm -----------------------------------------------------------------------------------------
 
 
-def test_an_inference_tensor_reaches_a_trained_norm_that_has_planned_its_calls(node, randn) -> None:
+def test_a_trained_norm_accepts_an_inference_tensor_after_ordinary_calls(node, randn) -> None:
     norm = DeepseekV2RMSNorm(N)
     nn.init.normal_(norm.weight)
     own = copy.deepcopy(norm)

@@ -1,4 +1,4 @@
-"""Every bound of the suite, with where it comes from. What is not bounded here is compared bit for bit.
+"""Every tolerance of the tests with its derivation. Whatever has none here is compared bit for bit.
 
 u is half an fp32 ulp, the relative error of one rounded fp32 step. A row's steps, from the definition:
 rstd: S/N, eps, their sum (3u, halved by the root), the root, the division: 3.5u. xh = x·rstd: 4.5u. y = w·xh: 5.5u.
@@ -7,7 +7,7 @@ rstd: S/N, eps, their sum (3u, halved by the root), the root, the division: 3.5u
 import torch
 from torch import Tensor
 
-from rmsnorm.kernels.launch import LONGEST_SUM
+from rmsnorm.kernels.gpu.tiling import LONGEST_SUM
 
 FP32_ULP = 2.0**-23
 U = FP32_ULP / 2
@@ -76,14 +76,14 @@ def late_bound(dtype: torch.dtype) -> tuple[float, float]:
 
 
 def ordered(t: Tensor) -> Tensor:
-    """Each number as its place in the order of its dtype: neighbours differ by one, the two zeros by none."""
+    """The numbers as integers in the same order: neighbours differ by one, and the two zeros are equal."""
     bits = t.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]).long()
     lowest = -(1 << (8 * t.element_size() - 1))
     return torch.where(bits < 0, lowest - bits, bits)
 
 
 def assert_same_bits(got: Tensor | None, expected: Tensor | None, what: str = "") -> None:
-    """No tolerance at all: dtype, shape, every bit; of a NaN only its place."""
+    """Assert that dtype, shape and all bits are the same; any two NaN are equal."""
     if got is None or expected is None:
         assert got is expected, f"{what}: {got} against {expected}"
         return

@@ -1,10 +1,19 @@
-"""RMSNorm for PyTorch: the Definition's bits, the same bits everywhere, at the speed of memory."""
+"""Fused RMSNorm for PyTorch that rounds as DeepSeek's published class does and gives the same bits on every device.
 
-from rmsnorm.costs.counts import Cost, cost, register_flops
+rms_norm, add_rms_norm: the functions.
+RMSNorm, DeepseekV2RMSNorm, TorchRMSNorm: the layers.
+patch, unpatch, Report: replace the norms of a model, restore them, and what patch found.
+explain, warmup: which kernel a call would run and why; compile the kernels ahead of time.
+cost, Cost: exact counts of FLOPs, bytes and memory.
+register: tell torch's FLOP counter and transformers about this package.
+"""
+
+from rmsnorm.costs.counts import Cost, cost
+from rmsnorm.functional import add_rms_norm, explain, rms_norm, warmup
 from rmsnorm.modules import DeepseekV2RMSNorm, RMSNorm
-from rmsnorm.ops import add_rms_norm, explain, rms_norm, warmup
 from rmsnorm.patching.drop_in import TorchRMSNorm
 from rmsnorm.patching.models import Report, patch, unpatch
+from rmsnorm.register import register
 
 __version__ = "0.1.0"
 
@@ -18,9 +27,8 @@ __all__ = [
     "cost",
     "explain",
     "patch",
+    "register",
     "rms_norm",
     "unpatch",
     "warmup",
 ]
-
-register_flops()

@@ -1,13 +1,26 @@
-"""Compares tensors by their bits."""
+"""Comparison of tensors bit by bit."""
 
 import torch
 from torch import Tensor
 
 
 def differing(a: Tensor, b: Tensor) -> tuple[int, int]:
-    """(how many elements differ in their bits, by how many ulp at most); two NaN are equal, +0 and -0 one apart.
+    """Count the elements whose bits differ. Two NaN are equal; +0 and -0 differ by one ulp.
 
-    a, b: of one shape and of one floating dtype. Raises ValueError if they are not.
+    Args:
+        a: A floating-point tensor.
+        b: A tensor of the same shape and dtype.
+
+    Returns:
+        How many elements differ, and by how many ulp at most.
+
+    Raises:
+        ValueError: If the shapes or dtypes differ.
+
+    Example:
+        >>> from rmsnorm import bits
+        >>> bits.differing(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0 + 2**-21]))
+        (1, 2)
     """
     if a.shape != b.shape or a.dtype != b.dtype:
         raise ValueError(f"{tuple(a.shape)} {a.dtype} cannot be compared with {tuple(b.shape)} {b.dtype}")
@@ -21,7 +34,7 @@ def differing(a: Tensor, b: Tensor) -> tuple[int, int]:
 
 
 def _ordered(t: Tensor) -> Tensor:
-    """The floats as integers in the same order, a step an ulp."""
+    """The floats as integers in the same order, in which neighbours differ by one."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
     bits = t.detach().contiguous().view(integer).long()
     lowest = -(1 << (8 * t.element_size() - 1))

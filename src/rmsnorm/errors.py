@@ -1,17 +1,41 @@
-"""The words of every complaint: which argument, what it was, what it should be."""
+"""The form of error messages: which argument, what it was, what it should be."""
 
 
 class CommandError(Exception):
-    """A mistake in how a command was called; the command line prints it in one line and exits with 2."""
+    """A command was called wrongly. The command line prints the message in one line and exits with 2."""
 
 
 def complaint(where: str, argument: str, was: object, expected: str) -> str:
-    """`[rms_norm] weight has shape (512,), expected (1280,), the last dimension of x`."""
+    """The message of a TypeError or ValueError about an argument.
+
+    Args:
+        where: The function that was called.
+        argument: The name of the argument.
+        was: What it was, with its verb.
+        expected: What it should be.
+
+    Example:
+        >>> from rmsnorm.errors import complaint
+        >>> complaint("rms_norm", "weight", "has shape (512,)", "(1280,), the last dimension of x")
+        '[rms_norm] weight has shape (512,), expected (1280,), the last dimension of x'
+    """
     return f"[{where}] {argument} {was}, expected {expected}"
 
 
 def one_line(error: object) -> str:
-    """An exception or a text in one line that a terminal can show: an exception's class and all that it says."""
+    r"""An exception or a text as one printable line.
+
+    Args:
+        error: An exception, which gives its class and its message, or anything with a text.
+
+    Returns:
+        The line, without a full stop at its end. Characters that a terminal cannot show are escaped.
+
+    Example:
+        >>> from rmsnorm.errors import one_line
+        >>> one_line(ValueError("eps is -1,\n  expected 0 or more."))
+        'ValueError: eps is -1, expected 0 or more'
+    """
     text = " ".join(str(error).split())
     text = text.partition(" Exception raised from ")[0]  # where torch's C++ appends its stack
     if isinstance(error, OSError) and error.strerror:

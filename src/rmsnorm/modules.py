@@ -1,7 +1,6 @@
-"""The layers: state and one call."""
+"""The layers `RMSNorm` and `DeepseekV2RMSNorm`: parameters, and a call of `rms_norm`."""
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rmsnorm.errors import complaint
-from rmsnorm.ops import rms_norm
+from rmsnorm.functional import rms_norm
 from rmsnorm.spec import DTYPES, Cast, check_spec, is_torchs_shape
 
 P = ParamSpec("P")
@@ -17,7 +16,7 @@ _TORCHS = "rmsnorm.TorchRMSNorm takes the arguments of torch.nn.RMSNorm"
 
 
 def _not_torchs(init: Callable[Concatenate[Any, P], None]) -> Callable[Concatenate[Any, P], None]:
-    """A constructor that names the class to use where it is given the arguments of torch.nn.RMSNorm."""
+    """Make a constructor refuse the arguments of torch.nn.RMSNorm with an error that names TorchRMSNorm."""
 
     @functools.wraps(init)
     def checked(self: Any, *args: P.args, **named: P.kwargs) -> None:
@@ -34,11 +33,33 @@ def _not_torchs(init: Callable[Concatenate[Any, P], None]) -> Callable[Concatena
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` over the last dimension, with a weight of shape (hidden_size,).
+    """The layer of `rms_norm`: normalizes over the last dimension and multiplies by a weight of shape (hidden_size,).
 
-    The weight starts at one, or, with offset 1, at zero, so that a new layer scales by one. Without
-    `elementwise_affine` there is none. Arguments are those of `rms_norm`; raises TypeError or ValueError for what
-    makes no sense. state_dict key: "weight".
+    A new weight is one, or zero with an offset of 1, so that the layer at first multiplies by one. Its key in the
+    state_dict is "weight". `rmsnorm.TorchRMSNorm` is the class with the arguments of `torch.nn.RMSNorm`.
+
+    Args:
+        hidden_size: The size N of the last dimension of x, at least 1.
+        eps: Added to the mean of squares, 0 or more.
+        cast: "early" converts to the dtype of x and then multiplies by the weight (Llama, DeepSeek, Qwen, Mistral);
+            "late" multiplies in fp32 and converts once (GPT-OSS, Olmo 2, Gemma).
+        offset: 0, or 1 to multiply by 1 + weight (Gemma). 1 requires "late" and a weight.
+        elementwise_affine: Whether there is a weight.
+        device: The device of the weight.
+        dtype: The dtype of the weight: float32, bfloat16, float16 or float64. None for torch's default.
+
+    Raises:
+        TypeError: If hidden_size is no int, eps or offset no number, dtype none of the four, or the arguments are those
+            of `torch.nn.RMSNorm`.
+        ValueError: If hidden_size, eps, cast or offset has another value than these, or the offset is 1 without "late"
+            or without a weight.
+
+    Example:
+        >>> layer = rmsnorm.RMSNorm(1280, dtype=torch.bfloat16)
+        >>> layer(torch.randn(4, 128, 1280, dtype=torch.bfloat16)).dtype
+        torch.bfloat16
+        >>> rmsnorm.RMSNorm(3072, cast="late", offset=1.0)  # Gemma's
+        RMSNorm(3072, eps=1e-06, cast='late', offset=1.0)
     """
 
     weight: nn.Parameter | None
@@ -76,13 +97,28 @@ class RMSNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Set the weight to one, or with an offset of 1 to zero."""
         if self.weight is not None:
             nn.init.constant_(self.weight, 1.0 - self.offset)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize x.
+
+        Args:
+            x: (..., hidden_size) float32, bfloat16, float16 or float64.
+
+        Returns:
+            y of the shape of x. For "early" with a weight it has the dtype to which PyTorch promotes the product of
+            weight and x, otherwise that of x.
+
+        Raises:
+            TypeError: If x is not a dense tensor of these dtypes.
+            ValueError: If its last dimension is not hidden_size, or it is on another device than the weight.
+        """
         return rms_norm(x, self.weight, self.eps, cast=self.cast, offset=self.offset)
 
     def extra_repr(self) -> str:
+        """The arguments of the constructor, for `print(model)`."""
         parts = [f"{self.hidden_size}, eps={self.eps}, cast={self.cast!r}"]
         if self.offset != 0:
             parts.append(f"offset={self.offset}")
@@ -92,7 +128,26 @@ class RMSNorm(nn.Module):
 
 
 class DeepseekV2RMSNorm(nn.Module):
-    """The published class: the same constructor, attributes (`weight`, `variance_epsilon`) and state_dict."""
+    """DeepSeek's published class with this package's kernels: the Definition, with *exact* statistics.
+
+    Constructor, attributes (`weight`, `variance_epsilon`) and state_dict are those of the class of that name in
+    transformers. The weight starts at one.
+
+    Args:
+        hidden_size: The size N of the last dimension of x, at least 1.
+        eps: Added to the mean of squares, 0 or more.
+
+    Raises:
+        TypeError: If hidden_size is no int, or eps no number.
+        ValueError: If hidden_size is less than 1, or eps less than 0 or too large for fp32.
+
+    Example:
+        >>> layer = rmsnorm.DeepseekV2RMSNorm(1536)
+        >>> layer.weight.shape, layer.variance_epsilon
+        (torch.Size([1536]), 1e-06)
+        >>> layer(torch.randn(2, 1536, dtype=torch.bfloat16)).dtype  # promoted, as in the Definition
+        torch.float32
+    """
 
     weight: nn.Parameter
 
@@ -100,20 +155,22 @@ class DeepseekV2RMSNorm(nn.Module):
         super().__init__()
         self.register_parameter("weight", RMSNorm(hidden_size, eps).weight)
         self.variance_epsilon = eps
-        join_layernorm_layers(type(self))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalize over the last dimension.
+
+        Args:
+            hidden_states: (..., hidden_size) float32, bfloat16, float16 or float64.
+
+        Returns:
+            The result of the same shape, in the dtype to which PyTorch promotes the product of weight and input.
+
+        Raises:
+            TypeError: If hidden_states is not a dense tensor of these dtypes.
+            ValueError: If its last dimension is not hidden_size, or it is on another device than the weight.
+        """
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
     def extra_repr(self) -> str:
+        """The shape of the weight and eps, as transformers prints them."""
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
-
-
-def join_layernorm_layers(cls: type[nn.Module]) -> None:
-    """Append to transformers' ALL_LAYERNORM_LAYERS, by which its older Trainers spare norms the weight decay.
-
-    Only where transformers is loaded already, as it is wherever its Trainer is used: importing it takes seconds.
-    """
-    layers = getattr(sys.modules.get("transformers.pytorch_utils"), "ALL_LAYERNORM_LAYERS", None)
-    if isinstance(layers, list) and cls not in layers:
-        layers.append(cls)

@@ -1,7 +1,9 @@
-"""The arithmetic, in plain torch: specification, fallback and oracle. Every step rounds to fp32 unless it says so.
+"""The arithmetic in plain torch: the specification, the fallback where there is no kernel, and the tests' oracle.
 
-Shapes: x, residual, s, y, dy, ds, dx are (..., N); w and dw are (N,); rstd is (...,), one fp32 number a row.
-The kernels under `kernels/` offer the same `forward` and `backward`, and must give the same bits.
+Every step rounds to fp32 unless the code says otherwise. The modules in `kernels/` offer the same `forward` and
+`backward` and must give the same bits. `Spec` in spec.py defines *exact*, *published*, *early* and *late*.
+
+Shapes: x, residual, s, y, dy, ds and dx are (..., N), w and dw are (N,), and rstd is (...,), one fp32 number a row.
 """
 
 import torch
@@ -9,42 +11,64 @@ from torch import Tensor
 
 
 def exact_rstd(x: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean(x²) + eps): the squares and their sum in fp64, then four correctly rounded fp32 steps.
+    """The statistic 1 / sqrt(mean(x²) + eps): an fp64 sum of exact squares, then four correctly rounded fp32 steps.
 
-    torch.sqrt is not correctly rounded in fp32 on the CPU; through fp64 it is, since fp64 holds more than twice
-    the digits of fp32.
+    Args:
+        x: (..., N).
+        eps: Added to the mean.
+
+    Returns:
+        (...,) float32.
     """
     return rstd_of(sum_of_squares(x), x.shape[-1], eps)
 
 
 def sum_of_squares(x: Tensor) -> Tensor:
-    """S, in fp64, where the squares are exact."""
+    """S = Σ x² of each row in fp64, in which the squares are exact. (..., N) to (...,) float64."""
     return x.float().double().square().sum(-1)
 
 
 def rstd_of(S: Tensor, N: int, eps: float) -> Tensor:
-    """The statistic from S over whole rows of N."""
+    """The statistic from S = `sum_of_squares(x)` over whole rows of N. (...,) float64 to (...,) float32."""
     v = _mean(S, N) + eps
+    # torch.sqrt is not correctly rounded in fp32 on a CPU. By way of fp64 it is: that holds twice the digits and more.
     return 1 / v.double().sqrt().float()
 
 
 def published_rstd(x: Tensor, eps: float) -> Tensor:
-    """The statistic as the published classes take it. Used to prove what a class computes, never to compute."""
+    """The statistic as the published classes take it. (..., N) to (...,) float32.
+
+    It serves to prove what a class computes.
+    """
     return torch.rsqrt(x.float().pow(2).mean(-1) + eps)
 
 
 def normalize(x: Tensor, w: Tensor | None, rstd: Tensor, cast: str, offset: float) -> Tensor:
-    """y from x and its statistic. Early: promote_types(w, x); late, or without a weight: the dtype of x."""
+    """y from x and its statistic.
+
+    Args:
+        x: (..., N).
+        w: (N,) or None.
+        rstd: (...,) float32.
+        cast: "early" or "late".
+        offset: 0 or 1.
+
+    Returns:
+        (..., N) in the dtype that `spec.result_dtype` states.
+    """
     h = x.float() * rstd.unsqueeze(-1)
     if w is None:
         return h.to(x.dtype)
     if cast == "early":
-        return w * h.to(x.dtype)
+        return w * h.to(x.dtype)  # PyTorch promotes the product, as in the Definition
     return (_scale(w, offset) * h).to(x.dtype)
 
 
 def published(x: Tensor, w: Tensor | None, eps: float, cast: str, offset: float) -> Tensor:
-    """y as a published class gives it when it is run eagerly."""
+    """y as a published class gives it when PyTorch runs it operator by operator.
+
+    Arguments and result are those of `normalize`, with eps in place of rstd.
+    """
     return normalize(x, w, published_rstd(x, eps), cast, offset)
 
 
@@ -52,7 +76,22 @@ def published(x: Tensor, w: Tensor | None, eps: float, cast: str, offset: float)
 def forward(
     x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float, with_rstd: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(y, s, rstd): s = x + residual in its promoted dtype, None without a residual; rstd None if not asked for."""
+    """The forward pass.
+
+    Args:
+        x: (..., N).
+        residual: (..., N), added to x before it is normalized; or None.
+        w: (N,) or None.
+        eps: Added to the mean of squares.
+        cast: "early" or "late".
+        offset: 0 or 1.
+        with_rstd: Whether the statistic is asked for.
+
+    Returns:
+        y: (..., N) in the dtype that `spec.result_dtype` states, contiguous.
+        s: x + residual in their promoted dtype, contiguous; None without a residual.
+        rstd: (...,) float32; None if not asked for.
+    """
     s = None if residual is None else x + residual
     rows = x if s is None else s
     rstd = exact_rstd(rows, eps)
@@ -72,10 +111,24 @@ def backward(
     need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, dw) in the dtypes of x and w, each None if not asked for.
+    """The backward pass: dx = rstd · (g − xh · mean(g·xh)) + ds and dw = Σ over rows of dy·xh.
 
-    x is what was normalized: x + residual where there was one, and ds the gradient that arrives through that sum.
-    With xh = x·rstd and g = dy·w:  dx = rstd · (g − xh · mean(g·xh)) + ds,  dw = Σ over rows of dy·xh.
+    Here xh = x·rstd and g = dy·(w + offset).
+
+    Args:
+        dy: (..., N), the gradient of y.
+        ds: (..., N), the gradient that arrives through s = x + residual; or None.
+        x: (..., N), what was normalized: s where there was a residual.
+        w: (N,) or None.
+        rstd: (...,) float32, from the forward pass.
+        cast: "early" or "late".
+        offset: 0 or 1.
+        need_dx: Whether dx is asked for.
+        need_dw: Whether dw is asked for.
+
+    Returns:
+        dx: (..., N) in the dtype of x, contiguous; None if not asked for.
+        dw: (N,) in the dtype of w; None if not asked for, or without a weight.
     """
     g, xh = products(dy, x, w, rstd, offset)
     dx = input_gradient(g, xh, rstd, dot(g, xh), x.shape[-1], ds, x.dtype) if need_dx else None
@@ -83,42 +136,58 @@ def backward(
 
 
 def products(dy: Tensor, x: Tensor, w: Tensor | None, rstd: Tensor, offset: float) -> tuple[Tensor, Tensor]:
-    """(g, xh) in fp32."""
+    """(g, xh), both (..., N) float32: g = dy·(w + offset), or dy without a weight, and xh = x·rstd."""
     return dy.float() if w is None else dy.float() * _scale(w, offset), x.float() * rstd.unsqueeze(-1)
 
 
 def dot(g: Tensor, xh: Tensor) -> Tensor:
-    """The rounded products, summed over each row in fp64."""
+    """Σ g·xh of each row: the fp32 products, summed in fp64. (..., N) float32 to (...,) float64."""
     return (g * xh).double().sum(-1)
 
 
 def input_gradient(
     g: Tensor, xh: Tensor, rstd: Tensor, S: Tensor, N: int, ds: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """dx from S = dot(g, xh) over whole rows of N."""
-    c = _mean(S + 0.0, N).unsqueeze(-1)  # a sum of nothing but -0.0 is +0.0 in every order
+    """dx, (..., N) in the given dtype, from S = `dot(g, xh)` over whole rows of N."""
+    c = _mean(S + 0.0, N).unsqueeze(-1)  # + 0.0, because a sum of nothing but -0.0 is +0.0 in some orders
     dx = rstd.unsqueeze(-1) * (g - xh * c)
     return (dx if ds is None else dx + ds.float()).to(dtype).contiguous()
 
 
 def weight_gradient(dy: Tensor, xh: Tensor, dtype: torch.dtype, w: Tensor, cast: str) -> Tensor:
-    """dw in the dtype of w; dtype is that of x."""
+    """dw, (N,) in the dtype of w: Σ over rows of dy·xh in fp64. dtype is that of x; early casts xh to it first."""
     h = xh.to(dtype).float() if cast == "early" else xh
     return (dy.float() * h).double().reshape(xh.shape[:-1].numel(), xh.shape[-1]).sum(0).to(w.dtype)
 
 
 def truth(x: Tensor, w: Tensor | None, eps: float, offset: float) -> Tensor:
-    """The formula itself, unrounded, in fp64 and differentiable: what gradients are measured against."""
+    """The formula itself in fp64, unrounded and differentiable, against which gradients are measured.
+
+    Args:
+        x: (..., N).
+        w: (N,) or None.
+        eps: Added to the mean of squares.
+        offset: 0 or 1.
+
+    Returns:
+        (..., N) float64.
+
+    Example:
+        >>> from rmsnorm import reference
+        >>> x = torch.tensor([[3.0, 4.0]], requires_grad=True)
+        >>> reference.truth(x, None, eps=0.0, offset=0.0)
+        tensor([[0.8485, 1.1314]], dtype=torch.float64, grad_fn=<MulBackward0>)
+    """
     x = x.double()
     h = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return h if w is None else (w.double() + offset) * h
 
 
 def _scale(w: Tensor, offset: float) -> Tensor:
-    """The weight as fp32, plus the offset. Adding 0.0 would turn a weight of -0.0 into +0.0."""
+    """The weight in fp32 plus the offset. Adding 0.0 would turn a weight of -0.0 into +0.0."""
     return w.float() if offset == 0 else w.float() + offset
 
 
 def _mean(S: Tensor, N: int) -> Tensor:
-    """S / N in fp32. Divided by a tensor, because by a number torch multiplies with 1 / N on a GPU."""
+    """S / N in fp32. N is a tensor, because torch on a GPU multiplies by 1 / N where it divides by a number."""
     return (S / torch.full((), N, dtype=S.dtype, device=S.device)).float()

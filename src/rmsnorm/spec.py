@@ -1,5 +1,10 @@
-"""What distinguishes one RMSNorm from another, and the one validator of its arguments."""
+"""What distinguishes one RMSNorm from another, the dtypes of its tensors, and the checks of its arguments.
 
+Every check raises TypeError for a wrong type or dtype and ValueError for a wrong value. The message names the function
+that was called (`where`), the argument, what it was and what it should be.
+"""
+
+import functools
 import numbers
 from dataclasses import dataclass
 from typing import Literal, NoReturn
@@ -10,17 +15,42 @@ from rmsnorm.errors import complaint
 
 Cast = Literal["early", "late"]
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# What x and a weight may have, each. There are kernels for the first three; float64 is computed by the reference.
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (*KERNEL_DTYPES, torch.float64)
 LARGEST_EPS = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One RMSNorm: `eps` under the root, when the cast happens, what is added to the weight.
+    """One RMSNorm: its epsilon, where it rounds, and what it adds to the weight.
 
-    `cast="early"` casts to the input's dtype and then multiplies by the weight (Llama, DeepSeek V2/V3, Qwen);
-    `cast="late"` multiplies in fp32 and casts once (GPT-OSS, Olmo 2, and, with `offset=1`, Gemma).
-    Raises `TypeError` or `ValueError` when the combination makes no sense.
+    The words of this project, which mean the same in every file:
+
+    - *Definition*: the forward of `DeepseekV2RMSNorm` as published: convert x to fp32, take the mean of its squares,
+      multiply by `rsqrt(mean + eps)`, convert to the dtype of x, multiply by the weight.
+    - *early*, *late*: whether that conversion comes before or after the multiplication by the weight. Early: Llama,
+      DeepSeek V2 and V3, Qwen, Mistral. Late: GPT-OSS, Olmo 2, DeepSeek V4 and, with an offset of 1, Gemma.
+    - *statistic*: `1 / sqrt(mean(x²) + eps)`, one number a row, which the code calls rstd.
+    - *published*: the statistic as the classes take it, with an fp32 mean and `torch.rsqrt`. Its last bits depend on
+      the device. It serves to prove what a class computes.
+    - *exact*: the statistic with an fp64 sum and correctly rounded steps, the same on every device. We compute this.
+
+    Attributes:
+        eps: Added to the mean of squares. A number from 0 to `LARGEST_EPS`.
+        cast: "early" or "late".
+        offset: Added to the weight in fp32, 0 or 1. An offset of 1 requires "late".
+
+    Raises:
+        TypeError: If eps or the offset is not a number.
+        ValueError: If eps, cast or the offset has another value than these, or the offset is 1 with "early".
+
+    Example:
+        >>> from rmsnorm.spec import Spec
+        >>> gemma = Spec(eps=1e-6, cast="late", offset=1.0)
+        >>> Spec(offset=1.0)
+        Traceback (most recent call last):
+        ValueError: [Spec] offset is 1 with cast='early', expected cast='late' when there is an offset
     """
 
     eps: float = 1e-6
@@ -31,8 +61,56 @@ class Spec:
         check_spec("Spec", self.eps, self.cast, self.offset)
 
 
+def result_dtype(x: torch.dtype, weight: torch.dtype | None, cast: str) -> torch.dtype:
+    """The dtype of y.
+
+    Args:
+        x: The dtype of what is normalized: of x, or of x + residual.
+        weight: The dtype of the weight; None without one.
+        cast: "early" or "late".
+
+    Returns:
+        For "early" with a weight, the dtype to which PyTorch promotes the product of weight and x; otherwise x's.
+
+    Example:
+        >>> from rmsnorm.spec import result_dtype
+        >>> result_dtype(torch.bfloat16, torch.float32, "early")
+        torch.float32
+        >>> result_dtype(torch.bfloat16, torch.float32, "late")
+        torch.bfloat16
+    """
+    return x if weight is None or cast == "late" else torch.promote_types(x, weight)
+
+
+def spec_of(where: str, eps: float, cast: Cast, offset: float) -> Spec:
+    """The `Spec` with eps and offset as floats, from a cache.
+
+    Raises:
+        TypeError: As `check_spec`.
+        ValueError: As `check_spec`.
+    """
+    check_spec(where, eps, cast, offset)
+    return _spec(eps, cast, offset)
+
+
+@functools.lru_cache(256)
+def _spec(eps: float, cast: Cast, offset: float) -> Spec:
+    return Spec(float(eps), cast, float(offset))
+
+
 def check_spec(where: str, eps: float, cast: str, offset: float) -> None:
-    """Raise `TypeError` or `ValueError`, naming the argument, unless the three make an RMSNorm."""
+    """Check what a `Spec` holds.
+
+    Args:
+        where: The function that was called, for the message.
+        eps: As in `Spec`.
+        cast: As in `Spec`.
+        offset: As in `Spec`.
+
+    Raises:
+        TypeError: If eps or the offset is not a number.
+        ValueError: If one has a value that is not allowed, or the offset is 1 with "early".
+    """
     if type(eps) is float and 0.0 <= eps <= LARGEST_EPS and offset == 0.0 and (cast == "early" or cast == "late"):
         return  # nearly every call
     for name, value in (("eps", eps), ("offset", offset)):
@@ -50,7 +128,16 @@ def check_spec(where: str, eps: float, cast: str, offset: float) -> None:
 
 
 def check_order(where: str, weight: object, more: tuple[object, ...]) -> None:
-    """Raise `TypeError` for what stands in another place than here: the arguments of F.rms_norm, or one by position."""
+    """Check that `rms_norm` was not called with the arguments of F.rms_norm, or with cast or offset by position.
+
+    Args:
+        where: The function that was called, for the message.
+        weight: What was given as the weight.
+        more: What was given by position after eps.
+
+    Raises:
+        TypeError: If the weight is the `normalized_shape` of F.rms_norm, or there are arguments after eps.
+    """
     if is_torchs_shape(weight):
         fix = f'this is the argument order of F.rms_norm; write {where}(x, weight, eps, cast="late")'
         raise TypeError(complaint(where, "weight", f"is a {type(weight).__name__}", f"a torch.Tensor: {fix}"))
@@ -60,14 +147,14 @@ def check_order(where: str, weight: object, more: tuple[object, ...]) -> None:
 
 
 def is_torchs_shape(value: object) -> bool:
-    """Whether it can only be the `normalized_shape` of torch's functions."""
+    """Whether this is an int or a sequence of ints, which only torch's own functions take: their normalized_shape."""
     if isinstance(value, (tuple, list)):
         return all(isinstance(n, int) for n in value)
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def caller(residual: torch.Tensor | None) -> str:
-    """The public function that is called with this residual, or with the gradient that arrives through its sum."""
+    """The name of the public function that is called with this residual, or with this gradient of the sum."""
     return "rms_norm" if residual is None else "add_rms_norm"
 
 
@@ -79,10 +166,19 @@ def check_tensors(
     offset: float,
     symbolic: bool = False,
 ) -> None:
-    """Raise `TypeError` or `ValueError`, naming the argument, unless the tensors fit each other.
+    """Check the tensors of a forward pass. All must be dense, have a dtype in `DTYPES`, and be on one device.
 
-    x: (..., N) with N >= 1; residual: the shape of x; weight: (N,). All of a floating dtype in `DTYPES`, dense,
-    on one device. symbolic: whether sizes may be known only when a compiled program runs; it then checks them.
+    Args:
+        where: The function that was called, for the message.
+        x: (..., N) with N of at least 1.
+        residual: None, or of the shape of x.
+        weight: None, or (N,). An offset requires one.
+        offset: 0 or 1.
+        symbolic: Whether a size may be unknown until a compiled program runs, which then checks it.
+
+    Raises:
+        TypeError: If one is not a dense tensor of these dtypes.
+        ValueError: If a shape or device does not fit, or there is an offset without a weight.
     """
     _check_rows(where, "x", x, symbolic)
     if residual is not None:
@@ -103,9 +199,24 @@ def check_gradients(
     need_dw: bool,
     symbolic: bool = False,
 ) -> None:
-    """As `check_tensors`, for what the backward pass gets: dy, x and ds: (..., N); weight: (N,); rstd: (...,).
+    """Check the tensors of a backward pass, as `check_tensors` does those of the forward pass.
 
-    Autograd gives dy the shape of y, so what does not fit it has changed since the forward pass.
+    Autograd gives dy the shape of y, so a tensor that does not fit it has changed since the forward pass.
+
+    Args:
+        where: The function that was called, for the message.
+        dy: (..., N), the gradient of y.
+        ds: None, or of the shape of dy: the gradient of x + residual.
+        x: What was normalized, of the shape of dy.
+        weight: None, or (N,).
+        rstd: (...,) float32, one number a row of x.
+        offset: 0 or 1.
+        need_dw: Whether the gradient of the weight is asked for.
+        symbolic: Whether a size may be unknown until a compiled program runs, which then checks it.
+
+    Raises:
+        TypeError: If one is not a dense tensor of the right dtype.
+        ValueError: If a shape or device does not fit, or there is no weight for an offset or for a gradient.
     """
     try:
         _check_rows(where, "dy", dy, symbolic)
@@ -130,7 +241,11 @@ def check_gradients(
 def check_saved(
     where: str, x: torch.Tensor, weight: torch.Tensor | None, x_dtype: torch.dtype, weight_dtype: torch.dtype | None
 ) -> None:
-    """Raise `TypeError`, naming the argument, unless x and the weight have the dtypes that they were saved with."""
+    """Check in the backward pass that x and the weight have the dtypes with which they were saved.
+
+    Raises:
+        TypeError: If one has another; the message names it.
+    """
     for name, t, dtype in (("x", x, x_dtype), ("weight", weight, weight_dtype)):
         if t is not None and t.dtype is not dtype:
             words = complaint(where, name, f"has dtype {t.dtype}", str(dtype).removeprefix("torch."))
@@ -141,9 +256,17 @@ _IN_BACKWARD = "(in the backward pass: what was saved for it must be as it was i
 
 
 def check_memory(where: str, backward: bool = False, **tensors: torch.Tensor | None) -> None:
-    """Raise `ValueError`, naming the argument, unless each tensor's storage holds all that its shape says.
+    """Check that each tensor's storage is large enough for its shape.
 
-    Engines that shard parameters free a storage, or make it smaller, while the shape stays.
+    Libraries that shard parameters free a storage, or make it smaller, and keep the tensor with its shape.
+
+    Args:
+        where: The function that was called, for the message.
+        backward: Whether this is the backward pass; the message then says so.
+        **tensors: The tensors by their argument's name. None is passed over.
+
+    Raises:
+        ValueError: If a storage is too small.
     """
     for name, t in tensors.items():
         if t is None:
@@ -194,7 +317,7 @@ def _check_device(where: str, name: str, t: torch.Tensor, x: torch.Tensor, of: s
 
 
 def _same_sizes(a: torch.Size, b: torch.Size, symbolic: bool) -> bool:
-    """Whether two shapes are the same, as far as that is known; what is not is checked when the program runs."""
+    """Whether two shapes are the same. Sizes that are not known yet are checked when the compiled program runs."""
     if not symbolic:
         return a == b
     if len(a) != len(b):

@@ -1,8 +1,8 @@
-"""Are the counts for CUDA what a GPU does? `python tests/costs/gpu_cost_check.py [--out DIR]`.
+"""Compare the counts for CUDA with what a GPU does: `python tests/costs/gpu_cost_check.py [--out DIR]`.
 
-Launches are the profiler's, what is saved is autograd's, and memory is what was asked of the allocator, before it rounds
-up. What differs and a table come last, `gpu_cost_check.json` with every figure goes to DIR, and the exit status is 1 if
-any is red. Compiled kernels go to a folder that is removed at the end; nothing else is written.
+The profiler counts launches, autograd's hooks the saved bytes, and the allocator the requested bytes, before it rounds
+them up. The differences and a table are printed at the end, all figures are written to DIR/gpu_cost_check.json, and the
+exit status is 1 if any count is wrong. Compiled kernels are written to a temporary folder.
 """
 
 import argparse
@@ -78,11 +78,11 @@ def peak(call: Callable[[], Any]) -> tuple[Any, int, int]:
 
 
 def launches(run: Run) -> list[list[str]]:
-    """What each phase puts on the stream, memsets left out: the names, in order."""
+    """The names of the kernels and copies that each phase launches, in order, without memsets."""
     for _ in range(ATTEMPTS):
         found = _profiled([run.inference, run.forward, _again(run)])
         if all(found):
-            break  # no norm launches nothing: then it is the profiler that lost it
+            break  # every norm launches something; otherwise the profiler lost events
     return [[name for name in names if not name.startswith(NO_KERNELS)] for names in found]
 
 
@@ -105,7 +105,7 @@ def _profiled(calls: list[Callable[[], Any]]) -> list[list[str]]:
 
 
 def allocations(call: Callable[[], Any]) -> list[int]:
-    """What the allocator gave (+) and took (-), in order, as it rounds: to see where a peak comes from."""
+    """The allocator's allocations (+) and frees (-) in order, in rounded bytes: they show where a peak comes from."""
     torch.cuda.synchronize()
     torch.cuda.memory._record_memory_history(max_entries=1000, stacks="python", context=None)
     try:
@@ -120,7 +120,7 @@ def allocations(call: Callable[[], Any]) -> list[int]:
 
 
 def check(case: Case) -> list[dict[str, Any]]:
-    """A row for each phase: the figures, counted and measured, and what is needed to see why they differ."""
+    """A row for each phase: the counted and measured figures, and details where they differ."""
     run = Run.of(case.shape, case.x, case.w, case.implementation, case.cast, case.offset, device="cuda")
     run.backward(run.forward())()  # compiles, and fills the workspaces that stay
     run.inference()

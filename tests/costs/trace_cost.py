@@ -1,8 +1,8 @@
-"""What the running code does, counted from outside: the operators it dispatches, what it saves, what it allocates.
+"""A trace of the running code: the operators that it dispatches, what autograd saves, and what it allocates.
 
-Nothing here knows a formula. A dispatch mode sees every aten operator and takes its tensors' sizes; inside our own
-operators it goes on watching, and a spy takes the pointers that the compiled CPU kernels are called with. Memory is
-the allocator's own account, without any mode, since a mode changes what autograd does in place.
+It uses no formula of the counts. A dispatch mode sees every aten operator and the sizes of its tensors, also inside our
+own operators, and a spy sees the pointers with which the compiled CPU kernels are called. Memory is what the allocator
+reports, measured without the mode, because a mode changes what autograd does in place.
 """
 
 import contextlib
@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import rmsnorm
-from rmsnorm import memory, ops
+from rmsnorm import memory
+from rmsnorm.ops import operators
 
 EPS = 1e-6
 NO_WORK = {"empty", "empty_like", "empty_strided", "new_empty"}
@@ -38,7 +39,7 @@ class Seen:
 
 
 def stored(t: Tensor) -> int:
-    """Bytes of the elements that are there, however often an expanded dimension repeats them."""
+    """Bytes of the stored elements; an expanded dimension counts once."""
     count = 1
     for size, stride in zip(t.shape, t.stride(), strict=True):
         count *= size if stride or not size else 1
@@ -61,11 +62,11 @@ def flops(name: str, args: tuple[Any, ...], out: Tensor) -> int:
 
 
 class Watch(TorchDispatchMode):
-    """Every operator that runs inside, in order; views and fresh memory are none."""
+    """Records the operators that run inside it, in order, without views and allocations."""
 
     def __init__(self, arithmetic: bool = True) -> None:
         super().__init__()
-        self.arithmetic = arithmetic  # False where operators run that hide theirs
+        self.arithmetic = arithmetic  # False where operators run whose arithmetic a trace does not see
         self.seen: list[Seen] = []
         self.known: dict[int, list[Any]] = {}  # address: [tensor, whether anything has been written there]
 
@@ -75,7 +76,9 @@ class Watch(TorchDispatchMode):
         if func.namespace == "rmsnorm":
             for t in inputs:
                 self.known.setdefault(t.data_ptr(), [t, True])
-            run = {"rmsnorm::forward": ops._run_forward, "rmsnorm::backward": ops._run_backward}[func._schema.name]
+            run = {"rmsnorm::forward": operators._run_forward, "rmsnorm::backward": operators._run_backward}[
+                func._schema.name
+            ]
             with self:
                 return run(*args, **kwargs)
         out = func(*args, **kwargs)
@@ -91,7 +94,7 @@ class Watch(TorchDispatchMode):
         return out
 
     def launch(self, name: str, addresses: tuple[int | None, ...]) -> None:
-        """A compiled kernel ran over these: what nobody had written it writes, the rest it reads."""
+        """Record a compiled kernel: it writes the tensors that nothing has written before, and reads the others."""
         entries = [self.known[a] for a in dict.fromkeys(addresses) if a in self.known]
         read = sum(stored(t) for t, written in entries if written)
         self.seen.append(Seen(name, 0, read, sum(stored(t) for t, written in entries if not written)))
@@ -107,29 +110,22 @@ class Watch(TorchDispatchMode):
 @contextlib.contextmanager
 def spied(watch: Watch) -> Iterator[None]:
     """The CPU kernels report to `watch` what they are called with."""
-    from rmsnorm.kernels import cpu
+    from rmsnorm.kernels.cpu.threads import MachineCode
 
-    run, sum_kernel = cpu._run, cpu._sum_kernel
+    run = MachineCode.run
 
-    def spied_run(kernel: Any, addresses: tuple[int | None, ...], *rows: int) -> None:
-        watch.launch("rows", addresses)
-        run(kernel, addresses, *rows)
-
-    def spied_sum_kernel(*key: Any) -> Callable[..., None]:
-        def call(*args: Any) -> None:
-            watch.launch("chunks", args[:2])
-            sum_kernel(*key)(*args)
-
-        return call
+    def spied_run(launch: MachineCode, tensors: Any) -> None:
+        present = [tensors[name] for name in launch.tensors if name is not None]
+        watch.launch("rows" if len(launch.tensors) > 2 else "chunks", tuple(t.data_ptr() for t in present))
+        run(launch, tensors)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "_run", spied_run)
-        patch.setattr(cpu, "_sum_kernel", spied_sum_kernel)
+        patch.setattr(MachineCode, "run", spied_run)
         yield
 
 
 def events(call: Callable[[], Any]) -> tuple[Any, list[int]]:
-    """The call's result, and what the CPU's allocator gave (+) and took (−) meanwhile, in order."""
+    """The call's result, and the CPU allocator's allocations (+) and frees (−) during it, in bytes and in order."""
     cpu = torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[cpu], profile_memory=True, acc_events=True) as profile:
         result = call()
@@ -140,7 +136,7 @@ def events(call: Callable[[], Any]) -> tuple[Any, list[int]]:
 
 
 def most(steps: list[int]) -> int:
-    """The highest that the running sum gets, from 0."""
+    """The maximum of the running sum, which begins at 0."""
     alive = peak = 0
     for step in steps:
         alive += step
@@ -203,14 +199,14 @@ class Run:
             return self.forward()
 
     def backward(self, outputs: Any) -> Callable[[], Any]:
-        """With random cotangents, which exist before it is called."""
+        """A call of the backward pass. Its random cotangents are made now, not in the call."""
         tensors = outputs if isinstance(outputs, tuple) else (outputs,)
         cotangents = [torch.randn_like(t) for t in tensors]
         return lambda: torch.autograd.grad(tensors, self.inputs, cotangents)
 
 
 def published(x: Tensor, weight: Tensor | None, cast: str, offset: float) -> Tensor:
-    """The lines of the published classes, of DeepSeek for early, GPT-OSS for late, Gemma with an offset."""
+    """The published classes' lines: DeepSeek's for "early", GPT-OSS's for "late", Gemma's with an offset."""
     if offset:
         assert weight is not None
         output = _gemma(x.float())
@@ -232,7 +228,7 @@ def _gemma(x: Tensor) -> Tensor:
 
 
 def traced(run: Run, phase: str) -> dict[str, int]:
-    """read, written, kernels, flops (0 where operators hide theirs), saved and peak of one phase, on the CPU."""
+    """flops (0 where operators do not show theirs), read, written, kernels, saved and peak of one phase on the CPU."""
     hidden = run.implementation in ("ours", "ours+residual", "LayerNorm")
     outputs = run.forward()  # also compiles what has to be compiled
     run.backward(outputs)()
@@ -262,7 +258,7 @@ def traced(run: Run, phase: str) -> dict[str, int]:
 
 
 def events_of_forward(run: Run) -> list[int]:
-    """The allocations of the forward, its outputs still held."""
+    """The allocations and frees of the forward pass while its outputs are held."""
     outputs, steps = events(run.forward)
     del outputs
     return steps

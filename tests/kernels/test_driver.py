@@ -17,8 +17,10 @@ triton = pytest.importorskip("triton", reason="Triton is not installed, so there
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from rmsnorm import ops  # noqa: E402
-from rmsnorm.kernels import driver, gpu, host  # noqa: E402
+from planned import planning  # noqa: E402
+from rmsnorm import functional  # noqa: E402
+from rmsnorm.kernels.gpu import driver, kernels  # noqa: E402
+from rmsnorm.kernels.host import loader as host  # noqa: E402
 
 POINTER = ctypes.sizeof(ctypes.c_void_p)
 
@@ -56,7 +58,7 @@ class Compiled:
     """What Triton would give back of a launch, without a GPU to load it on."""
 
     def __init__(self, arguments: tuple[Any, ...], signature: dict[str, Any], constants: dict[Any, Any]) -> None:
-        source = ASTSource(gpu._sum_partials, signature, constants)
+        source = ASTSource(kernels.sum_partials, signature, constants)
         self.compiled = triton.compile(
             source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "enable_fp_fusion": False}
         )
@@ -71,7 +73,7 @@ SIZES = [POINTER, POINTER, 4, 4, POINTER, POINTER]
 @pytest.fixture(scope="module")
 def compiled() -> Compiled:
     kinds = ("*fp32", "*fp32", "i32", "i32", "constexpr", "constexpr", "constexpr")
-    signature = dict(zip(gpu._sum_partials.arg_names, kinds, strict=True))
+    signature = dict(zip(kernels.sum_partials.arg_names, kinds, strict=True))
     return Compiled(ARGUMENTS, signature, {(4,): 4, (5,): 16, (6,): True})
 
 
@@ -100,7 +102,7 @@ def test_a_launch_hands_on_what_the_kernel_takes(cuda: Driver, compiled: Compile
 
 def test_the_host_launches_the_same(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> None:
     """C++ hands cuLaunchKernelEx what Python does, but for the stream and the addresses, which are its own."""
-    ops.wait_for_host()
+    functional.wait_for_host()
     if host.described() != "called from C++":
         pytest.skip(host.described())
     seen: list[tuple[Any, ...]] = []
@@ -123,10 +125,8 @@ def test_the_host_launches_the_same(monkeypatch: pytest.MonkeyPatch, compiled: C
         ready = driver.ready(compiled, (5, 2), ARGUMENTS, early)
         assert ready is not None
         assert ready(0, [4096, 8192])
-        x, w, y = torch.randn(4, 32), torch.randn(32), torch.empty(4, 32)
-        launches = [ready.launch([(0, x), (3, y)])]
-        fresh = ((y, host.LIKE_ROWS), (None, 0), (None, 0))
-        host.learned((x, None, w), (1e-6, "early", 0.0, False), fresh, launches, 15, ready)
+        x, w = torch.randn(4, 32), torch.randn(32)
+        planning(monkeypatch, ready.native(["x", "y"]), keeps=ready)
         made = host.norm(x, None, w, 1e-6, "early", 0.0)
         python, cpp = seen[-2:]
         assert cpp[:7] == python[:7]
@@ -142,15 +142,15 @@ def test_numbers_are_as_wide_as_their_type_and_tuples_are_taken_apart() -> None:
     ]  # fmt: skip
 
 
-LAST = ",\n\t.param .u64 .ptr .global .align 1 _sum_partials_param_5"
+LAST = ",\n\t.param .u64 .ptr .global .align 1 sum_partials_param_5"
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
     [
         (LAST, ""),
-        (LAST, f"{LAST}, .param .u64 _sum_partials_param_6"),
-        (".param .u32 _sum_partials_param_2", ".param .u64 _sum_partials_param_2"),
+        (LAST, f"{LAST}, .param .u64 sum_partials_param_6"),
+        (".param .u32 sum_partials_param_2", ".param .u64 sum_partials_param_2"),
         (".entry", ".func"),
     ],
     ids=["one less", "one more", "a wider one", "no kernel"],

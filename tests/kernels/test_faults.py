@@ -14,7 +14,7 @@ from test_processes import NOTHING_COMPILES, finish, package, start  # noqa: F40
 _SIGNALS = """
 import os, random, signal, sys, time
 import torch, rmsnorm
-from rmsnorm.kernels import threads
+from rmsnorm.kernels.cpu import threads
 torch.set_num_threads(3)
 x, w = torch.randn(4000, 512), torch.randn(512)
 dy = torch.randn(4000, 512)

@@ -59,7 +59,7 @@ def differing(got: Tensor | None, expected: Tensor | None) -> str:
 
 
 @contextmanager
-def guarded() -> Iterator[None]:
+def guarded() -> Iterator[list[Tensor]]:
     """Outputs are cut out of larger memory, full of a sentinel that must survive around them."""
     empty, buffers = torch.empty, []
 
@@ -71,7 +71,7 @@ def guarded() -> Iterator[None]:
 
     torch.empty = inside  # type: ignore[assignment]
     try:
-        yield
+        yield buffers
     finally:
         torch.empty = empty
     for buffer in buffers:
@@ -93,13 +93,16 @@ def check(
     needs: tuple[bool, bool] = (True, True),
 ) -> None:
     """Forward and backward of the kernels against the reference, outputs and the memory around them."""
+    from planned import Kernels
     from rmsnorm import reference
-    from rmsnorm.kernels import gpu
+    from rmsnorm.kernels.gpu import planner as gpu
 
+    kernels = Kernels(gpu)
     inputs = [t for t in (x, w, residual, dy, ds) if t is not None]
     before = [t.clone(memory_format=torch.contiguous_format) for t in inputs]
-    with guarded():
-        got = gpu.forward(x, residual, w, eps, cast, offset, with_rstd)
+    with guarded() as buffers:
+        got = kernels.forward(x, residual, w, eps, cast, offset, with_rstd)
+    assert buffers, "no output is guarded"
     expected = reference.forward(x, residual, w, eps, cast, offset, True)
     wrong = {name: differing(a, b) for name, a, b in zip(("y", "s"), got, expected, strict=False)}
     wrong["rstd"] = differing(got[2], expected[2] if with_rstd else None)
@@ -110,7 +113,7 @@ def check(
     dy = draw(*y.shape, dtype=y.dtype) if dy is None else dy
     needs = (needs[0], needs[1] and w is not None)
     with guarded():
-        gradients = gpu.backward(dy, ds, rows, w, rstd, cast, offset, *needs)
+        gradients = kernels.backward(dy, ds, rows, w, rstd, cast, offset, *needs)
     right = reference.backward(dy, ds, rows, w, rstd, cast, offset, *needs)
     wrong["dx"] = differing(gradients[0], right[0])
     if needs[1]:
@@ -123,17 +126,18 @@ def check(
 
 @contextmanager
 def settings(**values: Any) -> Iterator[None]:
-    """Other thresholds in launch.py, so that a small row takes the path of a wide one."""
-    from rmsnorm.kernels import gpu, launch
+    """Other thresholds in tiling.py, so that a small row takes the path of a wide one."""
+    from rmsnorm.kernels.gpu import planner as gpu
+    from rmsnorm.kernels.gpu import tiling
 
     def put(numbers: dict[str, Any]) -> None:
         for name, value in numbers.items():
-            setattr(launch, name, value)
-        plans = (gpu._forward_call, gpu._backward_calls)
-        for function in (launch.forward, launch.backward, launch.dw_alone, launch.sum_partials, *plans):
+            setattr(tiling, name, value)
+        plans = (gpu.plan_forward, gpu.plan_backward)
+        for function in (tiling.forward, tiling.backward, tiling.dw_alone, tiling.sum_partials, *plans):
             function.cache_clear()
 
-    before = {name: getattr(launch, name) for name in values}
+    before = {name: getattr(tiling, name) for name in values}
     put(values)
     try:
         yield
@@ -145,25 +149,25 @@ def settings(**values: Any) -> Iterator[None]:
 def walked(widest: int, **others: int) -> Iterator[set[tuple[str, bool]]]:
     """Rows wider than this are walked over. Gives the kernels that ran, each with whether its second tensor was there: for
     walks, a residual or a gradient through s."""
-    from rmsnorm.kernels import gpu
+    from rmsnorm.kernels.gpu.driver import Slot, TritonLaunch
 
-    run, seen = gpu._run, set()
+    run, seen = TritonLaunch.run, set()
 
-    def noted(call: Any, pointers: tuple[Tensor | None, ...]) -> None:
-        seen.add((call.kernel.__name__, len(pointers) > 1 and pointers[1] is not None))
-        run(call, pointers)
+    def noted(launch: TritonLaunch, tensors: Any) -> None:
+        seen.add((launch.kernel.__name__, len(launch.arguments) > 1 and isinstance(launch.arguments[1], Slot)))
+        run(launch, tensors)
 
     widths = {"FORWARD_WIDEST": widest, "ADD_WIDEST": widest, "BACKWARD_WIDEST": {2: widest, 4: widest}}
-    gpu._run = noted
+    TritonLaunch.run = noted  # type: ignore[method-assign]
     try:
         with settings(**widths, ROOM=1 << 30, **others):
             yield seen
     finally:
-        gpu._run = run
+        TritonLaunch.run = run  # type: ignore[method-assign]
 
 
-WALKS = {("_forward_loop", False), ("_backward_loop", False)}
-WALKS_OF_TWO = {("_forward_loop", True), ("_backward_loop", True)}
+WALKS = {("forward_loop", False), ("backward_loop", False)}
+WALKS_OF_TWO = {("forward_loop", True), ("backward_loop", True)}
 
 
 def sweep(widths: tuple[int, ...], rows: Callable[[int], int]) -> None:
@@ -209,7 +213,8 @@ def programs_and_their_tails() -> None:
 @case
 def every_row_counts() -> None:
     """dw of numbers whose sums are exact in fp32, in any order: no row may be missing, or count twice."""
-    from rmsnorm.kernels import gpu
+    from planned import Kernels
+    from rmsnorm.kernels.gpu import planner as gpu
 
     with settings(MULTIPROCESSORS=1):
         for (M, N), dtype in itertools.product(((1, 31), (300, 31), (67, 512), (19, 1281)), (FP32, FP16)):
@@ -217,7 +222,7 @@ def every_row_counts() -> None:
             dy = draw(M, N).round().clamp(-3, 3).to(dtype)
             expected = (x * dy).sum(0, dtype=torch.float64).to(dtype)
             for needs in ((True, True), (False, True)):
-                dw = gpu.backward(dy, None, x, draw(N, dtype=dtype), torch.ones(M), "early", 0.0, *needs)[1]
+                dw = Kernels(gpu).backward(dy, None, x, draw(N, dtype=dtype), torch.ones(M), "early", 0.0, *needs)[1]
                 assert not differing(dw, expected), f"{M} x {N} {dtype} {needs}: {differing(dw, expected)}"
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rmsnorm.kernels import launch
-from rmsnorm.kernels.launch import Launch
+from rmsnorm.kernels.gpu import tiling
+from rmsnorm.kernels.gpu.tiling import Launch
 from rmsnorm.kernels.rows import Walk, walk
 
 WIDTHS = [
@@ -26,7 +26,7 @@ WIDTHS = [
 ROWS = (1, 2, 5, 64, 263, 264, 265, 1000, 8192, 65536, 2**31 + 11)
 
 
-H200 = launch.Gpu(227 << 10, 132, 9)
+H200 = tiling.Gpu(227 << 10, 132, 9)
 
 
 def every_launch() -> list[tuple[int | None, int, int, Launch]]:
@@ -34,17 +34,17 @@ def every_launch() -> list[tuple[int | None, int, int, Launch]]:
     found: list[tuple[int | None, int, int, Launch]] = []
     for N in WIDTHS:
         for size, adds, staged in itertools.product((2, 4), (False, True), (False, N % 16 == 0)):
-            found.append((None, N, 0, launch.forward(N, size, adds, staged, H200)))
-        found += [(None, N, 0, launch.sum_partials(programs, N, H200)) for programs in (1, 8, 100, 264, 5000)]
+            found.append((None, N, 0, tiling.forward(N, size, adds, staged, H200)))
+        found += [(None, N, 0, tiling.sum_partials(programs, N, H200)) for programs in (1, 8, 100, 264, 5000)]
         for M, itemsize in itertools.product(ROWS, (2, 4)):
             for of_dw, with_ds, aligned in itertools.product((0, 2, 4), (False, True), {False, N % 16 == 0}):
-                found.append((M, N, of_dw, launch.backward(M, N, itemsize, itemsize, of_dw, with_ds, aligned, H200)))
-            found += [(M, N, of_dw, launch.dw_alone(M, N, 2 * itemsize, of_dw, H200)) for of_dw in (2, 4)]
+                found.append((M, N, of_dw, tiling.backward(M, N, itemsize, itemsize, of_dw, with_ds, aligned, H200)))
+            found += [(M, N, of_dw, tiling.dw_alone(M, N, 2 * itemsize, of_dw, H200)) for of_dw in (2, 4)]
     return found
 
 
 def test_module_imports_nothing_but_the_standard_library() -> None:
-    tree = ast.parse(Path(launch.__file__).read_text())
+    tree = ast.parse(Path(tiling.__file__).read_text())
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
     assert names == {"dataclasses", "functools", "typing"}
@@ -52,7 +52,7 @@ def test_module_imports_nothing_but_the_standard_library() -> None:
 
 def test_configuration_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        launch.forward(1280, 2, False, True, H200).warps = 2  # type: ignore[misc]
+        tiling.forward(1280, 2, False, True, H200).warps = 2  # type: ignore[misc]
 
 
 def test_tiles_are_what_a_kernel_can_hold() -> None:
@@ -69,17 +69,17 @@ def test_tiles_are_what_a_kernel_can_hold() -> None:
 
 def test_a_row_is_held_by_one_program_or_by_few_or_walked_over() -> None:
     for N, itemsize in itertools.product(WIDTHS, (2, 4)):
-        forward = launch.forward(N, itemsize, False, N % 16 == 0, H200)
-        backward = launch.backward(8192, N, itemsize, itemsize, itemsize, False, N % 16 == 0, H200)
-        whole = launch.BACKWARD_WIDEST[itemsize] if N % 16 == 0 else launch.UNALIGNED_WIDEST
-        for config, widest in ((forward, launch.FORWARD_WIDEST), (backward, whole)):
+        forward = tiling.forward(N, itemsize, False, N % 16 == 0, H200)
+        backward = tiling.backward(8192, N, itemsize, itemsize, itemsize, False, N % 16 == 0, H200)
+        whole = tiling.BACKWARD_WIDEST[itemsize] if N % 16 == 0 else tiling.UNALIGNED_WIDEST
+        for config, widest in ((forward, tiling.FORWARD_WIDEST), (backward, whole)):
             width = config.pieces * config.block_n
             if widest >= N:
                 assert config.parts == 1
                 assert width >= N
             else:
                 assert config.parts == 0 or (config.parts - 1) * width < N <= config.parts * width
-                assert config.rows * config.parts <= launch.MOST_PARTS  # gpu._whole: one lane asks for each share
+                assert config.rows * config.parts <= tiling.MOST_PARTS  # sum_of_shares: one lane asks for each share
 
 
 def test_all_programs_have_tiles_and_their_sums_are_short() -> None:
@@ -91,16 +91,16 @@ def test_all_programs_have_tiles_and_their_sums_are_short() -> None:
         if config.programs == tiles:
             continue
         most = -(-tiles // config.programs)
-        longest = launch.LONGEST_SUM.get(of_dw, M)  # without dw there are no sums
+        longest = tiling.LONGEST_SUM.get(of_dw, M)  # without dw there are no sums
         assert most <= longest, (M, N, config)
         assert (config.programs - 1) * most < tiles, (M, N, config)  # one program less would take longer
-        assert config.programs <= max(20 * launch.MULTIPROCESSORS, tiles // longest * 4), (M, N, config)
+        assert config.programs <= max(20 * tiling.MULTIPROCESSORS, tiles // longest * 4), (M, N, config)
 
 
 def test_without_rows_there_is_nothing_to_launch() -> None:
     for N, itemsize, of_dw in itertools.product((1, 1280, 16384, 262144), (2, 4), (0, 2, 4)):
-        assert launch.backward(0, N, itemsize, itemsize, of_dw, False, True, H200).programs == 0
-        assert of_dw == 0 or launch.dw_alone(0, N, 2 * itemsize, of_dw, H200).programs == 0
+        assert tiling.backward(0, N, itemsize, itemsize, of_dw, False, True, H200).programs == 0
+        assert of_dw == 0 or tiling.dw_alone(0, N, 2 * itemsize, of_dw, H200).programs == 0
 
 
 def test_programs_depend_on_shapes_and_dtypes_and_not_on_the_gpu() -> None:
@@ -108,25 +108,25 @@ def test_programs_depend_on_shapes_and_dtypes_and_not_on_the_gpu() -> None:
     sizes = ((2, 2), (2, 4), (4, 4))  # of a number of x, and of dy
     for M, N, (of_x, of_dy), of_dw, with_ds in itertools.product(ROWS, widths, sizes, (2, 4), (False, True)):
         programs = {
-            launch.backward(M, N, of_x, of_dy, of_dw, with_ds, aligned, launch.Gpu(*gpu)).programs
+            tiling.backward(M, N, of_x, of_dy, of_dw, with_ds, aligned, tiling.Gpu(*gpu)).programs
             for aligned in {False, N % 16 == 0}
             for gpu in itertools.product((99 << 10, 227 << 10), (64, 132, 148), (8, 9, 10))
         }
         assert len(programs) == 1
-        assert len({launch.dw_alone(M, N, loaded, of_dw, H200).programs for loaded in (4, 6, 8)}) == 1
+        assert len({tiling.dw_alone(M, N, loaded, of_dw, H200).programs for loaded in (4, 6, 8)}) == 1
 
 
 def test_what_takes_more_registers_runs_in_fewer_programs() -> None:
     """A dy wider than x as a gradient through s, and narrow loads in one program a multiprocessor."""
     for N in (1536, 3072, 16384, 65536, 131072):
         plain, wide, with_ds = (
-            launch.backward(8192, N, 2, of_dy, 2, with_ds, True, H200).programs
+            tiling.backward(8192, N, 2, of_dy, 2, with_ds, True, H200).programs
             for of_dy, with_ds in ((2, False), (4, False), (2, True))
         )
         assert wide == with_ds < plain, N
     for N in (8200, 32776):
-        config = launch.backward(8192, N, 2, 2, 2, False, False, H200)
-        assert launch.MULTIPROCESSORS // 2 < config.programs * config.parts <= launch.MULTIPROCESSORS, N
+        config = tiling.backward(8192, N, 2, 2, 2, False, False, H200)
+        assert tiling.MULTIPROCESSORS // 2 < config.programs * config.parts <= tiling.MULTIPROCESSORS, N
 
 
 def test_dx_alone_is_by_programs_that_take_turns_where_that_is_faster() -> None:
@@ -134,39 +134,39 @@ def test_dx_alone_is_by_programs_that_take_turns_where_that_is_faster() -> None:
     for itemsize, widths in ((2, (64, 128, 512, 2880, 4096, 7168, 9216)), (4, (2560, 3072, 7168, 8192))):
         for N in widths:
             alone, with_dw = (
-                launch.backward(8192, N, itemsize, itemsize, of_dw, False, True, H200) for of_dw in (0, 4)
+                tiling.backward(8192, N, itemsize, itemsize, of_dw, False, True, H200) for of_dw in (0, 4)
             )
             assert (alone.rows, alone.stages, alone.overlap) == (with_dw.rows, with_dw.stages, with_dw.overlap), N
             assert alone.stages > 1, N
             assert alone.programs <= with_dw.programs, N  # sums of dw may be no longer than some
     for itemsize, widths in ((2, (256, 768, 1001)), (4, (128, 512, 1536, 4096, 5120))):
         for N in widths:
-            config = launch.backward(8192, N, itemsize, itemsize, 0, False, N % 16 == 0, H200)
+            config = tiling.backward(8192, N, itemsize, itemsize, 0, False, N % 16 == 0, H200)
             assert (config.stages, config.programs) == (1, -(-8192 // config.rows)), N
 
 
 def test_programs_that_wait_for_each_other_have_room_on_the_gpu() -> None:
     for N, itemsize, multiprocessors in itertools.product(WIDTHS, (2, 4), (1, 8, 16, 46, 63, 64, 132)):
-        gpu = launch.Gpu(227 << 10, multiprocessors, 9)
+        gpu = tiling.Gpu(227 << 10, multiprocessors, 9)
         for config in (
-            launch.forward(N, itemsize, True, N % 16 == 0, gpu),
-            launch.backward(8192, N, itemsize, itemsize, itemsize, False, N % 16 == 0, gpu),
+            tiling.forward(N, itemsize, True, N % 16 == 0, gpu),
+            tiling.backward(8192, N, itemsize, itemsize, itemsize, False, N % 16 == 0, gpu),
         ):
-            assert config.parts <= 1 or config.parts * launch.ROOM <= multiprocessors
+            assert config.parts <= 1 or config.parts * tiling.ROOM <= multiprocessors
 
 
 def test_loads_ahead_fit_into_shared_memory() -> None:
     for N, shared in itertools.product(WIDTHS, (99 << 10, 227 << 10)):
-        config = launch.backward(8192, N, 2, 2, 2, False, N % 16 == 0, launch.Gpu(shared))
+        config = tiling.backward(8192, N, 2, 2, 2, False, N % 16 == 0, tiling.Gpu(shared))
         tile = config.rows * config.pieces * config.block_n * 4
         assert (config.stages - (0 if config.staged else 1)) * tile <= shared
         assert config.stages == 1 or N % 16 == 0
 
 
 def test_thousands_of_widths_do_not_mean_thousands_of_kernels() -> None:
-    assert len({launch.forward(N, 2, False, N % 16 == 0, H200) for N in range(1, 40000)}) <= 40
+    assert len({tiling.forward(N, 2, False, N % 16 == 0, H200) for N in range(1, 40000)}) <= 40
     kernels = {
-        tuple(launch.backward(8192, N, 2, 2, 2, False, N % 16 == 0, H200).constants.values()) for N in range(1, 20000)
+        tuple(tiling.backward(8192, N, 2, 2, 2, False, N % 16 == 0, H200).constants.values()) for N in range(1, 20000)
     }
     assert len(kernels) <= 64
 

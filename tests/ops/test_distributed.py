@@ -33,7 +33,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import rmsnorm
-from rmsnorm import distributed, reference
+from rmsnorm import reference
+from rmsnorm.ops import sharding as shards
 from rmsnorm.tools.verify.cases import VerifyCase
 from rmsnorm.tools.verify.compare import compare
 from rmsnorm.tools.verify.ranks import run_sharded
@@ -265,15 +266,15 @@ def verify_is_red_when_a_rank_is_wrong(mesh: DeviceMesh) -> None:
     for sharding in ("rows", "columns"):
         assert (tally(sharding).differing, tally(sharding).unsteady) == (0, 0)
     assert tally("columns").dw.elements == 256
-    dot, as_whole = reference.dot, distributed.as_whole
+    dot, as_whole = reference.dot, shards.as_whole
     try:
         reference.dot = lambda g, xh: (g * xh).sum(-1)
         assert tally("columns").differing > 0
         reference.dot = dot
-        distributed.as_whole = lambda t, mesh, layout, shape: as_whole(t + (Partial() in layout), mesh, layout, shape)
+        shards.as_whole = lambda t, mesh, layout, shape: as_whole(t + (Partial() in layout), mesh, layout, shape)
         assert tally("rows").unsteady == 256
     finally:
-        reference.dot, distributed.as_whole = dot, as_whole
+        reference.dot, shards.as_whole = dot, as_whole
 
 
 @on(2)

@@ -14,10 +14,10 @@ import torch
 
 pytest.importorskip("triton", reason="there is no Triton")
 
-from rmsnorm.kernels import launch
+from rmsnorm.kernels.gpu import tiling
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "tiles.py"
-H200 = launch.Gpu(227 << 10, 132, 9)
+H200 = tiling.Gpu(227 << 10, 132, 9)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_an_invalid_sweep_raises_a_message_that_says_what_is_expected(tiles: Any
 
 
 def test_every_combination_follows_the_configuration_in_use(tiles: Any) -> None:
-    in_use = launch.forward(2880, 2, False, True, H200)
+    in_use = tiling.forward(2880, 2, False, True, H200)
     sweep = tiles.Sweep.parse(f"forward 16384x2880 bfloat16 block_n=512,{in_use.block_n} warps=2,{in_use.warps}")
     configs = sweep.configs(in_use)
     assert configs[0] == in_use
@@ -65,7 +65,7 @@ def test_every_combination_follows_the_configuration_in_use(tiles: Any) -> None:
 
 
 def test_parts_decides_whether_programs_share_a_row(tiles: Any) -> None:
-    in_use = launch.backward(8192, 16384, 2, 2, 2, False, True, H200)
+    in_use = tiling.backward(8192, 16384, 2, 2, 2, False, True, H200)
     assert in_use.parts > 1
     shared, whole = (
         tiles.Sweep.parse(f"backward 8192x16384 bfloat16 block_n=1024 pieces=2 parts={parts} programs=100").configs(
@@ -80,8 +80,8 @@ def test_parts_decides_whether_programs_share_a_row(tiles: Any) -> None:
     ]  # no kernel shares two rows
     enough = tiles.Sweep.parse("backward 8192x16384 bfloat16 block_n=16384 pieces=1").configs(in_use)[1]
     assert (enough.parts, enough.pieces, enough.staged) == (1, 1, False)
-    longest = launch.LONGEST_SUM[torch.bfloat16.itemsize]
-    assert shared.programs == whole.programs == launch._programs(8192, 100, 1, longest)
+    longest = tiling.LONGEST_SUM[torch.bfloat16.itemsize]
+    assert shared.programs == whole.programs == tiling._programs(8192, 100, 1, longest)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

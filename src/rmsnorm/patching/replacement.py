@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rmsnorm.kernels import host
-from rmsnorm.ops import explain, rms_norm
+from rmsnorm import compat
+from rmsnorm.functional import explain, rms_norm
+from rmsnorm.kernels.host import loader as host
 from rmsnorm.patching.observe import Absent, InFront, Method, identity, is_plain, put_in_front
 from rmsnorm.patching.proof import Rule, arguments
 from rmsnorm.spec import DTYPES, LARGEST_EPS, Spec
@@ -177,7 +178,7 @@ def _exported() -> str | None:
     if torch.compiler.is_compiling():
         onnx = "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
         return "it is exported to ONNX" if onnx else None
-    return "it is traced by torch.jit" if torch._C._is_tracing() else None
+    return "it is traced by torch.jit" if compat.is_tracing() else None
 
 
 def _inference_tensor(x: Tensor, w: Tensor | None) -> str | None:
@@ -237,7 +238,7 @@ def serving(rule: Rule, theirs: Callable[..., Tensor], argument: str) -> Callabl
         if not x.is_contiguous() and (order := _order(x, k)) is not None:
             y = forward(self, x.permute(order))
             return y.permute([order.index(axis) for axis in range(x.dim())])
-        if k == 1 and not torch.compiler.is_compiling():
+        if k == 1 and (shape is None or x.shape[-1:] == shape) and not torch.compiler.is_compiling():
             y = host.norm(x, None, w, eps, cast, offset)
             if y is not None:
                 return y  # type: ignore[no-any-return]

@@ -132,22 +132,25 @@ def versions() -> dict[str, str]:
 
 
 def _release() -> str | None:
-    """Return the installed version, if the installed distribution is the one that this file belongs to."""
+    """Return the installed version, if the installed package is the one that holds this file."""
     try:
         installed = importlib.metadata.distribution("rmsnorm")
     except importlib.metadata.PackageNotFoundError:
         return None
-    here = Path(__file__).resolve()
-    return installed.version if Path(str(installed.locate_file("rmsnorm/tools/machine.py"))).resolve() == here else None
+    return installed.version if Path(str(installed.locate_file("rmsnorm"))).resolve() == _package() else None
+
+
+def _package() -> Path:
+    return Path(__file__).resolve().parents[1]
 
 
 def _commit() -> str | None:
     given = os.environ.get("RMSNORM_COMMIT")
     if given:
         return given
-    here = Path(__file__).resolve().parent
-    # An installed copy may lie inside another repository: only a repository that tracks this file counts.
-    if not _output("git", "-C", str(here), "ls-files", "--", "machine.py"):
+    here = _package()
+    # An installed copy may lie inside somebody else's repository: only the one that holds this file counts.
+    if not _output("git", "-C", str(here), "ls-files", "--", "spec.py"):
         return None
     head = _output("git", "-C", str(here), "rev-parse", "HEAD").strip()
     changed = _output("git", "-C", str(here), "status", "--porcelain", "--untracked-files=no")

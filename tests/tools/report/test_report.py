@@ -44,7 +44,7 @@ from transformers import (
 )
 
 from rmsnorm.errors import CommandError
-from rmsnorm.kernels import host
+from rmsnorm.kernels.host import loader as host
 from rmsnorm.patching import replacement
 from rmsnorm.tools.models import loading
 from rmsnorm.tools.models.loading import Built

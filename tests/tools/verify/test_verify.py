@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import printed
-from rmsnorm import ops, reference
+from rmsnorm import reference
 from rmsnorm.errors import CommandError
+from rmsnorm.kernels import dispatch
+from rmsnorm.kernels.plan import ByReference
 from rmsnorm.tools import machine
 from rmsnorm.tools.cli import main
 from rmsnorm.tools.display import render
@@ -85,7 +87,7 @@ def test_late_instead_of_early_fails(monkeypatch) -> None:
 @pytest.fixture
 def reference_runs(monkeypatch) -> None:
     """Let the reference compute our results too, so that both sides share a mistake in it."""
-    monkeypatch.setattr(ops, "_choose", lambda *_: (reference, "for a test"))
+    monkeypatch.setattr(dispatch, "_planner", lambda *_: ByReference("for a test"))
 
 
 @pytest.mark.usefixtures("reference_runs")

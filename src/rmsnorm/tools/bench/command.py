@@ -13,7 +13,7 @@ import torch
 
 import rmsnorm
 from rmsnorm.errors import CommandError
-from rmsnorm.ops import wait_for_host
+from rmsnorm.functional import wait_for_host
 from rmsnorm.tools import machine, processes, results
 from rmsnorm.tools.bench import line, overheads, peers, plot
 from rmsnorm.tools.bench.cases import FORWARD, BenchCase, cases

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from rmsnorm.errors import CommandError
-from rmsnorm.ops import wait_for_host
+from rmsnorm.functional import wait_for_host
 from rmsnorm.tools import machine, results
 from rmsnorm.tools.models import library, loading
 from rmsnorm.tools.report.budget import Announcer, Budget

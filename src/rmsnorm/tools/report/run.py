@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from rmsnorm.errors import CommandError, one_line
-from rmsnorm.kernels import host
-from rmsnorm.ops import wait_for_host
+from rmsnorm.functional import wait_for_host
+from rmsnorm.kernels.host import loader as host
 from rmsnorm.tools import machine, timing
 from rmsnorm.tools.display import duration
 from rmsnorm.tools.models.loading import Built

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from rmsnorm.ops import explain, wait_for_host
+from rmsnorm.functional import explain, wait_for_host
 from rmsnorm.tools import machine, processes
 from rmsnorm.tools.timing import Progress, no_progress
 from rmsnorm.tools.verify.cases import SweepRow, VerifyCase, select_rows, sweep

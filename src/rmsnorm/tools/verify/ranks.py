@@ -28,8 +28,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from rmsnorm.distributed import as_whole
 from rmsnorm.errors import CommandError
+from rmsnorm.ops.sharding import as_whole
 from rmsnorm.tools import machine
 from rmsnorm.tools.processes import exit_on_ctrl_c
 from rmsnorm.tools.timing import Progress, no_progress

@@ -33,7 +33,7 @@ Layout = tuple[Placement, ...]
 
 
 def explained(x: Any, residual: Any, w: Any) -> str | None:
-    """For `ops.explain`: what a DTensor's placements mean for the kernel. None if there is no DTensor."""
+    """For `rmsnorm.explain`: what a DTensor's placements mean for the kernel. None if there is no DTensor."""
     if not any(isinstance(t, DTensor) for t in (x, residual, w)):
         return None
     if Shard(x.dim() - 1) in _layout("explain", x, residual, w):

@@ -30,7 +30,7 @@ MULTIPROCESSORS = 132
 LONGEST_SUM = {2: 1024, 4: 64}
 # Columns of the kernel that computes dw alone.
 COLUMNS = 1024
-# No row has more parts: `gpu._whole` asks one lane of a warp for each share.
+# No row has more parts: `sum_of_shares` asks one lane of a warp for each share.
 MOST_PARTS = 32
 
 

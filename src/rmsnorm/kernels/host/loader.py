@@ -1,7 +1,7 @@
-"""Calls that Python has planned before, made again without it: host.cpp.
+"""Calls without Python, by the plans that it makes: host.cpp.
 
-    ops.py   ->  norm(x, residual, w, …)  ->  what comes out, or None: Python's turn
-    kernels  ->  learned(…)                   after each call that they have planned and run
+    norm(x, residual, w, …), or an operator  ->  a plan, of which C++ asks Python once a kind  ->  what comes out
+                                                 none: Python's turn
 
 Nearly all of a small norm's time is Python's, not the kernel's. The C++ is compiled once: at the first call, by a
 process of its own, meanwhile Python makes the calls; for 20 s, into torch's folder for extensions. The compiler is
@@ -21,43 +21,26 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rmsnorm import kernels
-from rmsnorm.kernels import build
+from rmsnorm.kernels import dispatch
+from rmsnorm.kernels.host import build
+from rmsnorm.kernels.plan import Backward, ByReference, Forward, Native, Plan
+from rmsnorm.spec import Cast, Spec, caller, check_gradients, check_saved, check_tensors
 
 _NAME = "rmsnorm_host"
-_SOURCE = Path(__file__).with_suffix(".cpp")
+_SOURCE = Path(__file__).with_name("host.cpp")
 _FLAGS = ("-O2", "-DNDEBUG", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", f"-DRMSNORM_HOST={_NAME}")
 _LIBRARIES = ("c10", "torch", "torch_cpu", "torch_python")
 _BETWEEN_LOOKS, _DAY = 1.0, 86400.0  # seconds
 _COMPILING = "the C++ is being compiled"
 _AGAIN = "; rmsnorm.warmup() compiles it again"
-
-# How large a fresh tensor is: as the rows that are normalized, with a number a row, as the weight, the same full of
-# ones; or so many numbers.
-LIKE_ROWS, A_NUMBER_A_ROW, LIKE_WEIGHT, ONES_LIKE_WEIGHT = -1, -2, -3, -4
-
-Argument = int | tuple[int, Tensor | None]  # a number; or a tensor, after its place among the inputs and what is fresh
-
-
-class Launch(NamedTuple):
-    """A function and what it is called with.
-
-    launcher, configuration, stream_at: cuLaunchKernelEx, its CUlaunchConfig, and where the stream is in that; nothing
-    where the function is machine code of the CPU.
-    """
-
-    function: int
-    arguments: Sequence[Argument]
-    launcher: int = 0
-    configuration: bytes = b""
-    stream_at: int = 0
 
 
 class Unusable(Exception):
@@ -74,15 +57,15 @@ class _State:
     compiling: "subprocess.Popen[bytes] | None" = None
 
 
-def _nothing_planned(*arguments: Any) -> None:
+def _python_s_turn(*arguments: Any) -> None:
     return None
 
 
-norm: Callable[..., Any] = _nothing_planned  # until the C++ is there
+norm: Callable[..., Any] = _python_s_turn  # until the C++ is there
 
 
-def look(backward: Callable[..., Any]) -> None:
-    """Load the C++ if it is there; if not, have it compiled. backward: Python's, for what is not planned."""
+def look() -> None:
+    """Load the C++ if it is there; if not, have it compiled."""
     if _State.module is not None or time.monotonic() < _State.look_at:
         return
     _State.look_at = time.monotonic() + _BETWEEN_LOOKS
@@ -94,20 +77,20 @@ def look(backward: Callable[..., Any]) -> None:
         if file is None:
             file = _compiled_beside(target)
         if file is not None:
-            _open(file, target, backward)
+            _open(file, target)
     except Exception as error:  # whatever it is, Python can make the calls
         if kernels.is_of_a_signal(error):
             raise
         _State.reason, _State.look_at = _words(error), float("inf")
 
 
-def load(backward: Callable[..., Any]) -> None:
+def load() -> None:
     """As `look`, but compile or wait, also if looking has been given up. Raises Unusable, the next time at once."""
     if _State.module is not None:
         return
     try:
         if not _State.hopeless:
-            _open_built(backward)
+            _open_built()
             return
     except Exception as error:
         if kernels.is_of_a_signal(error):
@@ -116,11 +99,11 @@ def load(backward: Callable[..., Any]) -> None:
     raise Unusable(_State.reason)
 
 
-def wait(backward: Callable[..., Any], seconds: float) -> bool:
+def wait(seconds: float) -> bool:
     """As `look`, again and again for so long; whether it is settled by then who makes the calls."""
     until = time.monotonic() + seconds
     while True:
-        look(backward)
+        look()
         if _State.module is not None or _State.look_at == float("inf"):
             return True
         left = until - time.monotonic()
@@ -134,53 +117,77 @@ def _words(error: Exception) -> str:
 
 
 def described() -> str:
-    """Who makes calls of a kind that was seen before, and why."""
+    """Who makes the calls, and why."""
     return "called from C++" if _State.module is not None else f"called from Python: {_State.reason}"
 
 
-def caller(*arguments: Any) -> str:
-    """Who would make this very call of `norm`, and why."""
-    if _State.module is None or _State.module.replays(*arguments):
+def made_by(plan: Plan, *arguments: Any) -> str:
+    """Who would make this very call of `norm`, which has that plan, and why."""
+    if _State.module is None or _State.module.makes(*arguments):
         return described()
-    others = "every one that takes several CPU threads, converts an argument or is aligned otherwise"
-    return f"called from Python, as each new kind of call is, and {others}"
+    why = plan.native if isinstance(plan.native, str) else "C++ takes tensors of the current GPU"
+    return f"called from Python: {why}"
 
 
-def learns() -> bool:
-    """Whether this thread's call is one that the C++ was just asked for and did not know."""
-    return _State.module is not None and _State.module.missed()
-
-
-def learned(
-    inputs: Sequence[Tensor | None], spec: tuple[Any, ...], fresh: Sequence[tuple[Tensor | None, int]],
-    launches: Sequence[Launch], aligned: int, keeps: Any,
-) -> None:  # fmt: skip
-    """From now on calls of this kind are made as this one was, unless it had to copy something.
-
-    inputs: (x, residual, w), and spec: (eps, cast, offset, with_rstd); or (dy, ds, x, w, rstd) and (cast, offset,
-    need_dx, need_dw). fresh: (y, s, rstd, …) or (dx, dw, …), each with its size; the others are the launches' alone.
-    aligned: bits that no address has. keeps: what must live as long.
-    """
-    tensors = (*inputs, *(t for t, _ in fresh))
-    described = []
-    for function, arguments, *launcher in launches:
-        words, places = [], []
-        for argument in arguments:
-            place, t = argument if isinstance(argument, tuple) else (-1, None)
-            if place >= 0 and tensors[place] is not t:
-                return
-            words.append(argument if isinstance(argument, int) else 0)
-            places.append(place)
-        described.append((function, words, places, *launcher))
-    made = tuple(None if t is None else (t.dtype, size) for t, size in fresh)
-    learn = _State.module.learn_forward if len(inputs) == 3 else _State.module.learn_backward
-    learn(tuple(inputs), *spec, made, tuple(described), aligned, keeps)
+@contextlib.contextmanager
+def bypassed() -> Iterator[None]:
+    """Meanwhile Python makes the calls of the public functions, and the gradients of what they return."""
+    global norm
+    before, norm = norm, _python_s_turn
+    try:
+        yield
+    finally:
+        norm = before
 
 
 def forget() -> None:
-    """All that was learned."""
+    """All plans that the C++ has."""
     if _State.module is not None:
         _State.module.forget()
+
+
+# --- what the C++ asks ---------------------------------------------------------------------------------------
+
+
+def _native_forward(
+    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: Cast, offset: float, with_rstd: bool
+) -> Native | None:
+    """The plan for calls of this kind; None if Python makes them, or says what is wrong with them."""
+    try:
+        check_tensors(caller(residual), x, residual, w, offset)
+        spec = Spec(eps, cast, offset)
+    except (TypeError, ValueError):
+        return None
+    return _native(dispatch.plan_forward(Forward.of(x, residual, w, spec, with_rstd)))
+
+
+def _native_backward(
+    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, cast: Cast, offset: float, need_dx: bool,
+    need_dw: bool,
+) -> Native | None:  # fmt: skip
+    try:
+        check_gradients(caller(ds), dy, ds, x, w, rstd, offset, need_dw)
+        spec = Spec(0.0, cast, offset)
+    except (TypeError, ValueError):
+        return None
+    return _native(dispatch.plan_backward(Backward.of(dy, ds, x, w, rstd, spec, need_dx, need_dw)))
+
+
+def _check_saved(
+    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, offset: float, need_dw: bool,
+    x_dtype: torch.dtype, w_dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Raise what is wrong with what was saved for a backward pass that C++ does not make."""
+    check_saved("rms_norm", x, w, x_dtype, w_dtype)
+    check_gradients(caller(ds), dy, ds, x, w, rstd, offset, need_dw, symbolic=True)
+
+
+def _native(plan: Plan | ByReference) -> Native | None:
+    native = plan.native if isinstance(plan, Plan) else None
+    return native if isinstance(native, Native) else None
+
+
+# --- how it is built -----------------------------------------------------------------------------------------
 
 
 def built() -> Path:
@@ -357,7 +364,7 @@ def _command() -> list[str]:
     ]  # fmt: skip
 
 
-def _open(file: int, target: Path, backward: Callable[..., Any]) -> None:
+def _open(file: int, target: Path) -> None:
     """Load the very file that was examined, and close it."""
     global norm
     try:
@@ -370,19 +377,19 @@ def _open(file: int, target: Path, backward: Callable[..., Any]) -> None:
         raise _Replaceable(f"{target} cannot be loaded: {error}{_AGAIN}") from None
     finally:
         os.close(file)
-    module.begin(backward)
+    module.begin(_native_forward, _native_backward, _check_saved)
     _State.module, norm = module, module.norm
 
 
-def _open_built(backward: Callable[..., Any]) -> None:
+def _open_built() -> None:
     """Compile or wait, and load; compile once more what cannot be loaded."""
     target = _target()
     file = _built(target)
     unlike = os.fstat(file).st_ino
     try:
-        _open(file, target, backward)
+        _open(file, target)
     except _Replaceable:
-        _open(_built(target, unlike), target, backward)
+        _open(_built(target, unlike), target)
 
 
 def _target() -> Path:

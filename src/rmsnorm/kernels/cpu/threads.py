@@ -15,16 +15,76 @@ import functools
 import operator
 import os
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rmsnorm import kernels
+from rmsnorm.kernels.plan import NativeLaunch, NativeTeam
+
+_PIECES = 8  # of the work a thread, so that one that is held up leaves its share to the others
+_WORD = ctypes.c_int64
 
 Task = Callable[[int], None]  # what ctypes makes of machine code
 _Jobs = queue.SimpleQueue[tuple[Task, int, Any]]
+
+
+@dataclass(frozen=True)
+class Team:
+    """How several threads share M rows, of which each takes `rows` at once, at least.
+
+    drain: machine code that takes pieces of the work until none is left; its argument is the address of what
+    `MachineCode` lays out. wait: gives machine code that returns when all of them are done, or None.
+    """
+
+    M: int
+    rows: int
+    drain: Any
+    wait: Callable[[], Task | None]
+
+
+@dataclass(frozen=True, eq=False)
+class MachineCode:
+    """A launch of code for the CPU, which takes the addresses of tensors, null where there is none, and then words.
+
+    function: what ctypes makes of it, with its `address`. team: None where one thread makes the whole call; otherwise
+    two more words follow, the first row and the one after the last. keeps: what the words point to.
+    """
+
+    function: Any
+    tensors: tuple[str | None, ...]
+    words: tuple[int, ...]
+    team: Team | None = None
+    keeps: Any = None
+
+    def run(self, tensors: Mapping[str, Tensor | None]) -> None:
+        addresses = [None if name is None else tensors[name].data_ptr() for name in self.tensors]  # type: ignore[union-attr]
+        team = self.team
+        if team is None:
+            self.function(*addresses, *self.words)
+            return
+        rows = team.rows * max(1, -(-team.M // team.rows) // (_PIECES * torch.get_num_threads()))
+        words = (0, 0, team.M, rows, self.function.address, *(address or 0 for address in addresses), *self.words)
+        call = (_WORD * len(words))(*words)
+        run(team.drain, team.wait, ctypes.addressof(call), -(-team.M // rows), call)
+
+    def native(self) -> NativeLaunch | str:
+        arguments = (*(name or 0 for name in self.tensors), *self.words)
+        if self.team is None:
+            return NativeLaunch(self.function.address, arguments)
+        together = _together()
+        if together is None:
+            return "several CPU threads share its rows, and not torch's own"
+        address: Any = ctypes.cast(together, ctypes.c_void_p).value  # type: ignore[arg-type]
+        team = NativeTeam(
+            M=self.team.M, rows=self.team.rows, drain=self.team.drain.address, parallel=address,
+            process=kernels.PROCESS, pieces=_PIECES,
+        )  # fmt: skip
+        return NativeLaunch(self.function.address, arguments, team)
 
 
 def run(task: Task, wait: Callable[[], Task | None], argument: int, pieces: int, keeps: Any) -> None:
@@ -34,7 +94,7 @@ def run(task: Task, wait: Callable[[], Task | None], argument: int, pieces: int,
     pieces are done. keeps: what a thread that comes too late to get a piece still reads.
     """
     count = torch.get_num_threads()
-    team = _team_of_openmp() if os.getpid() == kernels.PROCESS and not _was_forked() else None
+    team = _together()
     if min(count, pieces) < 2:
         task(argument)
     elif team is not None:
@@ -48,6 +108,11 @@ def run(task: Task, wait: Callable[[], Task | None], argument: int, pieces: int,
         functions: tuple[Any, ...] = (*[jobs.put] * helpers, task, until_done)
         arguments: tuple[Any, ...] = (*[(task, argument, keeps)] * helpers, argument, argument)
         collections.deque(map(operator.call, functions, arguments), maxlen=0)  # one call into C, see above
+
+
+def _together() -> Callable[[Task, int, int, int], Any] | None:
+    """`_team_of_openmp` where it may be called."""
+    return _team_of_openmp() if os.getpid() == kernels.PROCESS and not _was_forked() else None
 
 
 @functools.cache

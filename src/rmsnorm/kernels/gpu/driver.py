@@ -1,23 +1,99 @@
-"""Launching what Triton has compiled by the CUDA driver itself.
+"""Launches of Triton's kernels, by the CUDA driver itself once they are compiled.
 
-    ready(compiled, grid, arguments, early)  ->  Ready(stream, addresses)  ->  cuLaunchKernelEx
-                                                 Ready.launch(tensors)     ->  the same, for host.cpp
+    TritonLaunch  ->  Triton compiles  ->  ready(compiled, grid, arguments, early)  ->  Ready  ->  cuLaunchKernelEx
 
 Triton's own launcher takes a list of all arguments apart at every call, which takes longer than a small norm. Here
 all but the addresses of tensors lies ready in memory, and is held to what the kernel's PTX says that it takes.
 """
 
+import contextlib
 import ctypes
 import functools
 import re
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from rmsnorm.kernels.host import Argument, Launch
+import torch
+from torch import Tensor
+
+from rmsnorm import compat
+from rmsnorm.kernels.plan import NativeLaunch
 
 _NUMBERS: dict[str, Any] = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
 _STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_ALIGNED = 15  # bits that no address has where loads may be of 16 bytes
+
+
+class Slot(NamedTuple):
+    """The place of a tensor among a kernel's arguments."""
+
+    tensor: str
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class TritonLaunch:
+    """A kernel of Triton's and all that it is launched with.
+
+    arguments: in the kernel's order, slots for the tensors, None for one that is absent. early: it may start before
+    the kernel before has ended. aligned: whether 16 divides the addresses of all tensors that are given.
+    device: the number of the GPU, -1 for the interpreter, whose tensors are on none.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    warps: int
+    arguments: tuple[Any, ...]
+    early: bool
+    aligned: bool
+    device: int
+
+    def run(self, tensors: Mapping[str, Tensor | None]) -> None:
+        """Launch on the current stream, by Triton's own launcher where the driver's function cannot be called."""
+        ready = self.ready if self.aligned else None
+        if ready is not None:
+            addresses = []
+            bits = 0
+            for slot in self._slots:
+                address = tensors[slot.tensor].data_ptr()  # type: ignore[union-attr]
+                addresses.append(address)
+                bits |= address
+            if bits & _ALIGNED == 0 and ready(compat.raw_stream(self.device), addresses):
+                return
+        arguments = [tensors[a.tensor] if isinstance(a, Slot) else a for a in self.arguments]
+        self.kernel[self.grid](*arguments, **self._options)
+
+    def native(self) -> NativeLaunch | str:
+        if not self.aligned:
+            return "16 does not divide an address"
+        ready = self.ready
+        return "Triton launches it" if ready is None else ready.native([slot.tensor for slot in self._slots])
+
+    @functools.cached_property
+    def ready(self) -> "Ready | None":
+        """What Triton compiles of it, for addresses that 16 divides; None if only Triton can launch that.
+
+        Triton's hooks for profilers are not called when the driver launches.
+        """
+        arguments = [a.dtype if isinstance(a, Slot) else a for a in self.arguments]
+        with torch.cuda.device(self.device) if self.device >= 0 else contextlib.nullcontext():
+            compiled = self.kernel.warmup(*arguments, grid=self.grid, **self._options)
+            if compiled is None:  # by the interpreter
+                return None
+            if hasattr(compiled, "result"):  # it is being compiled by another thread, as a mode of Triton has it
+                compiled = compiled.result()
+            compiled.run  # noqa: B018  # loads it onto the GPU
+            return ready(compiled, self.grid, arguments, self.early)
+
+    @functools.cached_property
+    def _slots(self) -> tuple[Slot, ...]:
+        return tuple(a for a in self.arguments if isinstance(a, Slot))
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"num_warps": self.warps, "enable_fp_fusion": False, "launch_pdl": self.early}
 
 
 class _Attribute(ctypes.Structure):
@@ -56,14 +132,17 @@ class Ready:
         self._arguments = (ctypes.byref(configuration), function, parameters, None)
         self._lock = threading.Lock()
 
-    def launch(self, tensors: Sequence[Argument]) -> Launch:
-        """The same for the host, with these tensors, those that are there. It holds as long as this does."""
+    def native(self, tensors: Sequence[str]) -> NativeLaunch:
+        """The same for C++, with the tensors of these names. It holds as long as this does."""
         _, function, _, _ = self._arguments
         words = [int.from_bytes(bytes(number).ljust(8, b"\0"), "little") for number in self._numbers]
-        return Launch(
-            function.value or 0, (*tensors, *words), ctypes.cast(self._launch, ctypes.c_void_p).value or 0,
-            bytes(self._configuration), _Configuration.stream.offset,
-        )  # fmt: skip
+        return NativeLaunch(
+            function.value or 0,
+            (*tensors, *words),
+            launcher=ctypes.cast(self._launch, ctypes.c_void_p).value or 0,
+            configuration=bytes(self._configuration),
+            stream_at=_Configuration.stream.offset,
+        )
 
     def __call__(self, stream: int, addresses: list[Any]) -> bool:
         """Launch. False if nothing was: the driver refuses, for want of a context for example, or another launch has

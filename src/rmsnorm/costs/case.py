@@ -1,0 +1,149 @@
+"""One call whose cost is asked for, and the check of its arguments."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from rmsnorm.costs.tape import F32, Array, given
+from rmsnorm.errors import complaint
+from rmsnorm.spec import KERNEL_DTYPES, check_spec, result_dtype
+
+Implementation = Literal["ours", "ours+residual", "eager", "F.rms_norm", "LayerNorm"]
+Phase = Literal["inference", "forward", "backward"]
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
+PHASES: tuple[Phase, ...] = get_args(Phase)
+DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One phase of one norm of M rows and N columns.
+
+    Attributes:
+        M: The number of rows.
+        N: The number of columns.
+        x_dtype: The dtype of x.
+        w_dtype: The dtype of the weight; None without one.
+        implementation: One of `IMPLEMENTATIONS`.
+        phase: One of `PHASES`.
+        device: "cpu" or "cuda".
+        cast: "early" or "late".
+        offset: What is added to the weight, 0 or 1.
+        single_row: Whether x has the weight's shape, (N,), so that autograd has no rows to sum over.
+        threads: The number of CPU threads that torch uses.
+    """
+
+    M: int
+    N: int
+    x_dtype: torch.dtype
+    w_dtype: torch.dtype | None
+    implementation: str
+    phase: str
+    device: str
+    cast: str
+    offset: float
+    single_row: bool = False
+    threads: int = 1
+
+    @property
+    def E(self) -> int:
+        """The number of elements of x."""
+        return self.M * self.N
+
+    @property
+    def cpu(self) -> bool:
+        """Whether it runs on a CPU."""
+        return self.device == "cpu"
+
+    @property
+    def training(self) -> bool:
+        """Whether autograd records the forward pass."""
+        return self.phase != "inference"
+
+    @property
+    def adds(self) -> bool:
+        """Whether a residual is added to x first."""
+        return self.implementation == "ours+residual"
+
+    @property
+    def y_dtype(self) -> torch.dtype:
+        """The dtype of y; PyTorch's own norms return that of x."""
+        if self.implementation in ("F.rms_norm", "LayerNorm"):
+            return self.x_dtype
+        return result_dtype(self.x_dtype, self.w_dtype, self.cast)
+
+    def weight(self) -> Array | None:
+        """The weight as it is stored; None without one."""
+        return None if self.w_dtype is None else given(self.N, self.w_dtype)
+
+
+def check_case(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype | None,
+    *,
+    implementation: str,
+    phase: str,
+    device: str,
+    cast: str,
+    offset: float,
+    elementwise_affine: bool,
+    threads: int | None,
+) -> Case:
+    """The case that these arguments of `cost` describe.
+
+    Raises:
+        TypeError: If an argument has the wrong type or dtype; the message names it.
+        ValueError: If an argument has a value that is not allowed; the message names it.
+    """
+    check_spec("cost", 0.0, cast, offset)
+    if not isinstance(shape, Sequence) or any(isinstance(size, bool) or not isinstance(size, int) for size in shape):
+        raise TypeError(complaint("cost", "shape", f"is {shape!r}", "a sequence of integers"))
+    sizes = tuple(shape)
+    if not sizes or min(sizes) < 0 or sizes[-1] == 0:
+        raise ValueError(complaint("cost", "shape", f"is {sizes}", "(..., N) with N of at least 1, nothing negative"))
+    for name, value, allowed in (
+        ("implementation", implementation, IMPLEMENTATIONS),
+        ("phase", phase, PHASES),
+        ("device", device, DEVICES),
+    ):
+        if value not in allowed:
+            raise ValueError(complaint("cost", name, f"is {value!r}", " or ".join(map(repr, allowed))))
+    weight_dtype = dtype if weight_dtype is None else weight_dtype
+    for name, given_dtype in (("dtype", dtype), ("weight_dtype", weight_dtype)):
+        if given_dtype not in KERNEL_DTYPES:
+            raise TypeError(complaint("cost", name, f"is {given_dtype}", "float32, bfloat16 or float16"))
+    if not elementwise_affine and offset:
+        raise ValueError(complaint("cost", "elementwise_affine", "is False with an offset", "True"))
+    if implementation == "LayerNorm" and elementwise_affine:
+        _check_layer_norm(dtype, weight_dtype, device)
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
+        raise TypeError(complaint("cost", "threads", f"is a {type(threads).__name__}", "an int"))
+    if threads is not None and threads < 1:
+        raise ValueError(complaint("cost", "threads", f"is {threads}", "at least 1"))
+    return Case(
+        M=math.prod(sizes[:-1]),
+        N=sizes[-1],
+        x_dtype=dtype,
+        w_dtype=weight_dtype if elementwise_affine else None,
+        implementation=implementation,
+        phase=phase,
+        device=device,
+        cast=cast,
+        offset=offset,
+        single_row=len(sizes) == 1,
+        threads=threads or torch.get_num_threads(),
+    )
+
+
+def _check_layer_norm(dtype: torch.dtype, weight_dtype: torch.dtype, device: str) -> None:
+    """Raise ValueError for a weight that torch.nn.LayerNorm refuses: on CUDA it needs x's dtype, else that or fp32."""
+    if weight_dtype == dtype or (device == "cpu" and weight_dtype == F32):
+        return
+    allowed = "dtype" if device == "cuda" else "dtype or float32"
+    was = f"is {weight_dtype} for {dtype} on {device}"
+    raise ValueError(complaint("cost", "weight_dtype", was, f"{allowed}: LayerNorm refuses others"))

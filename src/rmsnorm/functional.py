@@ -1,0 +1,232 @@
+"""The functions: `rms_norm`, `add_rms_norm`, `explain` and `warmup`."""
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any, Never, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from rmsnorm.errors import complaint
+from rmsnorm.kernels import dispatch
+from rmsnorm.kernels.host import loader as host
+from rmsnorm.kernels.plan import ByReference, Forward, Plan
+from rmsnorm.ops import operators  # noqa: F401  # registers them
+from rmsnorm.ops.autograd import needs_gradient, norm
+from rmsnorm.ops.dispatch import is_plain, load_sharding
+from rmsnorm.spec import DTYPES, Cast, check_order, check_tensors, spec_of
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _without_more(function: Callable[P, T]) -> Callable[P, T]:
+    """Leave the parameter `more` out of the signature that help and editors show: it is there for its error alone."""
+    signature = inspect.signature(function)
+    shown = [p for p in signature.parameters.values() if p.name != "more"]
+    function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    return function
+
+
+@_without_more
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *more: Never,
+    cast: Cast = "early",
+    offset: float = 0.0,
+) -> Tensor:
+    """Normalize the rows of x: x / sqrt(mean(x²) + eps) · weight over the last dimension.
+
+    Each row of y has the bits of *exact* (see `Spec`), whatever the device, the batch and the strides. Differentiable
+    once, in reverse and in forward mode; a second derivative raises RuntimeError.
+
+    Args:
+        x: Of shape (..., N), in float32, bfloat16, float16 or float64 (which is computed in float32). Any strides; as
+            long as the last dimension is contiguous nothing is copied.
+        weight: Of shape (N,), in any of these dtypes, or None.
+        eps: Added to the mean of the squares; 0 is legal.
+        cast: "early" casts to the dtype of x before the multiplication by the weight, as Llama, DeepSeek V2 and V3,
+            Qwen and Mistral do; "late" multiplies in float32 and casts once, as GPT-OSS, Olmo 2 and Gemma do.
+        offset: 0, or 1 to multiply by 1 + weight, added in float32 (Gemma); needs a weight and cast="late".
+
+    Returns:
+        y, contiguous, of the shape of x. Its dtype is `torch.promote_types(weight.dtype, x.dtype)` for
+        cast="early", and that of x for cast="late" or without a weight.
+
+    Raises:
+        TypeError: If an argument is of a type or dtype that is not allowed; the message names it.
+        ValueError: If shapes, devices, eps, cast or offset are not allowed; the message names the argument.
+
+    Example:
+        >>> x, weight = torch.randn(2, 8, dtype=torch.bfloat16), torch.ones(8, dtype=torch.bfloat16)
+        >>> rmsnorm.rms_norm(x, weight, eps=1e-6).shape
+        torch.Size([2, 8])
+    """
+    if not more and not torch.compiler.is_compiling():
+        y = host.norm(x, None, weight, eps, cast, offset)
+        if y is not None:
+            return y  # type: ignore[no-any-return]
+    check_order("rms_norm", weight, more)
+    return norm(x, None, weight, eps, cast, offset)[0]  # type: ignore[no-any-return]
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    cast: Cast = "early",
+    offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Add the residual to x and normalize the sum, in one pass over memory.
+
+    Args:
+        x: As of `rms_norm`.
+        residual: Of the shape of x; its dtype may be another.
+        weight: As of `rms_norm`, like the following.
+        eps: As of `rms_norm`.
+        cast: As of `rms_norm`.
+        offset: As of `rms_norm`.
+
+    Returns:
+        (y, s): s = x + residual, rounded to `torch.promote_types(x.dtype, residual.dtype)`, and
+        y = rms_norm(s, weight, eps, ...). In the backward pass the gradient that arrives through s is added in
+        float32, before the only cast.
+
+    Raises:
+        TypeError: As of `rms_norm`.
+        ValueError: As of `rms_norm`, and if x and residual differ in shape.
+
+    Example:
+        >>> y, s = rmsnorm.add_rms_norm(torch.ones(2, 8), torch.ones(2, 8))
+        >>> s[0, 0]
+        tensor(2.)
+    """
+    if residual is None:
+        raise TypeError(complaint("add_rms_norm", "residual", "is a NoneType", "a torch.Tensor"))
+    if not torch.compiler.is_compiling():
+        outputs = host.norm(x, residual, weight, eps, cast, offset)
+        if outputs is not None:
+            return outputs  # type: ignore[no-any-return]
+    y, s = norm(x, residual, weight, eps, cast, offset)[:2]
+    return y, s
+
+
+def explain(
+    x: Tensor,
+    weight: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    cast: Cast = "early",
+    offset: float = 0.0,
+) -> str:
+    """Say which kernel `rms_norm(x, weight)` would run, or `add_rms_norm` with a residual, and why.
+
+    Nothing is computed, but a kernel is compiled as the first call would compile it, to say whether that is possible.
+
+    Args:
+        x: As of `rms_norm`.
+        weight: As of `rms_norm`; or a norm that `patch` has replaced, or a `TorchRMSNorm`: then the answer says whether
+            our kernel or the norm's own forward would run on x.
+        residual: As of `add_rms_norm`, or None.
+        eps: As of `rms_norm`.
+        cast: As of `rms_norm`.
+        offset: As of `rms_norm`.
+
+    Returns:
+        One line in words; docs/troubleshooting.md explains each that it can say.
+
+    Raises:
+        TypeError: As of `rms_norm`.
+        ValueError: As of `rms_norm`.
+
+    Example:
+        >>> rmsnorm.explain(torch.ones(2, 8, dtype=torch.float64), torch.ones(8))[:12]
+        'cpu, float64'
+    """
+    own = getattr(weight, "_rmsnorm_explain", None)
+    if own is not None:
+        return own(x)  # type: ignore[no-any-return]
+    spec = spec_of("explain", eps, cast, offset)
+    check_tensors("explain", x, residual, weight, offset)
+    plain = is_plain(x, residual, weight)
+    given: list[Any] = [x, residual, weight]
+    x_, residual_, weight_ = given if plain else map(_without_memory, given)
+    kind = Forward.of(x_, residual_, weight_, spec, needs_gradient(x, residual, weight))._replace(device=x.device)
+    plan = dispatch.plan_forward(kind)
+    by_kernel = isinstance(plan, Plan)
+    reason = plan.why if isinstance(plan, ByReference) else ""
+    if isinstance(plan, Plan) and plain:
+        host.look()
+        reason = host.made_by(plan, x, residual, weight, eps, cast, offset)
+    name = dispatch.name_of(plan)
+    lines = [f"{x.device.type}, {str(x.dtype).removeprefix('torch.')}: {name}" + (f" ({reason})" if reason else "")]
+    copied = [
+        label
+        for label, tensor in (("x", x), ("residual", residual), ("weight", weight))
+        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1
+    ]
+    if copied and by_kernel:
+        lines.append(f"copied once, because the last dimension is not contiguous: {', '.join(copied)}")
+    if residual is not None and residual.dtype != x.dtype and by_kernel:
+        lines.append("the sum is taken before the kernel, because x and residual differ in dtype")
+    if not plain:
+        lines.append("reached through torch.ops.rmsnorm, because not every argument is a plain tensor")
+        load_sharding()
+        distributed = sys.modules.get("rmsnorm.ops.sharding")
+        sharding = None if distributed is None else distributed.explained(x, residual, weight)
+        lines.extend([] if sharding is None else [sharding])
+    return "; ".join(lines)
+
+
+def warmup(
+    device: torch.device | str = "cpu",
+    dtypes: tuple[torch.dtype, ...] = DTYPES[:3],
+    weight_dtypes: tuple[torch.dtype, ...] | None = None,
+    hidden_size: int = 128,
+) -> None:
+    """Compile ahead of time what a first call would compile: kernels, forward and backward, and the C++.
+
+    Args:
+        device: "cpu", "cuda" or a `torch.device`.
+        dtypes: The dtypes of x.
+        weight_dtypes: Those to pair with every dtype of x; by default its own dtype and float32.
+        hidden_size: N, the width of the rows. GPU kernels are compiled for a range of widths, CPU kernels for all.
+
+    Example:
+        >>> rmsnorm.warmup(dtypes=(torch.bfloat16,))
+    """
+    wait_for_host()
+    for dtype in dtypes:
+        for weight_dtype in dict.fromkeys(weight_dtypes or (dtype, torch.float32)):
+            for cast in ("early", "late"):
+                x = torch.ones(1, hidden_size, dtype=dtype, device=device, requires_grad=True)
+                w = torch.ones(hidden_size, dtype=weight_dtype, device=device, requires_grad=True)
+                rms_norm(x, w, cast=cast).sum().backward()
+
+
+def wait_for_host(seconds: float | None = None) -> bool:
+    """Wait until the C++ is compiled and loaded, if it can be: `explain` says what came of it.
+
+    Args:
+        seconds: The longest to wait; None for no limit. With 0, its compilation is begun in another process.
+
+    Returns:
+        Whether the wait is over: False if the C++ is still being compiled.
+    """
+    if seconds is not None:
+        return host.wait(seconds)
+    with contextlib.suppress(host.Unusable):
+        host.load()
+    return True
+
+
+def _without_memory(t: Any) -> Any:
+    """Of the same kind, for tensors of which not all have memory of their own."""
+    return None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")

@@ -1,0 +1,328 @@
+"""The arithmetic of reference.py on the CPU, in Numba: one pass over memory, a row at a time.
+
+A kernel is compiled for what its pointers point to: float32 is itself, uint16 is bf16, int16 is fp16 (Numba has
+no type for either on a CPU), and uint32 is two numbers of bf16, which take fewer instructions than one by one.
+Kernels and their helpers share this file because machine code on disk is known by this source: an edit in another
+file would not be noticed. No function carries `fastmath`: the one instruction that may be reordered or fused, the
+addition into an fp64 sum, says so itself (`_add_square`, `_add`).
+"""
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+if numba.config.DISABLE_JIT:
+    raise ImportError("NUMBA_DISABLE_JIT is set")
+
+# --- what the kernels are written in -------------------------------------------------------------------------
+
+_I16, _I32 = ir.IntType(16), ir.IntType(32)
+
+
+@intrinsic
+def _parts(typing_context: Any, pointer: Any) -> Any:
+    """How many numbers one element holds, as a constant."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return ir.IntType(64)(2 if pointer.dtype == types.uint32 else 1)
+
+    return types.int64(pointer), code
+
+
+@intrinsic
+def _nothing(typing_context: Any, pointer: Any) -> Any:
+    """An element of zeros."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return ir.Constant(context.get_value_type(pointer.dtype), 0)
+
+    return pointer.dtype(pointer), code
+
+
+@intrinsic
+def _widen(typing_context: Any, element: Any, part: Any) -> Any:
+    """A number of the element as fp32, exactly."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits, k = args
+        if element == types.uint32:
+            high = builder.icmp_unsigned("!=", k, k.type(0))
+            half = builder.select(high, builder.and_(bits, _I32(0xFFFF0000)), builder.shl(bits, _I32(16)))
+            return builder.bitcast(half, ir.FloatType())
+        if element == types.uint16:
+            return builder.bitcast(builder.shl(builder.zext(bits, _I32), _I32(16)), ir.FloatType())
+        if element == types.int16:
+            return builder.fpext(builder.bitcast(bits, ir.HalfType()), ir.FloatType())
+        return bits
+
+    return types.float32(element, part), code
+
+
+def _bf16(builder: Any, value: Any, source: Any) -> Any:
+    """The bits of an fp32 value, of which the upper half is what it rounds to.
+
+    A NaN that stems from bf16 or from the processor has only zeros in its low 16 bits, so the addition cannot carry
+    it away; one that stems from an fp32 source can have others, and is kept by hand.
+    """
+    bits = builder.bitcast(value, _I32)
+    odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
+    rounded = builder.add(builder.add(bits, _I32(0x7FFF)), odd)
+    if source.dtype == types.float32:
+        rounded = builder.select(builder.fcmp_unordered("uno", value, value), _I32(0x7FC00000), rounded)
+    return rounded
+
+
+@intrinsic
+def _cast(typing_context: Any, value: Any, pointer: Any) -> Any:
+    """The fp32 value rounded to nearest even to the numbers that the pointer points to, and back in fp32."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if pointer.dtype in (types.uint16, types.uint32):
+            rounded = builder.and_(_bf16(builder, args[0], pointer), _I32(0xFFFF0000))
+            return builder.bitcast(rounded, ir.FloatType())
+        if pointer.dtype == types.int16:
+            return builder.fpext(builder.fptrunc(args[0], ir.HalfType()), ir.FloatType())
+        return args[0]
+
+    return types.float32(types.float32, pointer), code
+
+
+@intrinsic
+def _put(typing_context: Any, element: Any, part: Any, value: Any, pointer: Any, source: Any) -> Any:
+    """The element with one of its numbers: the fp32 value rounded to nearest even to what the pointer points to."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        before, k, number = args[:3]
+        if pointer.dtype == types.uint32:
+            bits = _bf16(builder, number, source)
+            high = builder.icmp_unsigned("!=", k, k.type(0))
+            half = builder.select(high, builder.and_(bits, _I32(0xFFFF0000)), builder.lshr(bits, _I32(16)))
+            return builder.or_(before, half)
+        if pointer.dtype == types.uint16:
+            return builder.trunc(builder.lshr(_bf16(builder, number, source), _I32(16)), _I16)
+        if pointer.dtype == types.int16:
+            return builder.bitcast(builder.fptrunc(number, ir.HalfType()), _I16)
+        return number
+
+    return pointer.dtype(element, part, types.float32, pointer, source), code
+
+
+@intrinsic
+def _add_square(typing_context: Any, total: Any, value: Any) -> Any:
+    """total + value², in any order; the square of an fp32 number is exact in fp64, so fusing changes nothing."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        square = builder.fmul(args[1], args[1], flags=("contract",))
+        return builder.fadd(args[0], square, flags=("reassoc", "contract"))
+
+    return types.float64(types.float64, types.float64), code
+
+
+@intrinsic
+def _add(typing_context: Any, total: Any, value: Any) -> Any:
+    """total + value, in any order."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fadd(args[0], args[1], flags=("reassoc",))
+
+    return types.float64(types.float64, types.float64), code
+
+
+@intrinsic
+def _given(typing_context: Any, pointer: Any) -> Any:
+    """Whether the pointer is not null: what is absent is passed as null."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.icmp_unsigned("!=", args[0], ir.Constant(args[0].type, None))
+
+    return types.boolean(pointer), code
+
+
+@intrinsic
+def _take(typing_context: Any, counter: Any) -> Any:
+    """What the counter held; it now holds one more. No two threads get the same."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", args[0], ir.IntType(64)(1), "monotonic")
+
+    return types.int64(counter), code
+
+
+@intrinsic
+def _finish(typing_context: Any, call: Any, rows: Any) -> Any:
+    """Count the rows of a piece that is done: whoever sees the count also sees the piece."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.atomic_rmw("add", builder.gep(args[0], [ir.IntType(64)(1)]), args[1], "release")
+        return context.get_dummy_value()
+
+    return types.void(call, rows), code
+
+
+@intrinsic
+def _finished(typing_context: Any, call: Any) -> Any:
+    """How many rows are done."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load_atomic(builder.gep(args[0], [ir.IntType(64)(1)]), "acquire", 8)
+
+    return types.int64(call), code
+
+
+@intrinsic
+def _yield_processor(typing_context: Any) -> Any:
+    """Let another thread run, if one waits for the processor."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if os.name == "posix":
+            builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(_I32, []), "sched_yield"), [])
+        return context.get_dummy_value()
+
+    return types.void(), code
+
+
+@intrinsic(prefer_literal=True)
+def _invoke(typing_context: Any, call: Any, pointers: Any, first: Any, last: Any) -> Any:
+    """Run the kernel whose address is call[4], and whose pointers follow, for the rows from first to last."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte, word = ir.IntType(8).as_pointer(), ir.IntType(64)
+        address, *values = (
+            builder.load(builder.gep(args[0], [word(4 + i)])) for i in range(1 + pointers.literal_value)
+        )
+        kernel = ir.FunctionType(ir.VoidType(), [byte] * len(values) + [word] * 2).as_pointer()
+        given = [builder.inttoptr(value, byte) for value in values]
+        builder.call(builder.inttoptr(address, kernel), [*given, args[2], args[3]])
+        return context.get_dummy_value()
+
+    return types.void(call, pointers, first, last), code
+
+
+# --- the kernels ---------------------------------------------------------------------------------------------
+# Pointers: what is absent is null. Outputs are contiguous; of the inputs only the last dimension is, and `layout`
+# holds N, the rows of a chunk, the two inner sizes of the rows' three dimensions, and three strides for each of them.
+# An element has one part or two, and N is a multiple of them; in partial sums all first parts come before the second.
+# spec: eps, the offset, and whether the cast is early. The offset is -0.0 where there is none, the one number whose
+# addition changes no weight.
+
+_FIRST, _SECOND, _THIRD = 4, 7, 10
+
+
+@numba.njit(error_model="numpy")
+def _start(layout: Any, strides: int, m: int) -> Any:
+    """Where row m of an input begins, in elements."""
+    middle, inner = layout[2], layout[3]
+    if m < inner:
+        return m * layout[strides + 2]
+    outer, rest = m // (middle * inner), m // inner
+    return outer * layout[strides] + rest % middle * layout[strides + 1] + m % inner * layout[strides + 2]
+
+
+def forward(
+    x: Any, residual: Any, w: Any, y: Any, s: Any, rstd: Any, layout: Any, spec: Any, first: int, last: int
+) -> None:  # fmt: skip
+    N, eps, offset, early = layout[0], spec[0], spec[1], spec[2] != 0
+    parts = _parts(x)
+    steps = N // parts
+    for m in range(first, last):
+        rows, at, out = x, _start(layout, _FIRST, m) // parts, m * steps
+        if _given(residual):
+            other = _start(layout, _SECOND, m) // parts
+            for i in range(steps):
+                element = _nothing(s)
+                for k in range(parts):
+                    element = _put(element, k, _widen(x[at + i], k) + _widen(residual[other + i], k), s, x)
+                s[out + i] = element
+            rows, at = s, out
+        total = 0.0
+        for i in range(steps):
+            for k in range(parts):
+                total = _add_square(total, np.float64(_widen(rows[at + i], k)))
+        v = np.float32(total / N) + eps
+        r = np.float32(1) / np.float32(math.sqrt(v))
+        if _given(rstd):
+            rstd[m] = r
+        for i in range(steps):
+            element = _nothing(y)
+            for k in range(parts):
+                h = _widen(rows[at + i], k) * r
+                scaled = _widen(w[i], k) * _cast(h, x) if early else (_widen(w[i], k) + offset) * h
+                element = _put(element, k, scaled, y, w)
+            y[out + i] = element
+
+
+def backward(
+    dy: Any, ds: Any, x: Any, w: Any, rstd: Any, dx: Any, dw: Any, layout: Any, spec: Any, first: int, last: int
+) -> None:  # fmt: skip
+    N, chunk, wants_dw, adds = layout[0], layout[1], _given(dw), _given(ds)
+    offset, early = spec[1], spec[2] != 0
+    parts = _parts(x)
+    steps = N // parts
+    for m in range(first, last):
+        a, b = _start(layout, _FIRST, m) // parts, _start(layout, _SECOND, m) // parts
+        out, sums = m * steps, m // chunk * N
+        r = rstd[m]
+        if wants_dw and m % chunk == 0:
+            for i in range(N):
+                dw[sums + i] = 0.0
+        total = 0.0
+        for i in range(steps):
+            for k in range(parts):
+                d, xh = _widen(dy[a + i], k), _widen(x[b + i], k) * r
+                total = _add(total, np.float64((d * (_widen(w[i], k) + offset)) * xh))
+                if wants_dw:
+                    dw[sums + k * steps + i] += np.float64(d * (_cast(xh, x) if early else xh))
+        if _given(dx):
+            c = np.float32(total / N)
+            other = _start(layout, _THIRD, m) // parts
+            for i in range(steps):
+                element = _nothing(dx)
+                for k in range(parts):
+                    g, xh = _widen(dy[a + i], k) * (_widen(w[i], k) + offset), _widen(x[b + i], k) * r
+                    t = r * (g - xh * c)
+                    element = _put(element, k, t + _widen(ds[other + i], k) if adds else t, dx, w)
+                dx[out + i] = element
+
+
+def sum_chunks(partials: Any, dw: Any, chunks: int, N: int) -> None:
+    for chunk in range(1, chunks):
+        for i in range(N):
+            partials[i] += partials[chunk * N + i]
+    parts = _parts(dw)
+    steps = N // parts
+    for i in range(steps):
+        element = _nothing(dw)
+        for k in range(parts):
+            element = _put(element, k, np.float32(partials[k * steps + i]), dw, dw)
+        dw[i] = element
+
+
+def drain(pointers: int) -> Callable[[Any], None]:
+    """What each thread does of a call.
+
+    That is how many pieces are taken, how many rows are done, M, the rows of a piece, a kernel and its pointers.
+    """
+
+    def drain(call: Any) -> None:
+        M, rows = call[2], call[3]
+        first = _take(call) * rows
+        while first < M:
+            last = min(first + rows, M)
+            _invoke(call, pointers, first, last)
+            _finish(call, last - first)
+            first = _take(call) * rows
+
+    return drain
+
+
+def wait(call: Any) -> None:
+    while _finished(call) < call[2]:
+        _yield_processor()

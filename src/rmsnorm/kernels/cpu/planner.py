@@ -1,0 +1,261 @@
+"""Plans calls on the CPU: which kernel takes them, how threads share the rows, and what is allocated for it."""
+
+import ctypes
+import functools
+import math
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import llvmlite.binding
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core.registry import cpu_target
+
+from rmsnorm.kernels.cpu.compiling import ELEMENT, FAILURES, PAIR, compiled, compiled_drain, compiled_wait
+from rmsnorm.kernels.cpu.kernels import backward, forward, sum_chunks
+from rmsnorm.kernels.cpu.threads import MachineCode, Team
+from rmsnorm.kernels.plan import (
+    MOST_PLANS,
+    Backward,
+    ByReference,
+    Converted,
+    Forward,
+    Fresh,
+    Plan,
+    TensorKind,
+    laid_out,
+    summands,
+)
+from rmsnorm.kernels.rows import walk
+
+NAME = "cpu kernel (Numba)"
+
+
+class _Types(NamedTuple):
+    """What the kernels read the weight as, the input's dtype or fp32, and what y is."""
+
+    w: torch.dtype
+    y: torch.dtype
+
+
+@functools.cache
+def _types(x: torch.dtype, w: torch.dtype | None, cast: str) -> _Types:
+    read = x if w is None or w == x else torch.float32
+    return _Types(read, torch.promote_types(x, read) if cast == "early" else x)
+
+
+def _elements(x: torch.dtype, read: _Types, even: bool) -> tuple[Any, Any, Any]:
+    """What x, w and y point to: two numbers at once where all are bf16 and every row begins and ends with a pair."""
+    if even and {x, read.w, read.y} == {torch.bfloat16}:
+        return PAIR, PAIR, PAIR
+    return ELEMENT[x], ELEMENT[read.w], ELEMENT[read.y]
+
+
+@functools.cache
+def _forward_kernel(x: torch.dtype, read: _Types, even: bool) -> Any:
+    X, W, Y = _elements(x, read, even)
+    return compiled(forward, X, X, W, Y, X, types.float32, types.int64, types.float32)
+
+
+@functools.cache
+def _backward_kernel(x: torch.dtype, read: _Types, even: bool) -> Any:
+    X, W, Y = _elements(x, read, even)
+    return compiled(backward, Y, X, X, W, types.float32, X, types.float64, types.int64, types.float32)
+
+
+@functools.cache
+def _sum_kernel(x: torch.dtype, read: _Types, even: bool) -> Any:
+    return compiled(sum_chunks, types.float64, _elements(x, read, even)[1])
+
+
+# Elements that a thread takes at once at least, 4 us of work: about what it costs to have torch's threads begin.
+_GRAIN = 1 << 14
+# Elements that one partial sum of dw is over, at least, and what bounds the sums: 8 bytes a column for each.
+_CHUNK, _MOST_CHUNKS, _FEWEST_ROWS = 1 << 16, 256, 32
+# Bytes from which the C library maps fresh memory for every tensor: 10,000 page faults at 42 MB, or 20 huge ones.
+_MAPPED = 32 << 20
+_PAIR_BYTES = 4
+
+
+def refuses(x: torch.dtype, residual: torch.dtype | None, w: torch.dtype | None) -> str | None:
+    """Why tensors of these dtypes must run the reference; None if the kernels take them."""
+    for name, dtype in (("x", x), ("residual", residual), ("weight", w)):
+        if dtype is not None and dtype not in ELEMENT:
+            return f"{name} is {dtype}: computed in fp32 and returned as {dtype} by plain torch"
+    if torch.promote_types(x, residual or x) == torch.float16 and not _has_fp16():
+        return "the processor that Numba compiles for has no instructions for fp16: computed by plain torch"
+    return None
+
+
+@functools.cache
+def _has_fp16() -> bool:
+    """Whether the conversions of fp16 are instructions, and no calls of a library that the process may not have."""
+    triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()
+    half, single = ir.HalfType(), ir.FloatType()
+    module = ir.Module()
+    module.triple = triple
+    for source, target, convert in ((half, single, "fpext"), (single, half, "fptrunc")):
+        pointers = [source.as_pointer(), target.as_pointer()]
+        function = ir.Function(module, ir.FunctionType(ir.VoidType(), pointers), convert)
+        builder = ir.IRBuilder(function.append_basic_block())
+        builder.store(getattr(builder, convert)(builder.load(function.args[0]), target), function.args[1])
+        builder.ret_void()
+    machine = llvmlite.binding.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features)
+    assembly = machine.emit_assembly(llvmlite.binding.parse_assembly(str(module)))
+    return re.search(r"__\w*(hf|f2h|h2f)", assembly) is None
+
+
+@functools.lru_cache(MOST_PLANS)
+def plan_forward(kind: Forward) -> Plan | ByReference:
+    """For y, s and rstd as of `reference.forward`."""
+    row, x, residual, before = summands(kind)
+    spec = kind.spec
+    wanted = {row: (x, x.dtype)} | ({} if residual is None else {"residual": (residual, x.dtype)})
+    rows, kinds, converted = laid_out(_rows, wanted)
+    types = _types(x.dtype, None if kind.w is None else kind.w.dtype, spec.cast)
+    scale = _scale(kind.w, types, rows.N)
+    even = rows.even and _paired(*kinds.values(), scale.kind)
+    kernel = _forward_kernel(x.dtype, types, even)
+    if kernel is None:
+        return ByReference(FAILURES[-1])
+    y, s = _like_rows("y", kind.x, types.y), _like_rows("s", kind.x, x.dtype)
+    rstd = Fresh("rstd", torch.float32, tuple(kind.x.shape[:-1]))
+    tensors = (
+        row, None if residual is None else "residual", scale.name, "y", None if residual is None else "s",
+        "rstd" if kind.with_rstd else None,
+    )  # fmt: skip
+    return Plan(
+        kind.device,
+        inputs=("x", "residual", "w"),
+        before=(*before, *converted, *scale.before),
+        fresh=(y, *([] if residual is None else [s]), *([rstd] if kind.with_rstd else []), *scale.fresh),
+        launches=(_over_rows(kernel, tensors, rows, _spec(spec.eps, spec.offset, spec.cast), rows.grain),),
+        outputs=("y", None if kind.residual is None else "s", "rstd" if kind.with_rstd else None),
+    )
+
+
+@functools.lru_cache(MOST_PLANS)
+def plan_backward(kind: Backward) -> Plan | ByReference:
+    """For dx and dw as of `reference.backward`; dw is summed in fp64 over chunks of rows, then over them in order."""
+    x, w, spec, need_dx = kind.x, kind.w, kind.spec, kind.need_dx
+    types = _types(x.dtype, None if w is None else w.dtype, spec.cast)
+    wanted = {"dy": (kind.dy, types.y), "x": (x, x.dtype)} | ({} if kind.ds is None else {"ds": (kind.ds, x.dtype)})
+    rows, kinds, before = laid_out(_rows, wanted)
+    rstd = kind.rstd
+    if not rstd.is_dense:  # as it was, but for hooks on what is saved
+        rstd = TensorKind.dense(rstd.shape, rstd.dtype)
+        before.append(Converted("rstd", ("rstd",), rstd.dtype))
+    scale = _scale(w, types, rows.N)
+    even = rows.even and _paired(*kinds.values(), scale.kind, rstd)
+    kernel = _backward_kernel(x.dtype, types, even)
+    need_dw = kind.need_dw and w is not None
+    sums = need_dw and rows.chunks > 0
+    of_sum = _sum_kernel(x.dtype, types, even) if sums else None
+    if kernel is None or (sums and of_sum is None):
+        return ByReference(FAILURES[-1])
+    fresh, after = list(scale.fresh), []
+    if need_dx:
+        fresh.append(_like_rows("dx", x, x.dtype))
+    tensors = (
+        "dy", None if kind.ds is None else "ds", "x", scale.name, "rstd", "dx" if need_dx else None,
+        "partials" if sums else None,
+    )  # fmt: skip
+    launches = [_over_rows(kernel, tensors, rows, _spec(0.0, spec.offset, spec.cast), rows.chunk)]
+    if sums:
+        fresh += [
+            Fresh("partials", torch.float64, (rows.chunks, rows.N)),
+            Fresh("dw", types.w, (rows.N,)),
+        ]
+        launches.append(MachineCode(of_sum, ("partials", "dw"), (rows.chunks, rows.N)))
+        if w is not None and w.dtype is not types.w:
+            after.append(Converted("dw", ("dw",), w.dtype))
+    elif need_dw and w is not None:
+        fresh.append(Fresh("dw", w.dtype, (rows.N,), value=0))
+    return Plan(
+        kind.device,
+        inputs=("dy", "ds", "x", "w", "rstd"),
+        before=(*before, *scale.before),
+        fresh=tuple(fresh),
+        launches=tuple(launches),
+        after=tuple(after),
+        outputs=("dx" if need_dx else None, "dw" if need_dw else None),
+    )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """How the rows of some shape and strides are walked. A pure function of both, never of the thread count.
+
+    grain: rows that a thread takes at once forward. chunk: rows that a partial sum of dw is over. even: whether rows
+    begin and end with pairs of numbers. layout: what the kernels read of it.
+    """
+
+    M: int
+    N: int
+    grain: int
+    chunk: int
+    chunks: int
+    even: bool
+    layout: Any
+
+
+@functools.lru_cache(MOST_PLANS)
+def _rows(shape: Sequence[int], *strides: Sequence[int]) -> _Rows | None:
+    """As `rows.walk`, with the rows cut into chunks."""
+    found = walk(shape, *strides)
+    if found is None:
+        return None
+    M, N = found.M, found.N
+    chunk = max(_FEWEST_ROWS, -(-_CHUNK // N), -(-M // _MOST_CHUNKS))
+    sizes = found.sizes if found.strided else (1, M)
+    steps = [step for of_one in found.steps for step in of_one]
+    values = [N, chunk, *sizes, *steps, *[0] * (9 - len(steps))]
+    even = all(number % 2 == 0 for number in (N, *steps)) and sys.byteorder == "little"
+    return _Rows(M, N, max(1, _GRAIN // N), chunk, -(-M // chunk), even, (ctypes.c_int64 * len(values))(*values))
+
+
+class _Scale(NamedTuple):
+    """The weight as the kernels read it, and what makes it so; ones in place of none, which change no bit."""
+
+    name: str
+    kind: TensorKind
+    before: tuple[Converted, ...] = ()
+    fresh: tuple[Fresh, ...] = ()
+
+
+def _scale(w: TensorKind | None, types: _Types, N: int) -> _Scale:
+    if w is not None and w.dtype is types.w and w.is_dense:
+        return _Scale("w", w)
+    made = TensorKind.dense((N,), types.w)
+    if w is None:
+        return _Scale("ones", made, fresh=(Fresh("ones", types.w, (N,), value=1),))
+    return _Scale("w", made, before=(Converted("w", ("w",), types.w),))
+
+
+def _paired(*kinds: TensorKind) -> bool:
+    """Whether all begin where pairs of 16-bit numbers do."""
+    return all(kind.alignment >= _PAIR_BYTES for kind in kinds)
+
+
+def _like_rows(name: str, x: TensorKind, dtype: torch.dtype) -> Fresh:
+    nbytes = math.prod(x.shape) * dtype.itemsize
+    return Fresh(name, dtype, tuple(x.shape), huge_pages=nbytes >= _MAPPED)
+
+
+def _over_rows(kernel: Any, tensors: tuple[str | None, ...], rows: _Rows, spec: Any, at_once: int) -> MachineCode:
+    """The kernel over all rows, on several threads where there is more than one piece of so many rows."""
+    words = ctypes.addressof(rows.layout), ctypes.addressof(spec)
+    drain = compiled_drain(len(tensors) + len(words)) if at_once < rows.M else None
+    if drain is None:
+        return MachineCode(kernel, tensors, (*words, 0, rows.M), keeps=(rows, spec))
+    return MachineCode(kernel, tensors, words, Team(rows.M, at_once, drain, compiled_wait), keeps=(rows, spec))
+
+
+@functools.lru_cache(256)
+def _spec(eps: float, offset: float, cast: str) -> Any:
+    """As the kernels read it."""
+    return (ctypes.c_float * 3)(eps, offset or -0.0, cast == "early")

@@ -1,0 +1,82 @@
+"""Who computes: the kernels of a device by a plan, or the reference, and why."""
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from rmsnorm import kernels, reference
+from rmsnorm.kernels.plan import Backward, ByReference, Forward, Plan
+from rmsnorm.kernels.run import run
+from rmsnorm.spec import Spec
+
+_KERNELS = {"cpu": ("cpu", "Numba"), "cuda": ("gpu", "Triton")}
+
+
+def forward(
+    x: Tensor, residual: Tensor | None, w: Tensor | None, spec: Spec, with_rstd: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As `reference.forward`."""
+    plan = plan_forward(Forward.of(x, residual, w, spec, with_rstd))
+    if isinstance(plan, ByReference):
+        return reference.forward(x, residual, w, spec.eps, spec.cast, spec.offset, with_rstd)
+    y, s, rstd = run(plan, (x, residual, w))
+    assert y is not None
+    return y, s, rstd
+
+
+def backward(
+    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, spec: Spec, need_dx: bool, need_dw: bool
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """As `reference.backward`."""
+    plan = plan_backward(Backward.of(dy, ds, x, w, rstd, spec, need_dx, need_dw))
+    if isinstance(plan, ByReference):
+        return reference.backward(dy, ds, x, w, rstd, spec.cast, spec.offset, need_dx, need_dw)
+    dx, dw = run(plan, (dy, ds, x, w, rstd))
+    return dx, dw
+
+
+def plan_forward(kind: Forward) -> Plan | ByReference:
+    residual, w = kind.residual, kind.w
+    planner = _planner(
+        kind.device, kind.x.dtype, None if residual is None else residual.dtype, None if w is None else w.dtype
+    )
+    return planner if isinstance(planner, ByReference) else planner.plan_forward(kind)
+
+
+def plan_backward(kind: Backward) -> Plan | ByReference:
+    planner = _planner(kind.device, kind.x.dtype, None, None if kind.w is None else kind.w.dtype)
+    return planner if isinstance(planner, ByReference) else planner.plan_backward(kind)
+
+
+def name_of(plan: Plan | ByReference) -> str:
+    """Of who computes, in words."""
+    if isinstance(plan, ByReference):
+        return "the reference, in plain torch"
+    return str(_module(plan.device.type).NAME)  # type: ignore[union-attr]
+
+
+@functools.cache
+def _planner(device: torch.device, *dtypes: torch.dtype | None) -> ModuleType | ByReference:
+    """The planner for tensors of these dtypes: x's, the residual's and the weight's."""
+    module = _module(device.type)
+    if isinstance(module, ByReference):
+        return module
+    refusal = module.refuses(*dtypes)
+    return module if refusal is None else ByReference(refusal)
+
+
+@functools.cache
+def _module(device_type: str) -> ModuleType | ByReference:
+    """The kernels of a device, imported when its first tensor comes."""
+    if device_type not in _KERNELS:
+        return ByReference(f"there is no kernel for {device_type}")
+    name, library = _KERNELS[device_type]
+    try:
+        return importlib.import_module(f"rmsnorm.kernels.{name}.planner")
+    except Exception as error:  # a missing or broken library must not take the layer down
+        if kernels.is_of_a_signal(error):
+            raise
+        return ByReference(f"{library} cannot be used: {type(error).__name__}: {error}")

@@ -1,0 +1,211 @@
+"""Plans calls on the GPU: which kernel takes them, how it is launched, and what is allocated for it."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from rmsnorm.kernels.gpu import kernels, staged, tiling
+from rmsnorm.kernels.gpu.driver import Slot, TritonLaunch
+from rmsnorm.kernels.gpu.tiling import Gpu, Launch
+from rmsnorm.kernels.plan import MOST_PLANS, Backward, Converted, Forward, Fresh, Plan, TensorKind, laid_out, summands
+from rmsnorm.kernels.rows import Walk, walk
+
+NAME = "gpu kernel (Triton)"
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def refuses(x: torch.dtype, residual: torch.dtype | None, w: torch.dtype | None) -> str | None:
+    """Why tensors of these dtypes must run the reference; None if the kernels take them."""
+    if torch.version.hip is not None:
+        return "the kernels are proven on NVIDIA GPUs only"
+    capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    if min(capabilities, default=(8, 0)) < (8, 0):
+        return f"compute capability {min(capabilities)} is below 8.0, the first to round to bf16"
+    for name, dtype in (("x", x), ("residual", residual), ("weight", w)):
+        if dtype is not None and dtype not in _DTYPES:
+            return f"{name} is {dtype}: computed in fp32 and returned as {dtype} by plain torch"
+    return None
+
+
+@functools.lru_cache(MOST_PLANS)
+def plan_forward(kind: Forward) -> Plan:
+    """For y, s and rstd as of `reference.forward`."""
+    row, x, residual, before = summands(kind)
+    w, spec = kind.w, kind.spec
+    wanted = {row: (x, x.dtype)} | ({} if residual is None else {"residual": (residual, x.dtype)})
+    rows, kinds, converted = laid_out(walk, wanted)
+    before += converted
+    gpu = _gpu(_number(kind.device))
+    aligned = rows.N > tiling.ADD_WIDEST and _by_16_bytes(rows, kinds)
+    config = tiling.forward(rows.N, x.dtype.itemsize, residual is not None, aligned, gpu)
+    if w is not None:
+        kinds["w"] = _dense("w", w, before)
+    shape = tuple(x.shape)
+    fresh = [Fresh("y", _y_dtype(x.dtype, w, spec.cast), shape)]
+    if residual is not None:
+        fresh.append(Fresh("s", x.dtype, shape))
+    if kind.with_rstd:
+        fresh.append(Fresh("rstd", torch.float32, shape[:-1]))
+    calls = _Calls(_number(kind.device), rows, kinds, fresh)
+    whole_rows = staged.forward_staged if config.staged else kernels.forward_block
+    calls.add(
+        kernels.forward_loop if config.parts == 0 else whole_rows,
+        _cdiv(rows.M, config.rows) * max(1, config.parts), config, calls.exchange(config, gpu),
+        x=row, residual=None if residual is None else "residual", w=None if w is None else "w", y="y",
+        s=None if residual is None else "s", rstd="rstd" if kind.with_rstd else None, shares="shares",
+        x_steps=rows.steps[0], residual_steps=rows.steps[-1], eps=float(spec.eps), offset=_offset(spec.offset),
+        EARLY=spec.cast == "early",
+    )  # fmt: skip
+    return Plan(
+        kind.device,
+        inputs=("x", "residual", "w"),
+        before=tuple(before),
+        fresh=tuple(fresh),
+        launches=tuple(calls.launches),
+        outputs=("y", None if kind.residual is None else "s", "rstd" if kind.with_rstd else None),
+    )
+
+
+@functools.lru_cache(MOST_PLANS)
+def plan_backward(kind: Backward) -> Plan:
+    """For dx and dw as of `reference.backward`; dw is the fp64 sum of fp32 sums over `tiling.LONGEST_SUM` numbers at
+    most."""
+    x, w, spec, need_dx = kind.x, kind.w, kind.spec, kind.need_dx
+    with_ds, of_dw = need_dx and kind.ds is not None, w.dtype if kind.need_dw and w is not None else None
+    wanted = {"dy": (kind.dy, _y_dtype(x.dtype, w, spec.cast)), "x": (x, x.dtype)}
+    if kind.ds is not None and with_ds:
+        wanted["ds"] = kind.ds, x.dtype
+    rows, kinds, before = laid_out(walk, wanted)
+    M, N, device, gpu = rows.M, rows.N, _number(kind.device), _gpu(_number(kind.device))
+    of_x, of_dy = x.dtype.itemsize, kinds["dy"].dtype.itemsize
+    aligned = tiling.BACKWARD_WIDEST[of_x] < N and _by_16_bytes(rows, kinds)
+    kinds["rstd"] = _dense("rstd", kind.rstd, before)  # as it was, but for hooks on what is saved
+    if w is not None:
+        kinds["w"] = _dense("w", w, before)
+    fresh = [Fresh("dx", x.dtype, tuple(x.shape))] if need_dx else []
+    calls = _Calls(device, rows, kinds, fresh)
+    early, steps = spec.cast == "early", {"dy_steps": rows.steps[0], "x_steps": rows.steps[1]}
+    sums: Launch | None = None  # of the kernel whose programs hold the shares of dw, where there are rows
+    if need_dx:
+        itemsize = 0 if of_dw is None else of_dw.itemsize
+        config = tiling.backward(M, N, of_x, of_dy, itemsize, with_ds, aligned, gpu)
+        sums = config if of_dw is not None and config.parts > 0 else None
+        if sums is not None:
+            fresh.append(Fresh("partials", torch.float32, (sums.programs, N)))
+        whole_rows = staged.backward_staged if config.staged else kernels.backward_block
+        calls.add(
+            kernels.backward_loop if config.parts == 0 else whole_rows,
+            M if config.parts == 0 else config.programs * config.parts, config, calls.exchange(config, gpu),
+            dy="dy", ds="ds" if with_ds else None, x="x", w=None if w is None else "w", rstd="rstd", dx="dx",
+            partials=None if sums is None else "partials", shares="shares", programs=config.programs, **steps,
+            ds_steps=rows.steps[-1], offset=_offset(spec.offset), EARLY=early,
+        )  # fmt: skip
+    if of_dw is not None:
+        if sums is None:
+            sums = tiling.dw_alone(M, N, of_dy + of_x, of_dw.itemsize, gpu)
+            parts = _cdiv(N, sums.block_n)
+            fresh.append(Fresh("partials", torch.float32, (sums.programs, N)))
+            calls.add(
+                kernels.dw_alone, sums.programs * parts, sums, False, dy="dy", x="x", rstd="rstd", partials="partials",
+                parts=parts, programs=sums.programs, **steps, EARLY=early,
+            )  # fmt: skip
+        config = tiling.sum_partials(sums.programs, N, gpu)
+        fresh.append(Fresh("dw", of_dw, (N,)))
+        calls.add(
+            kernels.sum_partials, _cdiv(N, config.block_n), config, sums.programs > 0, partials="partials", dw="dw",
+            programs=sums.programs,
+        )  # fmt: skip
+    return Plan(
+        kind.device,
+        inputs=("dy", "ds", "x", "w", "rstd"),
+        before=tuple(before),
+        fresh=tuple(fresh),
+        launches=tuple(calls.launches),
+        outputs=("dx" if need_dx else None, None if of_dw is None else "dw"),
+    )
+
+
+class _Calls:
+    """The launches of a plan, as they come."""
+
+    def __init__(self, device: int, rows: Walk, kinds: Mapping[str, TensorKind], fresh: list[Fresh]) -> None:
+        """kinds: of the inputs, as the kernels get them. fresh: of the plan, to which `exchange` adds."""
+        self.launches: list[TritonLaunch] = []
+        self._device, self._rows, self._kinds, self._fresh = device, rows, kinds, fresh
+
+    def add(self, kernel: Any, grid: int, config: Launch, after: bool, /, **named: Any) -> None:
+        """A launch, unless of no programs. after: whether the launch before prepares it. named: the values of the
+        kernel's arguments, and others; of a tensor its name, or None."""
+        if grid == 0:
+            return
+        rows = self._rows
+        values = config.constants | {
+            "M": rows.M, "N": rows.N, "parts": config.parts, "sizes": rows.sizes, "STRIDED": rows.strided,
+            # As many as a warp has lanes. Fewer would be held several times over, in a third more registers.
+            "PARTS": 1 if config.parts == 1 else tiling.MOST_PARTS,
+        } | named  # fmt: skip
+        arguments = tuple(self._argument(values[name]) for name in kernel.arg_names)
+        given = [self._kinds.get(a.tensor) for a in arguments if isinstance(a, Slot)]
+        aligned = all(kind is None or kind.alignment == 16 for kind in given)
+        early = after and config.overlap
+        self.launches.append(TritonLaunch(kernel, (grid,), config.warps, arguments, early, aligned, self._device))
+
+    def exchange(self, config: Launch, gpu: Gpu) -> bool:
+        """Whether programs that share rows exchange their sums, for which a kernel prepares memory."""
+        size = self._rows.M * config.parts
+        if config.parts <= 1:
+            return False
+        self._fresh.append(Fresh("shares", torch.int64, (size,)))
+        config = tiling.no_shares_yet(gpu)
+        self.add(kernels.no_shares_yet, _cdiv(size, config.block_n), config, False, shares="shares", size=size)
+        return size > 0
+
+    def _argument(self, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        kind = self._kinds.get(value) or next((t for t in self._fresh if t.name == value), None)
+        return None if kind is None else Slot(value, kind.dtype)  # there are no shares where none are exchanged
+
+
+def _number(device: torch.device) -> int:
+    """Of a GPU; -1 for the interpreter, whose tensors are on none."""
+    return -1 if device.index is None or device.type != "cuda" else device.index
+
+
+@functools.cache
+def _gpu(device: int) -> Gpu:
+    """The GPU with this number; without one, as in the interpreter, a typical one without Hopper's instructions."""
+    if device < 0:
+        return Gpu(capability=8)
+    found = torch.cuda.get_device_properties(device)
+    shared_memory = int(found.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+    return Gpu(shared_memory, found.multi_processor_count, found.major)
+
+
+def _y_dtype(x: torch.dtype, w: TensorKind | None, cast: str) -> torch.dtype:
+    return x if w is None or cast == "late" else torch.promote_types(x, w.dtype)
+
+
+def _offset(offset: float) -> float:
+    return float(offset) or -0.0
+
+
+def _dense(name: str, kind: TensorKind, before: list[Converted]) -> TensorKind:
+    """The kind as a kernel reads it that knows no strides of it, after a copy if it must be."""
+    if kind.is_dense:
+        return kind
+    before.append(Converted(name, (name,), kind.dtype))
+    return TensorKind.dense(kind.shape, kind.dtype)
+
+
+def _by_16_bytes(rows: Walk, kinds: Mapping[str, TensorKind]) -> bool:
+    """Whether rows begin and end where asynchronous copies can, and Triton is told: of multiples of 16 numbers."""
+    steps = [step for of_tensor in rows.steps for step in (of_tensor if rows.strided else of_tensor[2:])]
+    return all(step % 16 == 0 for step in (rows.N, *steps)) and all(k.alignment == 16 for k in kinds.values())
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,0 +1,735 @@
+// Norms by the plans that Python makes, run without it; see host.py.
+//
+//   norm, an operator  ->  Call  ->  Plan  ->  fresh tensors, launches  ->  what comes out
+//                                     ^ asked of Python once for each kind of call
+//               anything but plain tensors, or a kind that C++ cannot run: Python's turn
+//   Norm               ->  the same for the gradients, where autograd asks for them
+
+#include <Python.h>
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/stack.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/record_function.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/DynamicTypes.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/library.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <shared_mutex>
+#include <string>
+#include <tuple>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+namespace {
+
+namespace py = pybind11;
+using at::Tensor;
+using c10::DispatchKey;
+using c10::DispatchKeySet;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+using Word = uint64_t; // an address, or a number in its first bytes
+using Tensors = c10::SmallVector<Tensor, 9>;
+
+constexpr size_t MOST_PLANS = 4096, MOST_ARGUMENTS = 48, MOST_OF_MACHINE_CODE = 12, LARGEST_CONFIGURATION = 64;
+constexpr int NONE = -1; // the place of a tensor that is absent
+
+// --- calls -----------------------------------------------------------------------------------------------------
+
+struct Spec {
+  double eps; // of a forward pass
+  bool early, offset; // the offset is 0 or 1
+};
+
+// tensors: x, residual, w; or dy, ds, x, w, rstd. Undefined where there is none.
+struct Call {
+  bool backward;
+  Tensors tensors;
+  Spec spec;
+  std::array<bool, 2> asked; // with_rstd; or need_dx, need_dw
+
+  const Tensor& rows() const {
+    return tensors[backward ? 2 : 0];
+  }
+};
+
+// The spec, if it is one that needs no check; Python judges the others.
+std::optional<Spec> known_spec(double eps, bool early, bool late, double offset) {
+  if (early == late || (offset != 0.0 && offset != 1.0)) {
+    return std::nullopt;
+  }
+  return Spec{eps, early, offset == 1.0};
+}
+
+// Whether all are real memory and nobody watches: no subclass, transform, mode, trace, tangent, or pending minus sign.
+bool plain(const Tensors& tensors) {
+  static const DispatchKeySet known =
+      DispatchKeySet({DispatchKey::CPU, DispatchKey::CUDA, DispatchKey::AutogradCPU, DispatchKey::AutogradCUDA,
+                      DispatchKey::ADInplaceOrView, DispatchKey::BackendSelect}) |
+      c10::autocast_dispatch_keyset;
+  auto keys = c10::impl::tls_local_dispatch_key_set().included_;
+  for (const auto& t : tensors) {
+    if (t.defined()) {
+      keys = keys | t.key_set();
+      if (t._fw_grad(0).defined()) {
+        return false;
+      }
+    }
+  }
+  return (keys.raw_repr() & ~known.raw_repr()) == 0;
+}
+
+// Whether autograd would have to differentiate what is made of these.
+bool differentiable(const Tensors& tensors) {
+  return at::GradMode::is_enabled() && std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) {
+    return t.defined() && t.requires_grad();
+  });
+}
+
+// Whether the storage holds all that the shape says: others may have freed it, or swapped it for a smaller one.
+bool in_memory(const Tensor& t) {
+  if (!t.defined() || t.numel() == 0) {
+    return true;
+  }
+  int64_t elements = t.numel();
+  if (!t.is_contiguous()) {
+    elements = 1;
+    for (int64_t i = 0; i < t.dim(); i++) {
+      elements += (t.size(i) - 1) * t.stride(i);
+    }
+  }
+  const auto needed = static_cast<size_t>(t.storage_offset() + elements) * t.element_size();
+  return t.storage().nbytes() >= needed;
+}
+
+// What the kind of a call cannot tell: whether its tensors are in memory, and on the current device.
+bool fits(const Call& call) {
+  const auto& rows = call.rows();
+  return std::all_of(call.tensors.begin(), call.tensors.end(), in_memory) &&
+      (!rows.is_cuda() || c10::impl::getDeviceGuardImpl(c10::DeviceType::CUDA)->getDevice() == rows.device());
+}
+
+// --- plans -----------------------------------------------------------------------------------------------------
+
+using CuLaunchKernelEx = int (*)(const void* configuration, void* function, void** arguments, void** extra);
+
+template <size_t... i>
+void call_with(Word function, const Word* given, std::index_sequence<i...>) {
+  reinterpret_cast<void (*)(decltype(Word(i))...)>(function)(given[i]...);
+}
+
+template <size_t count>
+void call_with(Word function, const Word* given) {
+  call_with(function, given, std::make_index_sequence<count>());
+}
+
+// How machine code is called, by the number of its arguments.
+template <size_t... count>
+constexpr auto callers_of(std::index_sequence<count...>) {
+  return std::array<void (*)(Word, const Word*), sizeof...(count)>{call_with<count>...};
+}
+
+constexpr auto callers = callers_of(std::make_index_sequence<MOST_OF_MACHINE_CODE + 1>());
+
+// As plan.NativeTeam.
+struct Team {
+  int64_t M, rows;
+  Word drain, parallel;
+  int64_t process, pieces;
+};
+
+using GompParallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+
+// As plan.NativeLaunch.
+struct Launch {
+  Word function;
+  std::vector<Word> words; // the arguments
+  std::vector<int> places; // for each whose address it is; NONE: a number
+  std::optional<Team> team;
+  Word launcher; // cuLaunchKernelEx, or 0 where the function is machine code of the CPU
+  std::string configuration; // CUlaunchConfig
+  size_t stream_at; // in the configuration
+
+  bool run(const Word* addresses, void* stream) const {
+    Word given[MOST_ARGUMENTS];
+    void* pointers[MOST_ARGUMENTS];
+    for (size_t i = 0; i < words.size(); i++) {
+      given[i] = places[i] == NONE ? words[i] : addresses[places[i]];
+      pointers[i] = given + i;
+    }
+    if (team) {
+      return run_by_threads(given);
+    }
+    if (launcher == 0) {
+      callers[words.size()](function, given);
+      return true;
+    }
+    alignas(8) char whole[LARGEST_CONFIGURATION];
+    std::memcpy(whole, configuration.data(), configuration.size());
+    std::memcpy(whole + stream_at, &stream, sizeof stream);
+    const auto launch = reinterpret_cast<CuLaunchKernelEx>(launcher);
+    return launch(whole, reinterpret_cast<void*>(function), pointers, nullptr) == 0;
+  }
+
+  // As threads.MachineCode: on all threads of torch's team, in pieces of many rows. A forked child has no such team.
+  bool run_by_threads(Word* given) const {
+    const int64_t threads = at::get_num_threads();
+    if (threads < 2) {
+      given[words.size()] = 0;
+      given[words.size() + 1] = team->M;
+      callers[words.size() + 2](function, given);
+      return true;
+    }
+    if (getpid() != team->process) {
+      return false;
+    }
+    const auto in_pieces = [&](int64_t rows) { return (team->M + rows - 1) / rows; };
+    const auto rows = team->rows * std::max<int64_t>(1, in_pieces(team->rows) / (team->pieces * threads));
+    Word shared[5 + MOST_ARGUMENTS] = {0, 0, static_cast<Word>(team->M), static_cast<Word>(rows), function};
+    std::copy_n(given, words.size(), shared + 5);
+    const auto drain = reinterpret_cast<void (*)(void*)>(team->drain);
+    if (in_pieces(rows) < 2) {
+      drain(shared);
+    } else {
+      reinterpret_cast<GompParallel>(team->parallel)(drain, shared, threads, 0);
+    }
+    return true;
+  }
+};
+
+// As plan.Fresh.
+struct Fresh {
+  at::ScalarType dtype;
+  std::vector<int64_t> shape;
+  std::optional<int64_t> value;
+
+  Tensor of(const Tensor& rows) const {
+    const auto options = rows.options().dtype(dtype);
+    return value ? at::full(shape, *value, options) : at::empty(shape, options);
+  }
+};
+
+// As plan.Native, with the places of tensors, the inputs first, for their names.
+struct Plan {
+  std::vector<Fresh> fresh;
+  std::vector<Launch> launches;
+  std::vector<int> outputs;
+  std::shared_ptr<PyObject> keeps;
+  bool by_threads = false;
+
+  // What comes out; nothing if not all could be launched.
+  std::optional<Tensors> run(const Call& call) const {
+    const auto& rows = call.rows();
+    void* stream = nullptr;
+    if (rows.is_cuda()) {
+      stream = c10::impl::getDeviceGuardImpl(c10::DeviceType::CUDA)->getStream(rows.device()).native_handle();
+    }
+    Tensors tensors(call.tensors);
+    for (const auto& one : fresh) {
+      tensors.push_back(one.of(rows));
+    }
+    c10::SmallVector<Word, 9> addresses;
+    for (const auto& t : tensors) {
+      addresses.push_back(t.defined() ? reinterpret_cast<Word>(t.const_data_ptr()) : 0);
+    }
+    for (const auto& launch : launches) {
+      if (!launch.run(addresses.data(), stream)) {
+        return std::nullopt;
+      }
+    }
+    Tensors found;
+    for (const auto place : outputs) {
+      found.push_back(place == NONE ? Tensor() : tensors[place]);
+    }
+    return found;
+  }
+};
+
+at::ScalarType dtype_of(py::handle object) {
+  TORCH_CHECK_TYPE(THPDtype_Check(object.ptr()), "a fresh tensor has no dtype");
+  return reinterpret_cast<THPDtype*>(object.ptr())->scalar_type;
+}
+
+std::shared_ptr<const Plan> read_plan(const py::object& native) {
+  std::unordered_map<std::string, int> places;
+  const auto named = [&places](const py::handle& name) { places.emplace(py::cast<std::string>(name), places.size()); };
+  const auto place_of = [&places](const py::handle& name) {
+    const auto found = places.find(py::cast<std::string>(name));
+    TORCH_CHECK_VALUE(found != places.end(), "no tensor of the plan is called ", py::cast<std::string>(name));
+    return found->second;
+  };
+  auto plan = std::make_shared<Plan>();
+  for (const auto& name : native.attr("inputs")) {
+    named(name);
+  }
+  for (const auto& one : native.attr("fresh")) {
+    named(one.attr("name"));
+    plan->fresh.push_back(Fresh{
+        dtype_of(one.attr("dtype")), py::cast<std::vector<int64_t>>(one.attr("shape")),
+        py::cast<std::optional<int64_t>>(one.attr("value"))});
+  }
+  for (const auto& one : native.attr("launches")) {
+    Launch launch{
+        py::cast<Word>(one.attr("function")), {}, {}, {}, py::cast<Word>(one.attr("launcher")),
+        py::cast<py::bytes>(one.attr("configuration")), py::cast<size_t>(one.attr("stream_at"))};
+    for (const auto& argument : one.attr("arguments")) {
+      const bool is_name = py::isinstance<py::str>(argument);
+      launch.words.push_back(is_name ? 0 : py::cast<Word>(argument));
+      launch.places.push_back(is_name ? place_of(argument) : NONE);
+    }
+    if (const auto team = one.attr("team"); !team.is_none()) {
+      const auto number = [&](const char* name) { return py::cast<int64_t>(team.attr(name)); };
+      launch.team = Team{number("M"), number("rows"), py::cast<Word>(team.attr("drain")),
+                         py::cast<Word>(team.attr("parallel")), number("process"), number("pieces")};
+      plan->by_threads = true;
+    }
+    const size_t most = launch.launcher == 0 ? MOST_OF_MACHINE_CODE - (launch.team ? 2 : 0) : MOST_ARGUMENTS;
+    TORCH_CHECK_VALUE(
+        launch.words.size() <= most &&
+            launch.configuration.size() <= LARGEST_CONFIGURATION &&
+            (launch.launcher == 0 || launch.stream_at + sizeof(void*) <= launch.configuration.size()),
+        "a launch of another form");
+    plan->launches.push_back(std::move(launch));
+  }
+  for (const auto& name : native.attr("outputs")) {
+    plan->outputs.push_back(name.is_none() ? NONE : place_of(name));
+  }
+  plan->keeps = std::shared_ptr<PyObject>(py::object(native.attr("keeps")).release().ptr(), [](PyObject* object) {
+    const py::gil_scoped_acquire gil;
+    Py_DECREF(object);
+  });
+  return plan;
+}
+
+// --- by what they are found ------------------------------------------------------------------------------------
+
+// The kind of a call, all that a plan depends on: of each tensor dtype, device, shape, strides and the alignment of its
+// address, as of plan.TensorKind; and the spec.
+struct Key {
+  c10::SmallVector<int64_t, 48> numbers;
+
+  explicit Key(const Call& call) {
+    int64_t eps;
+    std::memcpy(&eps, &call.spec.eps, sizeof eps);
+    numbers = {
+        eps, call.backward | call.spec.early << 1 | call.spec.offset << 2 | call.asked[0] << 3 | call.asked[1] << 4};
+    for (const auto& t : call.tensors) {
+      add(t);
+    }
+  }
+
+  void add(const Tensor& t) {
+    if (!t.defined()) {
+      numbers.push_back(-1);
+      return;
+    }
+    const auto device = t.device();
+    const auto address = reinterpret_cast<Word>(t.const_data_ptr());
+    const auto alignment = address | 16;
+    numbers.push_back(
+        static_cast<int64_t>(t.scalar_type()) | t.dim() << 8 | static_cast<int64_t>(device.type()) << 16 |
+        static_cast<int64_t>(device.index() + 1) << 24 | static_cast<int64_t>(alignment & -alignment) << 40);
+    numbers.append(t.sizes().begin(), t.sizes().end());
+    numbers.append(t.strides().begin(), t.strides().end());
+  }
+
+  bool operator==(const Key& other) const {
+    return numbers == other.numbers;
+  }
+};
+
+struct Hash {
+  size_t operator()(const Key& key) const {
+    size_t hash = 0;
+    for (const auto number : key.numbers) {
+      hash = (hash ^ static_cast<size_t>(number)) * 0x9E3779B97F4A7C15;
+      hash ^= hash >> 32;
+    }
+    return hash;
+  }
+};
+
+// None for a kind that is Python's.
+using Plans = std::unordered_map<Key, std::shared_ptr<const Plan>, Hash>;
+Plans& plans = *new Plans; // never destroyed: Python may have ended before
+std::shared_mutex& plans_mutex = *new std::shared_mutex;
+
+PyObject *native_forward = nullptr, *native_backward = nullptr, *check_saved = nullptr; // of host.py
+
+py::object wrapped(const Tensor& t) {
+  return t.defined() ? py::reinterpret_steal<py::object>(THPVariable_Wrap(t)) : py::none();
+}
+
+py::object asked(PyObject* function, const py::tuple& arguments) {
+  auto found = py::reinterpret_steal<py::object>(PyObject_CallObject(function, arguments.ptr()));
+  if (!found) {
+    python_error error;
+    error.persist();
+    throw error;
+  }
+  return found;
+}
+
+std::shared_ptr<const Plan> made_plan(const Call& call) {
+  const py::gil_scoped_acquire gil;
+  py::list arguments;
+  for (const auto& t : call.tensors) {
+    arguments.append(wrapped(t));
+  }
+  if (!call.backward) {
+    arguments.append(call.spec.eps);
+  }
+  arguments.append(call.spec.early ? "early" : "late");
+  arguments.append(call.spec.offset ? 1.0 : 0.0);
+  arguments.append(call.asked[0]);
+  if (call.backward) {
+    arguments.append(call.asked[1]);
+  }
+  const auto native = asked(call.backward ? native_backward : native_forward, py::tuple(arguments));
+  return native.is_none() ? nullptr : read_plan(native);
+}
+
+// The plan for such calls, asked of Python if their kind is new; none where it is Python's turn.
+// Nobody waits for the lock: where another thread has it, or had it when this process was forked, Python takes the call.
+std::shared_ptr<const Plan> plan_of(const Call& call) {
+  if (!fits(call)) {
+    return nullptr;
+  }
+  Key key(call);
+  {
+    const std::shared_lock lock(plans_mutex, std::try_to_lock);
+    if (!lock) {
+      return nullptr;
+    }
+    const auto found = plans.find(key);
+    if (found != plans.end()) {
+      return found->second;
+    }
+  }
+  auto plan = made_plan(call);
+  Plans dropped; // outside the lock: to let go of a Python object can run any code
+  auto before = plan;
+  const std::unique_lock lock(plans_mutex, std::try_to_lock);
+  if (lock) {
+    if (plans.size() >= MOST_PLANS) {
+      plans.swap(dropped);
+    }
+    plans[std::move(key)].swap(before);
+  }
+  return plan;
+}
+
+// What comes out of a call; nothing where it is Python's turn. gil: whether this thread has it.
+std::optional<Tensors> run(const Call& call, bool gil = false) {
+  const auto plan = plan_of(call);
+  if (!plan) {
+    return std::nullopt;
+  }
+  std::optional<py::gil_scoped_release> released;
+  if (gil && (plan->by_threads || call.rows().is_cuda())) {
+    released.emplace(); // it takes long, or what a GPU waits for needs it
+  }
+  RECORD_FUNCTION(call.backward ? "rmsnorm_backward" : "rmsnorm", c10::ArrayRef<const c10::IValue>{});
+  return plan->run(call);
+}
+
+// --- autograd --------------------------------------------------------------------------------------------------
+
+struct Dtypes {
+  at::ScalarType rows, w; // as they were saved; w: anything without a weight
+};
+
+using BackwardOperator = std::tuple<Tensor, Tensor>(
+    const Tensor&, const std::optional<Tensor>&, const Tensor&, const std::optional<Tensor>&, const Tensor&,
+    c10::string_view, double, bool, bool);
+
+std::optional<Tensor> given_or_not(const Tensor& t) {
+  return t.defined() ? std::optional<Tensor>(t) : std::nullopt;
+}
+
+// Raises what is wrong with what was saved.
+void check(const Call& call, const Dtypes& saved) {
+  const py::gil_scoped_acquire gil;
+  py::list arguments;
+  for (const auto& t : call.tensors) {
+    arguments.append(wrapped(t));
+  }
+  arguments.append(call.spec.offset ? 1.0 : 0.0);
+  arguments.append(call.asked[1]);
+  for (const auto dtype : {saved.rows, saved.w}) {
+    arguments.append(py::handle(reinterpret_cast<PyObject*>(torch::getTHPDtype(dtype))));
+  }
+  asked(check_saved, py::tuple(arguments));
+}
+
+// dx and dw; call.tensors: dy, ds, rows, w, rstd.
+std::pair<Tensor, Tensor> gradients(const Call& call, const Dtypes& saved) {
+  const auto& t = call.tensors;
+  const bool as_saved = t[2].scalar_type() == saved.rows && (!t[3].defined() || t[3].scalar_type() == saved.w);
+  // In grad mode the gradient must stay tied to its inputs, to raise if it is differentiated.
+  if (as_saved && !at::GradMode::is_enabled() && plain(t)) {
+    if (const auto found = run(call)) {
+      return {(*found)[0], (*found)[1]};
+    }
+  }
+  check(call, saved);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("rmsnorm::backward", "").typed<BackwardOperator>();
+  auto [dx, dw] = op.call(
+      t[0], given_or_not(t[1]), t[2], given_or_not(t[3]), t[4], call.spec.early ? "early" : "late",
+      call.spec.offset ? 1.0 : 0.0, call.asked[0], call.asked[1]);
+  return {call.asked[0] ? dx : Tensor(), call.asked[1] ? dw : Tensor()};
+}
+
+} // namespace
+
+namespace rmsnorm {
+
+// As _saved of ops/autograd.py: torch's error about a tensor that was modified, with the way out.
+variable_list saved_variables(AutogradContext* ctx) {
+  try {
+    return ctx->get_saved_variables();
+  } catch (const c10::Error& error) {
+    const std::string said = error.what_without_backtrace();
+    TORCH_CHECK(
+        said.find("modified by an inplace operation") == std::string::npos,
+        "[rms_norm] x or weight was modified in place after the forward pass, which keeps them for the backward pass: "
+        "write x = x + ... instead of x += ..., or rmsnorm.unpatch the norm (", said, ")");
+    throw;
+  }
+}
+
+// As _Norm of ops/autograd.py: saves what was normalized, the weight, and a number a row.
+struct Norm : torch::autograd::Function<Norm> {
+  static constexpr bool is_traceable = true; // the backward pass knows nothing but what is saved here
+
+  // made: y, s and rstd.
+  static variable_list forward(
+      AutogradContext* ctx, const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& w,
+      const Tensors* made, Spec spec) {
+    const auto &y = (*made)[0], &s = (*made)[1], &rstd = (*made)[2];
+    const auto& rows = residual ? s : x;
+    ctx->save_for_backward({rows, w ? *w : Tensor(), rstd});
+    ctx->set_materialize_grads(false);
+    const auto dtype = [](const Tensor& t) { return static_cast<int64_t>(t.scalar_type()); };
+    ctx->saved_data["how"] = spec.early | spec.offset << 1 | static_cast<int64_t>(residual.has_value()) << 2 |
+        dtype(x) << 8 | dtype(residual ? *residual : x) << 16 | dtype(rows) << 24 | dtype(w ? *w : rows) << 32;
+    return residual ? variable_list{y, s} : variable_list{y};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list given) {
+    const auto saved = saved_variables(ctx);
+    const auto how = ctx->saved_data["how"].toInt();
+    const bool adds = (how & 4) != 0;
+    const auto dtype = [how](int bit) { return static_cast<at::ScalarType>(how >> bit & 0xFF); };
+    const bool need_x = ctx->needs_input_grad(0), need_residual = adds && ctx->needs_input_grad(1);
+    const bool need_dw = saved[1].defined() && ctx->needs_input_grad(adds ? 2 : 1);
+    const auto ds = adds ? given[1] : Tensor();
+    Tensor d_rows, dw;
+    if (given[0].defined()) {
+      const Call call{
+          true, {given[0], ds, saved[0], saved[1], saved[2]}, {0.0, (how & 1) != 0, (how & 2) != 0},
+          {need_x || need_residual, need_dw}};
+      std::tie(d_rows, dw) = gradients(call, {dtype(24), dtype(32)});
+    } else {
+      d_rows = ds;
+    }
+    const auto as = [&](at::ScalarType dtype) { return d_rows.defined() ? d_rows.to(dtype) : d_rows; };
+    return {
+        need_x ? as(dtype(8)) : Tensor(), need_residual ? as(dtype(16)) : Tensor(), need_dw ? dw : Tensor(), Tensor(),
+        Tensor()};
+  }
+};
+
+} // namespace rmsnorm
+
+namespace {
+
+// --- the operators ---------------------------------------------------------------------------------------------
+
+// What Python has registered, for what C++ does not take; see ops/operators.py.
+struct Registered {
+  c10::SafeKernelFunction backend, autograd;
+};
+
+Registered *python_forward = nullptr, *python_backward = nullptr;
+
+// The call of an operator with the arguments on the stack, if its spec is known.
+std::optional<Call> call_of(bool backward, torch::jit::Stack& stack) {
+  const size_t tensors = backward ? 5 : 3, count = backward ? 9 : 7;
+  const auto given = torch::jit::last(stack, count);
+  const auto* next = given.begin();
+  Call call{backward, {}, {}, {}};
+  for (size_t i = 0; i < tensors; i++, next++) {
+    call.tensors.push_back(next->isNone() ? Tensor() : next->toTensor());
+  }
+  const double eps = backward ? 0.0 : (next++)->toDouble();
+  const auto& cast = (next++)->toStringRef();
+  const auto spec = known_spec(eps, cast == "early", cast == "late", (next++)->toDouble());
+  if (!spec) {
+    return std::nullopt;
+  }
+  call.spec = *spec;
+  call.asked = {next->toBool(), backward && next[1].toBool()};
+  return call;
+}
+
+// Whether C++ has made the call: then its outputs are on the stack for its arguments.
+bool made(bool backward, bool autograd, torch::jit::Stack* stack) {
+  const auto call = call_of(backward, *stack);
+  if (!call || !plain(call->tensors) || (autograd && differentiable(call->tensors))) {
+    return false;
+  }
+  const auto found = run(*call);
+  if (!found) {
+    return false;
+  }
+  torch::jit::drop(*stack, backward ? 9 : 7);
+  for (const auto& t : *found) { // a schema cannot say "or none" of what it returns
+    stack->emplace_back(t.defined() ? t : at::empty({0}, call->rows().options()));
+  }
+  return true;
+}
+
+template <bool backward, bool autograd>
+void kernel(const c10::OperatorHandle& op, DispatchKeySet keys, torch::jit::Stack* stack) {
+  if (!made(backward, autograd, stack)) {
+    const auto& python = *(backward ? python_backward : python_forward);
+    (autograd ? python.autograd : python.backend).callBoxed(op, keys, stack);
+  }
+}
+
+// Beside what Python has registered for all devices, these come first on theirs. As for any library that is loaded while
+// a program runs, torch's dispatcher guards a registration against others, and not against calls at that very moment.
+void register_operators() {
+  const auto registered = [](const char* name) {
+    const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
+    return new Registered{
+        op.getComputedKernelForDispatchKey(DispatchKey::CPU),
+        op.getComputedKernelForDispatchKey(DispatchKey::AutogradCPU)};
+  };
+  python_forward = registered("rmsnorm::forward");
+  python_backward = registered("rmsnorm::backward");
+  for (const auto key : {DispatchKey::CPU, DispatchKey::CUDA, DispatchKey::AutogradCPU, DispatchKey::AutogradCUDA}) {
+    const bool autograd = key == DispatchKey::AutogradCPU || key == DispatchKey::AutogradCUDA;
+    auto& library = *new torch::Library(torch::Library::IMPL, "rmsnorm", key, __FILE__, __LINE__); // never undone
+    using torch::CppFunction;
+    library.impl("forward", autograd ? CppFunction::makeFromBoxedFunction<&kernel<false, true>>()
+                                     : CppFunction::makeFromBoxedFunction<&kernel<false, false>>());
+    library.impl("backward", autograd ? CppFunction::makeFromBoxedFunction<&kernel<true, true>>()
+                                      : CppFunction::makeFromBoxedFunction<&kernel<true, false>>());
+  }
+}
+
+// --- what Python calls -----------------------------------------------------------------------------------------
+
+bool taken(PyObject* object, Tensors& tensors, bool optional) {
+  if (optional && object == Py_None) {
+    tensors.push_back(Tensor());
+    return true;
+  }
+  if (!THPVariable_CheckExact(object)) {
+    return false;
+  }
+  tensors.push_back(THPVariable_Unpack(object));
+  return true;
+}
+
+// The call of norm(x, residual, w, eps, cast, offset); nothing if it is Python's, whatever its kind.
+std::optional<Call> call_of(PyObject* const* given, Py_ssize_t count) {
+  Call call{false, {}, {}, {}};
+  auto& tensors = call.tensors;
+  if (count != 6 || !taken(given[0], tensors, false) || !taken(given[1], tensors, true) ||
+      !taken(given[2], tensors, true) || !PyFloat_CheckExact(given[3]) || !PyUnicode_CheckExact(given[4]) ||
+      !PyFloat_CheckExact(given[5])) {
+    return std::nullopt;
+  }
+  const auto is = [&](const char* cast) { return PyUnicode_CompareWithASCIIString(given[4], cast) == 0; };
+  const auto spec =
+      known_spec(PyFloat_AS_DOUBLE(given[3]), is("early"), is("late"), PyFloat_AS_DOUBLE(given[5]));
+  if (!spec || !plain(tensors)) {
+    return std::nullopt;
+  }
+  call.spec = *spec;
+  call.asked[0] = differentiable(tensors);
+  if (call.asked[0] &&
+      std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.defined() && t.is_inference(); })) {
+    return std::nullopt; // autograd cannot save such a tensor
+  }
+  return call;
+}
+
+// makes(x, residual, w, eps, cast, offset): whether `norm` would make this call.
+PyObject* makes(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  const auto call = call_of(given, count);
+  return PyBool_FromLong(call && plan_of(*call) != nullptr);
+  END_HANDLE_TH_ERRORS
+}
+
+// norm(x, residual, w, eps, cast, offset): y, or (y, s) with a residual; None if it is Python's turn.
+PyObject* norm(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  const auto call = call_of(given, count);
+  if (!call) {
+    Py_RETURN_NONE;
+  }
+  const auto& tensors = call->tensors;
+  const auto made = run(*call, true);
+  if (!made) {
+    Py_RETURN_NONE;
+  }
+  variable_list outputs{(*made)[0], (*made)[1]};
+  if (call->asked[0]) {
+    const Tensors* all = &*made;
+    outputs = rmsnorm::Norm::apply(tensors[0], given_or_not(tensors[1]), given_or_not(tensors[2]), all, call->spec);
+  }
+  if (!tensors[1].defined()) {
+    return THPVariable_Wrap(outputs[0]);
+  }
+  return PyTuple_Pack(2, wrapped(outputs[0]).ptr(), wrapped(outputs[1]).ptr());
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef fast_methods[] = {
+    {"norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(norm)), METH_FASTCALL, nullptr},
+    {"makes", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(makes)), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
+
+} // namespace
+
+PYBIND11_MODULE(RMSNORM_HOST, module) {
+  PyModule_AddFunctions(module.ptr(), fast_methods);
+  module.def("begin", [](const py::object& forward, const py::object& backward, const py::object& check) {
+    if (native_forward != nullptr) {
+      return; // two threads have loaded the one library
+    }
+    native_forward = Py_NewRef(forward.ptr());
+    native_backward = Py_NewRef(backward.ptr());
+    check_saved = Py_NewRef(check.ptr());
+    register_operators();
+  });
+  module.def("forget", [] {
+    Plans dropped;
+    const std::unique_lock lock(plans_mutex);
+    plans.swap(dropped);
+  });
+}

@@ -1,0 +1,232 @@
+"""Differentiation: what the forward pass saves, the gradients, and tangents.
+
+norm  ->  _Norm, or TransformedNorm under torch.func and in forward mode  ->  _forward, _backward
+|- plain tensors: straight to a kernel
+`- anything else: torch.ops.rmsnorm.*, then a kernel
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rmsnorm import compat
+from rmsnorm.kernels import dispatch
+from rmsnorm.kernels.host import loader as host
+from rmsnorm.ops.dispatch import is_plain, load_sharding
+from rmsnorm.spec import (
+    Cast,
+    Spec,
+    caller,
+    check_gradients,
+    check_memory,
+    check_saved,
+    check_spec,
+    check_tensors,
+    spec_of,
+)  # fmt: skip
+
+
+def check_backward(
+    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, offset: float, need_dw: bool
+) -> None:
+    check_gradients(caller(ds), dy, ds, x, w, rstd, offset, need_dw)
+    check_memory(caller(ds), backward=True, dy=dy, ds=ds, x=x, weight=w, rstd=rstd)
+
+
+def _forward(
+    x: Tensor, residual: Tensor | None, w: Tensor | None, spec: Spec, with_rstd: bool, plain: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if plain:
+        check_memory(caller(residual), x=x, residual=residual, weight=w)
+        return dispatch.forward(x, residual, w, spec, with_rstd)
+    load_sharding()
+    y, s, rstd = torch.ops.rmsnorm.forward.default(x, residual, w, spec.eps, spec.cast, spec.offset, with_rstd)
+    return y, None if residual is None else s, rstd if with_rstd else None
+
+
+def _backward(
+    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, spec: Spec, need_dx: bool, need_dw: bool
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    # Grad mode here means create_graph: then the gradient must stay tied to its inputs, to raise if it is used.
+    if torch.is_grad_enabled() or compat.in_forward_ad():
+        return _tied_backward(dy, ds, x, w, rstd, spec, need_dx, need_dw)
+    batched = compat.is_batched_cotangent  # what is_grads_batched=True makes of a cotangent
+    if not (batched(dy) or (ds is not None and batched(ds))) and is_plain(dy, ds, x, w, rstd):
+        check_backward(dy, ds, x, w, rstd, spec.offset, need_dw)
+        return dispatch.backward(dy, ds, x, w, rstd, spec, need_dx, need_dw)
+    dx, dw = torch.ops.rmsnorm.backward.default(dy, ds, x, w, rstd, spec.cast, spec.offset, need_dx, need_dw)
+    return dx if need_dx else None, dw if need_dw else None
+
+
+_SECOND = "a second derivative of rms_norm is not implemented; differentiate rmsnorm.reference.truth, or plain torch"
+
+
+def norm(
+    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: Cast, offset: float
+) -> tuple[Any, ...]:
+    """(y, s, …) with whatever machinery of differentiation the arguments and the moment call for."""
+    where = caller(residual)
+    if torch.compiler.is_compiling():  # the operator has an autograd of its own, and a compiler takes it as it is
+        check_spec(where, eps, cast, offset)
+        check_tensors(where, x, residual, w, offset, symbolic=True)
+        load_sharding()
+        with_rstd = torch.is_grad_enabled()
+        return torch.ops.rmsnorm.forward.default(x, residual, w, eps, cast, offset, with_rstd)  # type: ignore[no-any-return]
+    spec = spec_of(where, eps, cast, offset)
+    check_tensors(where, x, residual, w, offset)
+    plain = is_plain(x, residual, w)
+    if plain:
+        host.look()
+    if compat.in_forward_ad() or (not plain and compat.transforms_active()):
+        return TransformedNorm.apply(x, residual, w, spec)  # type: ignore[no-any-return, no-untyped-call]
+    if needs_gradient(x, residual, w):
+        apply = _apply_norm if plain and not _leaked(x, residual, w) else _Norm.apply
+        outputs = apply(x, residual, w, spec, plain)
+        return (outputs,) if residual is None else outputs
+    return _forward(x, residual, w, spec, False, plain)
+
+
+def needs_gradient(x: Tensor, residual: Tensor | None, w: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (
+        x.requires_grad or (w is not None and w.requires_grad) or (residual is not None and residual.requires_grad)
+    )
+
+
+def _leaked(*tensors: Tensor | None) -> bool:
+    """Whether one was kept from within a transform of torch.func that has ended, and has yet to be unwrapped."""
+    for t in tensors:  # noqa: SIM110  # a generator takes a microsecond
+        if t is not None and compat.is_wrapped(t):
+            return True
+    return False
+
+
+def _saved(ctx: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+    """What the forward pass has kept. Raises RuntimeError if it was modified in place since, as torch does."""
+    try:
+        return ctx.saved_tensors  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "[rms_norm] x or weight was modified in place after the forward pass, which keeps them for the backward "
+            f"pass: write x = x + ... instead of x += ..., or rmsnorm.unpatch the norm ({error})"
+        ) from None
+
+
+def _gradients(
+    ctx: Any, dy: Tensor | None, ds: Tensor | None, backward: Callable[..., Any]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, residual and w; dy or ds is None where nothing depends on that output."""
+    rows, w, rstd = _saved(ctx)
+    check_saved("rms_norm", rows, w, *ctx.saved_dtypes)
+    needs = ctx.needs_input_grad
+    need_x, need_residual, need_dw = needs[:3]
+    if dy is None:
+        d_rows, dw = ds, None
+    else:
+        d_rows, dw = backward(dy, ds, rows, w, rstd, ctx.spec, need_x or need_residual, need_dw)
+    dx = d_rows.to(ctx.dtypes[0]) if need_x and d_rows is not None else None
+    d_residual = d_rows.to(ctx.dtypes[1]) if need_residual and d_rows is not None else None
+    return dx, d_residual, dw if need_dw else None
+
+
+class _Norm(torch.autograd.Function):
+    """Saves what was normalized, which autograd holds anyway, and 4 bytes a row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, w: Tensor | None, spec: Spec, plain: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        y, s, rstd = _forward(x, residual, w, spec, True, plain)
+        rows = x if s is None else s
+        ctx.save_for_backward(rows, w, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.spec = spec
+        ctx.dtypes = (x.dtype, None if residual is None else residual.dtype)
+        ctx.saved_dtypes = (rows.dtype, None if w is None else w.dtype)
+        return y if s is None else (y, s)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx, dy, ds, _backward), None, None
+
+
+# Past a function in Python that is there for what `is_plain` and `_leaked` rule out, and takes a few microseconds.
+_apply_norm = compat.bare_apply(_Norm)
+
+
+class TransformedNorm(torch.autograd.Function):
+    """The same for torch.func and forward mode, which want the context set up apart: slower to call."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, residual: Tensor | None, w: Tensor | None, spec: Spec) -> tuple[Any, ...]:
+        y, s, rstd = _forward(x, residual, w, spec, True, is_plain(x, residual, w))
+        return (y, rstd) if s is None else (y, s, rstd)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        x, residual, w, ctx.spec = inputs
+        rstd = output[-1]
+        ctx.mark_non_differentiable(rstd)
+        rows = x if residual is None else output[1]
+        saved = (rows, w, rstd)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = (x.dtype, None if residual is None else residual.dtype)
+        ctx.saved_dtypes = (rows.dtype, None if w is None else w.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx, dy, others[0] if len(others) > 1 else None, _tied_backward), None
+
+    @staticmethod
+    def jvp(
+        ctx: Any, x_t: Tensor | None, residual_t: Tensor | None, w_t: Tensor | None, *others: None
+    ) -> tuple[Tensor | None, ...]:
+        """With P = rstd · (1 − xh·xhᵀ/N), the symmetric matrix of the backward pass: y_t = w·P·s_t + xh·w_t."""
+        rows, w, rstd = ctx.saved_tensors
+        tangents = [t for t in (x_t, residual_t) if t is not None]
+        s_t = torch.zeros_like(rows) if not tangents else sum(tangents[1:], tangents[0])
+        y_t = BackwardOnce.apply(s_t, None, rows, None, rstd, ctx.spec.cast, 0.0, True, False)[0].float()  # type: ignore[no-untyped-call]
+        y_dtype = rows.dtype
+        if w is not None:
+            y_t = (w.float() + ctx.spec.offset) * y_t
+            if ctx.spec.cast == "early":
+                y_dtype = torch.promote_types(w.dtype, rows.dtype)
+        if w_t is not None:
+            y_t = y_t + rows.float() * rstd.unsqueeze(-1) * w_t.float()
+        y_t = y_t.to(y_dtype)
+        return (y_t, None) if ctx.dtypes[1] is None else (y_t, s_t.to(rows.dtype), None)
+
+
+def _tied_backward(
+    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, spec: Spec, need_dx: bool, need_dw: bool
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    return BackwardOnce.apply(dy, ds, x, w, rstd, spec.cast, spec.offset, need_dx, need_dw)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class BackwardOnce(torch.autograd.Function):
+    """The backward operator where it may be differentiated itself: that raises, and is not silently zero."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return torch.ops.rmsnorm.backward.default(*args)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(_SECOND)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> None:
+        raise RuntimeError(_SECOND)

@@ -1,0 +1,161 @@
+"""The operators: their schema, shapes, and rules for autograd and vmap.
+
+They are opaque on purpose: a compiler that traced through them would fuse the arithmetic and change its bits.
+torch.compile, export, subclasses such as DTensor, fake tensors, vmap and dispatch modes see a norm as one node.
+The Python implementations below run until `host.loader` has loaded the C++, and after that for what C++ does not take.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from rmsnorm import compat
+from rmsnorm.errors import complaint
+from rmsnorm.kernels import dispatch
+from rmsnorm.kernels.host import loader as host
+from rmsnorm.ops.autograd import BackwardOnce, TransformedNorm, check_backward
+from rmsnorm.ops.dispatch import is_plain, load_sharding
+from rmsnorm.spec import Cast, caller, check_gradients, check_memory, check_spec, check_tensors, result_dtype, spec_of
+
+# An output that was not asked for is an empty tensor: a schema cannot say "or none" of what it returns.
+
+_LIB = torch.library.Library("rmsnorm", "DEF")
+_LIB.define(
+    "forward(Tensor x, Tensor? residual, Tensor? weight, float eps, str cast, float offset, bool with_rstd)"
+    " -> (Tensor y, Tensor s, Tensor rstd)"
+)
+_LIB.define(
+    "backward(Tensor dy, Tensor? ds, Tensor x, Tensor? weight, Tensor rstd, str cast, float offset,"
+    " bool need_dx, bool need_dw) -> (Tensor dx, Tensor dw)"
+)
+
+
+def _run_forward(
+    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: Cast, offset: float, with_rstd: bool
+) -> tuple[Tensor, ...]:
+    host.look()
+    where = caller(residual)
+    spec = spec_of(where, eps, cast, offset)
+    check_tensors(where, x, residual, w, offset)
+    check_memory(where, x=x, residual=residual, weight=w)
+    y, s, rstd = dispatch.forward(x, residual, w, spec, with_rstd)
+    return y, x.new_empty(0) if s is None else s, x.new_empty(0) if rstd is None else rstd
+
+
+def _run_backward(
+    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, cast: Cast, offset: float, need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    host.look()
+    spec = spec_of(caller(ds), 0.0, cast, offset)
+    check_backward(dy, ds, x, w, rstd, offset, need_dw)
+    dx, dw = dispatch.backward(dy, ds, x, w, rstd, spec, need_dx, need_dw)
+    return x.new_empty(0) if dx is None else dx, x.new_empty(0) if dw is None else dw
+
+
+def _fake_forward(
+    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float, with_rstd: bool
+) -> tuple[Tensor, ...]:
+    check_spec(caller(residual), eps, cast, offset)
+    check_tensors(caller(residual), x, residual, w, offset, symbolic=True)
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    y_dtype = result_dtype(dtype, None if w is None else w.dtype, cast)
+    return (
+        x.new_empty(x.shape, dtype=y_dtype),
+        x.new_empty(0) if residual is None else x.new_empty(x.shape, dtype=dtype),
+        x.new_empty(x.shape[:-1], dtype=torch.float32) if with_rstd else x.new_empty(0),
+    )
+
+
+def _fake_backward(
+    dy: Tensor,
+    ds: Tensor | None,
+    x: Tensor,
+    w: Tensor | None,
+    rstd: Tensor,
+    cast: str,
+    offset: float,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor, ...]:
+    check_spec(caller(ds), 0.0, cast, offset)
+    check_gradients(caller(ds), dy, ds, x, w, rstd, offset, need_dw, symbolic=True)
+    dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
+    return dx, w.new_empty(w.shape) if need_dw and w is not None else x.new_empty(0)
+
+
+def _vmap_rule(op: Any, tensors: int) -> Any:
+    """One call for the whole batch where rows are all that is batched; otherwise one call a sample."""
+
+    def rule(
+        info: Any, in_dims: tuple[int | None, ...], *args: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+        front = [
+            a.movedim(d, 0) if d is not None else a for a, d in zip(args[:tensors], in_dims[:tensors], strict=True)
+        ]
+        batched = [d is not None for d in in_dims[:tensors]]
+        rows_only = op is torch.ops.rmsnorm.forward.default and not batched[2]
+        if rows_only:
+            if batched[0] and front[0].dim() == 1:  # the operator would take the samples for the columns of a row
+                expected = "(..., N) with N of at least 1"
+                raise ValueError(complaint(caller(front[1]), "x", "has shape ()", expected))
+            rows = [
+                a if a is None or is_batched else a.expand(info.batch_size, *a.shape)
+                for a, is_batched in zip(front[:2], batched[:2], strict=True)
+            ]
+            outputs = op(*rows, front[2], *args[tensors:])
+            with_s, with_rstd = front[1] is not None, args[-1]
+            return outputs, (0, 0 if with_s else None, 0 if with_rstd else None)
+        if info.batch_size == 0:  # the shapes, of one sample that is made up
+            one = [a.new_ones(a.shape[1:]) if is_batched else a for a, is_batched in zip(front, batched, strict=True)]
+            outputs = op(*one, *args[tensors:])
+            return tuple(o.new_empty(0, *o.shape) for o in outputs), (0,) * len(outputs)
+        samples = [
+            op(*(a[i] if is_batched else a for a, is_batched in zip(front, batched, strict=True)), *args[tensors:])
+            for i in range(info.batch_size)
+        ]
+        return tuple(torch.stack(output) for output in zip(*samples, strict=True)), (0,) * len(samples[0])
+
+    return rule
+
+
+def _differentiated(*args: Any) -> bool:
+    """Whether a gradient or a tangent would be lost below autograd."""
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return True
+    return compat.in_forward_ad() and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def _autograd_forward(
+    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: Cast, offset: float, with_rstd: bool
+) -> tuple[Tensor, ...]:
+    load_sharding()
+    if not _differentiated(x, residual, w):
+        with compat.below_autograd():
+            return torch.ops.rmsnorm.forward.default(x, residual, w, eps, cast, offset, with_rstd)  # type: ignore[no-any-return]
+    spec = spec_of(caller(residual), eps, cast, offset)  # from here it goes to the kernel without the operator
+    check_tensors(caller(residual), x, residual, w, offset, symbolic=not is_plain(x, residual, w))
+    y, *s, rstd = TransformedNorm.apply(x, residual, w, spec)  # type: ignore[no-untyped-call]
+    return y, s[0] if s else x.new_empty(0), rstd if with_rstd else x.new_empty(0)
+
+
+def _autograd_backward(*args: Any) -> tuple[Tensor, ...]:
+    load_sharding()
+    if not _differentiated(*args):
+        with compat.below_autograd():
+            return torch.ops.rmsnorm.backward.default(*args)  # type: ignore[no-any-return]
+    return BackwardOnce.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
+
+
+for _name, _run, _autograd, _fake, _tensors in (
+    ("forward", _run_forward, _autograd_forward, _fake_forward, 3),
+    ("backward", _run_backward, _autograd_backward, _fake_backward, 5),
+):
+    _op = getattr(torch.ops.rmsnorm, _name).default
+    _LIB.impl(_name, _run, "CompositeExplicitAutograd")
+    _LIB.impl(_name, _autograd, "Autograd")
+    torch.library.register_fake(f"rmsnorm::{_name}", _fake, lib=_LIB)
+    torch.library.register_vmap(f"rmsnorm::{_name}", _vmap_rule(_op, _tensors), lib=_LIB)

@@ -1,0 +1,48 @@
+"""Calls of one device's kernels, whichever device the tensors are on; and plans for C++ that a test makes up."""
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+from torch import Tensor
+
+from rmsnorm.kernels.host import loader as host
+from rmsnorm.kernels.plan import Backward, Forward, Fresh, Native, NativeLaunch, Plan
+from rmsnorm.kernels.run import run
+from rmsnorm.spec import Spec
+
+
+class Kernels(NamedTuple):
+    """`forward` and `backward` as of `reference`, by the plans of `rmsnorm.kernels.cpu` or `rmsnorm.kernels.gpu`."""
+
+    planner: ModuleType
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float,
+        with_rstd: bool,
+    ) -> list[Tensor | None]:  # fmt: skip
+        plan = self.planner.plan_forward(Forward.of(x, residual, w, Spec(eps, cast, offset), with_rstd))
+        assert isinstance(plan, Plan), plan.why
+        return run(plan, (x, residual, w))
+
+    def backward(
+        self, dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, cast: str, offset: float,
+        need_dx: bool, need_dw: bool,
+    ) -> list[Tensor | None]:  # fmt: skip
+        spec = Spec(0.0, cast, offset)
+        plan = self.planner.plan_backward(Backward.of(dy, ds, x, w, rstd, spec, need_dx, need_dw))
+        assert isinstance(plan, Plan), plan.why
+        return run(plan, (dy, ds, x, w, rstd))
+
+
+def planning(monkeypatch: pytest.MonkeyPatch, *launches: NativeLaunch, keeps: Any = None) -> None:
+    """From now on every forward call on a CPU has a plan of these launches, with y as large as x, which C++ runs."""
+
+    def plan(kind: Forward) -> Plan:
+        y = Fresh("y", kind.x.dtype, tuple(kind.x.shape))
+        made = Plan(kind.device, ("x", "residual", "w"), (y,), (), ("y", None, None))
+        made.__dict__["native"] = Native(made.inputs, made.fresh, launches, made.outputs, keeps)
+        return made
+
+    monkeypatch.setattr("rmsnorm.kernels.cpu.planner.plan_forward", plan)
+    host.forget()

@@ -1,0 +1,198 @@
+"""The operators called as compiled graphs call them: by C++ where all is plain, by Python where it is not."""
+
+import itertools
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rmsnorm import add_rms_norm, reference, rms_norm
+from rmsnorm.kernels import dispatch
+from rmsnorm.kernels.host import loader as host
+from tolerance import assert_same_bits
+
+FORWARD, BACKWARD = torch.ops.rmsnorm.forward.default, torch.ops.rmsnorm.backward.default
+EPS = 1e-6
+
+
+@pytest.fixture
+def by_python(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The passes that Python makes."""
+    if host.described() != "called from C++":
+        pytest.skip(host.described())
+    seen: list[str] = []
+    for name in ("forward", "backward"):
+        made = getattr(dispatch, name)
+        monkeypatch.setattr(dispatch, name, lambda *a, name=name, made=made: (seen.append(name), made(*a))[1])
+    return seen
+
+
+def assert_all_same(got: Any, expected: Any) -> None:
+    for a, b in zip(got, expected, strict=True):
+        if b is None:
+            assert a.shape == (0,)  # an output that was not asked for
+        else:
+            assert a.stride() == b.stride()
+            assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("cast", "offset"), [("early", 0.0), ("late", 0.0), ("late", 1.0)])
+def test_plain_calls_are_made_without_python(by_python, randn, dtype, cast, offset) -> None:
+    for shape, adds, weighted, (first, second) in itertools.product(
+        ((3, 2, 33), (7,), (40, 1280), (0, 8)), (False, True), (False, True), ((True, True), (False, True), (True, False))
+    ):  # fmt: skip
+        if offset and not weighted:
+            continue
+        x, residual, dy = (randn(*shape, dtype=dtype) for _ in range(3))
+        w = randn(shape[-1], dtype=dtype) if weighted else None
+        r = residual if adds else None
+        got = FORWARD(x, r, w, EPS, cast, offset, first)
+        expected = reference.forward(x, r, w, EPS, cast, offset, first)
+        assert_all_same(got, expected)
+        rows, rstd = (x if expected[1] is None else expected[1]), reference.forward(x, r, w, EPS, cast, offset, True)[2]
+        needs = first, second and weighted
+        got = BACKWARD(dy, r, rows, w, rstd, cast, offset, *needs)
+        plan = dispatch.plan_backward(
+            dispatch.Backward.of(dy, r, rows, w, rstd, dispatch.Spec(0.0, cast, offset), *needs)
+        )
+        assert_all_same(got, dispatch.run(plan, (dy, r, rows, w, rstd)))
+    assert by_python == []
+
+
+class Passing(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_is_not_plain_is_pythons(by_python, randn) -> None:
+    """And gives the same: what C++ does not know, converts or cannot see through."""
+    x, w = randn(4, 32), randn(32)
+    expected = FORWARD(x, None, w, EPS, "early", 0.0, True)
+    assert by_python == []
+    for name, call in {
+        "a weight to convert": lambda: FORWARD(x.bfloat16(), None, w.half(), EPS, "early", 0.0, True),
+        "an x to copy": lambda: FORWARD(x.t().contiguous().t(), None, w, EPS, "early", 0.0, True),
+        "float64": lambda: FORWARD(x.double(), None, w, EPS, "early", 0.0, True),
+        "to be differentiated": lambda: FORWARD(x.clone().requires_grad_(), None, w, EPS, "early", 0.0, True),
+    }.items():
+        by_python.clear()
+        call()
+        assert by_python == ["forward"], name
+    for name, call in {
+        "a minus sign": lambda: FORWARD(torch._neg_view(-x), None, w, EPS, "early", 0.0, True),
+        "a subclass": lambda: [t.a for t in FORWARD(TwoTensor(x, x), None, TwoTensor(w, w), EPS, "early", 0.0, True)],
+    }.items():
+        for a, b in zip(call(), expected, strict=True):
+            assert_same_bits(a.resolve_neg(), b, name)
+    with Passing():
+        assert_all_same(FORWARD(x, None, w, EPS, "early", 0.0, True), expected)
+    assert_same_bits(torch.vmap(lambda x: FORWARD(x, None, w, EPS, "early", 0.0, True)[0])(x), expected[0])
+
+
+def test_what_is_wrong_raises_as_python_says(by_python, randn) -> None:
+    x, w = randn(4, 32), randn(32)
+    FORWARD(x, None, w, EPS, "early", 0.0, False)
+    for args, said in (
+        ((x, None, w[:5], EPS, "early", 0.0, False), r"\[rms_norm\] weight has shape"),
+        ((x, x[:2], w, EPS, "early", 0.0, False), r"\[add_rms_norm\] residual has shape"),
+        ((x, None, w, -1.0, "early", 0.0, False), "eps is -1"),
+        ((x, None, w, EPS, "soon", 0.0, False), "cast is 'soon'"),
+        ((x, None, w, EPS, "early", 1.0, False), "offset is 1 with cast='early'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            FORWARD(*args)
+    short = x.clone()
+    short.untyped_storage().resize_(8)
+    with pytest.raises(ValueError, match="has a storage of 8 bytes"):
+        FORWARD(short, None, w, EPS, "early", 0.0, False)
+
+
+def test_a_gradient_through_the_operator_can_be_taken_once(by_python, randn) -> None:
+    x, w, dy = randn(4, 32).requires_grad_(), randn(32).requires_grad_(), randn(4, 32)
+    expected = torch.autograd.grad(rms_norm(x, w), [x, w], dy)
+    got = torch.autograd.grad(FORWARD(x, None, w, EPS, "early", 0.0, True)[0], [x, w], dy, create_graph=True)
+    for a, b in zip(got, expected, strict=True):
+        assert_same_bits(a.detach(), b)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        got[0].sum().backward()
+    with torch.no_grad():
+        by_python.clear()
+        FORWARD(x, None, w, EPS, "early", 0.0, True)
+    with torch.inference_mode():
+        FORWARD(x.clone(), None, w.clone(), EPS, "early", 0.0, True)
+    assert by_python == []
+
+
+def test_inference_tensors_and_autocast_are_plain(by_python, randn) -> None:
+    with torch.inference_mode():
+        x, w = randn(4, 32), randn(32)
+    with torch.autocast("cpu"):
+        assert FORWARD(x, None, w, EPS, "early", 0.0, False)[0].dtype is torch.float32
+    assert by_python == []
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_compiled_graph_calls_the_operators_in_cpp(by_python, randn) -> None:
+    """Forward and backward: the profiler shows C++'s own record inside of the operator's."""
+
+    def layer(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        y, s = add_rms_norm(x * 2, r, w)
+        return rms_norm(y + 1, w), s
+
+    x, r, w = randn(4, 32).requires_grad_(), randn(4, 32), randn(32).requires_grad_()
+    cotangents = [randn(4, 32), randn(4, 32)]
+    expected = torch.autograd.grad(layer(x, r, w), [x, w], cotangents)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        by_python.clear()
+        with torch.profiler.profile() as profile:
+            got = torch.autograd.grad(compiled(x, r, w), [x, w], cotangents)
+    for a, b in zip(got, expected, strict=True):
+        assert_same_bits(a, b)
+    inside = [event.cpu_parent.name for event in profile.events() if event.name in ("rmsnorm", "rmsnorm_backward")]
+    assert sorted(inside) == ["rmsnorm::backward"] * 2 + ["rmsnorm::forward"] * 2
+    assert by_python == []
+
+
+def test_an_operator_that_python_runs_has_cpp_loaded(by_python, randn, monkeypatch) -> None:
+    """A compiled graph may call nothing else."""
+    looked: list[bool] = []
+    monkeypatch.setattr(host, "look", lambda: looked.append(True))
+    x, w = randn(4, 32), randn(32, dtype=torch.bfloat16)
+    _, _, rstd = FORWARD(x, None, w, EPS, "early", 0.0, True)
+    BACKWARD(x, None, x, w, rstd, "early", 0.0, True, True)
+    assert looked == [True, True]
+
+
+def test_many_threads_call_the_operators(by_python, randn) -> None:
+    """New kinds and known ones, forward and backward."""
+    x, w, dy = randn(64, 16), randn(16), randn(64, 16)
+
+    def call(M: int) -> list[Tensor]:
+        y, _, rstd = FORWARD(x[:M], None, w, EPS, "early", 0.0, True)
+        return [y, rstd, *BACKWARD(dy[:M], None, x[:M], w, rstd, "early", 0.0, True, True)]
+
+    expected = [call(M) for M in range(1, 65)]
+    host.forget()
+    wrong: list[str] = []
+
+    def work(seed: int) -> None:
+        try:
+            for turn in range(200):
+                M = 1 + (turn * 7 + seed * 13) % 64
+                if not all(torch.equal(a, b) for a, b in zip(call(M), expected[M - 1], strict=True)):
+                    wrong.append(f"{M} rows")
+        except Exception as error:
+            wrong.append(repr(error))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
