@@ -393,10 +393,10 @@ def test_an_old_transformers_is_told_the_first_release_that_has_a_language_confi
     for content, kind, first in ((OCR, "deepseek_ocr2_text", "5.10"), (mla, "deepseek_v2", "4.54")):
         with pytest.raises(CommandError) as raised:
             count(written(tmp_path, content))
-        said = str(raised.value)
-        assert f"config.json, language_config is of the architecture {kind!r}" in said
-        assert f"pip install 'transformers>={first}'; or load it yourself with its own code" in said
-        assert f"from_pretrained({str(tmp_path)!r}, trust_remote_code=True)" in said
+        message = str(raised.value)
+        assert f"config.json, language_config is of the architecture {kind!r}" in message
+        assert f"pip install 'transformers>={first}'; or load it yourself with its own code" in message
+        assert f"from_pretrained({str(tmp_path)!r}, trust_remote_code=True)" in message
 
 
 def test_a_class_unknown_to_automodel_is_taken_from_the_configuration(monkeypatch) -> None:

@@ -227,8 +227,8 @@ class ReportRun:
         try:
             yield
         except Exception as error:  # noqa: BLE001  # the code of a model can raise anything
-            said = str(error) if isinstance(error, CommandError) else one_line(error)
-            self.notes.append(f"no training step is timed: {said}")
+            reason = str(error) if isinstance(error, CommandError) else one_line(error)
+            self.notes.append(f"no training step is timed: {reason}")
             self.patched.model.zero_grad(set_to_none=True)
             del runs["training"]
 
