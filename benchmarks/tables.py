@@ -151,7 +151,7 @@ def machine(facts: dict[str, Any]) -> str:
     return f"{what}; {used}; {facts['date'][:10]}, commit {facts['commit'][:7]}"
 
 
-# --- who is compared -----------------------------------------------------------------------------------------
+# --- the providers -------------------------------------------------------------------------------------------
 
 _DTYPES = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
 _PEERS = ("torch.compile", "Liger", "QuACK", "FlashInfer", "fla", "F.rms_norm")

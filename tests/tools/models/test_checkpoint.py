@@ -51,10 +51,10 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit:
             main()
-        (said,) = capsys.readouterr().err.strip().splitlines()
+        (message,) = capsys.readouterr().err.strip().splitlines()
         assert exit.value.code == 2
-        assert said.startswith("rmsnorm: ")
-        return said
+        assert message.startswith("rmsnorm: ")
+        return message
 
     return call
 
@@ -142,9 +142,9 @@ def test_architectures_that_are_not_names_are_refused(architectures, folder: Pat
     content = {"model_type": "deepseek_vl_v2", "language_config": SMALL | {"architectures": architectures}}
     (folder / "config.json").write_text(json.dumps(content))
     for verb in VERBS:
-        said = refused(*arguments(verb, folder))
-        assert "config.json, language_config has no model_type, which names the architecture" in said
-        assert f"its architectures {architectures!r} name no language model of transformers" in said
+        message = refused(*arguments(verb, folder))
+        assert "config.json, language_config has no model_type, which names the architecture" in message
+        assert f"its architectures {architectures!r} name no language model of transformers" in message
 
 
 def test_a_language_config_that_is_a_list_is_ignored(folder: Path, refused) -> None:
@@ -157,10 +157,10 @@ def test_the_whole_reason_is_reported(folder: Path, refused) -> None:
     """Transformers lists the types that it accepts, in more than 200 characters on several lines."""
     edit(folder, rope_parameters=[1])
     for verb in VERBS:
-        said = refused(*arguments(verb, folder))
-        assert "Field 'rope_parameters' with value [1] doesn't match any type" in said
-        assert len(said) > 300
-    assert said.endswith(
+        message = refused(*arguments(verb, folder))
+        assert "Field 'rope_parameters' with value [1] doesn't match any type" in message
+        assert len(message) > 300
+    assert message.endswith(
         "with the code of its authors, then: import rmsnorm; report = rmsnorm.patch(model); print(report)"
     )
 
@@ -187,9 +187,9 @@ def test_a_forward_that_raises_is_reported(tmp_path: Path, refused) -> None:
     text = SMALL | {"head_dim": 32}
     vision = {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 64}
     Qwen2VLModel(Qwen2VLConfig(text_config=text, vision_config=vision)).save_pretrained(tmp_path / "model")
-    said = refused(*arguments("report", tmp_path / "model"))
-    assert "Qwen2VLModel cannot be run on token ids alone: RuntimeError: split_with_sizes" in said
-    assert said.endswith("got split_sizes=[16, 24, 24]")
+    message = refused(*arguments("report", tmp_path / "model"))
+    assert "Qwen2VLModel cannot be run on token ids alone: RuntimeError: split_with_sizes" in message
+    assert message.endswith("got split_sizes=[16, 24, 24]")
 
 
 def test_a_target_that_cannot_be_a_file_name_is_refused(refused) -> None:

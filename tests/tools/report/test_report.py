@@ -160,8 +160,8 @@ def test_wrong_bits_fail_and_have_no_time(checkpoint: Path, tmp_path: Path, monk
     monkeypatch.setattr(host, "norm", lambda *_: None)  # so that no call takes the C++ path
     result = run_report(checkpoint, tmp_path / "out")
     assert not result.ok
-    red = [n for n in result.norms if n.wrong]
-    assert [(n.width, n.wrong, n.times) for n in red] == [(24, 1, {})] * 2
+    failed = [n for n in result.norms if n.wrong]
+    assert [(n.width, n.wrong, n.times) for n in failed] == [(24, 1, {})] * 2
     assert result.total("forward") is None
     assert result.forward is result.training is None
     assert "2 of 12.8 thousand outputs of the norms are wrong: they differ from exact." in printed_report(result)

@@ -13,7 +13,7 @@ from rmsnorm.tools.bench.peers import PROVIDERS
 
 WIDTH = 4096
 ROWS = tuple((1 << power) // WIDTH for power in range(24, 34))
-WITHIN = 0.05  # the line is said to fit if no time is further from it
+WITHIN = 0.05  # the line counts as fitting if no time deviates more
 _SAMPLES, _FEWEST, _SECONDS = 31, 5, 0.1  # for each size: a few seconds in all
 
 

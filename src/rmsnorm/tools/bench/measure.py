@@ -72,7 +72,7 @@ def measure(case: BenchCase, device: torch.device, measured: Sequence[Provider],
 
     calls: dict[str, Callable[[], object]] = {}
     found: dict[str, Measurement] = {}
-    red = ""
+    fault = ""
     for provider in measured:
         name = provider.name
         if provider.norm is None:
@@ -81,7 +81,7 @@ def measure(case: BenchCase, device: torch.device, measured: Sequence[Provider],
         try:
             run = runner(provider, case)
             if name == "ours":
-                red = _bit_errors(run, inputs, cotangents)
+                fault = _bit_errors(run, inputs, cotangents)
             y, *_ = run(*inputs)
             differs = bits.differing(y, expected)[0] / y.numel() if provider.equal else None
             saved = _saved_bytes(run, inputs) if case.mode == TRAINING else None
@@ -90,10 +90,10 @@ def measure(case: BenchCase, device: torch.device, measured: Sequence[Provider],
         except Exception as error:  # noqa: BLE001  # a provider that cannot run is reported in the table
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             found[name] = Measurement(None, reason)
-            red = reason if name == "ours" else red
+            fault = reason if name == "ours" else fault
             continue
-        found[name] = Measurement(None, red if name == "ours" else "", differs, saved)
-        if not (name == "ours" and red):
+        found[name] = Measurement(None, fault if name == "ours" else "", differs, saved)
+        if not (name == "ours" and fault):
             calls[name] = call
         del y
     del expected
@@ -105,7 +105,7 @@ def measure(case: BenchCase, device: torch.device, measured: Sequence[Provider],
         fewest=_QUICK_FEWEST,
         seconds=_QUICK_SECONDS if quick else None,
     )
-    return BenchRow(case, red, {name: replace(m, timing=timings.get(name)) for name, m in found.items()})
+    return BenchRow(case, fault, {name: replace(m, timing=timings.get(name)) for name, m in found.items()})
 
 
 def runner(provider: Provider, case: BenchCase) -> Run:

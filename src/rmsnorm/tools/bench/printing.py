@@ -27,11 +27,13 @@ def blocks(result: BenchResult, verbose: bool = False) -> list[Block]:
 
 def _answer(result: BenchResult) -> list[Block]:
     """Return whether the bits are right, the speed, the aims and the machine, and each case with wrong bits."""
-    red = [row for row in result.rows if row.red]
+    failed = [row for row in result.rows if row.fault]
     bits = Text(f"PASSED: ours has the exact bits in all {len(result.rows)} cases", "good")
-    if red:
-        bits = Text(f"FAILED: our bits are wrong in {len(red)} of {len(result.rows)} cases, which have no time", "bad")
-    lines: list[Block] = [bits, *(Text(f"  {row.case}: {row.red}", "bad") for row in red)]
+    if failed:
+        bits = Text(
+            f"FAILED: our bits are wrong in {len(failed)} of {len(result.rows)} cases, which have no time", "bad"
+        )
+    lines: list[Block] = [bits, *(Text(f"  {row.case}: {row.fault}", "bad") for row in failed)]
     shares = [share for row in result.rows if (share := row.ratio("copy", result.cuda)) is not None]
     if shares:
         lines.append(f"ours runs at {_spread(shares, display.share)} of the speed of a copy of the same bytes")

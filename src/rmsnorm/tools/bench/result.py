@@ -42,10 +42,10 @@ class Measurement:
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One case: what is wrong with our bits (`red`, empty if nothing is), and every provider's measurement."""
+    """One case: what is wrong with our bits (`fault`, empty if nothing is), and every provider's measurement."""
 
     case: BenchCase
-    red: str
+    fault: str
     providers: dict[str, Measurement]
 
     def time(self, name: str, cuda: bool) -> float | None:
@@ -86,7 +86,7 @@ class BenchResult:
     @property
     def ok(self) -> bool:
         """Whether our bits are right in every case."""
-        return not any(row.red for row in self.rows)
+        return not any(row.fault for row in self.rows)
 
     @property
     def cuda(self) -> bool:
@@ -131,7 +131,7 @@ class BenchResult:
                 {
                     **row.case.to_json(),
                     "moved_bytes": moved_bytes(row.case),
-                    "check": row.red or "green",
+                    "check": row.fault or "green",
                     "copy_over_ours": row.ratio("copy", self.cuda),
                     "definition_over_ours": row.ratio("Definition", self.cuda),
                     "providers": {name: m.to_json() | self._speed(row, name) for name, m in row.providers.items()},

@@ -72,9 +72,7 @@ def _cautions(result: CostResult) -> list[Block]:
     ]
     lines += [f"note: {note}" for note in result.notes]
     if result.gpu is not None and result.gpu.few_fp64:
-        lines.append(
-            f"note: {result.gpu.name} has few fp64 units, and ours sums in fp64: it will be slower than predicted"
-        )
+        lines.append(f"note: {result.gpu.name} has few fp64 units, so ours will be slower than predicted")
     return ["", *lines] if lines else []
 
 

@@ -114,8 +114,10 @@ def configuration(described: Description, transformers: Any) -> Any:
         for needed in ("hidden_size", "num_hidden_layers"):
             spelled = {needed, names.get(needed, needed)}
             if not any(spelled & set(part) for part in nested):
-                said = " or ".join(sorted(spelled))
-                raise CommandError(f"{described.source} has no {said}, expected a whole number of at least 1: add it")
+                message = " or ".join(sorted(spelled))
+                raise CommandError(
+                    f"{described.source} has no {message}, expected a whole number of at least 1: add it"
+                )
         return cls(**{k: v for k, v in content.items() if k != "model_type"})
 
 
@@ -212,18 +214,18 @@ def _unknown(source: str, kind: str, transformers: Any) -> str:
     """Return the message that an architecture is missing, and which release has it."""
     since = _SINCE.get(kind)
     if since is None:
-        said = f"transformers {transformers.__version__} does not know the architecture {kind!r} of {source}"
-        return f"{said}; a later one may: pip install -U transformers"
+        message = f"transformers {transformers.__version__} does not know the architecture {kind!r} of {source}"
+        return f"{message}; a later one may: pip install -U transformers"
     first = ".".join(map(str, since))
-    said = f"{source} is of the architecture {kind!r}, which transformers {transformers.__version__} does not have"
-    return f"{said}, but {first} and later do: pip install 'transformers>={first}'"
+    message = f"{source} is of the architecture {kind!r}, which transformers {transformers.__version__} does not have"
+    return f"{message}, but {first} and later do: pip install 'transformers>={first}'"
 
 
 def _without_a_type(source: str, content: dict[str, Any]) -> str:
-    said = f'{source} has no model_type, which names the architecture, such as "llama"'
+    message = f'{source} has no model_type, which names the architecture, such as "llama"'
     if "architectures" in content:
-        said += f" (its architectures {content['architectures']!r} name no language model of transformers)"
-    return f"{said}: add it"
+        message += f" (its architectures {content['architectures']!r} name no language model of transformers)"
+    return f"{message}: add it"
 
 
 def _harmless(content: dict[str, Any]) -> dict[str, Any]:

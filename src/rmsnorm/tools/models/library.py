@@ -51,10 +51,10 @@ def command_errors(what: str, replace: tuple[object, str] = ("", "")) -> Iterato
     except CommandError:
         raise
     except Exception as error:  # the code of a model can raise anything
-        said = one_line(error)
+        message = one_line(error)
         if replace[1]:
-            said = said.replace(str(replace[0]), replace[1])
-        raise CommandError(f"{what}: {said}") from error
+            message = message.replace(str(replace[0]), replace[1])
+        raise CommandError(f"{what}: {message}") from error
 
 
 @contextlib.contextmanager

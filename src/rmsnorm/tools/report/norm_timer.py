@@ -23,7 +23,7 @@ _AGAIN = 2  # how often an outlier is measured again
 def examine(patched: PatchedModel, tokens: int, timer: "NormTimer | None") -> tuple[NormResult, ...]:
     """Run one forward pass with our norms; check each norm, and time it, when its activations reach it.
 
-    No activation is stored: the model waits inside the norm meanwhile.
+    No activation is stored: the model waits inside the norm while that is measured.
 
     Args:
         patched: The model.

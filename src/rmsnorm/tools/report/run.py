@@ -132,7 +132,7 @@ class ReportRun:
                 f"outliers: {outliers} norms took more than {OUTLIER:g} times as long as others of their kind, even "
                 "when measured again; their times are not used in sums"
             )
-        self.examining = cost
+        self.pass_time = cost
         return tokens is not None
 
     def _steps_within_budget(self) -> None:
@@ -167,8 +167,8 @@ class ReportRun:
         """
         runs: Runs = {"forward": self.patched.forward, "training": self.patched.train}
         fewest = min(self.tokens, FEWEST_TOKENS)
-        if self.budget.left < 2 * self.examining.predict(fewest):
-            self._leave_out(runs, ["forward", "training"], 4 * self.examining.predict(fewest))
+        if self.budget.left < 2 * self.pass_time.predict(fewest):
+            self._leave_out(runs, ["forward", "training"], 4 * self.pass_time.predict(fewest))
             return None
         self.say("checking how long whole-model steps take")
         self.patched.use("after")
@@ -227,8 +227,8 @@ class ReportRun:
         try:
             yield
         except Exception as error:  # noqa: BLE001  # the code of a model can raise anything
-            said = str(error) if isinstance(error, CommandError) else one_line(error)
-            self.notes.append(f"no training step is timed: {said}")
+            reason = str(error) if isinstance(error, CommandError) else one_line(error)
+            self.notes.append(f"no training step is timed: {reason}")
             self.patched.model.zero_grad(set_to_none=True)
             del runs["training"]
 
