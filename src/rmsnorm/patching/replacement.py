@@ -153,7 +153,7 @@ def forward_by_rule(rule: Rule, own_forward: Callable[..., Tensor], input_name: 
 
 def _has_size(x: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether x ends in this shape; False while torch.jit traces, which warns about every comparison of a size."""
-    return not torch._C._is_tracing() and x.shape[-len(shape) :] == shape
+    return not compat.is_tracing() and x.shape[-len(shape) :] == shape
 
 
 def weight_of(module: Any) -> Any:
