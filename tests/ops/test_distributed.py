@@ -781,6 +781,7 @@ def start(rank: int, world: int, folder: Path, *names: str) -> "subprocess.Popen
     variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     # torch's cache of compiled code does not tell uneven shards of one DTensor apart: one cache for each rank.
     variables["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/compiled-{rank}"
+    variables["PYTHONPATH"] = os.pathsep.join(sys.path)  # tests/ among them, where tolerance.py is
     arguments = [sys.executable, __file__, str(rank), str(world), str(folder), *names]
     return subprocess.Popen(arguments, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
