@@ -6,7 +6,7 @@ A document's ```python blocks run in order and share their names. The words afte
 
     ```python needs=liger_kernel    skipped where this package cannot be imported
     ```text                         what the block before prints, to the letter
-    ```text figures-vary            the same, but for figures and "N ulp", which the machine decides
+    ```text figures-vary            the same, but for figures and "by up to N ulp", which the machine decides
     ```text extract                 not compared: part of an output, or that of another program
 """
 
@@ -54,7 +54,7 @@ class Block:
     def _comparable(self, text: str) -> str:
         if "figures-vary" not in self.words:
             return text
-        return re.sub(r"\d[\d,.]*(e-\d+)?", "0", re.sub(r", \d+ ulp", "", text))
+        return re.sub(r"\d[\d,.]*(e-\d+)?", "0", re.sub(r" by up to \d+ ulp", "", text))
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,6 @@ def test_private_names_of_torch_stand_in_compat_alone() -> None:
     """The proof of a norm names classes of torch's C library, which it compares and does not call."""
     from test_imports import FILES, module_of
 
-    allowed = {"compat", "patching.observe", "patching.bytecode"}
+    allowed = {"compat", "patching.calls", "patching.bytecode"}
     found = {module_of(file) for file in FILES if "torch._C" in file.read_text()}
     assert found <= allowed

@@ -54,9 +54,11 @@ def test_a_block_that_needs_a_package_compiles_and_the_text_above_names_the_pack
 
 
 def test_an_output_that_differs_is_noticed() -> None:
-    exact, vary = (Block("text", words, "3 of 5 differ, 2 ulp; early\n", 0, 1) for words in ((), ("figures-vary",)))
-    assert exact.same("3 of 5 differ, 2 ulp; early\n")
-    assert not exact.same("4 of 5 differ, 2 ulp; early\n")
+    exact, vary = (
+        Block("text", words, "3 of 5 differ by up to 2 ulp; early\n", 0, 1) for words in ((), ("figures-vary",))
+    )
+    assert exact.same("3 of 5 differ by up to 2 ulp; early\n")
+    assert not exact.same("4 of 5 differ by up to 2 ulp; early\n")
     assert vary.same("0 of 5 differ; early\n")
     assert not vary.same("0 of 5 differ; late\n")
 
@@ -244,8 +246,9 @@ def test_the_cost_document_states_the_presets_counts_that_are_tested() -> None:
 
 # The functions whose texts `explain` repeats,
 EXPLAINED = {
-    "explain", "explained", "refuses", "_module", "described", "made_by", "native", "why_own", "_changed", "_unproven",
-    "_unserved", "_exported", "_inference_tensor", "_rmsnorm_explain",
+    "explain", "explain_norm", "refuses", "_module", "described", "made_by", "native", "why_own_forward",
+    "_why_changed", "_why_unproven", "_why_unsupported", "_unsupported_tensor", "_why_exported",
+    "_why_inference_tensor", "_rmsnorm_explain",
 }  # fmt: skip
 # and the exceptions whose messages it repeats.
 UNUSABLE = ("Unusable", "_Replaceable")

@@ -97,6 +97,6 @@ def test_weight_decay_skips_a_patched_norm_without_registration() -> None:
     """The list holds the model's own class, of which a replaced norm is an instance."""
     own = modeling_deepseek_v2.DeepseekV2RMSNorm
     model = nn.ModuleDict({"a": own(16), "b": nn.Linear(4, 4)})
-    assert len(patch(model).proven) == 1
+    assert len(patch(model).replaced) == 1
     assert type(model["a"]) is not own
     assert get_parameter_names(model, [nn.LayerNorm, own]) == ["b.weight", "b.bias"]

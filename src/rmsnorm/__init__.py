@@ -2,7 +2,7 @@
 
 rms_norm, add_rms_norm: the functions.
 RMSNorm, DeepseekV2RMSNorm, TorchRMSNorm: the layers.
-patch, unpatch, Report: replace the norms of a model, restore them, and what patch found.
+patch, unpatch, PatchReport: replace the norms of a model, restore them, and what patch found.
 explain, warmup: which kernel a call would run and why; compile the kernels ahead of time.
 cost, Cost: exact counts of FLOPs, bytes and memory.
 register: tell torch's FLOP counter and transformers about this package.
@@ -11,8 +11,9 @@ register: tell torch's FLOP counter and transformers about this package.
 from rmsnorm.costs.counts import Cost, cost
 from rmsnorm.functional import add_rms_norm, explain, rms_norm, warmup
 from rmsnorm.modules import DeepseekV2RMSNorm, RMSNorm
-from rmsnorm.patching.drop_in import TorchRMSNorm
-from rmsnorm.patching.models import Report, patch, unpatch
+from rmsnorm.patching.patch import patch, unpatch
+from rmsnorm.patching.patch_report import PatchReport
+from rmsnorm.patching.torch_norm import TorchRMSNorm
 from rmsnorm.register import register
 
 __version__ = "0.1.0"
@@ -20,8 +21,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Cost",
     "DeepseekV2RMSNorm",
+    "PatchReport",
     "RMSNorm",
-    "Report",
     "TorchRMSNorm",
     "add_rms_norm",
     "cost",

@@ -22,6 +22,16 @@ def complaint(where: str, argument: str, was: object, expected: str) -> str:
     return f"[{where}] {argument} {was}, expected {expected}"
 
 
+def with_article(noun: str) -> str:
+    """`a Tensor`, `an int`: a noun, such as the name of a type, after its indefinite article."""
+    return f"{'an' if noun.lower().startswith(('a', 'e', 'i', 'o', 'u', 'nd')) else 'a'} {noun}"
+
+
+def type_name(value: object) -> str:
+    """The name of the value's type after its indefinite article: `an int`."""
+    return with_article(type(value).__name__)
+
+
 def one_line(error: object) -> str:
     r"""An exception or a text as one printable line.
 

@@ -7,7 +7,7 @@ from typing import Any, Concatenate, ParamSpec
 import torch
 from torch import Tensor, nn
 
-from rmsnorm.errors import complaint
+from rmsnorm.errors import complaint, type_name
 from rmsnorm.functional import rms_norm
 from rmsnorm.spec import DTYPES, Cast, check_spec, is_torchs_shape
 
@@ -80,7 +80,7 @@ class RMSNorm(nn.Module):
         where = type(self).__name__
         if not isinstance(hidden_size, int) or isinstance(hidden_size, bool):
             expected = f"an int; {_TORCHS}" if is_torchs_shape(hidden_size) else "an int"
-            raise TypeError(complaint(where, "hidden_size", f"is a {type(hidden_size).__name__}", expected))
+            raise TypeError(complaint(where, "hidden_size", f"is {type_name(hidden_size)}", expected))
         if hidden_size <= 0:
             raise ValueError(complaint(where, "hidden_size", f"is {hidden_size}", "at least 1"))
         if dtype is not None and dtype not in DTYPES:

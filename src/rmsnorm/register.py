@@ -7,7 +7,7 @@ import torch
 
 from rmsnorm.costs.flops import FLOP_FORMULAS
 from rmsnorm.modules import DeepseekV2RMSNorm, RMSNorm
-from rmsnorm.patching.drop_in import TorchRMSNorm
+from rmsnorm.patching.torch_norm import TorchRMSNorm
 
 
 def register() -> None:
@@ -16,9 +16,9 @@ def register() -> None:
     Call it once, before you count FLOPs or build a `Trainer`; calling it again changes nothing. It is needed for:
 
     - `torch.utils.flop_counter.FlopCounterMode`, which otherwise counts 0 FLOPs for our operators;
-    - versions of transformers whose `Trainer` decides by `ALL_LAYERNORM_LAYERS` which parameters get no weight decay
-      (4.x; 5.x decides by the names of the parameters), for models that contain our layers: `RMSNorm`,
-      `DeepseekV2RMSNorm` or `TorchRMSNorm`. transformers must be imported first; `register` does not import it.
+    - older versions of transformers, whose `Trainer` exempts the classes in `ALL_LAYERNORM_LAYERS` from weight decay
+      (5.23 goes by parameter names instead), for models that contain our layers: `RMSNorm`, `DeepseekV2RMSNorm` or
+      `TorchRMSNorm`. Import transformers first; `register` does not import it.
 
     Norms that `patch` replaced need no registration for `Trainer`: they are instances of the model's own classes.
 

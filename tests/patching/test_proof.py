@@ -1,4 +1,4 @@
-"""patch proves a norm by the operators that its forward runs: whatever else it does, it is left, and the reason says so."""
+"""patch proves a norm by the operators that its forward runs. If it does anything else it is not replaced."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ N = 96
 
 
 class PlainRMSNorm(nn.Module):
-    """The published arithmetic; the strangers below each add one thing to it."""
+    """The published arithmetic, to which each norm below adds one thing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,14 +34,14 @@ class PlainRMSNorm(nn.Module):
         return self.weight * x32.to(x.dtype)
 
 
-def stranger(change: Callable[..., Tensor], **attributes: Any) -> nn.Module:
+def changed_norm(change: Callable[..., Tensor], **attributes: Any) -> nn.Module:
     """A norm whose forward is change(plain, self, x), where plain(x) is the published arithmetic."""
 
-    class StrangeRMSNorm(PlainRMSNorm):
+    class ChangedRMSNorm(PlainRMSNorm):
         def forward(self, x: Tensor) -> Tensor:
             return change(super().forward, self, x)
 
-    norm = StrangeRMSNorm()
+    norm = ChangedRMSNorm()
     for name, value in attributes.items():
         setattr(norm, name, value)
     return norm
@@ -52,7 +52,7 @@ def verdict(norm: nn.Module, strict: bool = True) -> Any:
     return found
 
 
-def assert_left(norm: nn.Module, reason: str) -> None:
+def assert_not_replaced(norm: nn.Module, reason: str) -> None:
     before = type(norm)
     for strict in (True, False):
         found = verdict(norm, strict)
@@ -84,8 +84,8 @@ def assert_left(norm: nn.Module, reason: str) -> None:
         (lambda plain, self, x: plain(x.flip(-1)).flip(-1), "aten.flip"),
     ],
 )
-def test_an_operator_that_no_rmsnorm_runs_is_named(change: Callable[..., Tensor], operator: str) -> None:
-    assert_left(stranger(change), f"its forward runs {operator}")
+def test_the_reason_names_an_operator_that_no_rmsnorm_needs(change: Callable[..., Tensor], operator: str) -> None:
+    assert_not_replaced(changed_norm(change), f"its forward runs {operator}")
 
 
 @pytest.mark.parametrize(
@@ -104,8 +104,10 @@ def test_an_operator_that_no_rmsnorm_runs_is_named(change: Callable[..., Tensor]
     ],
     ids=["eps outside", "sum", "cast statistic", "weight twice", "weight first", "no upcast", "wide output", "doubled"],
 )
-def test_another_arithmetic_is_left(arithmetic: Callable[..., Tensor]) -> None:
-    assert_left(stranger(lambda plain, self, x: arithmetic(x, self.weight, self.eps)), "match no supported RMSNorm")
+def test_other_arithmetic_is_not_replaced(arithmetic: Callable[..., Tensor]) -> None:
+    assert_not_replaced(
+        changed_norm(lambda plain, self, x: arithmetic(x, self.weight, self.eps)), "match no supported RMSNorm"
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,15 +121,15 @@ def test_another_arithmetic_is_left(arithmetic: Callable[..., Tensor]) -> None:
     ],
     ids=["square", "power", "sum and division", "other order", "cast there and back"],
 )
-@pytest.mark.parametrize("rank", ["as it comes", "two dimensions"])
-def test_the_same_arithmetic_in_other_words_is_proven(arithmetic: Callable[..., Tensor], rank: str) -> None:
-    def as_it_comes(plain: Any, self: Any, x: Tensor) -> Tensor:
+@pytest.mark.parametrize("rank", ["unchanged", "two dimensions"])
+def test_the_same_arithmetic_written_differently_is_proven(arithmetic: Callable[..., Tensor], rank: str) -> None:
+    def unchanged(plain: Any, self: Any, x: Tensor) -> Tensor:
         return arithmetic(x, self.weight, self.eps)
 
     def in_two_dimensions(plain: Any, self: Any, x: Tensor) -> Tensor:
         return arithmetic(x.reshape(-1, x.shape[-1]), self.weight, self.eps).view(*x.shape)
 
-    assert verdict(stranger(as_it_comes if rank == "as it comes" else in_two_dimensions)).spec == Spec(1e-6)
+    assert verdict(changed_norm(unchanged if rank == "unchanged" else in_two_dimensions)).spec == Spec(1e-6)
 
 
 # --- writes, reads and calls -----------------------------------------------------------------------------------
@@ -215,7 +217,7 @@ def handles_errors(plain: Any, self: Any, x: Tensor) -> Tensor:
         (counts_in_its_class, "its forward", {}),
         (counts_in_a_list, "uses CALLS, a list", {}),
         (counts_in_a_dict, "uses COUNTER, a dict", {}),
-        (counts_in_a_global, "uses CALLED, a int", {}),
+        (counts_in_a_global, "uses CALLED, an int", {}),
         (counts_in_an_object, "uses TALLY, a Counter", {}),
         (counts_through_setattr, "uses object.__setattr__", {}),
         (counts_in_its_list, "uses an attribute append", {"seen": []}),
@@ -233,17 +235,17 @@ def handles_errors(plain: Any, self: Any, x: Tensor) -> Tensor:
         (lambda plain, self, x: plain(x) * self.__dict__.get("gain", 1), "uses an attribute get", {}),
     ],
 )  # fmt: skip
-def test_what_it_writes_reads_or_calls_besides_is_named(
+def test_the_reason_names_what_it_writes_reads_or_calls(
     change: Callable[..., Tensor], reason: str, attributes: dict[str, Any]
 ) -> None:
-    assert_left(stranger(change, **attributes), reason)
-    assert CALLED == COUNTER["calls"] == TALLY.calls == len(CALLS) == 0, "the probe has an effect"
+    assert_not_replaced(changed_norm(change, **attributes), reason)
+    assert CALLED == COUNTER["calls"] == TALLY.calls == len(CALLS) == 0, "the probe has side effects"
 
 
-def test_a_buffer_that_is_updated_is_named() -> None:
-    norm = stranger(updates_a_buffer)
+def test_the_reason_names_a_buffer_that_it_updates() -> None:
+    norm = changed_norm(updates_a_buffer)
     norm.register_buffer("count", torch.zeros(()))
-    assert_left(norm, "uses its buffer count")
+    assert_not_replaced(norm, "uses its buffer count")
 
 
 def test_a_class_default_does_not_hide_what_the_instance_holds() -> None:
@@ -291,6 +293,22 @@ def test_norms_that_differ_in_what_they_hold_do_not_share_a_proof() -> None:
     assert [v.spec for v in report.verdicts] == [Spec(1e-6), None]
 
 
+@pytest.mark.parametrize("name", ["shape", "state", "w", "cls"])
+def test_an_attribute_may_have_any_name(name: str) -> None:
+    """Also those of the parameters of the functions that set attributes of a stand-in."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * h.to(x.dtype)
+
+    code = f"def forward(self, x): return forward_of_norm(self, x) if self.{name} else x"
+    names: dict[str, Any] = {"forward_of_norm": forward}
+    exec(code, names)
+    norm = type("NamedRMSNorm", (PlainRMSNorm,), {"forward": names["forward"]})()
+    setattr(norm, name, 1)
+    assert verdict(norm).spec == Spec(1e-6)
+
+
 def test_what_a_norm_holds_is_not_copied() -> None:
     class Uncopied:
         def __deepcopy__(self, memo: Any) -> Any:
@@ -309,13 +327,13 @@ def test_what_a_norm_holds_is_not_copied() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda plain, self, x: plain(x) if x.shape[0] != 1000 else x, "decides by the size of its input"),
-        (lambda plain, self, x: plain(x) if x.size(0) > 1 else x, "decides by the size of its input"),
-        (lambda plain, self, x: plain(x) if x.numel() < 1 << 20 else x, "decides by the size of its input"),
-        (lambda plain, self, x: plain(x) if x.shape[:-1] != (7, 7) else x, "decides by the size of its input"),
+        (lambda plain, self, x: plain(x) if x.shape[0] != 1000 else x, "branches on the size of its input"),
+        (lambda plain, self, x: plain(x) if x.size(0) > 1 else x, "branches on the size of its input"),
+        (lambda plain, self, x: plain(x) if x.numel() < 1 << 20 else x, "branches on the size of its input"),
+        (lambda plain, self, x: plain(x) if x.shape[:-1] != (7, 7) else x, "branches on the size of its input"),
         (
             lambda plain, self, x: plain(x) if x.numel() // 96 % 2 else plain(x) * 1.5,
-            "decides by the size of its input",
+            "branches on the size of its input",
         ),
         (lambda plain, self, x: {7: torch.abs}.get(x.shape[0], plain)(x), "its forward"),
         (lambda plain, self, x: plain(x) if x.is_contiguous() else x * 2, "Tensor.is_contiguous"),
@@ -332,27 +350,27 @@ def test_what_a_norm_holds_is_not_copied() -> None:
         (lambda plain, self, x: plain(x) if not x.is_cuda else x * 2, "Tensor.is_cuda"),
     ],
 )
-def test_another_path_in_some_state_is_found(change: Callable[..., Tensor], reason: str) -> None:
-    assert_left(stranger(change), reason)
+def test_a_branch_that_computes_something_else_is_found(change: Callable[..., Tensor], reason: str) -> None:
+    assert_not_replaced(changed_norm(change), reason)
 
 
-def test_in_ranks_that_it_does_not_take_a_norm_raises_as_before() -> None:
+def test_a_norm_that_raises_for_some_ranks_still_does() -> None:
     def change(plain: Any, self: Any, x: Tensor) -> Tensor:
         if x.dim() != 3:
-            raise ValueError("give me three")
+            raise ValueError("expected 3 dimensions")
         return plain(x)
 
-    norm = stranger(change)
+    norm = changed_norm(change)
     found = verdict(norm)
     assert found.spec == Spec(1e-6)
-    assert "for inputs of 1, 2, 4, 5 dimensions" in str(found)
+    assert "for 1-D, 2-D, 4-D, 5-D inputs" in str(found)
     assert norm(torch.randn(2, 3, N)).shape == (2, 3, N)
-    with pytest.raises(ValueError, match="give me three"):
+    with pytest.raises(ValueError, match="expected 3 dimensions"):
         norm(torch.randn(3, N))
 
 
-def test_under_autocast_a_norm_that_asks_for_it_runs_its_own_forward() -> None:
-    norm = stranger(lambda plain, self, x: plain(x) if not torch.is_autocast_enabled("cpu") else plain(x) * 2)
+def test_a_norm_that_changes_under_autocast_runs_its_own_forward_there() -> None:
+    norm = changed_norm(lambda plain, self, x: plain(x) if not torch.is_autocast_enabled("cpu") else plain(x) * 2)
     assert "under autocast" in str(verdict(norm))
     x = torch.randn(3, N)
     plain = norm(x)
@@ -402,13 +420,15 @@ class MarkedTuple(tuple):  # type: ignore[type-arg]
         torch.autocast("cpu", enabled=False)(lambda plain, self, x: plain(x)),
     ],
 )
-def test_what_a_hostile_norm_hides_behind_is_found(change: Callable[..., Tensor]) -> None:
-    found = verdict(stranger(change, mark=MarkedTuple()))
+def test_a_branch_that_is_hidden_from_the_probe_is_found(change: Callable[..., Tensor]) -> None:
+    found = verdict(changed_norm(change, mark=MarkedTuple()))
     assert found.spec is None, found
 
 
-def test_two_paths_by_autocast_and_training_run_its_own_forward_under_autocast() -> None:
-    norm = stranger(lambda plain, self, x: x * 2 if torch.is_autocast_enabled("cpu") and self.training else plain(x))
+def test_a_norm_that_changes_under_autocast_in_training_runs_its_own_forward_under_autocast() -> None:
+    norm = changed_norm(
+        lambda plain, self, x: x * 2 if torch.is_autocast_enabled("cpu") and self.training else plain(x)
+    )
     assert "under autocast" in str(verdict(norm))
 
 
@@ -422,23 +442,23 @@ def test_two_paths_by_autocast_and_training_run_its_own_forward_under_autocast()
         lambda self: 0.5 if self.eps == 0.25 else self.eps,
     ],
 )
-def test_an_eps_that_is_changed_on_its_way_is_left(change: Callable[..., float]) -> None:
+def test_a_norm_that_changes_its_eps_before_use_is_not_replaced(change: Callable[..., float]) -> None:
     def forward(plain: Any, self: Any, x: Tensor) -> Tensor:
         h = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + change(self))
         return self.weight * h.to(x.dtype)
 
-    assert verdict(stranger(forward)).spec is None
+    assert verdict(changed_norm(forward)).spec is None
 
 
 def test_attributes_that_compare_equal_do_not_share_a_proof() -> None:
     def change(plain: Any, self: Any, x: Tensor) -> Tensor:
         return plain(x) if math.copysign(1, self.sign) > 0 else plain(x) * 2
 
-    report = patch(nn.Sequential(stranger(change, sign=0.0), stranger(change, sign=-0.0)))
+    report = patch(nn.Sequential(changed_norm(change, sign=0.0), changed_norm(change, sign=-0.0)))
     assert [v.spec for v in report.verdicts] == [Spec(1e-6), None]
 
 
-def test_a_getter_of_a_property_is_watched() -> None:
+def test_the_getter_of_a_property_is_checked() -> None:
     class PropertyRMSNorm(PlainRMSNorm):
         @property
         def gain(self) -> Tensor:
@@ -449,7 +469,7 @@ def test_a_getter_of_a_property_is_watched() -> None:
             h = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
             return self.gain * h.to(x.dtype)
 
-    assert_left(PropertyRMSNorm(), "uses CALLS, a list")
+    assert_not_replaced(PropertyRMSNorm(), "uses CALLS, a list")
 
 
 # --- gradients -------------------------------------------------------------------------------------------------
@@ -491,27 +511,29 @@ def hooked_at_its_node(plain: Any, self: Any, x: Tensor) -> Tensor:
         (lambda plain, self, x: torch.no_grad()(plain)(x), "uses torch.no_grad"),
     ],
 )
-def test_another_gradient_is_found(change: Callable[..., Tensor], reason: str) -> None:
-    assert_left(stranger(change), reason)
+def test_a_norm_with_another_gradient_is_not_replaced(change: Callable[..., Tensor], reason: str) -> None:
+    assert_not_replaced(changed_norm(change), reason)
 
 
-def test_outputs_that_round_late_only_when_grad_is_on_are_found() -> None:
+def test_a_norm_that_rounds_late_only_with_gradients_is_not_replaced() -> None:
     def change(plain: Any, self: Any, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return plain(x)
         h = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
         return (self.weight.float() * h).to(x.dtype)
 
-    assert_left(stranger(change), "match no supported RMSNorm for bfloat16 input with bfloat16 weight, with gradients")
+    assert_not_replaced(
+        changed_norm(change), "match no supported RMSNorm for bfloat16 input with bfloat16 weight, with gradients"
+    )
 
 
-def test_another_eps_when_grad_is_on_is_found() -> None:
+def test_a_norm_with_another_eps_with_gradients_is_not_replaced() -> None:
     def change(plain: Any, self: Any, x: Tensor) -> Tensor:
         eps = self.eps if not torch.is_grad_enabled() else 1e-5
         h = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
         return self.weight * h.to(x.dtype)
 
-    assert_left(stranger(change), "match no supported RMSNorm")
+    assert_not_replaced(changed_norm(change), "match no supported RMSNorm")
 
 
 # --- the same on every processor ---------------------------------------------------------------------------------
@@ -519,10 +541,10 @@ def test_another_eps_when_grad_is_on_is_found() -> None:
 
 @pytest.mark.parametrize("root", ["as the library takes it", "as rsqrt takes it"])
 @pytest.mark.parametrize("width", [8, 64, 96])
-def test_a_root_taken_in_another_way_is_left_whatever_its_bits(
+def test_another_way_to_take_the_root_is_not_replaced_even_if_its_bits_agree(
     root: str, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On some processors 1 / sqrt and rsqrt give the same bits: here they do on this one, by hand."""
+    """On some processors 1 / sqrt and rsqrt give the same bits. Here they are made to."""
 
     class RootRMSNorm(nn.Module):
         def __init__(self) -> None:
@@ -546,11 +568,11 @@ def test_a_root_taken_in_another_way_is_left_whatever_its_bits(
         if library is not None:
             library._destroy()
     assert strict.spec is None
-    assert "which strict=False allows" in strict.reason
+    assert "which strict=False accepts" in strict.reason
     assert loose.spec == Spec(1e-6)
 
 
-# --- odd classes -------------------------------------------------------------------------------------------------
+# --- unusual classes -------------------------------------------------------------------------------------------------
 
 
 class SlottedRMSNorm(PlainRMSNorm):
@@ -611,15 +633,15 @@ class FinalRMSNorm(PlainRMSNorm, metaclass=RefusingMeta):
     [SlottedRMSNorm, RegisteredRMSNorm, GuardedRMSNorm, BuiltinRMSNorm, UnprintableRMSNorm, RaisingRMSNorm,
      GettingRMSNorm, FinalRMSNorm],
 )  # fmt: skip
-def test_one_odd_class_is_left_and_the_others_are_replaced(cls: type[nn.Module]) -> None:
-    model = nn.ModuleDict({"odd": cls(), "plain": PlainRMSNorm()})
+def test_an_unusual_class_is_not_replaced_and_the_others_are(cls: type[nn.Module]) -> None:
+    model = nn.ModuleDict({"unusual": cls(), "plain": PlainRMSNorm()})
     report = patch(model)
-    assert [(v.name, v.spec is None) for v in report.verdicts] == [("odd", True), ("plain", False)]
+    assert [(v.name, v.spec is None) for v in report.verdicts] == [("unusual", True), ("plain", False)]
     assert report.verdicts[0].reason
-    assert type(model["odd"]) is cls
+    assert type(model["unusual"]) is cls
 
 
-def test_a_class_that_registers_its_subclasses_sees_none_of_ours() -> None:
+def test_a_class_that_registers_its_subclasses_does_not_see_ours() -> None:
     registered = []
 
     class ListedRMSNorm(PlainRMSNorm):
@@ -630,7 +652,7 @@ def test_a_class_that_registers_its_subclasses_sees_none_of_ours() -> None:
     assert registered == []
 
 
-def test_a_parametrized_norm_is_listed() -> None:
+def test_a_parametrized_norm_is_reported() -> None:
     model = nn.ModuleDict({"norm": DeepseekV2RMSNorm(N)})
     parametrize.register_parametrization(model["norm"], "weight", nn.Identity())
     (found,) = patch(model).verdicts
@@ -638,7 +660,7 @@ def test_a_parametrized_norm_is_listed() -> None:
     assert "parametrizations" in found.reason
 
 
-def test_the_profiler_of_the_thread_is_put_back() -> None:
+def test_the_profiler_of_the_thread_is_restored() -> None:
     events: list[str] = []
 
     def mine(frame: Any, event: str, arg: Any) -> None:

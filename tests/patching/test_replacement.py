@@ -1,4 +1,4 @@
-"""A replaced norm never refuses what its own class takes, and computes with what the module holds at the call."""
+"""A replaced norm accepts all that its own class accepts, and uses the attributes that it has when it is called."""
 
 import copy
 import gc
@@ -41,7 +41,7 @@ def runs_ours(norm: nn.Module, own: nn.Module, x: Tensor) -> bool:
     return not torch.equal(norm(x), own(x))
 
 
-# --- what our kernels cannot serve -----------------------------------------------------------------------------
+# --- inputs that our kernels cannot handle -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8, torch.bool, torch.complex64])
@@ -50,7 +50,7 @@ def test_inputs_of_other_dtypes_run_its_own_forward(dtype: torch.dtype) -> None:
     x = (draw(3, 5, N) * 4).to(dtype)
     assert_same_bits(torch.view_as_real(norm(x)) if dtype.is_complex else norm(x),
                      torch.view_as_real(own(x)) if dtype.is_complex else own(x))  # fmt: skip
-    assert "its input is" in str(replacement.why_own(norm, x))
+    assert "its input has dtype" in str(replacement.why_own_forward(norm, x))
 
 
 @pytest.mark.parametrize("shape", [(1,), (1, N), (2, 1, N)])
@@ -59,7 +59,7 @@ def test_weights_of_other_shapes_run_its_own_forward(shape: tuple[int, ...]) -> 
     norm.weight = own.weight = nn.Parameter(draw(*shape))
     x = draw(2, 3, N)
     assert_same_bits(norm(x), own(x))
-    assert "its weight has shape" in str(replacement.why_own(norm, x))
+    assert "its weight has shape" in str(replacement.why_own_forward(norm, x))
 
 
 def test_inputs_of_unproven_ranks_run_its_own_forward() -> None:
@@ -93,10 +93,10 @@ def test_an_inference_tensor_that_reaches_a_trained_norm_runs_its_own_forward() 
             one(x).float().square().sum().backward()
         assert_same_bits(norm.weight.grad, own.weight.grad)
         with torch.no_grad():
-            assert replacement.why_own(norm, x) is None
+            assert replacement.why_own_forward(norm, x) is None
 
 
-def test_fx_and_jit_see_its_own_operators() -> None:
+def test_fx_and_jit_trace_its_own_operators() -> None:
     norm, own = norms()
     x = draw(3, N)
     assert_same_bits(torch.fx.symbolic_trace(nn.Sequential(norm))(x), own(x))
@@ -110,7 +110,7 @@ def test_fx_and_jit_see_its_own_operators() -> None:
         assert leaf.grad is not None
 
 
-def test_jit_script_gives_a_norm_its_own_class_back_and_says_so() -> None:
+def test_jit_script_restores_the_own_class_with_a_warning() -> None:
     norm, own = norms()
     model = nn.Sequential(norm)
     with pytest.warns(UserWarning, match="patch the model again"):
@@ -123,7 +123,7 @@ def test_jit_script_gives_a_norm_its_own_class_back_and_says_so() -> None:
 
 @pytest.mark.parametrize("dynamo", [False, True])
 @pytest.mark.filterwarnings("ignore:.*")
-def test_onnx_gets_its_own_operators(dynamo: bool) -> None:
+def test_onnx_exports_its_own_operators(dynamo: bool) -> None:
     onnx = pytest.importorskip("onnx", reason="the ONNX exporters need the package onnx")
     if dynamo:
         pytest.importorskip("onnxscript", reason="this ONNX exporter needs the package onnxscript")
@@ -140,7 +140,7 @@ def test_onnx_gets_its_own_operators(dynamo: bool) -> None:
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("cls", [DeepseekV2RMSNorm, Gemma2RMSNorm, nn.RMSNorm])
-def test_compiled_whole_it_has_the_bits_of_eager(backend: str, cls: type[nn.Module]) -> None:
+def test_compiled_as_one_graph_it_has_the_bits_of_eager(backend: str, cls: type[nn.Module]) -> None:
     norm, own = norms(cls)
     compiled = torch.compile(norm, backend=backend, fullgraph=True)
     x = draw(16, 5, N)
@@ -152,17 +152,19 @@ def test_compiled_whole_it_has_the_bits_of_eager(backend: str, cls: type[nn.Modu
 
 
 @pytest.mark.parametrize("shape", [(4, 8, N), (2, 3, 5, N)])
-def test_the_output_lies_in_memory_as_its_own_class_lays_it(shape: tuple[int, ...]) -> None:
+def test_the_output_has_the_memory_layout_of_its_own_class(shape: tuple[int, ...]) -> None:
     norm, own = norms()
     x = draw(*shape)
     for y in (x.transpose(0, 1), x[:, ::2], x.transpose(0, 1)[1:], x[..., :1, :].expand(shape), x.flip(0)):
         z = y.detach().clone(memory_format=torch.preserve_format).requires_grad_() if y.is_contiguous() else y
         assert norm(z).stride() == own(z).stride()
-        expected = replacement.replacement(DeepseekV2RMSNorm, type(norm)._rmsnorm_rule).forward(norm, z.contiguous())
+        expected = replacement.replacement_class(DeepseekV2RMSNorm, type(norm)._rmsnorm_rule).forward(
+            norm, z.contiguous()
+        )
         assert_same_bits(norm(z), expected)
 
 
-def test_an_inference_tensor_is_served_after_calls_that_were_planned() -> None:
+def test_an_inference_tensor_works_after_ordinary_calls() -> None:
     norm, own = norms()
     for _ in range(2):
         norm(draw(4, N)).sum().backward()
@@ -174,7 +176,7 @@ def test_an_inference_tensor_is_served_after_calls_that_were_planned() -> None:
     assert_same_bits(norm.weight.grad, own.weight.grad)
 
 
-# --- what the module holds -------------------------------------------------------------------------------------
+# --- attributes of the module -------------------------------------------------------------------------------------
 
 
 def copies(norm: nn.Module) -> dict[str, nn.Module]:
@@ -185,19 +187,19 @@ def copies(norm: nn.Module) -> dict[str, nn.Module]:
 @pytest.mark.parametrize(
     ("cls", "name"), [(DeepseekV2RMSNorm, "variance_epsilon"), (Gemma2RMSNorm, "eps"), (nn.RMSNorm, "eps")]
 )
-def test_eps_is_read_at_the_call(cls: type[nn.Module], name: str, which: str) -> None:
+def test_eps_is_read_at_each_call(cls: type[nn.Module], name: str, which: str) -> None:
     norm, own = norms(cls)
     norm = copies(norm)[which]
     x = draw(3, N) * 1e-3
     for eps in (1e-3, 0.5, 0.0, 1, 1e-6):
         setattr(norm, name, eps)
         setattr(own, name, eps)
-        assert replacement.why_own(norm, x) is None
+        assert replacement.why_own_forward(norm, x) is None
         torch.testing.assert_close(norm(x), own(x), rtol=1e-5, atol=1e-7)
         assert norm.extra_repr().startswith(own.extra_repr())
 
 
-def test_an_eps_of_none_is_torchs() -> None:
+def test_an_eps_of_none_means_that_of_torch() -> None:
     norm, own = norms(nn.RMSNorm)
     x = draw(64, N) * 1e-3
     assert runs_ours(norm, own, x)
@@ -213,7 +215,7 @@ def test_an_eps_of_none_is_torchs() -> None:
 
 
 @pytest.mark.parametrize("eps", [-1e-3, float("nan"), "1e-3", torch.tensor(1e-3)])
-def test_an_eps_that_we_do_not_take_runs_its_own_forward(eps: Any) -> None:
+def test_an_invalid_eps_runs_its_own_forward(eps: Any) -> None:
     norm, own = norms()
     norm.variance_epsilon = own.variance_epsilon = eps
     x = draw(3, N)
@@ -225,7 +227,7 @@ def test_an_eps_that_we_do_not_take_runs_its_own_forward(eps: Any) -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_eps_is_read_at_the_call_of_a_compiled_norm() -> None:
+def test_eps_is_read_at_each_call_of_a_compiled_norm() -> None:
     norm, _ = norms()
     compiled = torch.compile(norm, backend="aot_eager", fullgraph=True)
     x = draw(3, N) * 1e-3
@@ -242,7 +244,7 @@ def test_without_its_weight_it_raises_as_its_class_does() -> None:
             one(draw(3, N))
 
 
-def test_another_attribute_that_changes_runs_its_own_forward() -> None:
+def test_a_changed_attribute_runs_its_own_forward() -> None:
     class SwitchedRMSNorm(nn.Module):
         def __init__(self, width: int) -> None:
             super().__init__()
@@ -261,30 +263,30 @@ def test_another_attribute_that_changes_runs_its_own_forward() -> None:
         setattr(norm, name, value)
         setattr(own, name, value)
         assert_same_bits(norm(x), own(x))
-        assert f"its {name} has changed" in str(replacement.why_own(norm, x))
+        assert f"its attribute {name} has changed" in str(replacement.why_own_forward(norm, x))
 
 
-# --- what others do to it --------------------------------------------------------------------------------------
+# --- other libraries --------------------------------------------------------------------------------------
 
 
 class OtherRMSNorm(nn.Module):
-    """As Liger does it: a forward of another class is bound to the instance."""
+    """Its forward is bound to instances of other classes, as Liger does it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x
 
 
-def test_a_forward_that_is_rebound_afterwards_is_told_by_check() -> None:
+def test_check_reports_a_forward_that_was_set_after_patch() -> None:
     model = nn.ModuleDict({"a": DeepseekV2RMSNorm(N), "b": DeepseekV2RMSNorm(N), "c": DeepseekV2RMSNorm(N)})
     report = patch(model)
     assert report.check() == ()
     model["a"].forward = OtherRMSNorm.forward.__get__(model["a"])
     model["b"].weight = None
     (a, b) = report.check()
-    assert a.startswith("a runs a forward that was rebound on the instance, to test_replacement.OtherRMSNorm.forward")
+    assert a.startswith("a runs a forward that was set on the instance (test_replacement.OtherRMSNorm.forward")
     assert b == "b runs its own forward, because its weight is None"
     unpatch(model["c"])
-    assert "c has the class transformers.models.deepseek_v2" in report.check()[2]
+    assert "c is not patched any more: its class is transformers.models.deepseek_v2" in report.check()[2]
     del model["a"], model["b"], model["c"]
     gc.collect()
     assert report.check() == ()
@@ -292,11 +294,11 @@ def test_a_forward_that_is_rebound_afterwards_is_told_by_check() -> None:
     assert copy.deepcopy(report).check() == ()
 
 
-def test_a_forward_that_was_rebound_before_raises_and_names_who_and_the_way_out() -> None:
+def test_a_forward_that_was_set_before_patch_raises_with_its_name_and_the_fix() -> None:
     model = nn.ModuleDict({"a": DeepseekV2RMSNorm(N), "b": DeepseekV2RMSNorm(N)})
     model["a"].forward = OtherRMSNorm.forward.__get__(model["a"])
     with pytest.raises(
-        RuntimeError, match=r"a has a forward .* test_replacement\.OtherRMSNorm\.forward.*rms_norm=False"
+        RuntimeError, match=r"a has a forward .*\(test_replacement\.OtherRMSNorm\.forward\).*rms_norm=False"
     ):
         patch(model)
     assert type(model["b"]) is DeepseekV2RMSNorm

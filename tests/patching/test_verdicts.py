@@ -52,7 +52,7 @@ def test_the_counts() -> None:
         "late": 24,
         "left": 22,
         "late, offset 1": 14,
-        "early, its own forward where input and weight differ in dtype": 10,
+        "early, its own forward when input and weight have different dtypes": 10,
         "without a weight": 5,
     }
 
@@ -84,8 +84,8 @@ def test_what_is_proven_is_true() -> None:
         assert count <= total * DEFINITION_SHARE[dtype], dtype
 
 
-def test_t5s_form_runs_its_own_forward_where_the_dtypes_differ() -> None:
-    own = [f for f in every() if f.verdict is not None and f.verdict.partly]
+def test_classes_like_t5s_run_their_own_forward_when_the_dtypes_differ() -> None:
+    own = [f for f in every() if f.verdict is not None and f.verdict.own_forward_when]
     assert any(f.cls == "T5LayerNorm" for f in own)
     for found in own:
         patched = found.replaced()
@@ -106,26 +106,26 @@ def test_t5s_form_runs_its_own_forward_where_the_dtypes_differ() -> None:
                 assert_same_bits(after, expected, f"{found.cls}, {x_dtype}, {w_dtype}")
 
 
-def test_one_that_looks_equal_while_its_gate_is_not_passed_is_left() -> None:
-    """Seven of transformers' gated classes do."""
+def test_a_gated_norm_is_not_replaced_although_it_is_an_rmsnorm_without_its_gate() -> None:
+    """Seven of the gated classes of transformers are."""
     norm = MambaRMSNormGated(N, group_size=N)
     nn.init.normal_(norm.weight)
     x = rows(0, N, torch.bfloat16)
     assert_same_bits(norm(x), reference.published(x, norm.weight, norm.variance_epsilon, "early", 0.0))
-    assert "gate" in patch(nn.Sequential(norm)).left[0].reason
+    assert "gate" in patch(nn.Sequential(norm)).not_replaced[0].reason
 
 
-def test_what_an_instance_holds_decides_not_its_class() -> None:
+def test_the_attributes_of_an_instance_decide_not_its_class() -> None:
     plain, biased, bare = xLSTMRMSNorm(N), xLSTMRMSNorm(N, use_bias=True), xLSTMRMSNorm(N, use_weight=False)
     report = patch(nn.Sequential(plain, biased, bare))
     assert [v.spec for v in report.verdicts] == [Spec(1e-6), None, Spec(1e-6)]
-    assert "more than a weight: bias" in report.left[0].reason
+    assert "more than a weight: bias" in report.not_replaced[0].reason
 
 
 def test_another_name_is_reported_only_if_it_is_proven() -> None:
     model = nn.Sequential(T5LayerNorm(N), nn.LayerNorm(N), nn.BatchNorm1d(N))
     report = patch(model)
-    assert [(v.name, v.cls) for v in report.verdicts] == [("0", "T5LayerNorm")]
+    assert [(v.name, v.class_name) for v in report.verdicts] == [("0", "T5LayerNorm")]
 
 
 def test_the_table_is_current() -> None:
@@ -142,7 +142,7 @@ def test_the_table_is_current() -> None:
         lines = [line for line in text.splitlines() if not line.startswith(MEASURED)]
         return [line.rsplit(" | ", 3)[0] if line.count("|") > 6 else line for line in lines]
 
-    assert without_figures(written) == without_figures(table()), "run: python tests/verdicts.py"
+    assert without_figures(written) == without_figures(table()), "run: python tests/patching/verdicts.py"
 
 
 def test_the_table_has_a_line_for_each_class() -> None:

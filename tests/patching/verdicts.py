@@ -19,7 +19,8 @@ import transformers
 from torch import nn
 
 from rmsnorm.patching import replacement
-from rmsnorm.patching.models import Verdict, patch
+from rmsnorm.patching.patch import patch
+from rmsnorm.patching.patch_report import Verdict
 from rmsnorm.tools import machine
 
 TABLE = Path(__file__).parents[2] / "docs" / "verdicts.md"
@@ -55,7 +56,7 @@ class Found:
         """As `module`, with the class that patch gives it; to prove each of these again would take minutes."""
         module, cls = self.module(), self._judged[1]
         assert cls is not None
-        replacement.become(module, cls)
+        replacement.set_class(module, cls)
         return module
 
     def module(self) -> nn.Module:
@@ -74,8 +75,8 @@ class Found:
         v = self.verdict
         if v is None or v.spec is None:
             return "left"
-        if v.partly:
-            return f"{v.spec.cast}, its own forward {v.partly}"
+        if v.own_forward_when:
+            return f"{v.spec.cast}, its own forward {v.own_forward_when}"
         if "weight" not in dict(self.build().named_parameters()):
             return "without a weight"
         return f"{v.spec.cast}, offset 1" if v.spec.offset else v.spec.cast
@@ -157,7 +158,9 @@ def table() -> str:
         v = f.verdict
         said = f.group if v is not None and v.spec is not None else f"left: {f.problem or (v and v.reason)}"
         said = said.replace("|", "\\|")
-        changes = [] if v is None or v.spec is None else [_change(c.share, c.ulp) for c in v.changed.values()]
+        changes = (
+            [] if v is None or v.spec is None else [_change(c.share, c.max_ulp) for c in v.output_changes.values()]
+        )
         lines.append(f"| {f.folder} | {f.cls} | {said} | {' | '.join(changes or ['-'] * 3)} |")
     return "\n".join(lines) + "\n"
 

@@ -1,7 +1,7 @@
 """What a forward pass computes, as an expression of x and the weight, built from the operators that it runs.
 
-Two expressions are equal if they name the same arithmetic: the same rounded steps, in any order of commuting factors,
-whatever the shapes between. `loosened` also equates the ways to take the statistic.
+Two expressions are equal if they denote the same arithmetic: the same rounded steps, with commuting arguments in any
+order and intermediate results of any shape. `loosened` also equates different ways to compute the mean and the rsqrt.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ _WIDER = {torch.bfloat16: (torch.float32, torch.float64), torch.float16: (torch.
 
 @dataclass(frozen=True)
 class Node:
-    """One step: `op` of the arguments, rounded to dtype. The leaves are the tensors "x" and "w"; numbers are floats."""
+    """One step: `op` of the arguments, rounded to dtype. The leaves are the tensors "x" and "w", and floats."""
 
     op: str
     dtype: torch.dtype
@@ -33,16 +33,16 @@ Term = Node | float
 
 
 class Refusal(BaseException):
-    """The forward pass does something that no RMSNorm does; the message says what.
+    """The forward pass does something that no RMSNorm needs; the message says what.
 
-    No Exception, so that a forward that handles errors does not handle this one.
+    It is not an Exception, so that a forward that catches exceptions does not catch this one.
     """
 
 
 def cast(e: Term, dtype: torch.dtype) -> Term:
-    """e rounded to the dtype. A cast there and back through a wider dtype changes nothing and is left out.
+    """e rounded to the dtype. A cast to a wider dtype and back is dropped, since it changes nothing.
 
-    A number takes part in fp32, unless the tensor beside it is of fp64.
+    A number is rounded to fp32, unless the tensor that it is combined with is fp64.
     """
     if not isinstance(e, Node):
         return e if dtype == torch.float64 or abs(e) > torch.finfo(torch.float32).max else ctypes.c_float(e).value
@@ -66,7 +66,7 @@ def _commuting(op: str, dtype: torch.dtype, a: Term, b: Term) -> Node:
 
 
 def _power(e: Term, dtype: torch.dtype, exponent: float) -> Node:
-    """ATen computes these three powers by the functions of that name."""
+    """For these three exponents ATen computes a power with the named function."""
     named = {2.0: "square", 0.5: "sqrt", -0.5: "rsqrt"}
     if exponent not in named:
         raise Refusal(f"its forward raises to the power {exponent:g}")
@@ -80,7 +80,7 @@ def _quotient(a: Term, b: Term, dtype: torch.dtype, N: int) -> Node:
 
 
 def loosened(e: Term, N: int) -> Term:
-    """The same with each way to take the statistic replaced by rsqrt of a mean: 1 / sqrt, a sum times 1 / N, fp64."""
+    """The expression with 1 / sqrt, a sum times 1 / N, and an fp64 statistic replaced by rsqrt of an fp32 mean."""
     if not isinstance(e, Node):
         return e
     args = tuple(loosened(a, N) for a in e.args)
@@ -103,7 +103,7 @@ def loosened(e: Term, N: int) -> Term:
 
 
 def _narrowed(e: Term) -> Term:
-    """A statistic in fp64, as if it were taken in fp32."""
+    """An fp64 statistic, as if it were computed in fp32."""
     if not isinstance(e, Node) or e.dtype != torch.float64:
         return e
     args = tuple(cast(_narrowed(a), torch.float32) for a in e.args)
@@ -113,7 +113,7 @@ def _narrowed(e: Term) -> Term:
 
 
 def epsilon(e: Term) -> float | None:
-    """The number that is added under the one inverse root of the expression; None if there is no such form."""
+    """The number that is added under the root of the expression; None if there is no root or more than one."""
     found = {_added(node) for node in _nodes(e) if node.op in ("rsqrt", "sqrt")}
     return found.pop() if len(found) == 1 else None
 
@@ -134,14 +134,17 @@ def _nodes(e: Term) -> Iterator[Node]:
             yield from _nodes(a)
 
 
-# --- from operators ------------------------------------------------------------------------------------------
+# --- recording operators ------------------------------------------------------------------------------------------
 
 
 class Operators(TorchDispatchMode):
     """Follows x and w through the operators that run inside, and refuses every operator that no RMSNorm needs.
 
-    leaves: x and the weight, as "x" and "w". N: how many numbers a row has. The refusal is also kept, in case that the
-    forward handles it.
+    The first refusal is also kept in `refusal`, in case the forward catches it.
+
+    Args:
+        leaves: x and the weight, under the names "x" and "w".
+        N: The number of elements of a row.
     """
 
     def __init__(self, leaves: dict[str, Tensor], N: int) -> None:
@@ -150,18 +153,18 @@ class Operators(TorchDispatchMode):
         self.leaves = leaves
         self.refusal: str | None = None
         self._terms: dict[int, Node] = {}
-        self._kept: list[Tensor] = []  # so that no id comes twice
+        self._kept: list[Tensor] = []  # keeps them alive, so that no id is reused
         for name, t in leaves.items():
             self._keep(t, Node(name, t.dtype))
 
     def expression(self, y: Tensor) -> Node:
-        """What y is. Raises Refusal if it is a tensor from elsewhere."""
-        return self._term(y, "returns")
+        """The expression that y is. Raises Refusal if y was not computed inside."""
+        return self._term(y, "returns a tensor")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.name().removeprefix("aten::")
-        if name not in _RULES:  # it may be made of others, which in inference mode arrives whole
+        if name not in _RULES:  # a composite operator: in inference mode it is not decomposed before it gets here
             with self:
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
@@ -185,16 +188,16 @@ class Operators(TorchDispatchMode):
 
     def _argument(self, a: Any, func: Any) -> Any:
         if isinstance(a, Tensor):
-            return self._term(a, f"gives {func}")
+            return self._term(a, f"passes {func} a tensor")
         return float(a) if isinstance(a, (int, float)) and not isinstance(a, bool) else a
 
     def _term(self, t: Tensor, what: str) -> Node:
         if id(t) not in self._terms:
-            raise Refusal(f"its forward {what} a tensor that is made of neither its input nor its weight")
+            raise Refusal(f"its forward {what} that comes from neither its input nor its weight")
         return self._terms[id(t)]
 
     def _check_written(self, func: Any, args: tuple[Any, ...]) -> None:
-        """Only what the forward has made itself, and nothing else looks into, may be overwritten."""
+        """Refuse to overwrite a tensor unless the forward made it and it shares memory with no other."""
         if not func._schema.is_mutable:
             return
         target = args[0]
@@ -209,11 +212,11 @@ def _share(a: Tensor, b: Tensor) -> bool:
     return a is b or a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() != 0
 
 
-Rule = Callable[[Operators, list[Any], tuple[Any, ...], dict[str, Any]], Node]
+OperatorRule = Callable[[Operators, list[Any], tuple[Any, ...], dict[str, Any]], Node]
 
 
 def _reshaped(self: Operators, terms: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
-    """Rows stay in order under these, and where they end is seen by the reductions and by the bits."""
+    """These operators keep the order of the elements. The reductions and the compared outputs show where rows end."""
     (term,) = terms[:1]
     assert isinstance(term, Node)
     return term
@@ -228,7 +231,7 @@ def _copied(self: Operators, terms: list[Any], args: tuple[Any, ...], kwargs: di
     return term
 
 
-def _reduced(op: str) -> Rule:
+def _reduced(op: str) -> OperatorRule:
     def rule(self: Operators, terms: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
         t = args[0]
         dims = args[1] if len(args) > 1 and args[1] is not None else range(t.dim())
@@ -237,26 +240,26 @@ def _reduced(op: str) -> Rule:
         for d in dims:
             size *= t.shape[d]
         if dims != list(range(t.dim() - len(dims), t.dim())) or size != self.N:
-            raise Refusal(f"its forward takes a {op} over other dimensions than those of a row")
+            raise Refusal(f"its forward takes a {op} over dimensions other than the normalized ones")
         dtype = kwargs.get("dtype") or t.dtype
         return Node(op, dtype, (cast(terms[0], dtype),))
 
     return rule
 
 
-def _binary(op: str) -> Rule:
+def _binary(op: str) -> OperatorRule:
     def rule(self: Operators, terms: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
         if kwargs.get("alpha", 1) != 1:
             raise Refusal(f"its forward adds with alpha={kwargs['alpha']}")
         a, b = terms[:2]
-        # A tensor without dimensions or a number does not decide the dtype; none of the leaves is one.
+        # Numbers and 0-D tensors do not take part in type promotion; no leaf is 0-D.
         dtype = torch.result_type(args[0], args[1])
         return _quotient(a, b, dtype, self.N) if op == "div" else _commuting(op, dtype, a, b)
 
     return rule
 
 
-def _unary(op: str) -> Rule:
+def _unary(op: str) -> OperatorRule:
     return lambda self, terms, args, kwargs: Node(op, args[0].dtype, (terms[0],))
 
 
@@ -266,7 +269,7 @@ def _raised(self: Operators, terms: list[Any], args: tuple[Any, ...], kwargs: di
     return _power(terms[0], args[0].dtype, terms[1])
 
 
-_RULES: dict[str, Rule] = {
+_RULES: dict[str, OperatorRule] = {
     **dict.fromkeys(
         ("view", "_unsafe_view", "unsqueeze", "squeeze.dim", "squeeze.dims", "expand", "clone", "detach", "alias",
          "_reshape_alias"), _reshaped,
@@ -283,7 +286,7 @@ _RULES: dict[str, Rule] = {
     "pow_.Scalar": _raised,
 }  # fmt: skip
 
-# What the backward passes of those operators run.
+# The operators that the backward passes of those operators run.
 BACKWARD: Sequence[str] = (
     *_RULES, "neg", "mul.Scalar", "div.Scalar", "sum.dim_IntList", "squeeze", "ones_like", "zeros_like", "new_zeros",
     "empty_like", "new_empty_strided", "copy_", "_fused_rms_norm_backward",

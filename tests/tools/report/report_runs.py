@@ -25,7 +25,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from rmsnorm.patching.models import Verdict
+from rmsnorm.patching.patch_report import Verdict
 from rmsnorm.spec import Spec
 from rmsnorm.tools import timing
 from rmsnorm.tools.display import render

@@ -71,7 +71,7 @@ def test_every_norm_of_a_checkpoint_is_proven_and_measured(
     assert result.ok
     assert len(result.norms) == names
     for n in result.norms:
-        assert n.verdict.spec is not None
+        assert n.verdict.replaced
         heads = {"q_norm": 2, "k_norm": 2}.get(n.verdict.name.rpartition(".")[2], 1)
         assert (n.calls, n.rows, n.wrong) == (1, 32 * heads, 0)
         assert n.outputs == n.rows * (n.width or 0)
@@ -126,7 +126,7 @@ def test_checkpoints_of_other_architectures(build, norms: int, left: int, widths
     result = run_report(model, tmp_path / "out", tokens=16)
     assert result.ok
     assert (len(result.norms), sum(n.verdict.spec is None for n in result.norms)) == (norms, left)
-    proven = [n for n in result.norms if n.verdict.spec is not None]
+    proven = [n for n in result.norms if n.verdict.replaced]
     assert {n.width for n in proven} <= widths
     assert all(n.calls == 1 and n.rows >= 16 and n.outputs == n.rows * (n.width or 0) for n in proven)
     assert result.model["class"] == type(build()).__name__
@@ -218,7 +218,7 @@ def test_norms_that_are_left_or_not_reached_are_listed(tmp_path: Path, monkeypat
     assert by_name["strange"].verdict.spec is None
     assert by_name["spare"].calls == 0
     text = printed_report(result)
-    assert "(strange): left: " in text
+    assert "(strange): not replaced: " in text
     assert "No activation reached spare." in text
     assert "Note: a note" in text
     assert "strange" in printed_report(replace(result, every_layer=True))

@@ -120,7 +120,7 @@ def test_deepseek_ocr_s_own_folder_is_reported_without_running_its_code(tmp_path
         "layers.0.input_layernorm", "layers.0.post_attention_layernorm", "layers.1.input_layernorm",
         "layers.1.post_attention_layernorm", "norm",
     ]  # fmt: skip
-    assert all(n.verdict.spec is not None and (n.rows, n.width, n.wrong) == (32, 64, 0) for n in result.norms)
+    assert all(n.verdict.replaced and (n.rows, n.width, n.wrong) == (32, 64, 0) for n in result.norms)
     assert result.model["dtype"] == "bfloat16"
     assert result.notes == (
         "deepseek_vl_v2: only its language model is loaded",

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from report_runs import a_norm, a_step, printed_report
 
-from rmsnorm.patching.models import Verdict
+from rmsnorm.patching.patch_report import Verdict
 from rmsnorm.tools import machine
 from rmsnorm.tools.report.norms import NormResult, Pair
 from rmsnorm.tools.report.result import ReportResult, SavedBytes

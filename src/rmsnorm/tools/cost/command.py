@@ -19,7 +19,8 @@ from torch import nn
 
 from rmsnorm.costs.counts import Cost, Implementation, Phase, cost
 from rmsnorm.errors import CommandError, one_line
-from rmsnorm.patching import models as patching
+from rmsnorm.patching.patch import patch, unpatch
+from rmsnorm.patching.patch_report import PatchReport, Verdict
 from rmsnorm.tools.cost.calls import calls_of_norms
 from rmsnorm.tools.cost.result import COMPARED, CostResult, NormCall, NormGroup, Totals, UncountedNorms
 from rmsnorm.tools.cost.sizes import matmul_flops, size_of
@@ -66,11 +67,11 @@ def model_cost(target: str, progress: Progress, *, batch: int, seq: int, dtype: 
         model = architecture.build_on_meta(config, transformers, target)
         progress(2, 4, "proving its norms")
         with library.command_errors(f"the norms of {type(model).__name__} cannot be proven"):
-            report = patching.patch(model)
-            patching.unpatch(model)
+            report = patch(model)
+            unpatch(model)
         progress(3, 4, "running it without data")
         modules = dict(model.named_modules())
-        proven = {v.name: v for v in report.proven}
+        proven = {v.name: v for v in report.replaced}
         calls, more = calls_of_norms({name: modules[name] for name in proven}, model, config, batch, seq)
     notes += more
     if not report.verdicts:
@@ -122,23 +123,23 @@ def _weights(groups: tuple[NormGroup, ...], dtype: torch.dtype) -> tuple[Cost, i
 
 
 def _groups(
-    proven: dict[str, patching.Verdict], modules: dict[str, nn.Module], calls: dict[str, tuple[NormCall, ...]]
+    proven: dict[str, Verdict], modules: dict[str, nn.Module], calls: dict[str, tuple[NormCall, ...]]
 ) -> Iterator[NormGroup]:
     """NormGroup the norms whose inputs are known by what they cost, in order of appearance."""
     found: dict[Any, list[str]] = {}
     for name, verdict in proven.items():
         if name in calls:
             width = library.norm_width(modules[name])
-            key = calls[name], width or next((w for _, w in calls[name]), 0), verdict.cls, verdict.spec
+            key = calls[name], width or next((w for _, w in calls[name]), 0), verdict.class_name, verdict.spec
             found.setdefault((*key, modules[name]._parameters.get("weight") is not None), []).append(name)
     for (called, width, cls, spec, weighted), names in found.items():
         yield NormGroup(len(names), called, width, cls, names[0], spec, weighted)
 
 
-def _uncounted(report: patching.Report) -> Iterator[UncountedNorms]:
+def _uncounted(report: PatchReport) -> Iterator[UncountedNorms]:
     found: dict[tuple[str, str], list[str]] = {}
-    for v in report.left:
-        found.setdefault((v.cls, v.reason), []).append(v.name)
+    for v in report.not_replaced:
+        found.setdefault((v.class_name, v.reason), []).append(v.name)
     for (cls, reason), names in found.items():
         yield UncountedNorms(len(names), cls, names[0], reason)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rmsnorm import bits
-from rmsnorm.patching.models import exact
+from rmsnorm.patching.replacement import exact_output
 from rmsnorm.tools import timing
 from rmsnorm.tools.report.budget import Announcer
 from rmsnorm.tools.report.norms import Mode, NormResult, Pair
@@ -36,7 +36,7 @@ def examine(patched: PatchedModel, tokens: int, timer: "NormTimer | None") -> tu
     norms = patched.fresh_results()
     hooks = []
     for n in norms:
-        if n.verdict.spec is not None:
+        if n.verdict.replaced:
 
             def hook(
                 module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], y: Tensor, n: NormResult = n
@@ -59,7 +59,7 @@ def examine(patched: PatchedModel, tokens: int, timer: "NormTimer | None") -> tu
 def check_outputs(n: NormResult, own: type[nn.Module], module: nn.Module, x: Tensor, y: Tensor) -> None:
     """Compare y, which our norm returned for x, with *exact* and with the norm's own class."""
     before = own.forward(module, x)
-    expected = exact(module, x)
+    expected = exact_output(module, x)
     n.width = n.width or y.shape[-1]
     n.calls += 1
     n.rows += x.numel() // n.width
@@ -90,13 +90,13 @@ class NormTimer:
     ) -> None:  # fmt: skip
         self.patched, self.say, self.seconds, self.modes = patched, say, seconds, modes
         self.most, self.with_host = most, with_host
-        self.to_come = sum(v.spec is not None for v in patched.verdicts)
+        self.to_come = sum(v.replaced for v in patched.verdicts)
         self.spent = 0.0
         self.kinds: dict[Any, list[NormResult]] = {}
 
     def time(self, n: NormResult, x: Tensor, y: Tensor) -> None:
         """Time a norm on its input x, unless the budget does not allow it; y is its output."""
-        kind = self.kinds.setdefault((n.verdict.cls, n.verdict.kind, x.shape, x.stride(), x.dtype), [])
+        kind = self.kinds.setdefault((n.verdict.class_name, n.verdict.finding, x.shape, x.stride(), x.dtype), [])
         seconds = max(0.0, self.seconds - self.spent) / max(1, self.to_come)
         self.to_come -= 1
         if kind and (self.spent >= self.seconds or (self.most is not None and len(kind) >= self.most)):

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rmsnorm.patching.models import Verdict
+from rmsnorm.patching.patch_report import Verdict
 
 Mode = Literal["forward", "training", "token"]  # training: forward and backward; token: forward of one token
 WITH_BACKWARD: tuple[Mode, ...] = ("forward", "training")
@@ -71,18 +71,18 @@ class NormResult:
     @property
     def compared(self) -> bool:
         """Whether it is proven and activations reached it."""
-        return self.verdict.spec is not None and self.calls > 0
+        return self.verdict.replaced and self.calls > 0
 
     def to_json(self) -> dict[str, Any]:
         """Return everything, in types that `json.dumps` takes."""
         spec = self.verdict.spec
         return {
             "name": self.verdict.name,
-            "class": self.verdict.cls,
+            "class": self.verdict.class_name,
             "width": self.width,
             "spec": None if spec is None else {"eps": spec.eps, "cast": spec.cast, "offset": spec.offset},
             "left_because": self.verdict.reason or None,
-            "own_forward": self.verdict.partly or None,
+            "own_forward": self.verdict.own_forward_when or None,
             "calls": self.calls,
             "rows": self.rows,
             "outputs": self.outputs,
@@ -117,7 +117,7 @@ def kinds_of(norms: Iterable[NormResult]) -> tuple[NormKind, ...]:
     """Group norms by their kind, in order of appearance."""
     groups: dict[Any, list[NormResult]] = {}
     for n in norms:
-        groups.setdefault((n.verdict.cls, n.width, n.verdict.kind, n.rows, n.calls), []).append(n)
+        groups.setdefault((n.verdict.class_name, n.width, n.verdict.finding, n.rows, n.calls), []).append(n)
     return tuple(NormKind(tuple(group)) for group in groups.values())
 
 

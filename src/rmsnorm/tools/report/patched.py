@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from rmsnorm import memory
 from rmsnorm.errors import CommandError
-from rmsnorm.patching.models import patch
-from rmsnorm.patching.replacement import become
+from rmsnorm.patching.patch import patch
+from rmsnorm.patching.replacement import set_class
 from rmsnorm.tools.models import library
 from rmsnorm.tools.report.norms import NormResult
 from rmsnorm.tools.report.result import SavedBytes
@@ -69,7 +69,7 @@ class PatchedModel:
     def use(self, side: Side) -> None:
         """Switch to the model's own norms or to ours."""
         for name, module in self.modules.items():
-            become(module, (self.own if side == "before" else self.ours)[name])
+            set_class(module, (self.own if side == "before" else self.ours)[name])
 
     def forward(self, tokens: int) -> None:
         """Run a forward step, and wait for the GPU."""

@@ -31,7 +31,7 @@ def blocks(result: ReportResult) -> tuple[Block, ...]:
 
 
 def _answer(result: ReportResult) -> Iterator[Block]:
-    found, proven = len(result.norms), [n for n in result.norms if n.verdict.spec is not None]
+    found, proven = len(result.norms), [n for n in result.norms if n.verdict.replaced]
     if not proven:
         yield Text(
             "No norm was found." if not found else f"None of the {found} norms is proven: all stay as they are.",
@@ -89,7 +89,7 @@ def _kinds_table(result: ReportResult) -> Table:
         width = NOTHING if n.width is None else str(n.width)
         rows.append(
             (
-                n.verdict.cls,
+                n.verdict.class_name,
                 width,
                 str(len(kind.norms)),
                 _verdict(n),
@@ -165,11 +165,11 @@ def _verdicts(result: ReportResult) -> Iterator[str]:
     """Yield what was found about each kind of norm, with the whole reason."""
     groups: dict[tuple[str, str], list[NormResult]] = {}
     for n in result.norms:
-        groups.setdefault((n.verdict.cls, n.verdict.kind), []).append(n)
-    for (cls, verdict), group in groups.items():
+        groups.setdefault((n.verdict.class_name, n.verdict.finding), []).append(n)
+    for (class_name, finding), group in groups.items():
         names = group[0].verdict.name + (", …" if len(group) > 1 else "")
-        yield f"{len(group)} × {cls} ({names}): {verdict}"
-    idle = [n.verdict.name for n in result.norms if n.verdict.spec is not None and not n.calls]
+        yield f"{len(group)} × {class_name} ({names}): {finding}"
+    idle = [n.verdict.name for n in result.norms if n.verdict.replaced and not n.calls]
     if idle:
         yield f"No activation reached {', '.join(idle)}."
 
@@ -179,13 +179,13 @@ def _arrow(pair: Pair | None) -> str:
 
 
 def _verdict(n: NormResult) -> Text:
-    if n.verdict.spec is None:
+    if not n.verdict.replaced:
         return Text("left", "bad")
     if n.wrong:
         return Text("wrong", "bad")
     if not n.calls:
         return Text("proven, not reached", "note")
-    return Text("proven in part" if n.verdict.partly else "proven", "good")
+    return Text("proven in part" if n.verdict.own_forward_when else "proven", "good")
 
 
 def _changed(wrong: int, outputs: int, changed: int) -> str | Text:

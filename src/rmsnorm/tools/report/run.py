@@ -65,7 +65,7 @@ class ReportRun:
         self.say("proving and replacing its norms")
         self.patched.prove()
         self.norms = self.patched.fresh_results()
-        if any(v.spec for v in self.patched.verdicts):
+        if any(v.replaced for v in self.patched.verdicts):
             if not wait_for_host(max(0.0, self.budget.left * _FOR_THE_COMPILER)):
                 self.notes.append(f"one token is timed as it is {host.described()}")
             self.budget.finish("proving")

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from rmsnorm import TorchRMSNorm, explain, patch, unpatch
-from rmsnorm.patching import drop_in
 from rmsnorm.patching.proof import prove
+from rmsnorm.patching.torch_norm import torch_rule
 from rmsnorm.spec import DTYPES
 
 
@@ -34,20 +34,20 @@ def rows(norm: nn.RMSNorm, leading: tuple[int, ...], dtype: torch.dtype = torch.
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("shape", [(64,), (8, 16)])
 @pytest.mark.parametrize("eps", [None, 1e-6])
-def test_the_rule_is_what_the_proof_finds_of_torchs_class(shape, eps, affine) -> None:
+def test_the_rule_is_what_the_proof_finds_for_the_class_of_torch(shape, eps, affine) -> None:
     proof = prove(nn.RMSNorm, nn.RMSNorm(shape, eps, affine), strict=True)
     assert proof.rule is not None, proof.reason
-    assert proof.rule.facts == (("normalized_shape", shape),)  # which the class reads at each call
-    assert replace(proof.rule, facts=()) == drop_in.torchs_rule(shape, affine)
+    assert proof.rule.attributes == (("normalized_shape", shape),)  # the class reads it at each call
+    assert replace(proof.rule, attributes=()) == torch_rule(shape, affine)
 
 
 @pytest.mark.parametrize(
     ("shape", "eps", "affine"), [(64, None, True), ([4, 16], 1e-5, True), (torch.Size((2, 4, 8)), None, False)]
 )
-def test_it_is_what_patch_makes_of_torchs_class(shape, eps, affine) -> None:
+def test_it_computes_what_patch_makes_of_the_class_of_torch(shape, eps, affine) -> None:
     """Outputs and gradients in all pairs of dtypes, under autocast too; where torch's own forward runs as well."""
     theirs, ours = pair(shape, eps, affine)
-    assert len(patch(nn.Sequential(theirs)).proven) == 1
+    assert len(patch(nn.Sequential(theirs)).replaced) == 1
     own = []
     for of_x, of_w in itertools.product(DTYPES, DTYPES if affine else DTYPES[:1]):
         theirs.to(of_w)
@@ -123,7 +123,7 @@ def test_compiled_and_exported(shape) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-def test_scripted_and_traced_as_torchs_class(tmp_path) -> None:
+def test_scripted_and_traced_as_the_class_of_torch(tmp_path) -> None:
     theirs, ours = pair(64, 1e-5)
     x = rows(ours, (3,))
     scripted = torch.jit.script(nn.Sequential(ours))

@@ -1,4 +1,4 @@
-"""patch and unpatch: what is proven is replaced and computes *exact*; what is not is left, and the report says why."""
+"""patch and unpatch: a proven norm is replaced and computes *exact*; for any other norm the report says why not."""
 
 import copy
 import io
@@ -19,8 +19,7 @@ from transformers.models.nanochat.modeling_nanochat import NanoChatRMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
 import rmsnorm
-from rmsnorm import patch, reference, unpatch
-from rmsnorm.patching import models
+from rmsnorm import PatchReport, patch, reference, unpatch
 from rmsnorm.spec import Spec
 
 N = 96
@@ -34,7 +33,7 @@ def randomized(module: nn.Module) -> nn.Module:
 
 
 class EarlyRMSNorm(nn.Module):
-    """The base of the strangers below: a plain early norm that each gets wrong in one way."""
+    """A plain early norm. Each class below differs from it in one way."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +44,7 @@ class EarlyRMSNorm(nn.Module):
         return reference.published(x, self.weight, self.eps, "early", 0.0)
 
 
-class LyingRMSNorm(EarlyRMSNorm):
+class IgnoredEpsRMSNorm(EarlyRMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         return reference.published(x, self.weight, 1e-5, "early", 0.0)
 
@@ -80,15 +79,15 @@ class EpslessRMSNorm(EarlyRMSNorm):
         return reference.published(x, self.weight, 1e-6, "early", 0.0)
 
 
-class TwoFacedRMSNorm(EarlyRMSNorm):
-    """Early but for fp16 inputs: a probe in the two other dtypes would call it early."""
+class LateInHalfRMSNorm(EarlyRMSNorm):
+    """Early in fp32 and bf16, late in fp16."""
 
     def forward(self, x: Tensor) -> Tensor:
         return reference.published(x, self.weight, self.eps, "late" if x.dtype == torch.float16 else "early", 0.0)
 
 
-class ScribblingRMSNorm(EarlyRMSNorm):
-    """Writes to whatever it can reach, and draws random numbers."""
+class SideEffectsRMSNorm(EarlyRMSNorm):
+    """Writes to everything that it can reach, and draws random numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +117,7 @@ class DetachedRMSNorm(EarlyRMSNorm):
 
 
 class RootRMSNorm(EarlyRMSNorm):
-    """Takes the statistic another way, as well as *published* does."""
+    """Computes the rsqrt in another way, as accurately as *published* does."""
 
     def forward(self, x: Tensor) -> Tensor:
         rstd = 1 / (x.float().square().mean(-1) + self.eps).sqrt()
@@ -126,7 +125,7 @@ class RootRMSNorm(EarlyRMSNorm):
 
 
 class CoarseRMSNorm(EarlyRMSNorm):
-    """Takes the statistic worse than *published* does: it is rounded to the input's dtype."""
+    """Rounds the statistic to bf16."""
 
     def forward(self, x: Tensor) -> Tensor:
         rstd = reference.published_rstd(x, self.eps).to(torch.bfloat16).float()
@@ -157,40 +156,42 @@ def test_proven_norms_compute_exact(norm: nn.Module, spec: Spec) -> None:
         y = reference.forward(x, None, weight, spec.eps, spec.cast, spec.offset, False)[0]
         assert torch.equal(model(x), y)
         assert y.dtype == unpatched(x).dtype
-    assert report.verdicts[0].changed["float32"].share > 0
-    assert report.verdicts[0].changed["bfloat16"].ulp <= 2
+    assert report.verdicts[0].output_changes["float32"].share > 0
+    assert report.verdicts[0].output_changes["bfloat16"].max_ulp <= 2
 
 
 @pytest.mark.parametrize(
     ("norm", "reason"),
     [
-        (LyingRMSNorm(), "no attribute that could be its eps"),
+        (IgnoredEpsRMSNorm(), "none of its attributes holds its eps"),
         (GatedRMSNorm(), "gate"),
         (Qwen3NextRMSNormGated(N), "gate"),
-        (RaisingRMSNorm(), "RuntimeError under the probe: no CPU here"),
+        (RaisingRMSNorm(), "its forward raised RuntimeError: no CPU here"),
         (HalvingRMSNorm(), "match no supported RMSNorm"),
         (BiasedRMSNorm(), "more than a weight: bias"),
         (OverwritingRMSNorm(), "it writes to its input"),
         (DetachedRMSNorm(), "its forward uses Tensor.detach"),
-        (EpslessRMSNorm(), "no attribute that could be its eps"),
-        (TwoFacedRMSNorm(), "float16"),
+        (EpslessRMSNorm(), "none of its attributes holds its eps"),
+        (LateInHalfRMSNorm(), "float16"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
-def test_strangers_are_left_with_a_reason(norm: nn.Module, reason: str) -> None:
+def test_a_norm_that_computes_something_else_is_not_replaced_and_the_report_says_why(
+    norm: nn.Module, reason: str
+) -> None:
     holder = nn.ModuleDict({"a": norm, "bRMSNorm": EarlyRMSNorm()})
     before = type(norm)
     report = patch(holder)
     if before.__name__.endswith("RMSNorm"):
-        assert [v.name for v in report.left] == ["a"]
-        assert reason in report.left[0].reason
+        assert [v.name for v in report.not_replaced] == ["a"]
+        assert reason in report.not_replaced[0].reason
         assert reason in str(report)
     assert type(norm) is before
-    assert [v.name for v in report.proven] == ["bRMSNorm"]
+    assert [v.name for v in report.replaced] == ["bRMSNorm"]
 
 
-def test_a_probe_touches_nothing_that_is_live() -> None:
-    norm = randomized(nn.Sequential(ScribblingRMSNorm()))[0]
+def test_the_proof_does_not_touch_the_live_module() -> None:
+    norm = randomized(nn.Sequential(SideEffectsRMSNorm()))[0]
     weight, state = norm.weight.detach().clone(), torch.get_rng_state()
     patch(nn.Sequential(norm))
     assert torch.equal(norm.weight, weight)
@@ -202,12 +203,14 @@ def test_a_probe_touches_nothing_that_is_live() -> None:
 
 
 @pytest.mark.parametrize("context", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
-def test_where_patch_is_called_makes_no_difference(context: Callable[[], AbstractContextManager[None]]) -> None:
-    def judged() -> models.Report:
-        return patch(nn.Sequential(DeepseekV2RMSNorm(N), Gemma2RMSNorm(N), ScribblingRMSNorm()))
+def test_the_verdicts_do_not_depend_on_modes_or_the_default_dtype(
+    context: Callable[[], AbstractContextManager[None]],
+) -> None:
+    def judged() -> PatchReport:
+        return patch(nn.Sequential(DeepseekV2RMSNorm(N), Gemma2RMSNorm(N), SideEffectsRMSNorm()))
 
     expected = judged()
-    assert len(expected.proven) == 2
+    assert len(expected.replaced) == 2
     with context():
         assert judged() == expected
     torch.set_default_dtype(torch.bfloat16)
@@ -217,35 +220,36 @@ def test_where_patch_is_called_makes_no_difference(context: Callable[[], Abstrac
         torch.set_default_dtype(torch.float32)
 
 
-def test_without_strict_a_statistic_taken_another_way_will_do() -> None:
+def test_strict_false_accepts_another_way_to_compute_mean_and_rsqrt() -> None:
     def build() -> nn.Sequential:
-        return nn.Sequential(RootRMSNorm(), CoarseRMSNorm(), LyingRMSNorm(), HalvingRMSNorm())
+        return nn.Sequential(RootRMSNorm(), CoarseRMSNorm(), IgnoredEpsRMSNorm(), HalvingRMSNorm())
 
     model = randomized(build())
     left = patch(model)
-    assert left.proven == ()
-    assert ["which strict=False allows" in v.reason for v in left.left] == [True, False, False, False]
+    assert left.replaced == ()
+    assert ["which strict=False accepts" in v.reason for v in left.not_replaced] == [True, False, False, False]
     report = patch(model, strict=False)
     assert [v.spec for v in report.verdicts] == [Spec(1e-6), None, None, None]
-    assert not report.proven[0].exactly
-    assert "takes the statistic in another way" in str(report)
-    assert "of its outputs differ from exact" in report.left[0].reason
-    assert patch(model).proven == ()  # judged anew
+    assert not report.replaced[0].matches_published_bits
+    assert "accepted by strict=False" in str(report)
+    assert "of its outputs differ from exact" in report.not_replaced[0].reason
+    assert patch(model).replaced == ()  # proven again, strictly
     assert type(model[0]) is RootRMSNorm
 
 
-def test_the_report_has_a_line_a_group_and_more_when_asked() -> None:
+def test_the_report_has_a_line_for_each_group_and_expanded_for_each_norm() -> None:
     model = nn.ModuleDict({"a": DeepseekV2RMSNorm(N), "b": DeepseekV2RMSNorm(N), "c": DeepseekV2RMSNorm(2 * N)})
     model["d"] = GatedRMSNorm()
     report = patch(model)
     head, group, left = str(report).splitlines()
-    assert head == "3 of 4 norms proven and replaced"
-    assert group.startswith("  3 x DeepseekV2RMSNorm (a, …) proven: early, eps 1e-06; float32 0.1")
+    assert head == "3 of 4 norms replaced"
+    assert group.startswith("  3 x DeepseekV2RMSNorm (a, …) proven: early, eps 1e-06; float32: 1")
     # saved before: x in fp32 and its cast, both for the products; now x in its dtype and 4 bytes
     assert re.search(
-        rf"bfloat16 \S+ of outputs change(, \d ulp)?, {(2 + 1 + 1) * N * 4:,} bytes a row less saved", group
+        rf"bfloat16: \S+% of outputs change( by up to \d ulp)?, backward keeps {(2 + 1 + 1) * N * 4:,} fewer bytes",
+        group,
     )
-    assert left.startswith("  1 x GatedRMSNorm (d) left: its forward takes")
+    assert left.startswith("  1 x GatedRMSNorm (d) not replaced: its forward takes")
     assert [line.split(":")[0].strip() for line in report.expanded().splitlines() if line.startswith("    ")] == list(
         "abcd"
     )
@@ -264,7 +268,7 @@ def test_nothing_but_the_class_changes_and_unpatch_restores_it() -> None:
     torch.set_rng_state(state)
     before = norm(x)
     patch(model)
-    assert calls == ["hook"], "the probe must not run the hooks of the live module"
+    assert calls == ["hook"], "the proof must not run the hooks of the live module"
     assert torch.equal(torch.get_rng_state(), state)
     assert norm.weight is parameter
     assert norm.weight.grad is None
@@ -279,13 +283,13 @@ def test_nothing_but_the_class_changes_and_unpatch_restores_it() -> None:
     assert torch.equal(norm(x), before)
 
 
-def test_the_bytes_saved_are_those_of_a_row() -> None:
+def test_the_memory_saved_is_counted_per_row() -> None:
     """In bf16 Gemma keeps x in fp32 and x·rstd, and rstd; `1 + weight` is kept once, however many rows there are."""
     (v,) = patch(nn.Sequential(Gemma2RMSNorm(N))).verdicts
-    assert v.saved["bfloat16"] == (4 * N + 4 * N + 4) - (2 * N + 4)
+    assert v.memory_saved_per_row["bfloat16"] == (4 * N + 4 * N + 4) - (2 * N + 4)
 
 
-def test_patching_twice_reports_again_and_changes_nothing() -> None:
+def test_patching_twice_gives_the_same_report_and_classes() -> None:
     model = nn.Sequential(DeepseekV2RMSNorm(N), Gemma2RMSNorm(N))
     first = patch(model)
     classes = [type(m) for m in model]
@@ -317,21 +321,35 @@ def test_norms_on_meta_are_proven() -> None:
     with torch.device("meta"):
         model = nn.Sequential(DeepseekV2RMSNorm(N))
         report = patch(model)
-    assert len(report.proven) == 1
+    assert len(report.replaced) == 1
     assert model[0].weight.is_meta
 
 
-def test_models_without_norms_and_things_that_are_no_module() -> None:
+def test_models_without_norms_and_arguments_that_are_not_modules() -> None:
     assert patch(nn.Linear(3, 3)).verdicts == ()
     assert patch(nn.Sequential(rmsnorm.RMSNorm(4), nn.LayerNorm(4))).verdicts == ()
-    head = '0 of 0 norms proven and replaced\n  looked for: modules whose class has "norm" in its name and '
-    assert str(patch(nn.Linear(3, 3))) == f"{head}computes an RMSNorm"
+    head = '0 of 0 norms replaced\n  patch looks for modules with "norm" in the name of their class that '
+    assert str(patch(nn.Linear(3, 3))) == f"{head}compute an RMSNorm"
     for verb in (patch, unpatch):
         with pytest.raises(TypeError, match=r"model is a dict, expected a torch.nn.Module"):
             verb({})
+        with pytest.raises(TypeError, match=r"model is an int, expected"):
+            verb(3)
 
 
-def test_a_transformers_model_whole() -> None:
+def test_a_norm_whose_weight_is_a_submodule_is_not_replaced() -> None:
+    class ModuleWeightRMSNorm(EarlyRMSNorm):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.weight
+            self.weight = nn.Linear(N, N)
+
+    report = patch(nn.Sequential(ModuleWeightRMSNorm(), EarlyRMSNorm()))
+    assert [(v.name, v.reason) for v in report.not_replaced] == [("0", "its weight is a submodule")]
+    assert [v.name for v in report.replaced] == ["1"]
+
+
+def test_a_whole_model_of_transformers() -> None:
     torch.manual_seed(0)
     config = DeepseekV3Config(
         vocab_size=128, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2,
@@ -346,8 +364,8 @@ def test_a_transformers_model_whole() -> None:
     tokens = torch.randint(0, 128, (2, 9))
     before = model(tokens).last_hidden_state
     report = patch(model)
-    assert len(report.proven) == 9
-    assert not report.left
+    assert len(report.replaced) == 9
+    assert not report.not_replaced
     after = model(tokens).last_hidden_state
     assert not torch.equal(after, before)  # in fp32 about 15 % of a norm's outputs change, by an ulp or two
     torch.testing.assert_close(
@@ -360,7 +378,7 @@ def test_a_transformers_model_whole() -> None:
 
 
 class Scale(nn.Module):
-    """An RMSNorm by another name."""
+    """An RMSNorm without "norm" in its name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -371,7 +389,7 @@ class Scale(nn.Module):
 
 
 class ChannelLayerNorm(nn.Module):
-    """Named like a norm, and no RMSNorm."""
+    """Named like a norm, but not an RMSNorm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -382,7 +400,7 @@ class ChannelLayerNorm(nn.Module):
 
 
 class Sampler(nn.Module):
-    """Not like a norm, though it has a 1-D parameter and steps."""
+    """Does not resemble a norm, although it has a 1-D parameter and an attribute that contains "eps"."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -390,14 +408,14 @@ class Sampler(nn.Module):
 
 
 class Lazy(nn.Module):
-    """Of a shape that nobody can tell yet."""
+    """Its weight has no shape yet."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight, self.eps = nn.UninitializedParameter(), 1e-6
 
 
-def test_where_no_norm_was_met_the_report_names_what_came_near() -> None:
+def test_the_report_of_a_model_without_norms_names_the_skipped_modules() -> None:
     model = nn.ModuleDict(
         {
             "a": nn.LayerNorm(N), "b": Scale(), "c": nn.LayerNorm(N), "d": rmsnorm.RMSNorm(N), "e": ChannelLayerNorm(),
@@ -406,20 +424,20 @@ def test_where_no_norm_was_met_the_report_names_what_came_near() -> None:
     )  # fmt: skip
     report = patch(model)
     assert report.verdicts == ()
-    assert [passed.name for passed in report.passed] == ["a", "b", "c", "d", "e"]
+    assert [module.name for module in report.skipped] == ["a", "b", "c", "d", "e"]
     _, looked_for, layer_norm, scale, ours, channel = str(report).splitlines()
-    assert looked_for == '  looked for: modules whose class has "norm" in its name and computes an RMSNorm'
-    assert layer_norm == "  2 x LayerNorm (a, …) passed over: it is torch's own, and no RMSNorm"
+    assert looked_for == '  patch looks for modules with "norm" in the name of their class that compute an RMSNorm'
+    assert layer_norm == "  2 x LayerNorm (a, …) skipped: it is a module of torch.nn other than RMSNorm"
     assert scale == (
-        "  1 x Scale (b) passed over: it has one 1-D parameter and epsilon, but its class is not tried without "
-        '"norm" in its name'
+        "  1 x Scale (b) skipped: it has one 1-D parameter and an attribute epsilon, but the name of its class does not "
+        'contain "norm"'
     )
-    assert ours == "  1 x RMSNorm (d) passed over: it is rmsnorm's own, which needs no patch"
-    assert channel.startswith("  1 x ChannelLayerNorm (e) passed over: its forward runs aten.sub.Tensor")
+    assert ours == "  1 x RMSNorm (d) skipped: it is a layer of rmsnorm already"
+    assert channel.startswith("  1 x ChannelLayerNorm (e) skipped: its forward runs aten.sub.Tensor")
     assert report.expanded() == str(report)
     assert pickle.loads(pickle.dumps(report)) == report
     model["norm"] = DeepseekV2RMSNorm(N)
-    assert len(str(patch(model)).splitlines()) == 2  # where there are norms, they are what matters
+    assert len(str(patch(model)).splitlines()) == 2  # skipped modules are listed only if there is no norm
     assert "1 x DeepseekV2RMSNorm (norm) proven" in str(patch(model))
 
 
@@ -436,11 +454,13 @@ def test_the_repr_of_a_model_shows_which_norms_are_patched() -> None:
     assert repr(model) == before
 
 
-def test_unpatch_returns_what_it_has_given_back() -> None:
+def test_unpatch_returns_the_names_of_the_restored_norms() -> None:
     model = nn.ModuleDict({"a": DeepseekV2RMSNorm(N), "b": nn.Linear(2, 2), "c": Gemma2RMSNorm(N)})
-    assert str(unpatch(model)) == "no norm was patched, so none was changed"
+    assert str(unpatch(model)) == "no norm was patched, so nothing was changed"
     patch(model)
     done = unpatch(model)
     assert done.names == ("a", "c")
-    assert str(done) == "2 norms have their own class back: a, …"
+    assert str(done) == "2 norms have their own class again: a, …"
     assert unpatch(model).names == ()
+    patch(model["a"])
+    assert str(unpatch(model)) == "1 norm has its own class again: a"

@@ -1,4 +1,4 @@
-"""What a patched model goes through in use: each test fails if the protection that it names is taken out."""
+"""Patched models with PEFT, accelerate, compilers, FSDP, checkpoints, copies and training."""
 
 import copy
 import io
@@ -20,11 +20,11 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from rmsnorm import patch, unpatch
-from rmsnorm.patching import models, replacement
+from rmsnorm.patching import replacement
 from tolerance import assert_same_bits, late_bound
 
 NORMS = 2 * 4 + 1
-ORDER = "patch, then PEFT, then compile"
+ORDER = "patch the model first, then apply PEFT, torch.compile"
 IDS = torch.randint(0, 64, (2, 7), generator=torch.Generator().manual_seed(3))
 SMALL: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -60,9 +60,9 @@ def plain() -> Tensor:
 
 @pytest.fixture(scope="module")
 def ours(plain: Tensor) -> Tensor:
-    """In fp32 some outputs of every norm change, so these bits say that it is ours that runs, in every place."""
+    """In fp32 some outputs of every norm change, so equal bits show that ours runs everywhere."""
     model = qwen()
-    assert len(patch(model).proven) == NORMS
+    assert len(patch(model).replaced) == NORMS
     y = run(model)
     assert not torch.equal(y, plain)
     return y
@@ -81,8 +81,8 @@ def assert_exact(model: nn.Module, call: Callable[[], object], expected: int = N
     seen: list[nn.Module] = []
 
     def look(module: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
-        assert_same_bits(y, models.exact(module, args[0]))
-        assert y.dtype == replacement.original(module).forward(module, args[0]).dtype
+        assert_same_bits(y, replacement.exact_output(module, args[0]))
+        assert y.dtype == replacement.original_class(module).forward(module, args[0]).dtype
         seen.append(module)
 
     hooks = [m.register_forward_hook(look) for m in norms(model)]
@@ -109,7 +109,7 @@ def test_peft(first: str, plain: Tensor, ours: Tensor) -> None:
         model = lora(model)
     else:
         model = lora(model)
-        assert len(patch(model).proven) == 2 * NORMS  # "norm" ends the names of all of them
+        assert len(patch(model).replaced) == 2 * NORMS  # "norm" ends the names of all of them
     assert_same_bits(run(model), ours)
     with model.disable_adapter():
         assert_same_bits(run(model), ours)
@@ -138,7 +138,7 @@ def test_the_adapter_is_saved_and_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("first", ["patch", "preparation"])
 def test_preparation_for_k_bits(first: str) -> None:
-    """Norm weights turn to fp32 while activations may stay in 16 bits: the output is promoted, as the class does."""
+    """Norm weights become fp32 while activations may stay in 16 bits: the output is promoted, as by the own class."""
     model = qwen().bfloat16()
     if first == "patch":
         patch(model)
@@ -150,7 +150,7 @@ def test_preparation_for_k_bits(first: str) -> None:
     for norm in norms(model):
         x = torch.randn(3, norm.weight.shape[0], generator=torch.Generator().manual_seed(1)).bfloat16()
         assert norm(x).dtype == torch.float32
-        assert_same_bits(norm(x), models.exact(norm, x))
+        assert_same_bits(norm(x), replacement.exact_output(norm, x))
 
 
 # --- accelerate ----------------------------------------------------------------------------------------------
@@ -167,14 +167,14 @@ class Counting(accelerate.hooks.ModelHook):
 
 @pytest.mark.parametrize("first", ["patch", "accelerate"])
 def test_accelerate(first: str, plain: Tensor, ours: Tensor) -> None:
-    """accelerate keeps the bound forward that it found: patch and unpatch renew it, and the hook stays."""
+    """accelerate keeps the bound forward that it found: patch and unpatch update it, and the hook stays."""
     model, hook = qwen(), Counting()
     if first == "patch":
         patch(model)
     for norm in norms(model):
         accelerate.hooks.add_hook_to_module(norm, hook)
     if first != "patch":
-        assert len(patch(model).proven) == NORMS
+        assert len(patch(model).replaced) == NORMS
     assert_same_bits(run(model), ours)
     assert hook.calls == NORMS
     unpatch(model)
@@ -191,12 +191,12 @@ def test_accelerate(first: str, plain: Tensor, ours: Tensor) -> None:
 def test_weights_that_accelerate_offloads(ours: Tensor) -> None:
     model = accelerate.cpu_offload(qwen(), execution_device=torch.device("cpu"))
     assert norms(model)[0].weight.is_meta
-    assert len(patch(model).proven) == NORMS
+    assert len(patch(model).replaced) == NORMS
     assert_same_bits(run(model), ours)
 
 
-def test_a_forward_that_others_rebound_raises() -> None:
-    """Tensor parallel and kernels do that; what they put there would still run, so nothing is changed."""
+def test_a_forward_that_another_library_set_raises() -> None:
+    """Tensor parallelism and the kernels library do that. Their forward would still run, so nothing is changed."""
     model = qwen()
     last = norms(model)[-1]
     last.forward = lambda x: x
@@ -250,7 +250,7 @@ def test_a_norm_that_fsdp2_wraps_itself_keeps_its_class(ours: Tensor) -> None:
     wrapped = type(model.model.norm)
     assert issubclass(wrapped, FSDPModule)
     assert_same_bits(run(model), ours)
-    assert len(patch(model).proven) == NORMS
+    assert len(patch(model).replaced) == NORMS
     with pytest.raises(RuntimeError, match=r"model\.norm is sharded by FSDP"):
         unpatch(model)
     assert type(model.model.norm) is wrapped
@@ -262,7 +262,7 @@ def test_fsdp2_before_patch_raises() -> None:
     model = qwen()
     fully_shard(model.model.norm)
     classes = [type(m) for m in model.modules()]
-    with pytest.raises(RuntimeError, match=r"model\.norm is sharded by FSDP, whose class .*" + ORDER):
+    with pytest.raises(RuntimeError, match=r"model\.norm is sharded by FSDP, which has changed its class.*" + ORDER):
         patch(model)
     assert [type(m) for m in model.modules()] == classes
 
@@ -270,7 +270,7 @@ def test_fsdp2_before_patch_raises() -> None:
 @pytest.mark.usefixtures("group")
 @pytest.mark.filterwarnings("ignore:.*")
 def test_fsdp1(ours: Tensor) -> None:
-    """It puts something else in the place of the parameters."""
+    """FSDP1 replaces the parameters."""
     model = qwen()
     patch(model)
     sharded = torch.distributed.fsdp.FullyShardedDataParallel(model, device_id=torch.device("cpu"))
@@ -285,7 +285,7 @@ def test_a_weight_behind_a_parametrization(ours: Tensor) -> None:
     for norm in norms(model):
         parametrize.register_parametrization(norm, "weight", nn.Identity())
     assert_same_bits(run(model), ours)
-    with pytest.raises(RuntimeError, match="another class since it was patched"):
+    with pytest.raises(RuntimeError, match=r"class changed to .* since it was patched"):
         unpatch(model)
 
 
@@ -296,7 +296,7 @@ def through_file(model: nn.Module) -> nn.Module:
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
-    replacement._made.cache_clear()  # as in another process, where nobody has patched yet
+    replacement._make_class.cache_clear()  # as in another process, where nobody has patched yet
     return torch.load(buffer, weights_only=False)  # type: ignore[no-any-return]
 
 
@@ -331,7 +331,7 @@ def test_save_pretrained(tmp_path: Path) -> None:
 def test_norms_on_meta_get_their_weights_later(ours: Tensor) -> None:
     with torch.device("meta"):
         model = Qwen3ForCausalLM(Qwen3Config(**SMALL)).eval()
-        assert len(patch(model).proven) == NORMS
+        assert len(patch(model).replaced) == NORMS
     state = qwen().state_dict()
     for name in ("inv_freq", "original_inv_freq"):
         setattr(model.model.rotary_emb, name, getattr(qwen().model.rotary_emb, name))
@@ -380,8 +380,8 @@ def test_train_and_eval(ours: Tensor) -> None:
     assert_same_bits(run(model.eval()), ours)
 
 
-def test_weight_decay_is_grouped_as_before() -> None:
-    """Trainer goes by names and by nn.LayerNorm: a norm called ln_f is decayed, and stays so."""
+def test_weight_decay_does_not_change() -> None:
+    """Trainer decides by parameter names and nn.LayerNorm: a norm called ln_f has weight decay, and keeps it."""
     model = qwen()
     model.model.ln_f = Qwen3RMSNorm(32)
     before = Trainer.get_decay_parameter_names(None, model)
@@ -427,7 +427,7 @@ def test_shared_and_tied_norms(plain: Tensor) -> None:
     second.post_attention_layernorm.weight = first.post_attention_layernorm.weight
     before = run(model)
     assert not torch.equal(before, plain)
-    assert len(patch(model).proven) == NORMS - 1
+    assert len(patch(model).replaced) == NORMS - 1
     assert second.input_layernorm is first.input_layernorm
     assert second.post_attention_layernorm.weight is first.post_attention_layernorm.weight
     assert_exact(model, lambda: run(model))
@@ -452,7 +452,7 @@ def test_patched_already(plain: Tensor, ours: Tensor) -> None:
 
 
 class TitanRMSNorm(nn.RMSNorm):
-    """As torchtitan has it: a subclass that adds nothing to the arithmetic."""
+    """A subclass that does not change the arithmetic, as in torchtitan."""
 
 
 @pytest.mark.parametrize("cls", [nn.RMSNorm, TitanRMSNorm])
@@ -471,7 +471,7 @@ def test_torchs_own(cls: type[nn.RMSNorm], shape: tuple[int, ...], eps: float | 
         assert v.spec.eps == (torch.finfo(torch.float32).eps if eps is None else eps)
         assert v.spec.cast == ("late" if affine else "early")  # without a weight the two are one
         y = norm(x)
-        assert_same_bits(y, models.exact(norm, x))
+        assert_same_bits(y, replacement.exact_output(norm, x))
         h = x.flatten(-len(shape)).double()
         h = (h / (h.square().mean(-1, keepdim=True) + v.spec.eps).sqrt()).view(x.shape)
         close = h * norm.weight.double() if affine else h

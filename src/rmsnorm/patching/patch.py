@@ -1,0 +1,201 @@
+"""patch and unpatch: replace every norm of a model that is proven to be an RMSNorm of ours, in place.
+
+A norm is proven, not recognized by its name: the operators that its own forward runs must be those of exactly one
+RMSNorm, in every state in which it can be called (proof.py). It then gets a class of ours, a subclass of its own class
+(replacement.py); its parameters, names and hooks stay as they are.
+"""
+
+import re
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from rmsnorm.errors import complaint, one_line, type_name
+from rmsnorm.modules import DeepseekV2RMSNorm, RMSNorm
+from rmsnorm.patching.eligibility import fingerprint, why_ineligible
+from rmsnorm.patching.other_libraries import check_not_fsdp1, why_class_is_fixed, why_too_late
+from rmsnorm.patching.patch_report import PatchReport, SkippedModule, UnpatchReport, Verdict
+from rmsnorm.patching.proof import prove
+from rmsnorm.patching.replacement import original_class, replacement_class, rule_of, set_class
+from rmsnorm.patching.rule import Proof
+from rmsnorm.patching.torch_norm import TorchRMSNorm
+
+_OURS = RMSNorm, DeepseekV2RMSNorm, TorchRMSNorm
+_EPS_NAME = re.compile(r"(^|_)eps(ilon)?(_|$)", re.IGNORECASE)  # but not "steps"
+
+
+def patch(model: nn.Module, *, strict: bool = True) -> PatchReport:
+    """Replace, in place, every norm of a model that is proven to compute an RMSNorm of ours.
+
+    `patch` considers the modules with "norm" in the name of their class. It runs each norm's own forward on stand-ins
+    and proves from the operators what it computes. A replaced norm keeps its parameters, name, hooks and `isinstance`;
+    where our kernels cannot serve a call, it runs its own forward. All other norms stay as they are. Patching a model
+    again proves its norms again.
+
+    Patch a model first, then apply PEFT, torch.compile, FSDP, tensor parallelism or accelerate.
+
+    Args:
+        model: The model, or any part of it.
+        strict: If False, `patch` also replaces norms that compute the mean or the rsqrt in another way than the
+            published classes do, such as with `1 / sqrt`. Some more of their outputs change.
+
+    Returns:
+        What was replaced and what it changes, and what was not replaced and why. Print it.
+
+    Raises:
+        TypeError: If `model` is not a torch.nn.Module.
+        RuntimeError: If FSDP or tensor parallelism has sharded a norm already, or if another library has replaced the
+            forward of a norm (accelerate may). The model is not changed then.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.RMSNorm(64, eps=1e-6))
+        >>> report = rmsnorm.patch(model)
+        >>> [verdict.name for verdict in report.replaced]
+        ['1']
+        >>> model[1]
+        RMSNorm((64,), eps=1e-06, elementwise_affine=True, rmsnorm: late)
+    """
+    _check_module("patch", model)
+    check_not_fsdp1(model)
+    proofs: dict[Any, Proof] = {}
+    norms: list[tuple[str, nn.Module, Proof]] = []
+    skipped: list[SkippedModule] = []
+    for name, module in model.named_modules():
+        cls = original_class(module)
+        if not _is_candidate(module):
+            reason = _why_skipped(module)
+        else:
+            proof = _proof_of(module, strict, proofs)
+            if proof.rule is not None or "rmsnorm" in cls.__name__.lower() or cls is not type(module):
+                norms.append((name, module, proof))
+                continue
+            reason = proof.reason  # neither named like an RMSNorm nor proven to be one
+        if reason is not None:
+            skipped.append(SkippedModule(name, cls.__name__, reason))
+    for name, module, proof in norms:
+        late = why_too_late(module) if _class_for(module, proof) is not type(module) else None
+        if late is not None:
+            raise RuntimeError(f"[patch] {name} {late}")
+    verdicts = [_replace(name, module, proof) for name, module, proof in norms]
+    return PatchReport.of_modules(verdicts, skipped, [module for _, module, _ in norms])
+
+
+def unpatch(model: nn.Module) -> UnpatchReport:
+    """Restore the own class of every norm in the model that `patch` replaced.
+
+    Args:
+        model: The model, or any part of it.
+
+    Returns:
+        The names of the norms that were restored.
+
+    Raises:
+        TypeError: If `model` is not a torch.nn.Module.
+        RuntimeError: If FSDP or a parametrization has changed the class of a norm since it was patched. The model is
+            not changed then.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.RMSNorm(64))
+        >>> report = rmsnorm.patch(model)
+        >>> print(rmsnorm.unpatch(model))
+        1 norm has its own class again: 0
+    """
+    _check_module("unpatch", model)
+    patched = [(name, module) for name, module in model.named_modules() if rule_of(module) is not None]
+    for name, module in patched:
+        why = why_class_is_fixed(module)
+        if why is not None:
+            raise RuntimeError(f"[unpatch] {name} {why}; call unpatch before that, or rebuild the model")
+    for _, module in patched:
+        set_class(module, original_class(module))
+    return UnpatchReport(tuple(name for name, _ in patched))
+
+
+def _check_module(where: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(complaint(where, "model", f"is {type_name(model)}", "a torch.nn.Module"))
+
+
+# --- proving and replacing one norm --------------------------------------------------------------------------
+
+
+def _proof_of(module: nn.Module, strict: bool, proofs: dict[Any, Proof]) -> Proof:
+    """The proof of a norm, shared by norms that it cannot tell apart. An error becomes the reason not to replace it."""
+    cls = original_class(module)
+    try:
+        why = why_ineligible(cls, module)
+        if why is not None:
+            return Proof(reason=why)
+        key = fingerprint(cls, module)
+        if key not in proofs:
+            proof = prove(cls, module, strict)
+            if proof.rule is not None:
+                replacement_class(cls, proof.rule)  # which must not fail later, when other norms are replaced
+            proofs[key] = proof
+        return proofs[key]
+    except Exception as error:  # noqa: BLE001  # one unusual class must not end patch for the other norms
+        return Proof(reason=f"the proof failed with {_in_words(error)}")
+
+
+def _in_words(error: Exception) -> str:
+    try:
+        return one_line(error)
+    except Exception:  # noqa: BLE001
+        return type(error).__name__
+
+
+def _replace(name: str, module: nn.Module, proof: Proof) -> Verdict:
+    """Give the module the class for what was proven. If that fails it keeps its class, and the verdict says so."""
+    before = type(module)
+    try:
+        set_class(module, _class_for(module, proof))
+    except Exception as error:  # noqa: BLE001
+        if type(module) is not before:
+            object.__setattr__(module, "__class__", before)
+        proof = Proof(reason=f"its class cannot be changed: {_in_words(error)}")
+    class_name, rule = original_class(module).__name__, proof.rule
+    if rule is None:
+        return Verdict(name, class_name, None, proof.reason)
+    return Verdict(
+        name, class_name, proof.spec, "", rule.own_forward_when, proof.matches_published_bits, proof.output_changes,
+        proof.memory_saved_per_row,
+    )  # fmt: skip
+
+
+def _class_for(module: nn.Module, proof: Proof) -> type[nn.Module]:
+    if proof.rule is None:
+        return original_class(module)
+    if proof.rule == rule_of(module):
+        return type(module)  # ours, or FSDP's subclass of ours
+    return replacement_class(original_class(module), proof.rule)
+
+
+# --- which modules are considered ----------------------------------------------------------------------------
+
+
+def _is_candidate(module: nn.Module) -> bool:
+    return _is_named_norm(module) and not _is_other_torch_module(module) and not isinstance(module, _OURS)
+
+
+def _is_named_norm(module: nn.Module) -> bool:
+    return "norm" in original_class(module).__name__.lower()
+
+
+def _is_other_torch_module(module: nn.Module) -> bool:
+    """Whether it is one of torch's own modules other than RMSNorm."""
+    cls = original_class(module)
+    return str(cls.__module__).startswith("torch.nn.modules.") and cls is not nn.RMSNorm
+
+
+def _why_skipped(module: nn.Module) -> str | None:
+    """Why a module that resembles a norm is not considered; None if it does not resemble one."""
+    if isinstance(module, _OURS):
+        return "it is a layer of rmsnorm already"
+    if _is_other_torch_module(module):
+        return "it is a module of torch.nn other than RMSNorm" if _is_named_norm(module) else None
+    held = [p for p in (*module._parameters.values(), *module._modules.values()) if p is not None]
+    eps = next(filter(_EPS_NAME.search, vars(module)), None)
+    if eps is None or len(held) != 1 or not isinstance(held[0], Tensor) or is_lazy(held[0]) or held[0].dim() != 1:
+        return None
+    return f'it has one 1-D parameter and an attribute {eps}, but the name of its class does not contain "norm"'

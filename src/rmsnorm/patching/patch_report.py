@@ -1,0 +1,216 @@
+"""What `patch` and `unpatch` return: what they found and did, as data and as text."""
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import nn
+
+from rmsnorm.patching.other_libraries import why_inactive
+from rmsnorm.patching.rule import OutputChange
+from rmsnorm.spec import Spec
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `patch` found out about one norm.
+
+    Attributes:
+        name: Its name in the model, as in `named_modules`.
+        class_name: The name of its own class.
+        spec: What it computes; None if it was not replaced.
+        reason: Why it was not replaced; "" if it was.
+        own_forward_when: When its own forward still runs after it was replaced, because only the other calls are
+            proven; "" if never.
+        matches_published_bits: Whether it computes mean and rsqrt as the published classes do; False only for a norm
+            that `strict=False` accepted.
+        output_changes: How its outputs change on random rows, by dtype of input and weight ("float32", "bfloat16",
+            "float16").
+        memory_saved_per_row: How many fewer bytes per row autograd keeps for the backward pass, by the same dtypes.
+    """
+
+    name: str
+    class_name: str
+    spec: Spec | None
+    reason: str = ""
+    own_forward_when: str = ""
+    matches_published_bits: bool = True
+    output_changes: dict[str, OutputChange] = field(default_factory=dict)
+    memory_saved_per_row: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.finding}{_figures([self], '; ')}"
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the norm was replaced."""
+        return self.spec is not None
+
+    @property
+    def finding(self) -> str:
+        """What was found, in words, without figures. Norms with the same finding and class form a group."""
+        if self.spec is None:
+            return f"not replaced: {self.reason}"
+        offset = f", offset {self.spec.offset:g}" if self.spec.offset else ""
+        how = "proven" if self.matches_published_bits else _ACCEPTED
+        own = f"; its own forward runs {self.own_forward_when}" if self.own_forward_when else ""
+        return f"{how}: {self.spec.cast}, eps {self.spec.eps:g}{offset}{own}"
+
+
+_ACCEPTED = "accepted by strict=False (it computes the mean or rsqrt differently)"
+
+
+@dataclass(frozen=True)
+class SkippedModule:
+    """A module that `patch` did not consider although it resembles a norm.
+
+    Attributes:
+        name: Its name in the model.
+        class_name: The name of its class.
+        reason: Why it was not considered.
+    """
+
+    name: str
+    class_name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What `patch` found and did. As a string it has one line for each group of norms.
+
+    Attributes:
+        verdicts: One `Verdict` for each norm, in the order of `named_modules`.
+        skipped: The modules that resemble norms but were not considered. The string names them if there is no verdict.
+
+    Example:
+        >>> report = rmsnorm.patch(torch.nn.Sequential(torch.nn.RMSNorm(64, eps=1e-6)))
+        >>> [(verdict.name, verdict.spec) for verdict in report.replaced]
+        [('0', Spec(eps=1e-06, cast='late', offset=0.0))]
+        >>> report.not_replaced
+        ()
+        >>> report.check()
+        ()
+    """
+
+    verdicts: tuple[Verdict, ...]
+    skipped: tuple[SkippedModule, ...] = ()
+    _modules: tuple[Any, ...] = field(default=(), init=False, compare=False, repr=False)  # weak references
+
+    @classmethod
+    def of_modules(
+        cls, verdicts: Sequence[Verdict], skipped: Sequence[SkippedModule], modules: Sequence[nn.Module]
+    ) -> "PatchReport":
+        """A report whose `check` can look at the norms; it does not keep them alive."""
+        report = cls(tuple(verdicts), tuple(skipped))
+        object.__setattr__(report, "_modules", tuple(map(weakref.ref, modules)))
+        return report
+
+    def __reduce__(self) -> Any:
+        return PatchReport, (self.verdicts, self.skipped)
+
+    @property
+    def replaced(self) -> tuple[Verdict, ...]:
+        """The verdicts of the norms that were replaced."""
+        return tuple(v for v in self.verdicts if v.replaced)
+
+    @property
+    def not_replaced(self) -> tuple[Verdict, ...]:
+        """The verdicts of the norms that were left as they are, each with its reason."""
+        return tuple(v for v in self.verdicts if not v.replaced)
+
+    @property
+    def groups(self) -> tuple[tuple[Verdict, ...], ...]:
+        """The verdicts, grouped by class and finding."""
+        return _grouped(self.verdicts, lambda verdict: verdict.finding)
+
+    def check(self) -> tuple[str, ...]:
+        """Find the replaced norms that do not run our kernels any more.
+
+        Another library may have replaced a norm's forward, or its class or attributes may have changed.
+
+        Returns:
+            One line for each such norm, with the reason; empty if there is none. Norms that no longer exist are
+            skipped, and so are all norms of a report that was copied or pickled.
+        """
+        found = []
+        for verdict, reference in zip(self.verdicts, self._modules, strict=False):
+            module = reference()
+            if verdict.replaced and module is not None and (why := why_inactive(module)) is not None:
+                found.append(f"{verdict.name} {why}")
+        return tuple(found)
+
+    def __str__(self) -> str:
+        return "\n".join([*self._head(), *(f"  {_line(group)}" for group in self.groups)])
+
+    def expanded(self) -> str:
+        """The report as a string with a line for each norm below the line of its group."""
+        lines = self._head()
+        for group in self.groups:
+            lines += [f"  {_line(group)}", *(f"    {v.name}{_figures([v], ': ')}" for v in group)]
+        if self.replaced:
+            lines.append("  autograd keeps a norm's input itself: write x = x + f(norm(x)), not x += f(norm(x))")
+        return "\n".join(lines)
+
+    def _head(self) -> list[str]:
+        lines = [f"{len(self.replaced)} of {len(self.verdicts)} norms replaced"]
+        if not self.verdicts:
+            lines.append('  patch looks for modules with "norm" in the name of their class that compute an RMSNorm')
+            groups = _grouped(self.skipped, lambda module: module.reason)
+            lines += [f"  {_members(group)} skipped: {group[0].reason}" for group in groups]
+        return lines
+
+
+@dataclass(frozen=True)
+class UnpatchReport:
+    """What `unpatch` did.
+
+    Attributes:
+        names: The names of the norms whose own class was restored, in the order of `named_modules`.
+    """
+
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if not self.names:
+            return "no norm was patched, so nothing was changed"
+        norms = "1 norm has its" if len(self.names) == 1 else f"{len(self.names)} norms have their"
+        return f"{norms} own class again: {_first(self.names)}"
+
+
+_Of = TypeVar("_Of", Verdict, SkippedModule)
+
+
+def _grouped(found: Sequence[_Of], key: Callable[[_Of], str]) -> tuple[tuple[_Of, ...], ...]:
+    """Grouped by class and key, in the order of the first member of each group."""
+    groups: dict[tuple[str, str], list[_Of]] = {}
+    for one in found:
+        groups.setdefault((one.class_name, key(one)), []).append(one)
+    return tuple(map(tuple, groups.values()))
+
+
+def _line(group: Sequence[Verdict]) -> str:
+    """One group in one line: how many norms, their class, the finding, and figures."""
+    return f"{_members(group)} {group[0].finding}{_figures(group, '; ')}"
+
+
+def _members(group: Sequence[Verdict] | Sequence[SkippedModule]) -> str:
+    return f"{len(group)} x {group[0].class_name} ({_first([one.name for one in group])})"
+
+
+def _first(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]}, …"
+
+
+def _figures(group: Sequence[Verdict], before: str) -> str:
+    """By dtype, the largest output change in a group and the memory that its norms save together."""
+    parts = []
+    for dtype in group[0].output_changes:
+        changes = [v.output_changes[dtype] for v in group]
+        share, ulp = max(c.share for c in changes), max(c.max_ulp for c in changes)
+        change = f"{100 * share:.2g}% of outputs change" + (f" by up to {ulp} ulp" if ulp else "")
+        saved = sum(v.memory_saved_per_row[dtype] for v in group)
+        memory = f"backward keeps {abs(saved):,} {'fewer' if saved >= 0 else 'more'} bytes per row"
+        parts.append(f"{dtype}: {change}, {memory}")
+    return before + "; ".join(parts) if parts else ""

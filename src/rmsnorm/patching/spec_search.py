@@ -1,0 +1,94 @@
+"""Finds the spec that a norm computes wherever input and weight share a dtype."""
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rmsnorm.bits import differing
+from rmsnorm.patching.expression import Refusal, epsilon, loosened
+from rmsnorm.patching.observe import Observation
+from rmsnorm.patching.probe import NotProven, Probe
+from rmsnorm.patching.rule import TRAINING_DTYPES
+from rmsnorm.patching.states import State, all_modes
+from rmsnorm.spec import LARGEST_EPS, Spec
+
+
+@dataclass(frozen=True)
+class Found:
+    """The one spec that matches, and whether it does so without loosening how mean and rsqrt are computed."""
+
+    spec: Spec
+    matches_published_bits: bool
+
+
+def find_spec(probe: Probe, strict: bool) -> Found:
+    """The spec of the norm. Raises NotProven if there is none, or more than one."""
+    specs, refusal = _matching_specs(probe, loosely=False)
+    matches_published_bits = bool(specs)
+    if not specs and not strict:
+        specs, refusal = _matching_specs(probe, loosely=True)
+    if not specs:
+        raise NotProven(refusal)
+    if len(specs) > 1:
+        raise NotProven(f"{len(specs)} specs match it, so what it computes is ambiguous")
+    return Found(specs[0], matches_published_bits)
+
+
+def mismatch(state: State) -> str:
+    return f"its operators match no supported RMSNorm for {state}"
+
+
+def _matching_specs(probe: Probe, loosely: bool) -> tuple[list[Spec], str]:
+    """The specs that match in every dtype and mode; if there are none, the reason."""
+    candidates: list[Spec] | None = None
+    for dtype in TRAINING_DTYPES:
+        for shape in probe.shapes:
+            for state in all_modes(probe.same_dtypes(dtype)):
+                seen, x, w = probe.run(state, shape)
+                if candidates is None:
+                    candidates = _candidates(probe, _observed_eps(seen, shape))
+                before, candidates = candidates, [c for c in candidates if probe.matches(seen, x, w, c, loosely)]
+                if not candidates:
+                    more = _nearest(probe, state, shape) if loosely else _hint(probe, seen, x, w, before)
+                    return [], mismatch(state) + more
+    return candidates or [], ""
+
+
+def _observed_eps(seen: Observation, shape: tuple[int, ...]) -> float | None:
+    return epsilon(loosened(seen.expression, math.prod(shape)))
+
+
+def _candidates(probe: Probe, eps: float | None) -> list[Spec]:
+    """The specs that a norm with this eps may compute; none if it is not a valid eps."""
+    if eps is None or not 0 <= eps <= LARGEST_EPS:
+        return []
+    early = [Spec(eps)]
+    return [*early, *(Spec(eps, "late", offset) for offset in (0.0, 1.0))] if probe.weighted else early
+
+
+def _hint(probe: Probe, seen: Observation, x: Tensor, w: Tensor | None, candidates: list[Spec]) -> str:
+    """Says so if strict=False would accept the norm in this state."""
+    candidates = candidates or _candidates(probe, _observed_eps(seen, probe.shapes[0]))
+    if any(probe.matches(seen, x, w, c, loosely=True) for c in candidates):
+        return "; it computes the mean or rsqrt differently, which strict=False accepts"
+    return ""
+
+
+def _nearest(probe: Probe, state: State, shape: tuple[int, ...]) -> str:
+    """Says how far its outputs are from the nearest *exact*."""
+    numbers = {float(v) for v in vars(probe.module).values() if type(v) in (int, float) and 0 <= v < 1}
+    found = []
+    x, w = probe.draw_many(state.dtypes[0], shape)
+    with contextlib.suppress(Exception, Refusal):
+        y = probe.cls.forward(probe.stand_in(w), x.clone())
+        for spec in (c for eps in numbers for c in _candidates(probe, eps)):
+            ours = probe.exact(x, w, spec)
+            if y.dtype == ours.dtype and y.shape == ours.shape:
+                count, ulp = differing(y, ours)
+                found.append((count / y.numel(), ulp))
+    if not found:
+        return ""
+    share, ulp = min(found)
+    return f"; {100 * share:.2g}% of its outputs differ from exact, by up to {ulp} ulp"
