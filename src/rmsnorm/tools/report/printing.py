@@ -166,9 +166,9 @@ def _verdicts(result: ReportResult) -> Iterator[str]:
     groups: dict[tuple[str, str], list[NormResult]] = {}
     for n in result.norms:
         groups.setdefault((n.verdict.class_name, n.verdict.finding), []).append(n)
-    for (cls, finding), group in groups.items():
+    for (class_name, finding), group in groups.items():
         names = group[0].verdict.name + (", …" if len(group) > 1 else "")
-        yield f"{len(group)} × {cls} ({names}): {finding}"
+        yield f"{len(group)} × {class_name} ({names}): {finding}"
     idle = [n.verdict.name for n in result.norms if n.verdict.replaced and not n.calls]
     if idle:
         yield f"No activation reached {', '.join(idle)}."
