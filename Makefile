@@ -24,13 +24,16 @@ bench: $(STAMP)
 tables: $(STAMP)
 	$(BIN)/python benchmarks/tables.py
 
+# In so many processes, which mostly wait for others that tests start.
+WORKERS ?= 2
+
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # torch's vector code for less capable processors than this one.
 test-processors: $(STAMP)
-	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -q $(SENSITIVE)
-	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -q $(SENSITIVE)
+	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(SENSITIVE)
+	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(SENSITIVE)
 
 test-gpu: $(STAMP)
 	$(BIN)/rmsnorm verify --device cuda
