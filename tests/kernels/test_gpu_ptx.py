@@ -26,6 +26,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from planned import Kernels  # noqa: E402
+from rmsnorm import compat  # noqa: E402
 from rmsnorm.kernels.gpu import driver, kernels, staged, tiling  # noqa: E402
 from rmsnorm.kernels.gpu import planner as gpu  # noqa: E402
 from rmsnorm.kernels.gpu.driver import Slot, TritonLaunch  # noqa: E402
@@ -326,7 +327,7 @@ def test_tensors_of_another_gpu_are_worked_on_there(monkeypatch: pytest.MonkeyPa
         current.pop()
 
     ran_on: list[int] = []
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[-1], raising=False)
+    monkeypatch.setattr(compat, "current_gpu", lambda: current[-1])
     monkeypatch.setattr(torch.cuda, "device", device)
     launch = SimpleNamespace(run=lambda tensors: ran_on.append(current[-1]))
     x = torch.randn(6, 1280)

@@ -119,7 +119,7 @@ def test_a_cache_of_another_source_is_not_used(package, cache, tmp_path) -> None
     shutil.copytree(package / "rmsnorm", copy / "rmsnorm")
     shutil.copytree(cache, folder)
     ((of_package,),) = [list(folder.iterdir())]
-    source = copy / "rmsnorm" / "kernels" / "cpu.py"
+    source = copy / "rmsnorm" / "kernels" / "cpu" / "kernels.py"
     source.write_text(source.read_text() + "# edited\n")
     assert finish(start(copy, COMPUTE, NUMBA_CACHE_DIR=str(folder))) == "right"
     (of_copy,) = [f for f in folder.iterdir() if f != of_package]

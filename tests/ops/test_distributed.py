@@ -660,7 +660,7 @@ def patched(mesh: DeviceMesh) -> None:
 
     x = randn(3, 8, N, seed=1)
     model = strange()
-    assert len(rmsnorm.patch(model).proven) == 3
+    assert len(rmsnorm.patch(model).replaced) == 3
     in_parallel(model, mesh)
     with checked_norms(model):
         model(x.chunk(2, 1)[mesh.get_local_rank()])

@@ -12,7 +12,7 @@ from rmsnorm.tools.bench.line import WIDTH, FittedLine
 from rmsnorm.tools.bench.result import BenchResult, BenchRow, Measurement
 from rmsnorm.tools.display import Block, Column, Table, Text
 
-_MOST_MISSED = 8  # the furthest from their aims; --verbose prints all of them
+_MOST_UNMET = 8  # the furthest from their aims; --verbose prints all of them
 
 
 def blocks(result: BenchResult, verbose: bool = False) -> list[Block]:
@@ -22,7 +22,7 @@ def blocks(result: BenchResult, verbose: bool = False) -> list[Block]:
         result: What was measured.
         verbose: Whether to print every time, too.
     """
-    return [*_answer(result), _summary(result), *(_details(result) if verbose else _missed(result))]
+    return [*_answer(result), _summary(result), *(_details(result) if verbose else _unmet_aims(result))]
 
 
 def _answer(result: BenchResult) -> list[Block]:
@@ -39,8 +39,8 @@ def _answer(result: BenchResult) -> list[Block]:
         lines.append(f"ours runs at {_spread(shares, display.share)} of the speed of a copy of the same bytes")
     aims = result.aims()
     if aims:
-        missed = sum(not aim.met for aim in aims)
-        lines.append(f"aims: {len(aims) - missed} of {len(aims)} met" + (f", {missed} not met" if missed else ""))
+        unmet = sum(not aim.met for aim in aims)
+        lines.append(f"aims: {len(aims) - unmet} of {len(aims)} met" + (f", {unmet} not met" if unmet else ""))
     seconds = display.duration(result.seconds, digits=3)
     lines.append(f"{'quick' if result.quick else 'full'} run in {seconds}; ours: {result.kernel}")
     return [*lines, Text(machine.headline(result.facts), "note")]
@@ -69,10 +69,10 @@ def _summary(result: BenchResult) -> Table:
     return Table("Medians over the cases; / ours: the other's time divided by ours", columns, tuple(rows))
 
 
-def _missed(result: BenchResult) -> list[Block]:
-    missed = sorted((h for h in result.aims() if not h.met), key=lambda h: h.measured / h.at_least)
-    title = "Aims that are not met" + (f", the {_MOST_MISSED} furthest" if len(missed) > _MOST_MISSED else "")
-    return [*_aims(title, missed[:_MOST_MISSED]), Text("\n--verbose prints each case and each aim.", "note")]
+def _unmet_aims(result: BenchResult) -> list[Block]:
+    unmet = sorted((h for h in result.aims() if not h.met), key=lambda h: h.measured / h.at_least)
+    title = "Aims that are not met" + (f", the {_MOST_UNMET} furthest" if len(unmet) > _MOST_UNMET else "")
+    return [*_aims(title, unmet[:_MOST_UNMET]), Text("\n--verbose prints each case and each aim.", "note")]
 
 
 def _groups(result: BenchResult) -> dict[tuple[str, str], list[BenchRow]]:

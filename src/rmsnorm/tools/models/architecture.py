@@ -70,11 +70,11 @@ def describe(content: dict[str, Any], path: Path, transformers: Any) -> Descript
     if kind == "deepseek_v2" and content.get("use_mla") is False:
         kind, content, renamed = "deepseek_ocr2_text", _without_mla(content), True
     if not _knows(transformers, kind):
-        raise CommandError(f"{_unknown(source, kind, transformers)}; {advice_in_python(path.parent, foreign)}")
+        raise CommandError(f"{_unknown(source, kind, transformers)}; {python_advice(path.parent, foreign)}")
     return Description(source, kind, content, outer, renamed)
 
 
-def advice_in_python(folder: Path, foreign: bool) -> str:
+def python_advice(folder: Path, foreign: bool) -> str:
     """Return what a user can do if the commands cannot load a model: load it in Python, and patch it.
 
     Args:

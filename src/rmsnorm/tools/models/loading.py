@@ -110,7 +110,7 @@ def _load(folder: Path, content: dict[str, Any], weights: list[Path], device: to
     except CommandError as error:
         if error.__cause__ is None:  # the error is not transformers'
             raise
-        raise CommandError(f"{error}; {architecture.advice_in_python(folder, 'auto_map' in content)}") from None
+        raise CommandError(f"{error}; {architecture.python_advice(folder, 'auto_map' in content)}") from None
     notes = [_note_language_model(described), _note_not_loaded(loaded), _note_random(loaded.missing)]
     return Built(loaded.model.to(device), None, tuple(note for note in notes if note))
 
