@@ -676,7 +676,7 @@ def patched(mesh: DeviceMesh) -> None:
         model = strange()
         shard(model)
         norms = [model.norm, model.middle, model.final]
-        with pytest.raises(RuntimeError, match=r"is sharded \(a DTensor\); the order that works: patch, then"):
+        with pytest.raises(RuntimeError, match=r"sharded weight \(a DTensor\); patch the model first, then"):
             rmsnorm.patch(model)
         assert norms == [model.norm, model.middle, model.final], "something was replaced"
 
