@@ -305,6 +305,22 @@ def test_every_launch_forbids_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(flags["enable_fp_fusion"] is False for flags in made)
 
 
+def test_without_gluon_wide_rows_are_planned_for_the_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gluon is experimental in Triton: without it only the kernels that are written in it may go."""
+
+    def kernels_of_a_wide_row() -> set[str]:
+        for plan in (gpu.plan_forward, gpu.plan_backward):
+            plan.cache_clear()
+        found = launches(64, 32768, BF16, BF16, "early", 0.0, False, "")
+        return {launch.kernel.__name__ for launch in found}
+
+    assert kernels_of_a_wide_row() >= {"forward_staged", "backward_staged"}
+    monkeypatch.setattr(gpu, "staged", None)
+    assert kernels_of_a_wide_row() == {"no_shares_yet", "forward_block", "backward_block", "sum_partials"}
+    monkeypatch.undo()
+    kernels_of_a_wide_row()
+
+
 def test_grids_are_such_as_a_gpu_takes() -> None:
     """2**31 - 1 programs along the first axis, 65535 along the others, however many rows there are."""
     for M, N in ((2**31 + 16, 1), (2**28 + 5, 1), (2**27, 128), (2**24, 1280), (512, 2**20)):

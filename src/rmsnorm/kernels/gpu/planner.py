@@ -6,11 +6,16 @@ from typing import Any
 
 import torch
 
-from rmsnorm.kernels.gpu import kernels, staged, tiling
+from rmsnorm.kernels.gpu import kernels, tiling
 from rmsnorm.kernels.gpu.driver import Slot, TritonLaunch
 from rmsnorm.kernels.gpu.tiling import Gpu, Launch
 from rmsnorm.kernels.plan import MOST_PLANS, Backward, Converted, Forward, Fresh, Plan, TensorKind, laid_out, summands
 from rmsnorm.kernels.rows import Walk, walk
+
+try:
+    from rmsnorm.kernels.gpu import staged
+except ImportError:  # Triton without Gluon, which is experimental: wide rows then wait in registers
+    staged = None  # type: ignore[assignment]
 
 NAME = "gpu kernel (Triton)"
 
@@ -39,7 +44,7 @@ def plan_forward(kind: Forward) -> Plan:
     rows, kinds, converted = laid_out(walk, wanted)
     before += converted
     gpu = _gpu(_number(kind.device))
-    aligned = rows.N > tiling.ADD_WIDEST and _by_16_bytes(rows, kinds)
+    aligned = rows.N > tiling.ADD_WIDEST and _can_be_staged(rows, kinds)
     config = tiling.forward(rows.N, x.dtype.itemsize, residual is not None, aligned, gpu)
     if w is not None:
         kinds["w"] = _dense("w", w, before)
@@ -50,7 +55,7 @@ def plan_forward(kind: Forward) -> Plan:
     if kind.with_rstd:
         fresh.append(Fresh("rstd", torch.float32, shape[:-1]))
     calls = _Calls(_number(kind.device), rows, kinds, fresh)
-    whole_rows = staged.forward_staged if config.staged else kernels.forward_block
+    whole_rows = staged.forward_staged if staged is not None and config.staged else kernels.forward_block
     calls.add(
         kernels.forward_loop if config.parts == 0 else whole_rows,
         _cdiv(rows.M, config.rows) * max(1, config.parts), config, calls.exchange(config, gpu),
@@ -81,7 +86,7 @@ def plan_backward(kind: Backward) -> Plan:
     rows, kinds, before = laid_out(walk, wanted)
     M, N, device, gpu = rows.M, rows.N, _number(kind.device), _gpu(_number(kind.device))
     of_x, of_dy = x.dtype.itemsize, kinds["dy"].dtype.itemsize
-    aligned = tiling.BACKWARD_WIDEST[of_x] < N and _by_16_bytes(rows, kinds)
+    aligned = tiling.BACKWARD_WIDEST[of_x] < N and _can_be_staged(rows, kinds)
     kinds["rstd"] = _dense("rstd", kind.rstd, before)  # as it was, but for hooks on what is saved
     if w is not None:
         kinds["w"] = _dense("w", w, before)
@@ -95,7 +100,7 @@ def plan_backward(kind: Backward) -> Plan:
         sums = config if of_dw is not None and config.parts > 0 else None
         if sums is not None:
             fresh.append(Fresh("partials", torch.float32, (sums.programs, N)))
-        whole_rows = staged.backward_staged if config.staged else kernels.backward_block
+        whole_rows = staged.backward_staged if staged is not None and config.staged else kernels.backward_block
         calls.add(
             kernels.backward_loop if config.parts == 0 else whole_rows,
             M if config.parts == 0 else config.programs * config.parts, config, calls.exchange(config, gpu),
@@ -199,6 +204,11 @@ def _dense(name: str, kind: TensorKind, before: list[Converted]) -> TensorKind:
         return kind
     before.append(Converted(name, (name,), kind.dtype))
     return TensorKind.dense(kind.shape, kind.dtype)
+
+
+def _can_be_staged(rows: Walk, kinds: Mapping[str, TensorKind]) -> bool:
+    """Whether rows can be copied into shared memory asynchronously: by Gluon, from aligned addresses."""
+    return staged is not None and _by_16_bytes(rows, kinds)
 
 
 def _by_16_bytes(rows: Walk, kinds: Mapping[str, TensorKind]) -> bool:
