@@ -132,8 +132,8 @@ def explain(
 
     Args:
         x: As of `rms_norm`.
-        weight: As of `rms_norm`; or a norm that `patch` has replaced, or a `TorchRMSNorm`: then the answer says whether
-            our kernel or the norm's own forward would run on x.
+        weight: As of `rms_norm`; or a layer of this package, or a norm that `patch` has replaced: then the answer is
+            about a call of that norm, and says whether our kernel or the norm's own forward would run on x.
         residual: As of `add_rms_norm`, or None.
         eps: As of `rms_norm`.
         cast: As of `rms_norm`.
@@ -153,6 +153,9 @@ def explain(
     own = getattr(weight, "_rmsnorm_explain", None)
     if own is not None:
         return own(x)  # type: ignore[no-any-return]
+    if isinstance(weight, torch.nn.Module):
+        expected = "a torch.Tensor, a layer of rmsnorm or a norm that patch replaced: pass norm.weight"
+        raise TypeError(complaint("explain", "weight", f"is a {type(weight).__name__} that was not patched", expected))
     spec = spec_of("explain", eps, cast, offset)
     check_tensors("explain", x, residual, weight, offset)
     plain = is_plain(x, residual, weight)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rmsnorm.errors import complaint, type_name
-from rmsnorm.functional import rms_norm
+from rmsnorm.functional import explain, rms_norm
 from rmsnorm.spec import DTYPES, Cast, check_spec, is_torchs_shape
 
 P = ParamSpec("P")
@@ -117,6 +117,10 @@ class RMSNorm(nn.Module):
         """
         return rms_norm(x, self.weight, self.eps, cast=self.cast, offset=self.offset)
 
+    def _rmsnorm_explain(self, x: Any) -> str:
+        """For `rmsnorm.explain`."""
+        return explain(x, self.weight, eps=self.eps, cast=self.cast, offset=self.offset)
+
     def extra_repr(self) -> str:
         """The arguments of the constructor, for `print(model)`."""
         parts = [f"{self.hidden_size}, eps={self.eps}, cast={self.cast!r}"]
@@ -151,6 +155,7 @@ class DeepseekV2RMSNorm(nn.Module):
 
     weight: nn.Parameter
 
+    @_not_torchs
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.register_parameter("weight", RMSNorm(hidden_size, eps).weight)
@@ -170,6 +175,10 @@ class DeepseekV2RMSNorm(nn.Module):
             ValueError: If its last dimension is not hidden_size, or it is on another device than the weight.
         """
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+    def _rmsnorm_explain(self, x: Any) -> str:
+        """For `rmsnorm.explain`."""
+        return explain(x, self.weight, eps=self.variance_epsilon)
 
     def extra_repr(self) -> str:
         """The shape of the weight and eps, as transformers prints them."""

@@ -284,7 +284,7 @@ def test_the_number_of_programs_is_the_same_on_every_gpu() -> None:
 
 
 def test_the_counts_ask_for_the_launches_that_the_kernels_ask_for(monkeypatch) -> None:
-    """Compares the arguments with which gpu.py and the counts call tiling.py; needs no GPU."""
+    """Compares the arguments with which gpu/planner.py and the counts call tiling.py; needs no GPU."""
     gpu = pytest.importorskip("rmsnorm.kernels.gpu.planner", reason="there is no Triton")
     asked: list[Any] = []
 

@@ -1,4 +1,4 @@
-"""One file a device. Only cpu.py and gpu.py import Numba or Triton, and nothing imports them until a tensor asks."""
+"""Kernels, in a folder a device: only cpu/ imports Numba and only gpu/ Triton, when a first tensor needs them."""
 
 import functools
 import os

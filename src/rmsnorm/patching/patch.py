@@ -72,7 +72,7 @@ def patch(model: nn.Module, *, strict: bool = True) -> PatchReport:
                 continue
             reason = proof.reason  # neither named like an RMSNorm nor proven to be one
         if reason is not None:
-            skipped.append(SkippedModule(name, cls.__name__, reason))
+            skipped.append(SkippedModule(name, cls.__name__, reason, _name_of_eps(module) is not None))
     for name, module, proof in norms:
         late = why_too_late(module) if _class_for(module, proof) is not type(module) else None
         if late is not None:
@@ -179,7 +179,7 @@ def _is_candidate(module: nn.Module) -> bool:
 
 
 def _is_named_norm(module: nn.Module) -> bool:
-    return "norm" in original_class(module).__name__.lower()
+    return "norm" in original_class(module).__name__.lower() or isinstance(module, nn.RMSNorm)
 
 
 def _is_other_torch_module(module: nn.Module) -> bool:
@@ -194,8 +194,15 @@ def _why_skipped(module: nn.Module) -> str | None:
         return "it is a layer of rmsnorm already"
     if _is_other_torch_module(module):
         return "it is a module of torch.nn other than RMSNorm" if _is_named_norm(module) else None
-    held = [p for p in (*module._parameters.values(), *module._modules.values()) if p is not None]
-    eps = next(filter(_EPS_NAME.search, vars(module)), None)
-    if eps is None or len(held) != 1 or not isinstance(held[0], Tensor) or is_lazy(held[0]) or held[0].dim() != 1:
+    eps = _name_of_eps(module)
+    if eps is None:
         return None
     return f'it has one 1-D parameter and an attribute {eps}, but the name of its class does not contain "norm"'
+
+
+def _name_of_eps(module: nn.Module) -> str | None:
+    """The attribute that holds the eps of a module with the attributes of an RMSNorm; None for any other module."""
+    held = [p for p in (*module._parameters.values(), *module._modules.values()) if p is not None]
+    if len(held) != 1 or not isinstance(held[0], Tensor) or is_lazy(held[0]) or held[0].dim() != 1:
+        return None
+    return next(filter(_EPS_NAME.search, vars(module)), None)

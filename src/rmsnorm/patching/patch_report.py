@@ -69,11 +69,13 @@ class SkippedModule:
         name: Its name in the model.
         class_name: The name of its class.
         reason: Why it was not considered.
+        resembles_rmsnorm: Whether it has the attributes of an RMSNorm, one 1-D parameter and an eps.
     """
 
     name: str
     class_name: str
     reason: str
+    resembles_rmsnorm: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class PatchReport:
         for verdict, reference in zip(self.verdicts, self._modules, strict=False):
             module = reference()
             if verdict.replaced and module is not None and (why := why_inactive(module)) is not None:
-                found.append(f"{verdict.name} {why}")
+                found.append(f"{_first([verdict.name])} {why}")
         return tuple(found)
 
     def __str__(self) -> str:
@@ -157,8 +159,9 @@ class PatchReport:
         lines = [f"{len(self.replaced)} of {len(self.verdicts)} norms replaced"]
         if not self.verdicts:
             lines.append('  patch looks for modules with "norm" in the name of their class that compute an RMSNorm')
-            groups = _grouped(self.skipped, lambda module: module.reason)
-            lines += [f"  {_members(group)} skipped: {group[0].reason}" for group in groups]
+        skipped = [module for module in self.skipped if module.resembles_rmsnorm or not self.verdicts]
+        for group in _grouped(skipped, lambda module: module.reason):
+            lines.append(f"  {_members(group)} skipped: {group[0].reason}")
         return lines
 
 
@@ -200,7 +203,8 @@ def _members(group: Sequence[Verdict] | Sequence[SkippedModule]) -> str:
 
 
 def _first(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]}, …"
+    first = names[0] or "the model itself"
+    return first if len(names) == 1 else f"{first}, …"
 
 
 def _figures(group: Sequence[Verdict], before: str) -> str:

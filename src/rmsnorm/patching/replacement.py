@@ -254,7 +254,8 @@ def _why_unproven(rule: Rule, x: Any, w: Any) -> str | None:
         return f"it was not proven for {dtypes_in_words(dtypes)}"
     if x.dim() not in rule.ranks:
         return f"it was not proven for {x.dim()}-D inputs"
-    if rule.own_under_autocast and torch.is_autocast_enabled(x.device.type):
+    device = x.device.type
+    if rule.own_under_autocast and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return "autocast may cast its input"
     return None
 

@@ -1,4 +1,4 @@
-// Norms by the plans that Python makes, run without it; see host.py.
+// Norms by the plans that Python makes, run without it; see loader.py.
 //
 //   norm, an operator  ->  Call  ->  Plan  ->  fresh tensors, launches  ->  what comes out
 //                                     ^ asked of Python once for each kind of call
@@ -372,7 +372,7 @@ using Plans = std::unordered_map<Key, std::shared_ptr<const Plan>, Hash>;
 Plans& plans = *new Plans; // never destroyed: Python may have ended before
 std::shared_mutex& plans_mutex = *new std::shared_mutex;
 
-PyObject *native_forward = nullptr, *native_backward = nullptr, *check_saved = nullptr; // of host.py
+PyObject *native_forward = nullptr, *native_backward = nullptr, *check_saved = nullptr; // of loader.py
 
 py::object wrapped(const Tensor& t) {
   return t.defined() ? py::reinterpret_steal<py::object>(THPVariable_Wrap(t)) : py::none();
