@@ -14,7 +14,7 @@ from rmsnorm.kernels.rows import Walk, walk
 
 try:
     from rmsnorm.kernels.gpu import staged
-except ImportError:  # Triton without Gluon, which is experimental: wide rows then wait in registers
+except ImportError:  # Gluon is experimental and may be missing; then wide rows are held in registers
     staged = None  # type: ignore[assignment]
 
 NAME = "gpu kernel (Triton)"
