@@ -83,7 +83,7 @@ _IMPORTED_IN_A_CHILD = """
 import os, sys, time
 import numpy, torch
 torch.set_num_threads(3)
-torch.ones(3000, 1280).exp_().sum()  # the threads of a team, which no child inherits
+torch.ones(3000, 1280).exp_().sum()  # starts OpenMP threads, which a child does not inherit
 x = numpy.random.default_rng(0).standard_normal((3000, 1280)).astype("float32")
 def work():
     import rmsnorm
@@ -335,7 +335,7 @@ def test_a_cache_file_is_only_loaded_for_its_own_signature(package, cache, tmp_p
     for f, content in zip(files, contents[1:] + contents[:1], strict=True):
         f.write_bytes(content)
     assert not executed(package, folder)
-    assert executed(package, folder)  # what was compiled has replaced them
+    assert executed(package, folder)  # newly compiled files have replaced them
 
 
 @pytest.mark.parametrize("name", ["rmsnorm.lock", "rmsnorm.compiling"])

@@ -858,7 +858,7 @@ def test_writing_does_not_follow_symbolic_links(cpp, tmp_path) -> None:
 def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.02)
 
 

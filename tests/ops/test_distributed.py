@@ -1,7 +1,7 @@
 """Several ranks give the same bits as one. Each case runs on every rank of a group of gloo processes on the CPU.
 
-A group is started once and runs its cases in turn. A rank whose case fails prints why and leaves, which ends the
-others, so that nothing waits for it: then only the first failure of a group counts.
+A group is started once and runs its cases in turn. A rank whose case fails prints the error and exits, which ends
+the others, so that none waits for it; then only the first failure of a group counts.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ def on(*worlds: int) -> Callable[[Case], Case]:
     return add
 
 
-# --- what the cases share ------------------------------------------------------------------------------------
+# --- shared by the cases ------------------------------------------------------------------------------------
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -132,7 +132,7 @@ def communicating(**expected: int) -> Iterator[None]:
 
 
 @on(2, 4)
-def rows_pass_through(mesh: DeviceMesh) -> None:
+def rows_need_no_communication(mesh: DeviceMesh) -> None:
     """Any sharding of rows: no communication, the expected placements, and dw of each rank's own rows."""
     for shape in ((4, 7, 96), (3, 1, 5, 33), (1, 2, 1)):  # uneven shards, and ranks without rows
         for dim in (None, *range(len(shape) - 1)):
@@ -200,7 +200,7 @@ def two_dimensions(mesh: DeviceMesh) -> None:
 
 
 @on(2)
-def what_differs_is_brought_together(mesh: DeviceMesh) -> None:
+def differing_placements_are_redistributed(mesh: DeviceMesh) -> None:
     """A residual or gradient with other placements than x, and a Partial x."""
     x, residual, w, dy, ds = drawn((4, 6, 32), torch.float32, torch.float32)
     outputs, gradients = norm(x, residual, w, dy, ds, {})
@@ -262,7 +262,7 @@ def without_fp64_sums_bits_differ(mesh: DeviceMesh) -> None:
 
 
 @on(2)
-def verify_is_red_when_a_rank_is_wrong(mesh: DeviceMesh) -> None:
+def verify_fails_if_a_rank_is_wrong(mesh: DeviceMesh) -> None:
     """The differences that `rmsnorm verify --world` counts: none; with fp32 sums over columns; with a wrong part of dw."""
 
     def tally(sharding: str) -> Tally:
@@ -326,7 +326,7 @@ def compiled(mesh: DeviceMesh) -> None:
 
 
 @on(2)
-def not_differentiated(mesh: DeviceMesh) -> None:
+def without_gradients(mesh: DeviceMesh) -> None:
     """no_grad, inference_mode, compiled inference, and the text of `explain`."""
     x, _, w, *_ = drawn((4, 6, 67), torch.bfloat16, torch.bfloat16)
     y = rmsnorm.rms_norm(x, w).detach()
@@ -512,7 +512,7 @@ def clipping_with_partial_gradients(mesh: DeviceMesh) -> None:
 
 
 def mean_gradients(model: nn.Module, xs: list[Tensor]) -> dict[str, Tensor]:
-    """The average of a tensor over ranks with different batches."""
+    """The gradients that ranks with these batches agree on: the mean over the batches."""
     for x in xs:
         (model(x).float().square().sum() / len(xs)).backward()
     return gradients(model)
@@ -559,7 +559,7 @@ def mixed_gradients(xs: list[Tensor]) -> dict[str, Tensor]:
 
 
 @on(4)
-def two_ways_at_once(mesh: DeviceMesh) -> None:
+def data_and_tensor_parallel_together(mesh: DeviceMesh) -> None:
     """FSDP2 over one mesh dimension, tensor and sequence parallel over the other; with clipping, for two steps."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     xs = [randn(3, 8, N, seed=s) for s in range(2)]
@@ -589,7 +589,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 @on(4)
-def saved_and_loaded_otherwise(mesh: DeviceMesh) -> None:
+def a_checkpoint_loads_into_other_shardings(mesh: DeviceMesh) -> None:
     """A checkpoint of a 2 × 2 model is loaded into a model that FSDP shards over four ranks, and into a plain one."""
     square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     model = in_parallel(Block(), square["tp"])
@@ -622,7 +622,7 @@ def data_parallel(mesh: DeviceMesh) -> None:
 
 
 @on(2)
-def checkpointed(mesh: DeviceMesh) -> None:
+def activation_checkpointing_and_offloading(mesh: DeviceMesh) -> None:
     """Activation checkpointing and CPU offloading give the same bits for every gradient."""
     own = randn(3, 8, N, seed=1).chunk(2, 1)[mesh.get_local_rank()]
 
@@ -656,7 +656,7 @@ class StrangersRMSNorm(nn.Module):
 
 
 @on(2)
-def patched(mesh: DeviceMesh) -> None:
+def patched_before_sharding(mesh: DeviceMesh) -> None:
     """Patching before sharding works. After sharding nothing is replaced, and the message says what to do."""
 
     def strange() -> nn.Module:
@@ -691,7 +691,7 @@ def patched(mesh: DeviceMesh) -> None:
 
 
 @on(2)
-def mistakes(mesh: DeviceMesh) -> None:
+def unsuitable_placements_raise(mesh: DeviceMesh) -> None:
     """Every rank raises an error that names the placements and the fix; afterwards the group still works."""
     other = init_device_mesh("cpu", (2, 1))
     x, residual, w, *_ = (t.detach() for t in drawn((4, 6, 32), torch.float32, torch.float32))

@@ -256,7 +256,7 @@ def summands(kind: Forward) -> tuple[str, TensorKind, TensorKind | None, list[Co
     return "s", total, None, [Converted("s", ("x", "residual"), total.dtype)]
 
 
-def laid_out(
+def find_layout(
     find: Callable[..., Found | None], wanted: Mapping[str, tuple[TensorKind, torch.dtype]]
 ) -> tuple[Found, dict[str, TensorKind], list[Converted]]:
     """Finds a layout for tensors that a kernel reads in the wanted dtypes, copying as few of them as possible.

@@ -27,7 +27,7 @@ from rmsnorm.kernels.plan import (
     Fresh,
     Plan,
     TensorKind,
-    laid_out,
+    find_layout,
     summands,
 )
 from rmsnorm.kernels.rows import walk
@@ -115,7 +115,7 @@ def plan_forward(kind: Forward) -> Plan | ByReference:
     row, x, residual, before = summands(kind)
     spec = kind.spec
     wanted = {row: (x, x.dtype)} | ({} if residual is None else {"residual": (residual, x.dtype)})
-    rows, kinds, converted = laid_out(_rows, wanted)
+    rows, kinds, converted = find_layout(_rows, wanted)
     types = _types(x.dtype, None if kind.w is None else kind.w.dtype, spec.cast)
     scale = _scale(kind.w, types, rows.N)
     even = rows.even and _paired(*kinds.values(), scale.kind)
@@ -147,7 +147,7 @@ def plan_backward(kind: Backward) -> Plan | ByReference:
     x, w, spec, need_dx = kind.x, kind.w, kind.spec, kind.need_dx
     types = _types(x.dtype, None if w is None else w.dtype, spec.cast)
     wanted = {"dy": (kind.dy, types.y), "x": (x, x.dtype)} | ({} if kind.ds is None else {"ds": (kind.ds, x.dtype)})
-    rows, kinds, before = laid_out(_rows, wanted)
+    rows, kinds, before = find_layout(_rows, wanted)
     rstd = kind.rstd
     if not rstd.is_dense:  # only hooks on saved tensors can make it so
         rstd = TensorKind.dense(rstd.shape, rstd.dtype)

@@ -9,7 +9,17 @@ import torch
 from rmsnorm.kernels.gpu import kernels, tiling
 from rmsnorm.kernels.gpu.driver import Slot, TritonLaunch
 from rmsnorm.kernels.gpu.tiling import Gpu, Launch
-from rmsnorm.kernels.plan import MOST_PLANS, Backward, Converted, Forward, Fresh, Plan, TensorKind, laid_out, summands
+from rmsnorm.kernels.plan import (
+    MOST_PLANS,
+    Backward,
+    Converted,
+    Forward,
+    Fresh,
+    Plan,
+    TensorKind,
+    find_layout,
+    summands,
+)
 from rmsnorm.kernels.rows import Walk, walk
 
 try:
@@ -41,7 +51,7 @@ def plan_forward(kind: Forward) -> Plan:
     row, x, residual, before = summands(kind)
     w, spec = kind.w, kind.spec
     wanted = {row: (x, x.dtype)} | ({} if residual is None else {"residual": (residual, x.dtype)})
-    rows, kinds, converted = laid_out(walk, wanted)
+    rows, kinds, converted = find_layout(walk, wanted)
     before += converted
     gpu = _gpu(_number(kind.device))
     aligned = rows.N > tiling.ADD_WIDEST and _can_be_staged(rows, kinds)
@@ -85,7 +95,7 @@ def plan_backward(kind: Backward) -> Plan:
     wanted = {"dy": (kind.dy, _y_dtype(x.dtype, w, spec.cast)), "x": (x, x.dtype)}
     if kind.ds is not None and with_ds:
         wanted["ds"] = kind.ds, x.dtype
-    rows, kinds, before = laid_out(walk, wanted)
+    rows, kinds, before = find_layout(walk, wanted)
     M, N, device, gpu = rows.M, rows.N, _number(kind.device), _gpu(_number(kind.device))
     of_x, of_dy = x.dtype.itemsize, kinds["dy"].dtype.itemsize
     aligned = tiling.BACKWARD_WIDEST[of_x] < N and _can_be_staged(rows, kinds)

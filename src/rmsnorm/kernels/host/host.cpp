@@ -64,7 +64,7 @@ struct Call {
   bool backward;
   Tensors tensors;
   Spec spec;
-  std::array<bool, 2> asked; // with_rstd; or need_dx, need_dw
+  std::array<bool, 2> requested; // with_rstd; or need_dx, need_dw
 
   const Tensor& rows() const {
     return tensors[backward ? 2 : 0];
@@ -332,7 +332,8 @@ struct Key {
     int64_t eps;
     std::memcpy(&eps, &call.spec.eps, sizeof eps);
     numbers = {
-        eps, call.backward | call.spec.early << 1 | call.spec.offset << 2 | call.asked[0] << 3 | call.asked[1] << 4};
+        eps, call.backward | call.spec.early << 1 | call.spec.offset << 2 | call.requested[0] << 3 |
+            call.requested[1] << 4};
     for (const auto& t : call.tensors) {
       add(t);
     }
@@ -380,7 +381,8 @@ py::object wrapped(const Tensor& t) {
   return t.defined() ? py::reinterpret_steal<py::object>(THPVariable_Wrap(t)) : py::none();
 }
 
-py::object asked(PyObject* function, const py::tuple& arguments) {
+// Calls a Python function; throws its error.
+py::object call_python(PyObject* function, const py::tuple& arguments) {
   auto found = py::reinterpret_steal<py::object>(PyObject_CallObject(function, arguments.ptr()));
   if (!found) {
     python_error error;
@@ -390,7 +392,7 @@ py::object asked(PyObject* function, const py::tuple& arguments) {
   return found;
 }
 
-std::shared_ptr<const Plan> made_plan(const Call& call) {
+std::shared_ptr<const Plan> request_plan(const Call& call) {
   const py::gil_scoped_acquire gil;
   py::list arguments;
   for (const auto& t : call.tensors) {
@@ -401,11 +403,11 @@ std::shared_ptr<const Plan> made_plan(const Call& call) {
   }
   arguments.append(call.spec.early ? "early" : "late");
   arguments.append(call.spec.offset ? 1.0 : 0.0);
-  arguments.append(call.asked[0]);
+  arguments.append(call.requested[0]);
   if (call.backward) {
-    arguments.append(call.asked[1]);
+    arguments.append(call.requested[1]);
   }
-  const auto native = asked(call.backward ? native_backward : native_forward, py::tuple(arguments));
+  const auto native = call_python(call.backward ? native_backward : native_forward, py::tuple(arguments));
   return native.is_none() ? nullptr : read_plan(native);
 }
 
@@ -426,7 +428,7 @@ std::shared_ptr<const Plan> plan_of(const Call& call) {
       return found->second;
     }
   }
-  auto plan = made_plan(call);
+  auto plan = request_plan(call);
   Plans dropped; // destroyed after the lock is released, because releasing a Python object can run arbitrary code
   auto before = plan;
   const std::unique_lock lock(plans_mutex, std::try_to_lock);
@@ -475,11 +477,11 @@ void check(const Call& call, const Dtypes& saved) {
     arguments.append(wrapped(t));
   }
   arguments.append(call.spec.offset ? 1.0 : 0.0);
-  arguments.append(call.asked[1]);
+  arguments.append(call.requested[1]);
   for (const auto dtype : {saved.rows, saved.w}) {
     arguments.append(py::handle(reinterpret_cast<PyObject*>(torch::getTHPDtype(dtype))));
   }
-  asked(check_saved, py::tuple(arguments));
+  call_python(check_saved, py::tuple(arguments));
 }
 
 // Returns dx and dw. call.tensors: dy, ds, rows, w, rstd.
@@ -497,8 +499,8 @@ std::pair<Tensor, Tensor> gradients(const Call& call, const Dtypes& saved) {
       c10::Dispatcher::singleton().findSchemaOrThrow("rmsnorm::backward", "").typed<BackwardOperator>();
   auto [dx, dw] = op.call(
       t[0], given_or_not(t[1]), t[2], given_or_not(t[3]), t[4], call.spec.early ? "early" : "late",
-      call.spec.offset ? 1.0 : 0.0, call.asked[0], call.asked[1]);
-  return {call.asked[0] ? dx : Tensor(), call.asked[1] ? dw : Tensor()};
+      call.spec.offset ? 1.0 : 0.0, call.requested[0], call.requested[1]);
+  return {call.requested[0] ? dx : Tensor(), call.requested[1] ? dw : Tensor()};
 }
 
 } // namespace
@@ -590,12 +592,12 @@ std::optional<Call> call_of(bool backward, torch::jit::Stack& stack) {
     return std::nullopt;
   }
   call.spec = *spec;
-  call.asked = {next->toBool(), backward && next[1].toBool()};
+  call.requested = {next->toBool(), backward && next[1].toBool()};
   return call;
 }
 
 // Makes the call if C++ can, and replaces the arguments on the stack by the outputs. Returns whether it did.
-bool made(bool backward, bool autograd, torch::jit::Stack* stack) {
+bool run_operator(bool backward, bool autograd, torch::jit::Stack* stack) {
   const auto call = call_of(backward, *stack);
   if (!call || !plain(call->tensors) || (autograd && differentiable(call->tensors))) {
     return false;
@@ -613,7 +615,7 @@ bool made(bool backward, bool autograd, torch::jit::Stack* stack) {
 
 template <bool backward, bool autograd>
 void kernel(const c10::OperatorHandle& op, DispatchKeySet keys, torch::jit::Stack* stack) {
-  if (!made(backward, autograd, stack)) {
+  if (!run_operator(backward, autograd, stack)) {
     const auto& python = *(backward ? python_backward : python_forward);
     (autograd ? python.autograd : python.backend).callBoxed(op, keys, stack);
   }
@@ -645,7 +647,7 @@ void register_operators() {
 
 // Appends the tensor to `tensors`. Returns false if the object is not exactly a Tensor or Parameter.
 
-bool taken(PyObject* object, Tensors& tensors, bool optional) {
+bool append_tensor(PyObject* object, Tensors& tensors, bool optional) {
   if (optional && object == Py_None) {
     tensors.push_back(Tensor());
     return true;
@@ -661,8 +663,8 @@ bool taken(PyObject* object, Tensors& tensors, bool optional) {
 std::optional<Call> call_of(PyObject* const* given, Py_ssize_t count) {
   Call call{false, {}, {}, {}};
   auto& tensors = call.tensors;
-  if (count != 6 || !taken(given[0], tensors, false) || !taken(given[1], tensors, true) ||
-      !taken(given[2], tensors, true) || !PyFloat_CheckExact(given[3]) || !PyUnicode_CheckExact(given[4]) ||
+  if (count != 6 || !append_tensor(given[0], tensors, false) || !append_tensor(given[1], tensors, true) ||
+      !append_tensor(given[2], tensors, true) || !PyFloat_CheckExact(given[3]) || !PyUnicode_CheckExact(given[4]) ||
       !PyFloat_CheckExact(given[5])) {
     return std::nullopt;
   }
@@ -673,8 +675,8 @@ std::optional<Call> call_of(PyObject* const* given, Py_ssize_t count) {
     return std::nullopt;
   }
   call.spec = *spec;
-  call.asked[0] = differentiable(tensors);
-  if (call.asked[0] &&
+  call.requested[0] = differentiable(tensors);
+  if (call.requested[0] &&
       std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.defined() && t.is_inference(); })) {
     return std::nullopt; // autograd cannot save such a tensor
   }
@@ -702,7 +704,7 @@ PyObject* norm(PyObject*, PyObject* const* given, Py_ssize_t count) {
     Py_RETURN_NONE;
   }
   variable_list outputs{(*made)[0], (*made)[1]};
-  if (call->asked[0]) {
+  if (call->requested[0]) {
     const Tensors* all = &*made;
     outputs = rmsnorm::Norm::apply(tensors[0], given_or_not(tensors[1]), given_or_not(tensors[2]), all, call->spec);
   }
