@@ -1,9 +1,9 @@
-"""What can only be checked where there is a GPU: `python tests/kernels/gpu_check.py [--out DIR] [--only NAME …]`.
+"""The checks that need a GPU: `python tests/kernels/gpu_check.py [--out DIR] [--only NAME …]`.
 
-The kernels are held to the reference on the same GPU and to the CPU's bits, at every width, for views, beyond 2³¹
-elements, in CUDA graphs, on two streams, under torch.compile and compute-sanitizer. Each check is a process of its
-own, since one illegal access spoils a process for all that follows; several run at a time. A table comes last,
-`gpu_check.json` goes to DIR, and the exit status is 1 if any check is red.
+They compare the kernels with the reference on the same GPU and with the CPU's bits, at every width, for views, beyond
+2³¹ elements, in CUDA graphs, on several streams, under torch.compile and compute-sanitizer. Each check runs in its own
+process, because an illegal access breaks the CUDA context of a process; several run at a time. At the end the program
+prints a table and writes `gpu_check.json` to DIR. The exit status is 1 if any check fails.
 """
 
 import argparse
@@ -59,7 +59,7 @@ CHECKS: dict[str, Callable[["Tally"], None]] = {}
 
 
 class Tally:
-    """What a check has compared, and what did not fit."""
+    """What a check has compared, and the differences it found."""
 
     def __init__(self) -> None:
         self.compared = 0
@@ -69,7 +69,7 @@ class Tally:
         self.skipped = ""
 
     def same(self, got: Tensor | None, expected: Tensor | None, what: str) -> None:
-        """Bit for bit; any NaN is as good as another."""
+        """Compares bits; all NaNs count as equal."""
         if got is None or expected is None:
             self.true(got is expected, f"{what}: one of the two is missing")
             return
@@ -86,7 +86,7 @@ class Tally:
             self.wrong.append(f"{what}: {count} of {got.numel()} differ")
 
     def near(self, got: Tensor | None, dy: Tensor, x: Tensor, rstd: Tensor, cast: str, what: str) -> None:
-        """dw against its fp64 sum."""
+        """Compares dw with its fp64 sum."""
         assert got is not None
         count = tolerance.dw_too_far_off(got, *tolerance.sums_of_dw(dy, x, rstd, cast), rstd.numel())
         self.compared += got.numel()
@@ -109,11 +109,11 @@ def kernels() -> Kernels:
 
 
 def cpu_kernels() -> tuple[Any, str]:
-    """The CPU's kernels, or the reference where Numba is missing: the bits are the same."""
+    """The CPU kernels, or the reference if Numba is missing; both give the same bits."""
     try:
         module = Kernels(importlib.import_module("rmsnorm.kernels.cpu.planner"))
         module.forward(torch.ones(1, 8), None, torch.ones(8), 1e-6, "early", 0.0, True)
-    except Exception as error:  # whatever is wrong with it, the reference is there
+    except Exception as error:  # use the reference whatever the error is
         return reference, f"CPU: the reference, because {type(error).__name__}: {error}"
     return module, "CPU: the kernel"
 
@@ -151,7 +151,7 @@ def hold(
     needs: tuple[bool, bool] = (True, True),
     on_cpu: Any = None,
 ) -> None:
-    """Forward and backward of the kernels against the reference beside them, or against what `on_cpu` makes of it."""
+    """Compares forward and backward of the kernels with the reference on the GPU, or with `on_cpu` if given."""
     gpu, other = kernels(), on_cpu or reference
 
     def there(tensor: Tensor | None) -> Tensor | None:
@@ -186,13 +186,13 @@ def every_combination(tally: Tally, residuals: tuple[bool, ...], on_cpu: Any = N
 
 @check
 def against_reference(tally: Tally) -> None:
-    """More than 10⁸ outputs of every combination of dtypes, beside the reference on this GPU."""
+    """More than 10⁸ outputs of every combination of dtypes, compared with the reference on this GPU."""
     every_combination(tally, (False, True))
 
 
 @check
 def against_cpu(tally: Tally) -> None:
-    """The same tensors computed by the CPU."""
+    """The same tensors, compared with the CPU's results."""
     on_cpu, note = cpu_kernels()
     tally.notes.append(note)
     every_combination(tally, (False,), on_cpu)
@@ -240,7 +240,7 @@ def widths_fp32_even(tally: Tally) -> None:
 
 @check
 def widths_powers(tally: Tally) -> None:
-    """Every block size and both sides of each limit, with dw alone, dx alone, and neither."""
+    """Every block size and both sides of each width limit, with dw only, dx only, and neither."""
     random = Draw(5)
     for N in (*(2**k for k in range(20)), 1280, 5120, 7168, 12288, 20480, 100000, 200000, 262144, 262145):
         for needs in ((True, True), (True, False), (False, True)):
@@ -250,7 +250,7 @@ def widths_powers(tally: Tally) -> None:
 
 @check
 def views(tally: Tally) -> None:
-    """Misaligned, strided, expanded and permuted; what lies between the rows is NaN."""
+    """Misaligned, strided, expanded and permuted tensors; the memory between the rows is NaN."""
     random = Draw(6)
     for dtype in (BF16, FP32):
         for N in (512, 1279, 16411) if dtype == BF16 else (1000,):
@@ -276,7 +276,7 @@ def views(tally: Tally) -> None:
 
 @check
 def extremes(tally: Tally) -> None:
-    """NaN, inf, zero, subnormal and huge numbers, eps 0, weights of -0.0; on this GPU and on the CPU."""
+    """NaN, inf, zero, subnormal and huge numbers, eps 0, weights of -0.0; compared on this GPU and with the CPU."""
     random, inf, nan = Draw(7), torch.inf, torch.nan
     for dtype, tiny, huge in ((FP32, 1e-40, 3e38), (FP16, 6e-8, 65504.0), (BF16, 1e-40, 3e38)):
         for N in (21, 1280, 20000):
@@ -309,7 +309,7 @@ def extremes(tally: Tally) -> None:
 
 @check
 def mixtures(tally: Tally) -> None:
-    """Residuals of another dtype, no rows, one row, rows alone."""
+    """Residuals of another dtype, no rows, one row, 1-D inputs."""
     random = Draw(8)
     for x_dtype in (BF16, FP16, FP32):
         for r_dtype in (BF16, FP16, FP32):
@@ -323,7 +323,7 @@ def mixtures(tally: Tally) -> None:
 
 @check
 def batches(tally: Tally) -> None:
-    """y and dx of a row do not depend on the batch, and dw is the same every time."""
+    """y and dx of a row do not depend on the rest of the batch, and dw is the same in every run."""
     gpu, random = kernels(), Draw(9)
     for dtype in (BF16, FP32):
         for N in (1, 31, 512, 1280, 7168, 20000):
@@ -342,7 +342,7 @@ def batches(tally: Tally) -> None:
 
 @check
 def memory(tally: Tally) -> None:
-    """What stays allocated: y, and rstd when it is asked for; dx and dw in the backward."""
+    """The memory that stays allocated: y, and rstd if requested; dx and dw in the backward pass."""
     gpu, random = kernels(), Draw(10)
     x, w = random.rows(8192, 1280, dtype=BF16), random.normal(1280).to(BF16)
 
@@ -374,7 +374,7 @@ def memory(tally: Tally) -> None:
 
 
 def hold_large(tally: Tally, what: str, x: Tensor, w: Tensor, dy: Tensor, step: int) -> None:
-    """As `hold`, with the reference a slice of rows at a time, because its copies in fp64 take 8 bytes an element."""
+    """As `hold`, with the reference run on slices of rows, because its fp64 copies take 8 bytes an element."""
     gpu = kernels()
     y, _, rstd = gpu.forward(x, None, w, 1e-6, "early", 0.0, True)
     dx, dw = gpu.backward(dy, None, x, w, rstd, "early", 0.0, True, True)
@@ -397,7 +397,7 @@ def hold_large(tally: Tally, what: str, x: Tensor, w: Tensor, dy: Tensor, step: 
 
 @check
 def every_row_counts(tally: Tally) -> None:
-    """dw of numbers whose sums are exact in fp32, in any order: no row of millions may be missing, or count twice."""
+    """dw of numbers whose fp32 sums are exact in any order: fails if one of millions of rows is missing or repeated."""
     gpu, random = kernels(), Draw(15)
     for M, N in ((2**22 + 3, 64), (300001, 1280), (300001, 1283), (30011, 10240), (30011, 16384)):
         x = torch.where(random.normal(M, N) < 0, -1.0, 1.0).to(BF16)
@@ -412,7 +412,7 @@ def every_row_counts(tally: Tally) -> None:
 
 @check
 def beyond_2_31_rows(tally: Tally) -> None:
-    """More than 2³¹ elements, contiguous and in columns of a wider tensor."""
+    """More than 2³¹ elements, contiguous and as columns of a wider tensor."""
     random = Draw(11)
     w = random.normal(1280).to(BF16)
     M = 2**31 // 1280 + 1001
@@ -424,7 +424,7 @@ def beyond_2_31_rows(tally: Tally) -> None:
 
 @check
 def beyond_2_31_numbers(tally: Tally) -> None:
-    """More than 2³¹ rows of one number; of an fp32 weight, for which more programs sum dw than a grid's second axis has."""
+    """More than 2³¹ rows of one number, with an fp32 weight: dw needs more programs than a grid's second axis allows."""
     random = Draw(12)
     x = random.large(2**31 + 77, 1, dtype=BF16)
     hold_large(tally, "N=1", x, random.normal(1), x.flip(0), 1 << 27)
@@ -441,7 +441,7 @@ def beyond_2_31_columns(tally: Tally) -> None:
 
 @check
 def dispatch(tally: Tally) -> None:
-    """The public functions reach these kernels, with autograd."""
+    """The public functions run these kernels, with autograd."""
     gpu, random = kernels(), Draw(14)
     x = random.rows(64, 1280, dtype=BF16)
     w = random.normal(1280).to(BF16)
@@ -464,13 +464,13 @@ def dispatch(tally: Tally) -> None:
 
 @check
 def host_of_few_columns(tally: Tally) -> None:
-    """Calls that the C++ makes, and their gradients, beside those of Python."""
+    """Calls from C++ and their gradients, compared with those from Python."""
     hold_host(tally, ((16, 1280), (3, 100), (1, 1), (70000, 128)))
 
 
 @check
 def host_of_many_columns(tally: Tally) -> None:
-    """The same for rows that programs share, or walk over."""
+    """The same for rows that programs share or loop over."""
     hold_host(tally, ((4096, 7168), (999, 16400), (97, 40000), (5, 300001)))
 
 
@@ -487,7 +487,7 @@ def hold_host(tally: Tally, shapes: tuple[tuple[int, int], ...]) -> None:
             leaves = [x, *([residual] if adds else []), *([w] if trained and w is not None else [])]
             runs = []
             for turn in range(3):
-                with host.bypassed() if turn == 0 else contextlib.nullcontext():  # the first by Python
+                with host.bypassed() if turn == 0 else contextlib.nullcontext():  # the first turn in Python
                     outputs = add_rms_norm(x, residual, w) if adds else (rms_norm(x, w),)
                 if turn == 0:
                     cotangents = [random.rows(M, N, dtype=y.dtype) for y in outputs]
@@ -541,7 +541,7 @@ def graphs(tally: Tally) -> None:
 
 @check
 def streams(tally: Tally) -> None:
-    """Four streams at once, rows that several programs share among them, and the results of each alone."""
+    """Four concurrent streams, some with rows that programs share, compared with the results of each alone."""
     random = Draw(16)
     inputs = [steps_inputs(random, M, N) for M, N in ((4096, 1280), (999, 7168), (97, 32768), (41, 262144))]
     expected = [step(*given) for given in inputs]
@@ -582,7 +582,7 @@ def compiled(tally: Tally) -> None:
 
 @check
 def sanitizer(tally: Tally) -> None:
-    """compute-sanitizer over every kernel, with each tensor an allocation of its own."""
+    """Runs every kernel under compute-sanitizer, with a separate allocation for each tensor."""
     packages = Path(torch.__file__).parents[1] / "nvidia"
     places = (*glob.glob("/usr/local/cuda*/bin/compute-sanitizer"), *packages.rglob("compute-sanitizer"))
     found = shutil.which("compute-sanitizer") or next(iter(places), None)
@@ -593,7 +593,7 @@ def sanitizer(tally: Tally) -> None:
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
         process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    except subprocess.TimeoutExpired:  # less than EACH_SECONDS, so that it can still be said
+    except subprocess.TimeoutExpired:  # its limit is below EACH_SECONDS, so that this can be reported
         tally.skipped = "compute-sanitizer takes more than 200 s here"
         return
     said = [line for line in process.stdout.splitlines() if line.startswith("=========")]
@@ -607,7 +607,7 @@ def sanitizer(tally: Tally) -> None:
 
 
 def touch(tally: Tally) -> None:
-    """Every kernel once, at sizes that leave tails; run under the sanitizer."""
+    """Runs every kernel once, at sizes that leave partial tiles; for the sanitizer."""
     gpu, random = kernels(), Draw(18)
     for M, N in ((3, 1), (67, 31), (5, 1279), (2, 16411), (3, 17408)):
         for x in (random.rows(M, N, dtype=BF16), random.rows(M, N + 1, dtype=BF16)[:, 1:]):
@@ -620,12 +620,12 @@ def touch(tally: Tally) -> None:
 
 
 def run_here(name: str) -> dict[str, Any]:
-    """One check, in this process."""
+    """Runs one check in this process."""
     tally, start = Tally(), time.monotonic()
     try:
         {**CHECKS, "touch": touch}[name](tally)
         torch.cuda.synchronize()
-    except Exception:  # a check that dies is reported like one that fails
+    except Exception:  # a check that raises is reported as failed
         tally.wrong.append(traceback.format_exc()[-2500:])
     state = "skipped" if tally.skipped else "red" if tally.wrong else "green"
     return {
@@ -648,7 +648,7 @@ def failed(name: str, why: str, seconds: float) -> dict[str, Any]:
 
 
 def run_all(names: list[str]) -> list[dict[str, Any]]:
-    """Each check in its own process, a few at a time; what takes too long is ended and red."""
+    """Runs each check in its own process, a few at a time; a check that takes too long is killed and fails."""
     begin, waiting, results = time.monotonic(), list(names), []
     running: dict[str, tuple[subprocess.Popen[str], float]] = {}
     while waiting or running:
@@ -683,7 +683,7 @@ def run_all(names: list[str]) -> list[dict[str, Any]]:
 def versions() -> dict[str, Any]:
     try:
         triton = importlib.import_module("triton").__version__
-    except Exception as error:  # the checks will say so again
+    except Exception as error:  # the checks will report it again
         triton = f"{type(error).__name__}: {error}"
     return {
         "commit": machine.describe(torch.device("cpu"))["commit"],
@@ -706,7 +706,7 @@ def main() -> int:
     if options.check:
         print(json.dumps(run_here(options.check)))
         return 0
-    # The longest first, so that none is left over at the end.
+    # The longest first, so that none of them is still running alone at the end.
     first = ("beyond_2_31_rows", "sanitizer", "host_of_many_columns", "compiled", "against_cpu")
     names = options.only or [*first, *(name for name in CHECKS if name not in first)]
     about, start = versions(), time.monotonic()

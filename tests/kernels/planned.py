@@ -1,4 +1,4 @@
-"""Calls of one device's kernels, whichever device the tensors are on; and plans for C++ that a test makes up."""
+"""Helpers that call a device's kernels by plans, whichever device the tensors are on, and that inject plans for C++."""
 
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from rmsnorm.spec import Spec
 
 
 class Kernels(NamedTuple):
-    """`forward` and `backward` as of `reference`, by the plans of `rmsnorm.kernels.cpu` or `rmsnorm.kernels.gpu`."""
+    """`forward` and `backward` with the signatures of `reference`, computed by the kernels of one planner."""
 
     planner: ModuleType
 
@@ -36,7 +36,7 @@ class Kernels(NamedTuple):
 
 
 def planning(monkeypatch: pytest.MonkeyPatch, *launches: NativeLaunch, keeps: Any = None) -> None:
-    """From now on every forward call on a CPU has a plan of these launches, with y as large as x, which C++ runs."""
+    """Gives every forward call on the CPU a plan with these launches and a y of x's shape, which C++ runs."""
 
     def plan(kind: Forward) -> Plan:
         y = Fresh("y", kind.x.dtype, tuple(kind.x.shape))

@@ -1,4 +1,4 @@
-"""What is laid ready for the CUDA driver, without one: compiled kernels, and a driver that only looks at what it gets."""
+"""Launches through the CUDA driver, tested without a GPU: real compiled kernels, and a fake driver that records calls."""
 
 import copy
 import ctypes
@@ -26,7 +26,7 @@ POINTER = ctypes.sizeof(ctypes.c_void_p)
 
 
 class Driver:
-    """Notes what it is asked to launch, of a kernel whose parameters have `sizes`."""
+    """A fake driver that records launches of a kernel whose parameters have these sizes in bytes."""
 
     def __init__(self, sizes: list[int]) -> None:
         self.sizes, self.launched, self.status, self.takes_seconds = sizes, [], 0, 0.0
@@ -55,7 +55,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Driver:
 
 
 class Compiled:
-    """What Triton would give back of a launch, without a GPU to load it on."""
+    """A compiled kernel as Triton returns it, without a GPU to load it on."""
 
     def __init__(self, arguments: tuple[Any, ...], signature: dict[str, Any], constants: dict[Any, Any]) -> None:
         source = ASTSource(kernels.sum_partials, signature, constants)
@@ -81,7 +81,7 @@ def number(value: int, size: int) -> bytes:
     return value.to_bytes(size, "little")
 
 
-def test_a_launch_hands_on_what_the_kernel_takes(cuda: Driver, compiled: Compiled) -> None:
+def test_a_launch_passes_the_grid_stream_and_arguments_to_the_driver(cuda: Driver, compiled: Compiled) -> None:
     assert driver._taken(compiled.asm["ptx"]) == SIZES  # with Triton's two kinds of scratch memory
     ready = driver.ready(compiled, (5,), ARGUMENTS, early=True)
     assert ready is not None
@@ -100,8 +100,8 @@ def test_a_launch_hands_on_what_the_kernel_takes(cuda: Driver, compiled: Compile
     assert cuda.launched[2][4] == []
 
 
-def test_the_host_launches_the_same(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> None:
-    """C++ hands cuLaunchKernelEx what Python does, but for the stream and the addresses, which are its own."""
+def test_cpp_launches_a_kernel_as_python_does(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> None:
+    """C++ and Python pass the same arguments to cuLaunchKernelEx, except the stream and the addresses of tensors."""
     functional.wait_for_host()
     if host.described() != "called from C++":
         pytest.skip(host.described())
@@ -134,7 +134,7 @@ def test_the_host_launches_the_same(monkeypatch: pytest.MonkeyPatch, compiled: C
         assert cpp[7][:2] == [number(x.data_ptr(), 8), number(made.data_ptr(), 8)]
 
 
-def test_numbers_are_as_wide_as_their_type_and_tuples_are_taken_apart() -> None:
+def test_arguments_are_flattened_and_constants_left_out() -> None:
     kinds = ("*bf16", "constexpr", "i64", "fp32", ("i32", "constexpr", ("i32",)))
     values = (None, None, 1 << 40, 0.5, (7, 1, (9,)))
     assert list(driver._flat(kinds, values)) == [
@@ -155,7 +155,7 @@ LAST = ",\n\t.param .u64 .ptr .global .align 1 sum_partials_param_5"
     ],
     ids=["one less", "one more", "a wider one", "no kernel"],
 )
-def test_a_kernel_that_takes_something_else_is_not_launched(
+def test_a_kernel_with_unexpected_parameters_is_left_to_triton(
     old: str, new: str, cuda: Driver, compiled: Compiled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ptx = compiled.asm["ptx"]
@@ -164,19 +164,19 @@ def test_a_kernel_that_takes_something_else_is_not_launched(
     assert driver.ready(compiled, (5,), ARGUMENTS, early=False) is None
 
 
-def test_a_launch_that_is_refused_says_so(cuda: Driver, compiled: Compiled) -> None:
+def test_a_launch_returns_false_if_the_driver_refuses(cuda: Driver, compiled: Compiled) -> None:
     cuda.status = 201  # no context on this thread
     ready = driver.ready(compiled, (5,), ARGUMENTS, early=False)
     assert ready is not None
     assert not ready(0, [16, 32])
 
 
-def test_without_a_driver_triton_launches(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> None:
+def test_without_a_driver_the_launch_is_left_to_triton(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> None:
     monkeypatch.setattr(driver, "_library", lambda: None)
     assert driver.ready(compiled, (5,), ARGUMENTS, early=False) is None
 
 
-def test_threads_do_not_mix_up_their_addresses(cuda: Driver, compiled: Compiled) -> None:
+def test_concurrent_launches_do_not_mix_up_addresses(cuda: Driver, compiled: Compiled) -> None:
     cuda.takes_seconds = 1e-4
     ready = driver.ready(compiled, (5,), ARGUMENTS, early=False)
     assert ready is not None
@@ -201,10 +201,10 @@ def test_threads_do_not_mix_up_their_addresses(cuda: Driver, compiled: Compiled)
     assert launched
 
 
-def test_a_launch_within_a_launch_does_not_wait_for_it(
+def test_a_launch_during_a_launch_does_not_deadlock(
     cuda: Driver, compiled: Compiled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when a signal comes, whose handler launches the same."""
+    """A signal handler may launch the same kernel while a launch is in progress."""
     ready = driver.ready(compiled, (5,), ARGUMENTS, early=False)
     assert ready is not None
     within: list[bool] = []
@@ -214,8 +214,8 @@ def test_a_launch_within_a_launch_does_not_wait_for_it(
     assert [(stream, values[0]) for *_, stream, _, _, values in cuda.launched] == [(1, number(16, 8))]
 
 
-def test_a_kernel_lives_as_long_as_what_launches_it(cuda: Driver, compiled: Compiled) -> None:
-    """Triton unloads a kernel that nobody holds; of two threads that compile the same, it keeps only one's."""
+def test_a_kernel_stays_loaded_as_long_as_its_launch_exists(cuda: Driver, compiled: Compiled) -> None:
+    """Triton unloads kernels that are not referenced; if two threads compile the same kernel, it keeps only one."""
     own = copy.copy(compiled)
     alive = weakref.ref(own)
     ready = driver.ready(own, (5,), ARGUMENTS, early=False)
@@ -226,14 +226,14 @@ def test_a_kernel_lives_as_long_as_what_launches_it(cuda: Driver, compiled: Comp
 
 
 @pytest.mark.parametrize("missing", ["metadata", "asm", "src"])
-def test_another_triton_launches_by_itself(missing: str, cuda: Driver, compiled: Compiled) -> None:
+def test_an_unknown_version_of_triton_launches_its_own_kernels(missing: str, cuda: Driver, compiled: Compiled) -> None:
     own = copy.copy(compiled)
     delattr(own, missing)
     assert driver.ready(own, (5,), ARGUMENTS, early=False) is None
 
 
-def test_structures_are_laid_out_as_in_the_header_of_cuda() -> None:
-    """cuda.h: CUlaunchAttribute of 72 bytes, its value at 8; CUlaunchConfig of 56."""
+def test_ctypes_structures_match_cuda_h() -> None:
+    """In cuda.h, CUlaunchAttribute has 72 bytes with its value at offset 8, and CUlaunchConfig has 56 bytes."""
     attribute, configuration = driver._Attribute, driver._Configuration
     assert (ctypes.sizeof(attribute), attribute.id.offset, attribute.value.offset) == (72, 0, 8)
     assert ctypes.sizeof(configuration) == 56

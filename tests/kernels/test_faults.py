@@ -1,4 +1,4 @@
-"""Signals, forks, processors without fp16, a Numba that cannot compile: each in a process that a crash would end."""
+"""Signals, forks, processors without fp16, and a Numba that cannot compile, each in its own process."""
 
 import os
 import shutil
@@ -71,7 +71,7 @@ def in_child(work):
     "where", ["in_child(loop)", "loop()", "threads._team_of_openmp = lambda: None; loop()"],
     ids=["forked child", "torch's threads", "pool"],
 )  # fmt: skip
-def test_an_exception_of_a_signal_handler_leaves_no_thread_at_work(where, package) -> None:  # noqa: F811
+def test_an_exception_in_a_signal_handler_leaves_no_thread_running(where, package) -> None:  # noqa: F811
     code = _SIGNALS + _IN_CHILD
     # torch's own parallel functions hang in a forked child: the copy is made by numpy.
     code = code.replace("torch.clone(x)", "torch.from_numpy(x.numpy().copy())")
@@ -83,7 +83,7 @@ _IMPORTED_IN_A_CHILD = """
 import os, sys, time
 import numpy, torch
 torch.set_num_threads(3)
-torch.ones(3000, 1280).exp_().sum()  # the threads of a team, which no child inherits
+torch.ones(3000, 1280).exp_().sum()  # starts OpenMP threads, which a child does not inherit
 x = numpy.random.default_rng(0).standard_normal((3000, 1280)).astype("float32")
 def work():
     import rmsnorm
@@ -97,13 +97,13 @@ def twice():
 
 
 @pytest.mark.parametrize("how", ["in_child(work)", "in_child(twice)"], ids=["a child", "a child and its child"])
-def test_a_forked_child_that_imports_first_computes(how, package) -> None:  # noqa: F811
+def test_a_forked_child_that_imports_the_package_computes(how, package) -> None:  # noqa: F811
     if not Path("/proc/self/stat").exists():
         pytest.skip("this system does not say whether a process was forked")
     assert finish(start(package, _IMPORTED_IN_A_CHILD + _IN_CHILD + how + "\nprint('right')")) == "right"
 
 
-def test_a_forked_child_computes_where_the_system_does_not_say_that_it_was_forked(package) -> None:  # noqa: F811
+def test_a_forked_child_computes_if_it_cannot_tell_that_it_was_forked(package) -> None:  # noqa: F811
     unknown = "import pathlib\ndef fail(self): raise FileNotFoundError(self)\npathlib.Path.read_bytes = fail\n"
     code = unknown + _IMPORTED_IN_A_CHILD + _IN_CHILD + "in_child(work)\nprint('right')"
     assert finish(start(package, code)) == "right"
@@ -144,13 +144,13 @@ print(rmsnorm.explain(x))
         "functools.partial(functools.partial(Handler(), 1), 2)", "functools.lru_cache(raises)", "wrapper",
     ],
 )  # fmt: skip
-def test_a_timeout_during_the_first_call_is_raised_and_not_remembered(handler, package, tmp_path) -> None:  # noqa: F811
+def test_a_timeout_during_the_first_call_is_raised_and_the_next_call_works(handler, package, tmp_path) -> None:  # noqa: F811
     code = _TIMEOUT_IN_THE_FIRST_CALL.replace("HANDLER", handler)
     said = finish(start(package, code, NUMBA_CACHE_DIR=str(tmp_path), RMSNORM_CXX=""))
     assert said.startswith("cpu, float32: cpu kernel (Numba)")
 
 
-# --- who computes --------------------------------------------------------------------------------------------
+# --- kernels or the reference --------------------------------------------------------------------------------
 
 _EVERYTHING = """
 import itertools, torch, rmsnorm
@@ -187,8 +187,8 @@ print(rmsnorm.explain(torch.ones(2, 8, dtype=floats[1]), residual=torch.ones(2, 
 
 
 @pytest.mark.parametrize("processor", ["generic", "nehalem", "x86-64-v2"])
-def test_a_processor_without_fp16(processor, package, tmp_path) -> None:  # noqa: F811
-    """And what it compiled is in the cache: nothing of it may serve another processor."""
+def test_the_reference_computes_fp16_on_a_processor_without_it(processor, package, tmp_path) -> None:  # noqa: F811
+    """The cache may also hold code for another processor, which must not be loaded."""
     if os.uname().machine != "x86_64":
         pytest.skip("the processors are those of x86")
     environment = {"NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": ""}
@@ -199,7 +199,7 @@ def test_a_processor_without_fp16(processor, package, tmp_path) -> None:  # noqa
     assert "no instructions for fp16" in fp16
 
 
-def test_a_processor_with_fp16_uses_it(package, tmp_path) -> None:  # noqa: F811
+def test_the_kernel_computes_fp16_on_a_processor_with_it(package, tmp_path) -> None:  # noqa: F811
     if os.uname().machine != "x86_64":
         pytest.skip("the processor is one of x86")
     environment = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "+f16c,+avx"}
@@ -210,7 +210,7 @@ def test_a_processor_with_fp16_uses_it(package, tmp_path) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["empty cache", "full cache"])
-def test_without_jit(full, package, tmp_path) -> None:  # noqa: F811
+def test_the_reference_computes_if_numba_jit_is_disabled(full, package, tmp_path) -> None:  # noqa: F811
     if full:
         finish(start(package, "import rmsnorm; rmsnorm.warmup()", NUMBA_CACHE_DIR=str(tmp_path)))
     out = finish(start(package, _EVERYTHING, NUMBA_CACHE_DIR=str(tmp_path), NUMBA_DISABLE_JIT="1"))
@@ -233,14 +233,14 @@ _LLVM = "import llvmlite.binding\ndef fail(*args, **kwargs): raise RuntimeError(
     ],
     ids=["compiler", "LLVM's parser", "LLVM's engine", "no llvmlite", "no filelock"],
 )  # fmt: skip
-def test_where_numba_cannot_compile_the_reference_computes(how, reason, package, tmp_path) -> None:  # noqa: F811
+def test_the_reference_computes_if_numba_cannot_compile(how, reason, package, tmp_path) -> None:  # noqa: F811
     out = finish(start(package, how + _EVERYTHING, NUMBA_CACHE_DIR=str(tmp_path)))
     for said in out.splitlines():
         assert "reference" in said
         assert reason in said
 
 
-def test_where_only_the_forward_kernels_were_compiled(package, tmp_path) -> None:  # noqa: F811
+def test_the_reference_computes_the_backward_pass_if_only_forward_kernels_were_compiled(package, tmp_path) -> None:  # noqa: F811
     forward = "import torch, rmsnorm\nrmsnorm.rms_norm(torch.randn(3, 8))\n"
     finish(start(package, forward, NUMBA_CACHE_DIR=str(tmp_path)))
     out = finish(start(package, NOTHING_COMPILES + _EVERYTHING, NUMBA_CACHE_DIR=str(tmp_path))).splitlines()
@@ -287,7 +287,7 @@ def executed(package: Path, folder: Path) -> bool:  # noqa: F811
     return "executed" in out
 
 
-def test_a_cache_that_others_can_write_is_not_used(package, cache) -> None:  # noqa: F811
+def test_a_cache_that_other_users_can_write_is_not_used(package, cache) -> None:  # noqa: F811
     assert executed(package, cache)
     (leaf,) = (f for f in cache.iterdir() if f.is_dir())
     file = next(leaf.glob("*.nbc"))
@@ -326,7 +326,7 @@ def test_a_cache_of_another_user_is_not_used(package, cache, tmp_path) -> None: 
     assert executed(package, cache)
 
 
-def test_a_file_of_the_cache_serves_only_its_own_signature(package, cache, tmp_path) -> None:  # noqa: F811
+def test_a_cache_file_is_only_loaded_for_its_own_signature(package, cache, tmp_path) -> None:  # noqa: F811
     folder = tmp_path / "cache"
     shutil.copytree(cache, folder)
     files = sorted(folder.rglob("*.nbc"))
@@ -335,11 +335,11 @@ def test_a_file_of_the_cache_serves_only_its_own_signature(package, cache, tmp_p
     for f, content in zip(files, contents[1:] + contents[:1], strict=True):
         f.write_bytes(content)
     assert not executed(package, folder)
-    assert executed(package, folder)  # what was compiled has replaced them
+    assert executed(package, folder)  # newly compiled files have replaced them
 
 
 @pytest.mark.parametrize("name", ["rmsnorm.lock", "rmsnorm.compiling"])
-def test_a_lock_that_is_held_does_not_keep_anyone_from_reading(name, package, cache) -> None:  # noqa: F811
+def test_a_held_lock_does_not_block_reading_the_cache(name, package, cache) -> None:  # noqa: F811
     import fcntl
 
     (leaf,) = (f for f in cache.iterdir() if f.is_dir())
@@ -348,8 +348,8 @@ def test_a_lock_that_is_held_does_not_keep_anyone_from_reading(name, package, ca
         assert executed(package, cache)  # and waits for nothing: see the next
 
 
-def test_a_lock_that_is_held_delays_compiling_once(package, cache, tmp_path) -> None:  # noqa: F811
-    """Others cannot open it, and whoever holds it is waited for once, whatever there is to compile."""
+def test_a_held_lock_delays_compiling_only_once(package, cache, tmp_path) -> None:  # noqa: F811
+    """A process waits only once for the holder of the lock, however many kernels there are to compile."""
     import fcntl
 
     folder = tmp_path / "cache"
@@ -378,7 +378,7 @@ filelock.FileLock.acquire = noted
 
 
 @pytest.mark.parametrize("what", ["file", "read-only"])
-def test_a_cache_folder_that_cannot_be_used(what, package, tmp_path) -> None:  # noqa: F811
+def test_an_unusable_cache_folder_does_not_prevent_compiling(what, package, tmp_path) -> None:  # noqa: F811
     place = tmp_path / "place"
     if what == "file":
         place.write_text("")

@@ -1,7 +1,7 @@
-"""The GPU kernels without a GPU: in Triton's interpreter their fp32 and fp16 bits are the reference's.
+"""The GPU kernels in Triton's interpreter, without a GPU: fp32 and fp16 results have the bits of the reference.
 
-Interpreting is a mode of the whole process, so one process of its own runs all cases and prints what went wrong;
-each test reads its part. bf16 is left to machines with a GPU, because the interpreter's cast to it truncates.
+The interpreter is a mode of the whole process, so a single child process runs all cases and prints the errors, and
+each test reads its own case. bf16 is only tested on GPUs, because the interpreter's cast to bf16 truncates.
 """
 
 import itertools
@@ -40,13 +40,13 @@ def case(function: Callable[[], None]) -> Callable[[], None]:
 
 
 def draw(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
-    """Random numbers of rows of different magnitude."""
+    """Random numbers, with rows of different magnitude."""
     scale = torch.randn(*shape[:-1], 1, generator=_random).exp()
     return (torch.randn(*shape, generator=_random) * scale).to(dtype)
 
 
 def differing(got: Tensor | None, expected: Tensor | None) -> str:
-    """What is wrong with `got`; nothing if it has the bits of `expected`. Any NaN is as good as another."""
+    """Describes how `got` differs from the bits of `expected`; all NaNs count as equal."""
     if got is None or expected is None:
         return "" if got is expected else f"{'absent' if got is None else 'present'}"
     if (got.dtype, got.shape) != (expected.dtype, expected.shape):
@@ -60,7 +60,7 @@ def differing(got: Tensor | None, expected: Tensor | None) -> str:
 
 @contextmanager
 def guarded() -> Iterator[list[Tensor]]:
-    """Outputs are cut out of larger memory, full of a sentinel that must survive around them."""
+    """Allocates outputs inside larger memory, filled with a sentinel that must survive around them."""
     empty, buffers = torch.empty, []
 
     def inside(*size: Any, dtype: torch.dtype, device: Any) -> Tensor:
@@ -92,7 +92,7 @@ def check(
     with_rstd: bool = True,
     needs: tuple[bool, bool] = (True, True),
 ) -> None:
-    """Forward and backward of the kernels against the reference, outputs and the memory around them."""
+    """Compares forward and backward of the kernels with the reference, and checks the memory around the outputs."""
     from planned import Kernels
     from rmsnorm import reference
     from rmsnorm.kernels.gpu import planner as gpu
@@ -126,7 +126,7 @@ def check(
 
 @contextmanager
 def settings(**values: Any) -> Iterator[None]:
-    """Other thresholds in tiling.py, so that a small row takes the path of a wide one."""
+    """Changes thresholds in tiling.py, so that a small row takes the path of a wide one."""
     from rmsnorm.kernels.gpu import planner as gpu
     from rmsnorm.kernels.gpu import tiling
 
@@ -147,8 +147,11 @@ def settings(**values: Any) -> Iterator[None]:
 
 @contextmanager
 def walked(widest: int, **others: int) -> Iterator[set[tuple[str, bool]]]:
-    """Rows wider than this are walked over. Gives the kernels that ran, each with whether its second tensor was there: for
-    walks, a residual or a gradient through s."""
+    """Makes one program loop over rows wider than this.
+
+    Yields the kernels that ran, each with whether its second tensor was present: for the kernels that loop, a residual
+    or a gradient through s.
+    """
     from rmsnorm.kernels.gpu.driver import Slot, TritonLaunch
 
     run, seen = TritonLaunch.run, set()
@@ -171,7 +174,7 @@ WALKS_OF_TWO = {("forward_loop", True), ("backward_loop", True)}
 
 
 def sweep(widths: tuple[int, ...], rows: Callable[[int], int]) -> None:
-    """Both dtypes and the three specs in turn, with and without a residual."""
+    """Runs both dtypes and the three specs in turn, with and without a residual."""
     for index, N in enumerate(widths):
         for dtype in (FP32, FP16):
             cast, offset = SPECS[index % 3]
@@ -196,7 +199,9 @@ def rows_in_pieces() -> None:
 
 @case
 def widths_beyond_the_widest_block() -> None:
-    with settings(ROOM=1 << 30):  # programs that share a row wait for each other, and here one runs after the other
+    with settings(
+        ROOM=1 << 30
+    ):  # programs that share a row wait for each other, but the interpreter runs them sequentially
         sweep((16411,), lambda N: 2)
 
 
@@ -212,7 +217,7 @@ def programs_and_their_tails() -> None:
 
 @case
 def every_row_counts() -> None:
-    """dw of numbers whose sums are exact in fp32, in any order: no row may be missing, or count twice."""
+    """dw of numbers whose fp32 sums are exact in any order: fails if a row is missing or counted twice."""
     from planned import Kernels
     from rmsnorm.kernels.gpu import planner as gpu
 
@@ -230,7 +235,7 @@ def every_row_counts() -> None:
 def strides() -> None:
     N = 48
     wide = draw(4, 4, 3, 64)
-    wide[..., N:] = torch.nan  # what lies between the rows must not be read into them
+    wide[..., N:] = torch.nan  # memory between the rows must not affect them
     views = (
         wide[..., :N],
         wide[:, :3, :, :N],
@@ -297,7 +302,9 @@ def extremes() -> None:
         x = draw(12, N, dtype=dtype)
         x[0, 1], x[1, 2], x[2, 3], x[3, 4] = inf, -inf, nan, huge
         x[4], x[5], x[6], x[7] = 0.0, -0.0, tiny, huge
-        x[8] = draw(1, N)[0].abs() * 1e-24  # in fp32 the mean of squares vanishes, rstd is inf, and x is not zero
+        x[8] = (
+            draw(1, N)[0].abs() * 1e-24
+        )  # the mean of squares underflows in fp32, so rstd is inf although x is not zero
         w, dy = draw(N, dtype=dtype), draw(12, N, dtype=dtype)
         w[0], w[1], w[2], w[3] = -0.0, inf, nan, tiny
         dy[8] = dy[8].abs()
@@ -312,7 +319,7 @@ def extremes() -> None:
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str]:
-    """For each case what went wrong."""
+    """The errors of each case."""
     root = Path(__file__).resolve().parents[2]
     paths = os.pathsep.join(filter(None, (str(root / "src"), str(root / "tests"), os.environ.get("PYTHONPATH"))))
     process = subprocess.run(
@@ -329,7 +336,7 @@ def interpreted() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bits(name: str, interpreted: dict[str, str]) -> None:
+def test_interpreted_kernels_have_the_bits_of_the_reference(name: str, interpreted: dict[str, str]) -> None:
     assert interpreted[name] == ""
 
 

@@ -1,4 +1,4 @@
-"""The GPU kernels without a GPU: every specialisation in use, compiled for three generations and held to its PTX."""
+"""The GPU kernels without a GPU: compiles every specialization for three GPU generations and checks its PTX."""
 
 import contextlib
 import functools
@@ -37,9 +37,9 @@ from rmsnorm.spec import Spec  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CAPABILITIES = (80, 90, 100)
-# Bytes of shared memory a program may have: of 8.x and 12.x as many as the smallest has (8.6, 8.9, 12.0).
+# Bytes of shared memory that a program may use; for 8.x and 12.x those of the smallest GPU (8.6, 8.9, 12.0).
 SHARED_MEMORY = {8: 99 << 10, 9: 227 << 10, 10: 227 << 10}
-# The widest rows of every tile that tiling.py has, some between, and some that are wider than all.
+# The widest rows of every tile in tiling.py, some widths in between, and some wider than all tiles.
 _TABLES = (
     tiling._FORWARD,
     tiling._BACKWARD,
@@ -52,7 +52,7 @@ WIDTHS = sorted(_WIDEST | {2**k for k in range(9)} | {2880, 6144, 7168, 32768, 3
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
-    """No plan that an earlier test made, and none that a later one would find."""
+    """Clears the plan caches, so that no plan carries over between tests."""
     forget = [plans.cache_clear for plans in (gpu.plan_forward, gpu.plan_backward)]
     for clear in forget:
         clear()
@@ -61,7 +61,7 @@ def fresh() -> Iterator[None]:
         clear()
 
 
-CPU = torch.device("cpu")  # for the planner no GPU
+CPU = torch.device("cpu")  # the planner then assumes a default GPU
 
 
 def plans(
@@ -74,7 +74,7 @@ def plans(
     frozen: str = "",
     capability: int = 9,
 ) -> tuple[Plan, Plan]:
-    """Of a forward and a backward pass."""
+    """The plans of a forward and a backward pass."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "_gpu", lambda device: Gpu(SHARED_MEMORY[capability], capability=capability))
         gpu.plan_forward.cache_clear()
@@ -89,23 +89,23 @@ def plans(
 
 
 def launches(M: int, N: int, *args: Any, **named: Any) -> list[TritonLaunch]:
-    """What the plans launch."""
+    """The launches of the plans."""
     return [launch for plan in plans((M, N), *args, **named) for launch in plan.launches]
 
 
 def values(launch: TritonLaunch) -> dict[str, Any]:
-    """Its arguments by their names."""
+    """The arguments of a launch by name."""
     return dict(zip(launch.kernel.arg_names, launch.arguments, strict=True))
 
 
 def specialised(kernel: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The types, constants and divisibilities that Triton's launch would take from these arguments."""
+    """The types, constants and divisibility hints that Triton would derive from these arguments."""
     constants: dict[tuple[int, ...], Any] = {}
     divisible: list[tuple[int, ...]] = []
 
     def type_of(path: tuple[int, ...], value: Any, fixed: bool) -> Any:
         if isinstance(value, Slot):
-            divisible.append(path)  # what torch allocates is aligned
+            divisible.append(path)  # torch aligns its allocations
             name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
             return "*" + name[value.dtype]
         if isinstance(value, tuple):
@@ -141,14 +141,14 @@ def compiled(kernel: Any, signature: Any, constants: Any, divisible: Any, warps:
 
 
 def compile_launch(launch: TritonLaunch, capability: int) -> tuple[str, Any]:
-    """The name of the kernel and what it compiles to."""
+    """The name of the kernel and its compiled code."""
     signature, constants, divisible = specialised(launch.kernel, launch.arguments)
     code = compiled(launch.kernel, tuple(signature.items()), constants, divisible, launch.warps, capability)
     return launch.kernel.__name__, code
 
 
 def spilled(ptx: str, capability: int, folder: Path) -> int:
-    """Bytes that ptxas spills to local memory, stores and loads."""
+    """The bytes that ptxas spills to local memory: stores and loads."""
     (folder / "kernel.ptx").write_text(ptx)
     architecture = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
     command = [get_ptxas(capability).path, "-v", "--fmad=false", f"--gpu-name={architecture}", "kernel.ptx"]
@@ -163,7 +163,7 @@ CASES = {
     "bf16, residual": (BF16, BF16, "early", 0.0, True),
     "fp32, residual, late, offset": (FP32, FP32, "late", 1.0, True),
 }
-# What a launch at one width may come with besides: each is another specialisation.
+# Further options of a launch at one width; each leads to another specialization.
 OTHERS: dict[str, dict[str, Any]] = {
     "fp16": {"x": FP16, "w": FP16},
     "fp32 weight": {"w": FP32},
@@ -182,7 +182,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 
 def held_to(launch: TritonLaunch, capability: int, folder: Path, *, aligned: bool = True) -> None:
-    """One kernel's PTX against everything that is asked of it."""
+    """Checks one kernel's PTX against all requirements."""
     name, code = compile_launch(launch, capability)
     ptx, where = code.asm["ptx"], f"{name} {launch.arguments} sm_{capability}"
     for forbidden in ("fma.rn.f32", ".approx", ".ftz", "div.full"):
@@ -192,33 +192,33 @@ def held_to(launch: TritonLaunch, capability: int, folder: Path, *, aligned: boo
     )
     assert spilled(ptx, capability, folder) == 0, f"{where}: spills"
     if aligned and name != "no_shares_yet":  # which loads nothing
-        # Loads that are pipelined go to shared memory: cp.async of 0x10 bytes.
+        # Pipelined loads go to shared memory, as cp.async of 0x10 bytes.
         assert re.search(r"ld\.global[\w.:]*\.(v4\.b32|v2\.b64)|cp\.async\.cg\S* .*, 0x10,", ptx), (
             f"{where}: narrow loads"
         )
-        if values(launch)["BLOCK_N"] >= 1024:  # below, a program has more threads than 16-byte pieces of w
+        if values(launch)["BLOCK_N"] >= 1024:  # otherwise a program has more threads than 16-byte pieces of w
             assert "ld.global.b16" not in ptx, f"{where}: loads of 2 bytes"
-        if name != "sum_partials":  # its one row of output is scattered over the threads that summed it
+        if name != "sum_partials":  # the threads that sum its one output row each hold only part of it
             assert re.search(r"st\.global[\w.:]*\.(v4\.b32|v2\.b64)", ptx), f"{where}: narrow stores"
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("case", CASES)
-def test_every_width(case: str, capability: int, tmp_path: Path) -> None:
+def test_ptx_of_every_width_meets_the_requirements(case: str, capability: int, tmp_path: Path) -> None:
     for N in WIDTHS if capability == 90 else (1, 16, 512, 2048, 8192, 16384, 32768):
         for launch in launches(8192, N, *CASES[case], capability=capability // 10):
             held_to(launch, capability, tmp_path, aligned=N >= 16)
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_every_kind_of_input(name: str, tmp_path: Path) -> None:
+def test_ptx_of_every_kind_of_input_meets_the_requirements(name: str, tmp_path: Path) -> None:
     given = {"M": 8192, "N": 1280, "x": BF16, "w": BF16, "cast": "early", "offset": 0.0, "residual": False}
     given |= OTHERS[name]
     for launch in launches(**given):
         held_to(launch, 90, tmp_path, aligned=given["N"] % 16 == 0)
 
 
-def test_strided_rows_load_16_bytes_too(tmp_path: Path) -> None:
+def test_strided_rows_are_loaded_16_bytes_at_a_time(tmp_path: Path) -> None:
     x = TensorKind(BF16, (4, 128, 32, 512), (32 * 128 * 576, 576, 128 * 576, 1))
     w, rstd = TensorKind.dense((512,), BF16), TensorKind.dense(x.shape[:-1], FP32)
     asked = [
@@ -232,7 +232,7 @@ def test_strided_rows_load_16_bytes_too(tmp_path: Path) -> None:
 
 
 def instructions(launch: TritonLaunch) -> str:
-    """Its PTX, with the rounding left out where every instruction of the kind has it."""
+    """A kernel's PTX without the rounding suffixes that all instructions of a kind have."""
     ptx: str = compile_launch(launch, 90)[1].asm["ptx"]
     for kind in ("mul.f32", "sub.f32", "add.f64", "div.f64", "fma.f64"):
         operation, dtype = kind.split(".")
@@ -240,8 +240,8 @@ def instructions(launch: TritonLaunch) -> str:
     return ptx
 
 
-def test_rounding_is_ieee_and_subnormals_live() -> None:
-    """The instructions that must be there: none of them could be missing without the arithmetic being another one."""
+def test_rounding_is_ieee_and_subnormals_are_kept() -> None:
+    """The PTX contains these correctly rounded instructions; if one were missing, the arithmetic would be different."""
     forward, backward, _ = launches(8192, 1280, BF16, BF16, "early", 0.0, False)
     for launch, needed in (
         (forward, ("sqrt.rn.f32", "div.rn.f32", "div.f64", "cvt.rn.f32.f64", "fma.f64", "add.f64")),
@@ -253,7 +253,7 @@ def test_rounding_is_ieee_and_subnormals_live() -> None:
 
 
 def test_bf16_is_rounded_two_numbers_at_a_time() -> None:
-    """One at a time is an instruction of a sixteenth of the others' rate, which the backward pass would wait for."""
+    """Rounding one number at a time runs at 1/16 of the usual rate, which would slow down the backward pass."""
     for N in (512, 1280, 4096, 32768):
         for launch in launches(8192, N, BF16, BF16, "early", 0.0, False):
             if launch.kernel.__name__ in ("no_shares_yet", "sum_partials"):
@@ -264,7 +264,7 @@ def test_bf16_is_rounded_two_numbers_at_a_time() -> None:
 
 
 def test_the_mean_in_a_loop_is_a_correctly_rounded_quotient() -> None:
-    """The arithmetic of `_mean`, in exact numbers: 1 / N once, and a remainder that mends the quotient."""
+    """Recomputes `mean_of` in exact arithmetic: 1 / N, and a remainder that corrects the quotient."""
     draw = random.Random(0)
     for _ in range(20000):
         N = draw.choice((draw.randint(1, 1024), draw.randint(1, 2**20), 2 ** draw.randint(0, 20) + 1))
@@ -277,7 +277,7 @@ def test_the_mean_in_a_loop_is_a_correctly_rounded_quotient() -> None:
 
 
 def test_every_launch_forbids_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What this file compiles with must be what is compiled and launched with."""
+    """The options that this file compiles with are those that launches use."""
     options: dict[str, list[dict[str, Any]]] = {"compiled": [], "launched": []}
 
     class Kernel:
@@ -305,8 +305,8 @@ def test_every_launch_forbids_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(flags["enable_fp_fusion"] is False for flags in made)
 
 
-def test_without_gluon_wide_rows_are_planned_for_the_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gluon is experimental in Triton: without it only the kernels that are written in it may go."""
+def test_without_gluon_wide_rows_use_the_kernels_in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gluon is experimental in Triton; only the kernels that are written in it may become unavailable."""
 
     def kernels_of_a_wide_row() -> set[str]:
         for plan in (gpu.plan_forward, gpu.plan_backward):
@@ -321,8 +321,8 @@ def test_without_gluon_wide_rows_are_planned_for_the_other_kernels(monkeypatch: 
     kernels_of_a_wide_row()
 
 
-def test_grids_are_such_as_a_gpu_takes() -> None:
-    """2**31 - 1 programs along the first axis, 65535 along the others, however many rows there are."""
+def test_grids_are_within_the_limits_of_a_gpu() -> None:
+    """At most 2**31 - 1 programs along the first axis and 65535 along the others, for any number of rows."""
     for M, N in ((2**31 + 16, 1), (2**28 + 5, 1), (2**27, 128), (2**24, 1280), (512, 2**20)):
         for dtype, frozen in itertools.product((BF16, FP32), ("", "x", "w")):
             for launch in launches(M, N, dtype, dtype, "early", 0.0, False, frozen):
@@ -331,8 +331,8 @@ def test_grids_are_such_as_a_gpu_takes() -> None:
                 assert all(size < 2**16 for size in others), (M, N, launch.kernel.__name__)
 
 
-def test_tensors_of_another_gpu_are_worked_on_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is allocated and launched is on the current GPU, so theirs becomes that first, and only for the call."""
+def test_a_call_runs_on_the_gpu_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Allocations and launches go to the current GPU, so a call makes the GPU of its tensors current meanwhile."""
     current, entered = [1], []
 
     @contextlib.contextmanager
@@ -360,8 +360,8 @@ def test_tensors_of_another_gpu_are_worked_on_there(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_what_starts_early_waits_before_it_needs_what_it_waits_for(capability: int) -> None:
-    """Once, before the first share is handed in or read; and what it starts beside lets it start, once."""
+def test_a_kernel_that_starts_early_waits_before_it_reads_results(capability: int) -> None:
+    """It waits once, before it stores or reads the first share; the previous kernel lets it start, once."""
     early = set()
     for N, residual in itertools.product((1280, 16384, 16401, 32768, 600000), (False, True)):
         for plan in plans((4096, N), BF16, BF16, "early", 0.0, residual, capability=capability // 10):
@@ -384,10 +384,10 @@ def test_what_starts_early_waits_before_it_needs_what_it_waits_for(capability: i
 
 @pytest.mark.parametrize("residual", [False, True], ids=["no residual", "residual"])
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
-def test_every_launch_can_be_laid_ready_for_the_driver(
+def test_every_kernel_can_be_launched_through_the_driver(
     dtype: torch.dtype, residual: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is laid ready is what the PTX declares: otherwise Triton's launcher would run, slower and unnoticed."""
+    """The prepared arguments match the PTX; otherwise Triton's slower launcher would run unnoticed."""
     monkeypatch.setattr(driver, "_library", lambda: SimpleNamespace(cuLaunchKernelEx=None))
     seen = set()
     for N in (7, 512, 1280, 16384, 16401, 32768, 600000):
@@ -405,8 +405,8 @@ def test_every_launch_can_be_laid_ready_for_the_driver(
     assert seen >= {"forward_block", "forward_staged", "forward_loop", "backward_staged", "dw_alone"}
 
 
-def test_what_was_compiled_is_launched_by_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once for a kind, with the arguments in the kernel's order; by Triton what the driver cannot launch."""
+def test_a_compiled_kernel_is_launched_through_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind is compiled once and gets its arguments in order; Triton launches what the driver cannot."""
     compiled_with: list[tuple[Any, ...]] = []
     prepared: list[tuple[Any, ...]] = []
     launched: list[tuple[int, list[int]]] = []
@@ -446,14 +446,14 @@ def test_what_was_compiled_is_launched_by_the_driver(monkeypatch: pytest.MonkeyP
     rstd = torch.rand(6)
     for _ in range(2):
         y = ours.forward(x, None, w, 1e-6, "early", 0.0, False)[0]
-        assert launched[-1] == (7, [x.data_ptr(), w.data_ptr(), y.data_ptr()])  # what is absent has no address
+        assert launched[-1] == (7, [x.data_ptr(), w.data_ptr(), y.data_ptr()])  # no addresses for absent tensors
         ours.backward(x, None, x, w, rstd, "early", 0.0, True, True)
     assert (len(compiled_with), len(launched)) == (3, 6)
     assert compiled_with == prepared
-    assert compiled_with[0][2][:6] == [FP32, None, FP32, FP32, None, None]  # dtypes in place of tensors
+    assert compiled_with[0][2][:6] == [FP32, None, FP32, FP32, None, None]  # dtypes instead of tensors
     refuses = True
     y = ours.forward(x, None, w, 1e-6, "early", 0.0, False)[0]
-    (name, grid, arguments), *others = by_triton  # which says what is wrong
+    (name, grid, arguments), *others = by_triton  # Triton's own launcher reports errors
     assert others == []
     assert (name, grid) == compiled_with[0][:2]
     assert [a is b for a, b in zip(arguments, (x, None, w, y, None, None), strict=False)] == [True] * 6
@@ -461,7 +461,7 @@ def test_what_was_compiled_is_launched_by_the_driver(monkeypatch: pytest.MonkeyP
     refuses = False
     by_triton.clear()
 
-    shifted = torch.randn(6 * 1280 + 1)[1:].view(6, 1280)  # an address that 16 does not divide
+    shifted = torch.randn(6 * 1280 + 1)[1:].view(6, 1280)  # an address that is not a multiple of 16
     ours.forward(shifted, None, w, 1e-6, "early", 0.0, False)
     assert (len(compiled_with), len(by_triton)) == (3, 1)
     for changed in (
@@ -478,8 +478,8 @@ def test_what_was_compiled_is_launched_by_the_driver(monkeypatch: pytest.MonkeyP
         assert len(compiled_with) == before + 1
 
 
-def test_every_kernel_gets_the_tensors_that_it_names() -> None:
-    """And what is fresh is as large as its name says."""
+def test_every_kernel_argument_gets_the_tensor_of_its_name() -> None:
+    """Fresh tensors also have the shapes that their names imply."""
     seen = set()
     for N, adds, of_w, frozen in itertools.product(
         (7, 1280, 16384, 16401, 32768, 600000), (False, True), (FP32, None), ("", "w", "x")
@@ -512,8 +512,8 @@ def test_every_kernel_gets_the_tensors_that_it_names() -> None:
     }  # fmt: skip
 
 
-def test_what_another_thread_compiles_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel under `triton.AsyncCompileMode` comes as a promise."""
+def test_a_kernel_that_another_thread_compiles_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under `triton.AsyncCompileMode`, Triton returns a future instead of a kernel."""
     compiled, seen = SimpleNamespace(run=None), []
     kernel = SimpleNamespace(warmup=lambda *arguments, **options: SimpleNamespace(result=lambda: compiled))
     monkeypatch.setattr(driver, "ready", lambda found, *others: seen.append(found))

@@ -1,4 +1,4 @@
-"""The host's C++: the calls that it makes beside Python's, those that it must leave to Python, and how it is built."""
+"""host.cpp: the calls that it makes, the calls that it leaves to Python, and how it is compiled and loaded."""
 
 import contextlib
 import ctypes
@@ -56,7 +56,7 @@ def cpp() -> None:
 
 @pytest.fixture
 def made(cpp: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
-    """Whether C++ made each call, which backward passes Python made, and the kinds that were planned."""
+    """Records whether C++ made each call, which backward passes Python made, and which kinds of calls were planned."""
     seen: dict[str, list[Any]] = {"forward": [], "backward in Python": [], "planned": []}
     norm, backward = host.norm, dispatch.backward
 
@@ -89,13 +89,13 @@ def gradients(outputs: Any, leaves: list[Tensor], cotangents: list[Tensor]) -> l
     return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, leaves, cotangents[: len(outputs)])]
 
 
-# --- the same as Python's ------------------------------------------------------------------------------------
+# --- plans and bits ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("cast", "offset"), SPECS)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("adds", [False, True])
-def test_cpp_gives_the_bits_that_python_gives(made, randn, adds, dtype, cast, offset) -> None:
+def test_calls_from_cpp_have_the_bits_of_calls_from_python(made, randn, adds, dtype, cast, offset) -> None:
     shapes = ((1, 64), (3, 2, 33), (7,), (2, 1, 3, 2, 5), (300, 48), (70, 1280))
     count = 0
     for shape, of_w, frozen in itertools.product(shapes, (dtype, None), ("", "x", "w")):
@@ -133,8 +133,8 @@ def test_cpp_gives_the_bits_that_python_gives(made, randn, adds, dtype, cast, of
     assert count >= 6
 
 
-def test_a_plan_is_asked_for_once_a_kind(made, randn) -> None:
-    """Of each: forward with and without rstd, backward; and of a kind that is Python's whenever Python makes it."""
+def test_cpp_requests_a_plan_once_for_each_kind_of_call(made, randn) -> None:
+    """Forward with and without rstd, backward, and a kind that Python must make are each planned once."""
     x, w, dy = randn(4, 32), randn(32), randn(4, 32)
     for _ in range(3):
         leaves = [x.clone().requires_grad_(), w.clone().requires_grad_()]
@@ -149,7 +149,7 @@ def test_a_plan_is_asked_for_once_a_kind(made, randn) -> None:
     assert len(made["planned"]) == 1
 
 
-def test_planners_allocate_nothing_and_launch_nothing(randn) -> None:
+def test_planners_allocate_and_launch_nothing(randn) -> None:
     class Forbidding(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             assert func is torch.ops.aten.promote_types.default, f"a planner calls {func}"
@@ -171,7 +171,7 @@ def test_planners_allocate_nothing_and_launch_nothing(randn) -> None:
                 assert isinstance(planner.plan_backward.__wrapped__(kind), Plan)
 
 
-def test_what_torch_converts_is_pythons(made, randn) -> None:
+def test_calls_that_need_a_conversion_are_made_by_python(made, randn) -> None:
     x, w = randn(4, 32), randn(32, dtype=torch.bfloat16)
     for _ in range(3):
         assert_same_bits(rms_norm(x, w), rms_norm(x, w.clone()), "y")
@@ -180,9 +180,9 @@ def test_what_torch_converts_is_pythons(made, randn) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_threads_share_the_rows_of_a_call_from_cpp(made, randn, count, threads, monkeypatch) -> None:
-    """As Python has them share: torch's own threads, all of the team, one call of it for each pass."""
+    """As in Python: torch's own threads, all of them, in a single OpenMP call for each pass."""
     threads(count)
-    M = 4097 + count  # a kind that no other test has planned
+    M = 4097 + count  # a kind of call that no other test has planned
     x, w, dy = randn(M, 64).requires_grad_(), randn(64).requires_grad_(), randn(M, 64)
     teams: list[int] = []
     real = kernel_threads._team_of_openmp()
@@ -202,7 +202,7 @@ def test_threads_share_the_rows_of_a_call_from_cpp(made, randn, count, threads, 
             assert_same_bits(a, b, f"{count} threads")
 
 
-def test_without_torchs_threads_a_shared_call_is_pythons(made, randn, threads, monkeypatch) -> None:
+def test_without_openmp_calls_on_several_threads_are_made_by_python(made, randn, threads, monkeypatch) -> None:
     threads(2)
     monkeypatch.setattr(kernel_threads, "_team_of_openmp", lambda: None)
     x, w = randn(4099, 64), randn(64)
@@ -210,7 +210,7 @@ def test_without_torchs_threads_a_shared_call_is_pythons(made, randn, threads, m
     assert made["forward"] == [False, True]
 
 
-def test_whatever_tells_two_calls_apart_is_in_the_key(made, randn) -> None:
+def test_calls_that_differ_in_any_relevant_property_get_separate_plans(made, randn) -> None:
     x, w, r = (
         randn(4, 6, 32, dtype=torch.bfloat16),
         randn(32, dtype=torch.bfloat16),
@@ -243,7 +243,7 @@ def test_whatever_tells_two_calls_apart_is_in_the_key(made, randn) -> None:
         assert not is_new(x.clone().requires_grad_(), None, w)
 
 
-def test_what_is_wrong_is_pythons_to_say(cpp, randn) -> None:
+def test_invalid_arguments_are_left_to_python(cpp, randn) -> None:
     x, w = randn(4, 6, 32), randn(32)
     for spec in ((-EPS,), (0,), (float("nan"),), (True,), (EPS, "later"), (EPS, None), (EPS, "early", 2.0),
                  (EPS, "early", 1.0), (EPS, "early", 0)):  # fmt: skip
@@ -258,8 +258,8 @@ def test_what_is_wrong_is_pythons_to_say(cpp, randn) -> None:
     assert not by_cpp(x, x[:2], w)
 
 
-def test_memory_at_an_odd_place_has_a_plan_of_its_own(made, randn) -> None:
-    """The plan for pairs of bf16 must not be taken."""
+def test_unaligned_tensors_get_their_own_plan(made, randn) -> None:
+    """The plan for pairs of bf16 numbers must not be used for them."""
     store, w = randn(4 * 32 + 1, dtype=torch.bfloat16), randn(33, dtype=torch.bfloat16)
     even, odd = store[:-1].view(4, 32), store[1:].view(4, 32)
     expected = rms_norm(odd.clone(), w[:32])
@@ -272,7 +272,7 @@ def test_memory_at_an_odd_place_has_a_plan_of_its_own(made, randn) -> None:
     assert all(made["forward"])
 
 
-def test_more_kinds_than_are_kept(made, randn) -> None:
+def test_results_stay_right_when_the_plan_cache_overflows(made, randn) -> None:
     w = randn(2)
     x = randn(5000, 2)
     for M in range(1, 4200):
@@ -281,12 +281,12 @@ def test_more_kinds_than_are_kept(made, randn) -> None:
     rms_norm(x[:4199], w)
     assert len(made["planned"]) == 0
     rms_norm(x[:1], w)
-    assert len(made["planned"]) == 1  # of what was dropped
+    assert len(made["planned"]) == 1  # it had been dropped from the cache
     for M in (1, 2, 4000, 4199):
         assert_same_bits(rms_norm(x[:M], w), rms_norm(x[:M], w), str(M))
 
 
-# --- what is not plain is Python's ---------------------------------------------------------------------------
+# --- calls that Python must make -----------------------------------------------------------------------------
 
 
 class Passing(TorchDispatchMode):
@@ -294,7 +294,7 @@ class Passing(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_what_is_not_plain_is_pythons(cpp, randn) -> None:
+def test_calls_with_anything_but_plain_tensors_are_made_by_python(cpp, randn) -> None:
     x, w = randn(4, 32), randn(32)
     rms_norm(x, w)
     assert by_cpp(x, None, w)
@@ -315,7 +315,9 @@ def test_what_is_not_plain_is_pythons(cpp, randn) -> None:
     seen: list[bool] = []
     torch.func.vmap(lambda row: (seen.append(by_cpp(row, None, w)), row)[1])(x)
     torch.func.grad(lambda x: (seen.append(by_cpp(x, None, w)), x.sum())[1])(x)
-    torch.func.grad(lambda z: (seen.append(by_cpp(x, None, w)), z.sum())[1])(randn(3))  # plain tensors, within
+    torch.func.grad(lambda z: (seen.append(by_cpp(x, None, w)), z.sum())[1])(
+        randn(3)
+    )  # plain tensors inside a transform
     torch.jit.trace(lambda x: (seen.append(by_cpp(x, None, w)), x + 1)[1], x, check_trace=False)
     assert seen == [False] * 4
     assert by_cpp(x, None, w)
@@ -324,7 +326,7 @@ def test_what_is_not_plain_is_pythons(cpp, randn) -> None:
             assert by_cpp(x, None, w)
 
 
-def test_a_checked_argument_is_still_checked(cpp, randn) -> None:
+def test_arguments_are_checked_after_the_plan_is_cached(cpp, randn) -> None:
     x, w = randn(4, 32), randn(32)
     for _ in range(2):
         rms_norm(x, w)
@@ -343,7 +345,7 @@ def test_a_checked_argument_is_still_checked(cpp, randn) -> None:
 
 @pytest.fixture
 def known(made: dict[str, list[Any]], randn: Draw) -> dict[str, Any]:
-    """Leaves and a cotangent whose kind C++ knows, forward and backward, and what Python gives for them."""
+    """Leaves and cotangents whose plans C++ has cached, and the results of Python for them."""
     x, r = (randn(4, 32).requires_grad_() for _ in range(2))
     w, dy, ds = randn(32).requires_grad_(), randn(4, 32), randn(4, 32)
 
@@ -359,7 +361,7 @@ def known(made: dict[str, list[Any]], randn: Draw) -> dict[str, Any]:
     return {"x": x, "r": r, "w": w, "dy": dy, "ds": ds, "one": first, "both": second}
 
 
-def test_backward_without_python(known, made) -> None:
+def test_the_backward_pass_runs_without_python(known, made) -> None:
     x, r, w, dy, ds = (known[name] for name in ("x", "r", "w", "dy", "ds"))
     for a, b in zip(gradients(rms_norm(x, w), [x, w], [dy]), known["one"], strict=True):
         assert_same_bits(a, b, "one")
@@ -368,8 +370,8 @@ def test_backward_without_python(known, made) -> None:
     assert made == {"forward": [True, True], "backward in Python": [], "planned": []}
 
 
-def test_only_what_is_asked_for(known, made) -> None:
-    """Of one node all gradients, some, and the others: each is a kind of its own."""
+def test_only_requested_gradients_are_computed(known, made) -> None:
+    """Requesting all gradients of a node, or only some, are different kinds of calls."""
     x, w, dy = known["x"], known["w"], known["dy"]
     expected = dict(zip((x, w), known["one"][1:], strict=True))
     for asked in ([x], [w], [x, w], [w, x], [x], [w]):
@@ -380,7 +382,7 @@ def test_only_what_is_asked_for(known, made) -> None:
 
 
 @pytest.mark.parametrize("which", ["y", "s"])
-def test_only_one_output_has_a_gradient(known, which) -> None:
+def test_gradients_are_right_if_only_one_output_is_used(known, which) -> None:
     x, r, w, dy = (known[name] for name in ("x", "r", "w", "dy"))
     kinds = []
     for _ in range(3):
@@ -397,8 +399,8 @@ def test_only_one_output_has_a_gradient(known, which) -> None:
                 assert_same_bits(a, b, which)
 
 
-def test_a_mixed_residual(made, randn) -> None:
-    """Gradients have the dtype of what they are of."""
+def test_gradients_have_the_dtypes_of_their_inputs(made, randn) -> None:
+    """A residual of another dtype than x."""
     x, r, w = randn(4, 32, dtype=torch.bfloat16), randn(4, 32), randn(32)
     leaves = [t.requires_grad_() for t in (x, r, w)]
     runs = [gradients(add_rms_norm(x, r, w), leaves, [randn(4, 32), randn(4, 32)]) for _ in range(2)]
@@ -416,7 +418,7 @@ def test_a_second_derivative_raises(known) -> None:
         (dx.sum() + dw.sum()).backward()
 
 
-def test_what_was_saved_is_guarded(known) -> None:
+def test_saved_tensors_that_were_freed_or_modified_raise(known) -> None:
     x, w, dy = known["x"], known["w"], known["dy"]
     y = rms_norm(x, w)
     torch.autograd.grad(y, x, dy)
@@ -435,7 +437,7 @@ def test_what_was_saved_is_guarded(known) -> None:
 
 
 @pytest.mark.parametrize("form", ["expanded", "transposed", "float64", "negative", "two", "zeros"])
-def test_cotangents_of_every_form(known, form) -> None:
+def test_cotangents_of_every_kind_give_the_gradients_of_python(known, form) -> None:
     x, w, dy = known["x"], known["w"], known["dy"]
     given = {
         "expanded": lambda: torch.ones(()).expand(4, 32), "transposed": lambda: dy.t().contiguous().t(),
@@ -458,7 +460,7 @@ def test_cotangents_of_every_form(known, form) -> None:
                 assert_same_bits(a, b, form)
 
 
-def test_batched_cotangents_and_hooks(known, randn) -> None:
+def test_batched_cotangents_saved_tensor_hooks_and_checkpointing_work(known, randn) -> None:
     x, w = known["x"], known["w"]
     dys = randn(3, 4, 32)
     dx, dw = torch.autograd.grad(rms_norm(x, w), [x, w], dys, is_grads_batched=True)
@@ -488,8 +490,8 @@ def test_batched_cotangents_and_hooks(known, randn) -> None:
         assert_same_bits(a, b, "checkpoint")
 
 
-def test_an_error_of_python_is_raised_as_it_is(known, monkeypatch) -> None:
-    """In the backward pass, where C++ asks Python."""
+def test_a_python_error_in_the_backward_pass_is_raised_unchanged(known, monkeypatch) -> None:
+    """Both when C++ requests a plan and when it leaves the call to Python."""
 
     class Odd(Exception):
         pass
@@ -500,17 +502,17 @@ def test_an_error_of_python_is_raised_as_it_is(known, monkeypatch) -> None:
     x, w = known["x"], known["w"]
     y = rms_norm(x, w)
     host.forget()
-    with monkeypatch.context() as patch:  # where it asks for a plan
+    with monkeypatch.context() as patch:  # when C++ requests a plan
         patch.setattr(cpu, "plan_backward", backward)
         with pytest.raises(Odd, match="of the kernel"):
             torch.autograd.grad(y, [x, w], known["dy"], retain_graph=True)
-    monkeypatch.setattr(dispatch, "backward", backward)  # where it leaves the call to Python
+    monkeypatch.setattr(dispatch, "backward", backward)  # when C++ leaves the call to Python
     with pytest.raises(Odd, match="of the kernel"):
         torch.autograd.grad(y, [x, w], known["dy"].t().contiguous().t())
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_compiled_autograd(known) -> None:
+def test_compiled_autograd_gives_the_same_gradients(known) -> None:
     x, w = known["x"], known["w"]
     leaves = [t.detach().clone().requires_grad_() for t in (x, w)]
     y = rms_norm(*leaves)
@@ -521,8 +523,8 @@ def test_compiled_autograd(known) -> None:
         assert_same_bits(leaf.grad, expected, "compiled autograd")
 
 
-def test_many_threads_at_once(cpp, randn) -> None:
-    """New kinds and known ones, forward and backward, from eight threads."""
+def test_concurrent_calls_from_many_threads_are_right(cpp, randn) -> None:
+    """New and cached kinds of calls, forward and backward, from eight threads."""
     x, w, dy = randn(64, 16), randn(16), randn(64, 16)
     expected = []
     for M in range(1, 65):
@@ -552,7 +554,7 @@ def test_many_threads_at_once(cpp, randn) -> None:
     assert wrong == []
 
 
-def test_nothing_is_kept_alive(cpp, randn) -> None:
+def test_no_tensor_of_a_call_is_kept_alive(cpp, randn) -> None:
     def run() -> list[weakref.ref[Tensor]]:
         x, w = randn(4, 32).requires_grad_(), randn(32).requires_grad_()
         y = rms_norm(x, w)
@@ -565,8 +567,8 @@ def test_nothing_is_kept_alive(cpp, randn) -> None:
         assert [ref() for ref in refs] == [None] * 5
 
 
-def test_what_a_plan_needs_lives_with_it(cpp, randn) -> None:
-    """The kernels' caches forget; the machine code and the layouts that the plan points to must not go."""
+def test_a_plan_keeps_its_machine_code_alive(cpp, randn) -> None:
+    """Clearing the Python caches must not free the machine code and layouts that a plan in C++ points to."""
     x, w = randn(4, 32), randn(32)
     expected = rms_norm(x, w)
     for cache in (cpu.plan_forward, cpu._rows, cpu._spec, cpu._forward_kernel, compiling.compiled):
@@ -579,7 +581,7 @@ def test_what_a_plan_needs_lives_with_it(cpp, randn) -> None:
     del churn
 
 
-# --- kernels of a GPU, as a driver would see them ------------------------------------------------------------
+# --- GPU launches, with a fake driver ------------------------------------------------------------------------
 
 _LAUNCH = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p
@@ -587,14 +589,14 @@ _LAUNCH = ctypes.CFUNCTYPE(
 
 
 @pytest.mark.parametrize("status", [0, 1])
-def test_a_launch_of_the_driver(cpp, randn, status, monkeypatch) -> None:
-    """cuLaunchKernelEx gets the configuration, the function, and the addresses and numbers in their order."""
+def test_a_gpu_launch_passes_the_right_arguments_to_the_driver(cpp, randn, status, monkeypatch) -> None:
+    """cuLaunchKernelEx gets the configuration, the function, and the addresses and numbers in order."""
     x, w, seen = randn(4, 32), randn(32), []
 
     def launched(configuration: int, function: int, arguments: Any, extra: Any) -> int:
         words = [ctypes.c_uint64.from_address(arguments[i]).value for i in range(5)]
         seen.append((ctypes.string_at(configuration, 40), function, words, extra))
-        ctypes.memmove(words[2], words[0], 4)  # y begins as x does
+        ctypes.memmove(words[2], words[0], 4)  # copies the first element of x to y
         return status
 
     launcher = _LAUNCH(launched)
@@ -614,10 +616,10 @@ def test_a_launch_of_the_driver(cpp, randn, status, monkeypatch) -> None:
         assert found[0, 0] == x[0, 0]
         assert (found.shape, found.dtype) == (x.shape, x.dtype)
     else:
-        assert found is None  # Python's turn
+        assert found is None  # Python must make the call
 
 
-def test_a_plan_that_cannot_be_run_is_refused(cpp, randn, monkeypatch) -> None:
+def test_an_invalid_plan_raises(cpp, randn, monkeypatch) -> None:
     x, w = randn(4, 32), randn(32)
     for launch, said in {
         NativeLaunch(1, (0,) * 49, launcher=1, configuration=bytes(8)): "a launch of another form",
@@ -631,7 +633,7 @@ def test_a_plan_that_cannot_be_run_is_refused(cpp, randn, monkeypatch) -> None:
             host.norm(x, None, w, EPS, "early", 0.0)
 
 
-# --- how it is built -----------------------------------------------------------------------------------------
+# --- compiling and loading -----------------------------------------------------------------------------------
 
 _CALLS = """
 import time, torch, rmsnorm
@@ -665,14 +667,14 @@ def script(path: Path, body: str) -> str:
 
 
 def test_without_a_compiler_python_makes_the_calls(cpp, tmp_path) -> None:
-    said = process(host.built().parent.parent, "")  # though it is there
+    said = process(host.built().parent.parent, "")  # although the compiled library exists
     assert said == "cpu, float32: cpu kernel (Numba) (called from Python: RMSNORM_CXX is empty)"
     assert "no C++ compiler 'there-is-none -O3'" in process(tmp_path, "there-is-none -O3")
     assert "No closing quotation" in process(tmp_path, "c++ '")
     assert list(tmp_path.rglob("*.so")) == []
 
 
-def test_a_compiler_that_fails_is_asked_once(tmp_path) -> None:
+def test_a_failed_compilation_is_not_repeated_for_a_day(tmp_path) -> None:
     compiler = script(tmp_path / "cxx", f'echo asked >> {tmp_path}/log; echo "no such thing" >&2; exit 1')
     assert "it could not be compiled, see" in process(tmp_path / "out", compiler, looks=300)
     assert "it could not be compiled, see" in process(tmp_path / "out", compiler)
@@ -686,13 +688,13 @@ def test_a_compiler_that_fails_is_asked_once(tmp_path) -> None:
 
 
 def handing_out(folder: Path) -> str:
-    """A compiler that hands out what was compiled already, once there is a file `go`, and notes that it was asked."""
+    """A fake compiler that logs each run, waits for a file `go`, and then copies the already compiled library."""
     waits = f"while [ ! -e {folder}/go ]; do sleep 0.1; done"
     body = f'while [ "$1" != -o ]; do shift; done; cp {host.built()} "$2"'
     return script(folder / "cxx", f"echo asked >> {folder}/log; {waits}; {body}")
 
 
-def test_one_of_many_processes_compiles_and_all_load(cpp, tmp_path) -> None:
+def test_one_of_several_processes_compiles_and_all_load(cpp, tmp_path) -> None:
     compiler = handing_out(tmp_path)
     with contextlib.ExitStack() as stack:
         running = [
@@ -709,7 +711,7 @@ def test_one_of_many_processes_compiles_and_all_load(cpp, tmp_path) -> None:
     assert (tmp_path / "log").read_text() == "asked\n"
 
 
-def test_folders_that_cannot_be_used(cpp, tmp_path) -> None:
+def test_with_an_unusable_folder_python_makes_the_calls(cpp, tmp_path) -> None:
     (tmp_path / "file").write_text("")
     said = process(tmp_path / "file", "true", looks=300)
     assert "called from Python" in said
@@ -717,7 +719,7 @@ def test_folders_that_cannot_be_used(cpp, tmp_path) -> None:
 
 
 def copied(folder: Path) -> Path:
-    """The file, as it was compiled, in a folder that may be harmed."""
+    """A copy of the compiled library that a test may damage."""
     target = folder / host.built().relative_to(host.built().parent.parent)
     target.parent.mkdir(mode=0o700, parents=True)
     target.write_bytes(host.built().read_bytes())
@@ -725,8 +727,8 @@ def copied(folder: Path) -> Path:
     return target
 
 
-def test_a_damaged_file_is_compiled_again(cpp, tmp_path) -> None:
-    """In a process of its own: a truncated library that is loaded ends it with SIGBUS."""
+def test_a_damaged_library_is_compiled_again(cpp, tmp_path) -> None:
+    """In its own process, because loading a truncated library kills the process with SIGBUS."""
     (tmp_path / "go").touch()
     compiler = handing_out(tmp_path)
     target = copied(tmp_path / "out")
@@ -748,8 +750,8 @@ def test_a_damaged_file_is_compiled_again(cpp, tmp_path) -> None:
     assert sorted(f.suffix for f in target.parent.iterdir()) == [".lock", ".so"]
 
 
-def test_warmup_replaces_what_cannot_be_loaded(cpp, tmp_path) -> None:
-    """A file that is whole, but for another system."""
+def test_warmup_replaces_a_library_that_cannot_be_loaded(cpp, tmp_path) -> None:
+    """The file is complete, but not a library for this system."""
     (tmp_path / "go").touch()
     compiler = handing_out(tmp_path)
     target = copied(tmp_path / "out")
@@ -763,8 +765,8 @@ def test_warmup_replaces_what_cannot_be_loaded(cpp, tmp_path) -> None:
     assert "called from C++" in process(tmp_path / "out", "false")
 
 
-def test_only_ones_own_files_are_loaded(cpp, tmp_path) -> None:
-    """Not through a link either, nor from a folder that others can write."""
+def test_only_files_that_no_other_user_can_write_are_loaded(cpp, tmp_path) -> None:
+    """Files behind a symbolic link, or in a folder that others can write, are not loaded either."""
     target = copied(tmp_path / "out")
     folder, elsewhere = target.parent, tmp_path / "elsewhere"
     assert "called from C++" in process(tmp_path / "out", "false")
@@ -801,8 +803,8 @@ def test_only_ones_own_files_are_loaded(cpp, tmp_path) -> None:
     assert "is no folder" in refused()
 
 
-def test_the_file_that_was_examined_is_loaded(cpp, tmp_path) -> None:
-    """Though another one takes its name in between."""
+def test_the_file_that_was_checked_is_loaded_even_if_another_replaces_it(cpp, tmp_path) -> None:
+    """Another file takes its name between the check and loading."""
     target = copied(tmp_path / "out")
     code = f"""
 import os, torch, rmsnorm
@@ -824,7 +826,7 @@ print(rmsnorm.explain(torch.randn(2, 8)))
     assert target.read_bytes() == b"another one"
 
 
-def test_links_are_not_followed_where_something_is_written(cpp, tmp_path) -> None:
+def test_writing_does_not_follow_symbolic_links(cpp, tmp_path) -> None:
     target = copied(tmp_path / "out")
     victim, new = tmp_path / "victim", tmp_path / "new"
     victim.write_text("precious")
@@ -856,12 +858,12 @@ def test_links_are_not_followed_where_something_is_written(cpp, tmp_path) -> Non
 def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.02)
 
 
 def gone(pid: int) -> bool:
-    """Whether it runs no more; nobody may have asked yet how it ended."""
+    """Whether a process has ended; it may still be a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
@@ -869,7 +871,7 @@ def gone(pid: int) -> bool:
 
 
 def slow(folder: Path) -> str:
-    """A compiler that notes its processes, begins to write, and does not end."""
+    """A fake compiler that logs its processes, starts writing, and never ends."""
     note = f"echo $$ >> {folder}/pids"
     child = script(folder / "child", f"{note}; echo part > $TMPDIR/of_the_compiler.s; exec sleep 1000")
     body = f'trap "" TERM; {note}; {child} & while [ "$1" != -o ]; do shift; done; echo part > "$2"; wait'
@@ -880,7 +882,7 @@ def pids(folder: Path) -> list[int]:
     return [int(pid) for pid in (folder / "pids").read_text().split()] if (folder / "pids").exists() else []
 
 
-def test_a_compiler_that_takes_too_long_is_ended(cpp, tmp_path, monkeypatch) -> None:
+def test_a_compiler_that_takes_too_long_is_killed(cpp, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(build, "_SECONDS", 1)
     (tmp_path / "out").mkdir()
     assert not build.compiled(str(tmp_path / "out" / "made.so"), shlex.split(slow(tmp_path)))
@@ -889,7 +891,7 @@ def test_a_compiler_that_takes_too_long_is_ended(cpp, tmp_path, monkeypatch) -> 
 
 
 @pytest.mark.parametrize("ending", ["SIGINT", "SIGTERM", "SIGKILL"])
-def test_a_compiler_ends_with_the_warmup_that_waits_for_it(ending, tmp_path) -> None:
+def test_the_compiler_ends_when_the_process_in_warmup_ends(ending, tmp_path) -> None:
     out = tmp_path / "out"
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(out), "RMSNORM_CXX": slow(tmp_path)}
     with subprocess.Popen([sys.executable, "-c", _WARMUP], env=environment, stderr=subprocess.DEVNULL) as waiting:
@@ -901,7 +903,7 @@ def test_a_compiler_ends_with_the_warmup_that_waits_for_it(ending, tmp_path) -> 
 
 
 @pytest.mark.parametrize("ending", ["SIGTERM", "SIGHUP", "SIGINT"])
-def test_a_compiler_ends_with_the_process_that_was_to_compile(ending, tmp_path) -> None:
+def test_the_compiler_ends_when_the_compiling_process_ends(ending, tmp_path) -> None:
     out = tmp_path / "out"
     assert "being compiled" in process(out, slow(tmp_path))
     until(lambda: len(pids(tmp_path)) == 2)
@@ -911,8 +913,9 @@ def test_a_compiler_ends_with_the_process_that_was_to_compile(ending, tmp_path) 
     until(lambda: [f.suffix for f in out.glob("*/*")] == [".lock"])
 
 
-def test_what_ends_too_early(cpp, tmp_path) -> None:
-    """The process that asked: the other goes on. The one that compiles: the first knows, and the next process asks again."""
+def test_a_process_that_ends_early_does_not_block_compilation(cpp, tmp_path) -> None:
+    """If the process that started a compilation ends, compilation continues. If the compiling process is killed, the
+    process that started it says so, and the next process compiles again."""
     assert "being compiled" in process(tmp_path, handing_out(tmp_path))
     (tmp_path / "go").touch()
     assert "called from C++" in process(tmp_path, "c++", looks=300)
@@ -945,8 +948,8 @@ assert os.waitpid(child, 0)[1] == 0
 """
 
 
-def test_a_fork_while_it_is_compiled(cpp, tmp_path) -> None:
-    """Both load it, though only one can ask how the process that compiles has ended."""
+def test_both_processes_load_the_library_after_a_fork_during_compilation(cpp, tmp_path) -> None:
+    """Although only the parent can get the exit status of the compiling process."""
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "RMSNORM_CXX": handing_out(tmp_path)}
     subprocess.run([sys.executable, "-c", _FORKS, str(tmp_path / "go")], env=environment, timeout=120, check=True)
 
@@ -960,7 +963,7 @@ print(rmsnorm.explain(x, w))
 """
 
 
-def test_warmup_waits_for_whoever_compiles(cpp, tmp_path) -> None:
+def test_warmup_waits_for_a_compilation_by_another_process(cpp, tmp_path) -> None:
     environment = {
         **os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "out"), "RMSNORM_CXX": handing_out(tmp_path)
     }  # fmt: skip
@@ -976,9 +979,9 @@ def test_warmup_waits_for_whoever_compiles(cpp, tmp_path) -> None:
     assert (tmp_path / "log").read_text() == "asked\n"
 
 
-def test_a_wait_for_the_compiler_can_have_an_end(monkeypatch) -> None:
+def test_waiting_for_the_compiler_ends_at_the_timeout(monkeypatch) -> None:
     monkeypatch.setattr(host._State, "module", None)
-    monkeypatch.setattr(host._State, "look_at", math.inf)  # it is settled that there will be none
+    monkeypatch.setattr(host._State, "look_at", math.inf)  # the C++ is known to be unusable
     assert functional.wait_for_host(60.0)
     looks: list[float] = []
     monkeypatch.setattr(host, "look", lambda: looks.append(0.0))
@@ -996,7 +999,7 @@ def test_a_wait_for_the_compiler_can_have_an_end(monkeypatch) -> None:
     assert looks == [0.0, 0.0]
 
 
-def test_who_waited_in_vain_does_not_compile_again(tmp_path, monkeypatch) -> None:
+def test_a_failed_compilation_is_not_repeated_by_those_who_waited(tmp_path, monkeypatch) -> None:
     compiler = script(tmp_path / "cxx", f"echo asked >> {tmp_path}/log; exit 1")
     target, begun = tmp_path / "out" / "made.so", threading.Event()
     monkeypatch.setenv("RMSNORM_CXX", compiler)
@@ -1014,13 +1017,13 @@ def test_who_waited_in_vain_does_not_compile_again(tmp_path, monkeypatch) -> Non
     waiting = threading.Thread(target=wait)
     with host._lock(target, wait=True):
         waiting.start()
-        assert begun.wait(60)  # it has begun, and cannot get any further than the lock
+        assert begun.wait(60)  # the thread has started and now waits for the lock
         assert not build.compiled(str(target), host._command())
     waiting.join()
     assert "it could not be compiled, see" in str(raised[0])
     assert (tmp_path / "log").read_text() == "asked\n"
     with pytest.raises(host.Unusable, match="it could not be compiled, see"):
-        host.built()  # who begins later tries
+        host.built()  # a later call compiles again
     assert (tmp_path / "log").read_text() == 2 * "asked\n"
 
 
@@ -1035,8 +1038,8 @@ assert host.described() == "called from C++", host.described()
 """
 
 
-def test_warmup_tries_again_what_has_failed(cpp, tmp_path) -> None:
-    """In the same process too, once the compiler is mended."""
+def test_warmup_retries_a_failed_compilation(cpp, tmp_path) -> None:
+    """Even in the same process, once the compiler works."""
     good = handing_out(tmp_path)
     (tmp_path / "go").touch()
     compiler = script(tmp_path / "mending", f'[ -e {tmp_path}/mended ] || exit 1; exec {good} "$@"')
@@ -1047,7 +1050,7 @@ def test_warmup_tries_again_what_has_failed(cpp, tmp_path) -> None:
     assert list((tmp_path / "out").rglob("*.failed")) == []
 
 
-def test_explain_says_who_calls(cpp, randn) -> None:
+def test_explain_says_whether_cpp_makes_the_call(cpp, randn) -> None:
     x, w = randn(2, 8), randn(8)
     assert explain(x, w) == "cpu, float32: cpu kernel (Numba) (called from C++)"
     assert "called from" not in explain(x.double(), w)

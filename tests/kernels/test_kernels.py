@@ -1,6 +1,6 @@
-"""The kernels against the reference, bit for bit: every dtype, weight, spec, width and form of memory.
+"""The kernels have the bits of the reference, for every dtype, weight, spec, width and memory layout.
 
-Run through the public functions, so that what autograd adds is held to the same bits.
+The tests call the public functions, so that they cover autograd too.
 """
 
 import gc
@@ -47,7 +47,7 @@ def check(
     offset: float = 0.0,
     eps: float = 1e-6,
 ) -> None:
-    """y, s, rstd, dx and dw of the public functions have the reference's bits, and no input has changed."""
+    """Asserts that y, s, rstd, dx and dw of the public functions have the reference's bits and no input changed."""
     inputs = [t for t in (x, w, dy, residual, ds) if t is not None]
     memory = [torch.as_strided(t, (t.untyped_storage().nbytes() // t.element_size(),), (1,), 0) for t in inputs]
     before = [t.clone() for t in memory]
@@ -105,7 +105,7 @@ def weight(randn: Draw, N: int, dtype: torch.dtype | None) -> Tensor | None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=short)
-def test_it_is_a_kernel_that_runs_here(dtype) -> None:
+def test_these_tests_run_the_kernels(dtype) -> None:
     assert "Numba" in explain(torch.zeros(2, 8, dtype=dtype), torch.zeros(8, dtype=dtype))
 
 
@@ -113,10 +113,10 @@ def test_it_is_a_kernel_that_runs_here(dtype) -> None:
 
 
 @every_case
-def test_every_width(x_dtype, w_dtype, cast, offset, randn) -> None:
+def test_bits_at_every_width(x_dtype, w_dtype, cast, offset, randn) -> None:
     y_dtype = output_dtype(x_dtype, w_dtype, cast)
     for N in WIDTHS:
-        # Rows from the size where eps decides to the size where it does not count.
+        # From rows so small that eps dominates to rows so large that it has no effect.
         x = (randn(5, N) * torch.tensor([1e-3, 0.1, 1.0, 30.0, 200.0])[:, None]).to(x_dtype)
         check(x, weight(randn, N, w_dtype), randn(5, N, dtype=y_dtype), cast=cast, offset=offset)
 
@@ -144,7 +144,7 @@ FORMS: dict[str, Callable[[Draw, int, torch.dtype], Tensor]] = {
     "no_rows": lambda randn, N, dtype: randn(0, N, dtype=dtype),
     "no_rows_3d": lambda randn, N, dtype: randn(3, 0, N, dtype=dtype),
 }
-# One pairing of dtypes and specs a column of the full table; the widths above see every one.
+# A selection of dtypes and specs; the test of widths above covers all combinations.
 DIVERSE = [
     (torch.float32, torch.float32, "early", 0.0),
     (torch.bfloat16, torch.bfloat16, "early", 0.0),
@@ -160,20 +160,20 @@ diverse = pytest.mark.parametrize(
 
 @diverse
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_memory(form, x_dtype, w_dtype, cast, offset, randn) -> None:
+def test_bits_for_every_memory_layout(form, x_dtype, w_dtype, cast, offset, randn) -> None:
     y_dtype = output_dtype(x_dtype, w_dtype, cast)
     for N in (1, 7, 512):
         w = weight(randn, N, w_dtype)
         x = FORMS[form](randn, N, x_dtype)
         check(x, w, randn(*x.shape, dtype=y_dtype), cast=cast, offset=offset)
-        # dy in that form, x contiguous; then both, as attention's transposes give.
+        # dy in that layout with a contiguous x; then both, as transposes in attention produce.
         dy = FORMS[form](randn, N, y_dtype)
         check(randn(*x.shape, dtype=x_dtype), w, dy, cast=cast, offset=offset)
         check(x, w, dy, cast=cast, offset=offset)
 
 
 @diverse
-def test_a_weight_of_any_stride(x_dtype, w_dtype, cast, offset, randn) -> None:
+def test_bits_for_a_strided_weight(x_dtype, w_dtype, cast, offset, randn) -> None:
     if w_dtype is None:
         return
     x, dy = randn(3, 65, dtype=x_dtype), randn(3, 65, dtype=output_dtype(x_dtype, w_dtype, cast))
@@ -182,8 +182,8 @@ def test_a_weight_of_any_stride(x_dtype, w_dtype, cast, offset, randn) -> None:
 
 
 @diverse
-def test_many_rows(x_dtype, w_dtype, cast, offset, randn) -> None:
-    """So many that they are computed in several pieces, whose ends are not aligned to anything."""
+def test_bits_for_many_rows(x_dtype, w_dtype, cast, offset, randn) -> None:
+    """So many rows that threads share them in pieces, with sizes that do not divide evenly."""
     y_dtype = output_dtype(x_dtype, w_dtype, cast)
     for M, N in ((20011, 64), (401, 2049), (300_007, 1)):
         x, dy = randn(M, N, dtype=x_dtype), randn(M, N, dtype=y_dtype)
@@ -191,7 +191,7 @@ def test_many_rows(x_dtype, w_dtype, cast, offset, randn) -> None:
 
 
 @every_case
-def test_the_residual(x_dtype, w_dtype, cast, offset, randn) -> None:
+def test_bits_with_a_residual(x_dtype, w_dtype, cast, offset, randn) -> None:
     for r_dtype, N in zip((x_dtype, *FLOATS), (127, 64, 3, 1280), strict=True):
         s_dtype = torch.promote_types(x_dtype, r_dtype)
         y_dtype = output_dtype(s_dtype, w_dtype, cast)
@@ -199,14 +199,14 @@ def test_the_residual(x_dtype, w_dtype, cast, offset, randn) -> None:
         w, dy, ds = weight(randn, N, w_dtype), randn(2, 6, N, dtype=y_dtype), randn(2, 6, N, dtype=s_dtype)
         check(x, w, dy, residual, ds, cast=cast, offset=offset)
         check(x, w, dy, residual, None, cast=cast, offset=offset)
-        # Unlike strides in all four.
+        # Different strides in all four tensors.
         other = randn(6, 2, N + 3, dtype=r_dtype).transpose(0, 1)[..., 3:]
         check(x, w, dy[:1, :1].expand(2, 6, N), other, ds.transpose(0, 1).contiguous().transpose(0, 1), cast=cast,
               offset=offset)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=short)
-def test_the_residual_in_every_form(dtype, randn) -> None:
+def test_bits_with_a_residual_in_every_memory_layout(dtype, randn) -> None:
     w = randn(64, dtype=dtype)
     for (name, form), (_, other) in zip(
         FORMS.items(), [*list(FORMS.items())[1:], ("row_strided", sliced)], strict=True
@@ -220,8 +220,8 @@ def test_the_residual_in_every_form(dtype, randn) -> None:
           randn(3001, 64, dtype=dtype))  # fmt: skip
 
 
-def test_only_the_sum_is_used(randn) -> None:
-    """Where nothing depends on y, the gradient of x + residual is what came through it; dw is none."""
+def test_gradients_if_only_the_sum_is_used(randn) -> None:
+    """If nothing depends on y, the gradient passes through x + residual unchanged, and dw is None."""
     x, residual, w = (t.requires_grad_() for t in (randn(4, 8), randn(4, 8), randn(8)))
     ds = randn(4, 8)
     _, s = add_rms_norm(x, residual, w)
@@ -232,8 +232,8 @@ def test_only_the_sum_is_used(randn) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=short)
-def test_a_negated_view(dtype, randn) -> None:
-    """A minus sign that torch has not yet applied to the memory."""
+def test_a_lazily_negated_view_is_negated(dtype, randn) -> None:
+    """A view with torch's negative bit set, whose memory holds the values before negation."""
     x, w, dy = randn(3, 64, dtype=dtype), randn(64, dtype=dtype), randn(3, 64, dtype=dtype)
     lazy = torch._neg_view(x)
     assert lazy.is_neg()
@@ -253,7 +253,7 @@ PATTERNS = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.b
 
 @pytest.mark.parametrize(("cast", "offset"), SPECS)
 @pytest.mark.parametrize("w_dtype", [torch.bfloat16, torch.float32], ids=short)
-def test_every_bf16_pattern_as_x(w_dtype, cast, offset, randn) -> None:
+def test_bits_for_every_bf16_pattern_in_x(w_dtype, cast, offset, randn) -> None:
     x = torch.stack([PATTERNS, *randn(2, 1 << 16, dtype=torch.bfloat16)], 1)
     dy = randn(1 << 16, 3, dtype=output_dtype(torch.bfloat16, w_dtype, cast))
     for eps in (1e-6, 0.0):
@@ -265,11 +265,11 @@ def test_every_bf16_pattern_as_x(w_dtype, cast, offset, randn) -> None:
 
 @pytest.mark.parametrize(("cast", "offset"), SPECS)
 @pytest.mark.parametrize("x_dtype", FLOATS, ids=short)
-def test_every_bf16_pattern_as_w(x_dtype, cast, offset, randn) -> None:
+def test_bits_for_every_bf16_pattern_in_the_weight(x_dtype, cast, offset, randn) -> None:
     for w in (PATTERNS, PATTERNS.float()):
         y_dtype = output_dtype(x_dtype, w.dtype, cast)
         check(randn(2, 1 << 16, dtype=x_dtype), w, randn(2, 1 << 16, dtype=y_dtype), cast=cast, offset=offset)
-    # In narrow rows too, where no other element's NaN reaches the statistics of dx.
+    # In narrow rows too, where no other element's NaN affects the row's sum for dx.
     patterns, x = PATTERNS.reshape(-1, 4)[:: 512 + 1], randn(2, 4, dtype=x_dtype)
     for w in patterns:
         check(x, w, randn(2, 4, dtype=output_dtype(x_dtype, w.dtype, cast)), cast=cast, offset=offset)
@@ -277,7 +277,7 @@ def test_every_bf16_pattern_as_w(x_dtype, cast, offset, randn) -> None:
 
 @pytest.mark.parametrize(("cast", "offset"), SPECS)
 @pytest.mark.parametrize("w_dtype", [torch.bfloat16, torch.float32], ids=short)
-def test_every_bf16_pattern_as_dy(w_dtype, cast, offset, randn) -> None:
+def test_bits_for_every_bf16_pattern_in_dy(w_dtype, cast, offset, randn) -> None:
     y_dtype = output_dtype(torch.bfloat16, w_dtype, cast)
     dy = torch.stack([PATTERNS, *randn(2, 1 << 16, dtype=torch.bfloat16)], 1).to(y_dtype)
     x, w = randn(1 << 16, 3, dtype=torch.bfloat16), randn(3, dtype=w_dtype)
@@ -288,7 +288,7 @@ def test_every_bf16_pattern_as_dy(w_dtype, cast, offset, randn) -> None:
 
 @pytest.mark.parametrize(("cast", "offset"), SPECS)
 @pytest.mark.parametrize("x_dtype", FLOATS, ids=short)
-def test_every_fp16_pattern(x_dtype, cast, offset, randn) -> None:
+def test_bits_for_every_fp16_pattern(x_dtype, cast, offset, randn) -> None:
     patterns = PATTERNS.view(torch.int16).view(torch.float16)
     if x_dtype == torch.float16:
         x = torch.stack([patterns, *randn(2, 1 << 16, dtype=x_dtype)], 1)
@@ -297,7 +297,7 @@ def test_every_fp16_pattern(x_dtype, cast, offset, randn) -> None:
     check(randn(2, 1 << 16, dtype=x_dtype), patterns, randn(2, 1 << 16, dtype=y_dtype), cast=cast, offset=offset)
 
 
-# NaN whose payload lies in the bits that bf16 does not have, or is all ones: rounding by bits makes inf or −0 of them.
+# NaNs whose payload is only in bits that bf16 lacks, or is all ones: careless rounding turns them into inf or −0.
 NANS = torch.tensor([0x7F800001, 0x7FFFFFFF, -1, -0x7FFFFF, 0x7F80FFFF, 0x7FC00000], dtype=torch.int32)
 
 
@@ -331,7 +331,7 @@ def special(dtype: torch.dtype) -> list[float]:
 
 @pytest.mark.parametrize(("cast", "offset"), SPECS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=short)
-def test_special_numbers_everywhere(dtype, cast, offset, randn) -> None:
+def test_bits_for_special_numbers_in_every_input(dtype, cast, offset, randn) -> None:
     values = torch.tensor(special(dtype), dtype=dtype)
     pairs = torch.cartesian_prod(values, values)
     triples = torch.cat([pairs, randn(len(pairs), 1, dtype=dtype)], 1)
@@ -348,18 +348,18 @@ def test_special_numbers_everywhere(dtype, cast, offset, randn) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=short)
-def test_rows_of_zeros(dtype, randn) -> None:
+def test_bits_for_rows_of_zeros(dtype, randn) -> None:
     x, w, dy = torch.zeros(3, 17, dtype=dtype), randn(17, dtype=dtype), randn(3, 17, dtype=dtype)
     for cast in ("early", "late"):
-        assert rms_norm(x, w, 0.0, cast=cast).isnan().all()  # 0 · 1/√0, as the definition gives
+        assert rms_norm(x, w, 0.0, cast=cast).isnan().all()  # 0 · 1/√0 by definition
         assert (rms_norm(x, w, 1e-6, cast=cast) == 0).all()
         for eps in (0.0, 1e-6):
             check(x, w, dy, cast=cast, eps=eps)
             check(-x, w, dy, cast=cast, eps=eps)
 
 
-def test_the_sign_of_zero(randn) -> None:
-    """Late without an offset adds nothing to the weight: −0 + 0 would be +0."""
+def test_the_sign_of_a_zero_weight_is_kept(randn) -> None:
+    """Without an offset, cast="late" must not add 0 to the weight, because −0 + 0 is +0."""
     x = randn(3, 9)
     for cast in ("early", "late"):
         y = rms_norm(x, torch.full((9,), -0.0), cast=cast)
@@ -368,13 +368,13 @@ def test_the_sign_of_zero(randn) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=short)
-def test_what_overflows(dtype, randn) -> None:
+def test_bits_if_products_or_squares_overflow(dtype, randn) -> None:
     big = torch.finfo(dtype).max
     for cast, offset in SPECS:
         for w in (randn(33, scale=big / 4).clamp(-big, big).to(dtype), randn(33, scale=1e38)):
             y_dtype = output_dtype(dtype, w.dtype, cast)
             check(randn(4, 33, dtype=dtype), w, randn(4, 33, dtype=y_dtype), cast=cast, offset=offset)
-        # Squares beyond fp32: the sum is finite in fp64, the mean is not in fp32.
+        # Squares that overflow fp32: their sum is finite in fp64, but the mean is infinite in fp32.
         huge = (randn(4, 33, scale=big / 4).clamp(-big, big)).to(dtype)
         check(huge, randn(33, dtype=dtype), randn(4, 33, dtype=dtype), cast=cast, offset=offset)
         check(huge, randn(33, dtype=dtype), randn(4, 33, dtype=dtype), huge, cast=cast, offset=offset)
@@ -403,8 +403,8 @@ def test_the_thread_count_changes_no_bit(dtype, randn, threads) -> None:
 
 
 @pytest.mark.skipif(kernel_threads._team_of_openmp() is None, reason="torch has no OpenMP here: there is only a pool")
-def test_torchs_threads_and_a_pool_compute_the_same(randn, threads, monkeypatch) -> None:
-    """As Python has them; the host's tests compare C++ with it."""
+def test_openmp_threads_and_the_pool_give_the_same_bits(randn, threads, monkeypatch) -> None:
+    """Launched by Python; test_host.py compares C++ with Python."""
     monkeypatch.setattr(host, "norm", lambda *arguments: None)
     teams: list[int] = []
     team = kernel_threads._team_of_openmp()
@@ -421,7 +421,7 @@ def test_torchs_threads_and_a_pool_compute_the_same(randn, threads, monkeypatch)
 
 
 def test_pairs_and_single_numbers_of_bf16_have_the_same_bits(randn, monkeypatch) -> None:
-    """Rows that begin in the middle of a word, or end there, are read number by number."""
+    """Rows that begin or end in the middle of a 4-byte word are read one number at a time."""
     from rmsnorm.kernels.cpu import planner as cpu
 
     taken: list[bool] = []
@@ -445,7 +445,7 @@ def test_pairs_and_single_numbers_of_bf16_have_the_same_bits(randn, monkeypatch)
 @pytest.mark.skipif(
     not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="this system has no huge pages to ask for"
 )
-def test_large_fresh_memory_is_asked_for_in_huge_pages(randn) -> None:
+def test_large_outputs_use_huge_pages(randn) -> None:
     y = rms_norm(randn(4100, 4096))
     advised, inside = None, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
@@ -457,11 +457,11 @@ def test_large_fresh_memory_is_asked_for_in_huge_pages(randn) -> None:
     assert advised
 
 
-def test_the_order_in_which_dw_is_summed(threads) -> None:
-    """Its sums cancel, so that another order shows: it hangs on M and N, not on threads, shape or strides."""
+def test_the_order_in_which_dw_is_summed_depends_on_its_shape_only(threads) -> None:
+    """The order depends on M and N, not on threads, dimensions or strides. The terms cancel, so order is visible."""
     generator = torch.Generator().manual_seed(11)
     M, N = 20000, 64
-    signs = torch.randint(0, 2, (M, N), generator=generator) * 2.0 - 1  # at eps 0 the norm of these is themselves
+    signs = torch.randint(0, 2, (M, N), generator=generator) * 2.0 - 1  # with eps 0 the norm of ±1 is ±1
     half = torch.randn(M // 2, N, generator=generator) * 10.0 ** torch.randint(-9, 10, (M // 2, N), generator=generator)
     dy = torch.cat([half, -half[torch.randperm(M // 2, generator=generator)]]) * signs
     wide = torch.zeros(M, N + 8)
@@ -480,7 +480,7 @@ def test_the_order_in_which_dw_is_summed(threads) -> None:
         assert_same_bits(dw(form, dy), expected, f"{tuple(form.shape)}, {1 + i % 3} threads")
 
 
-def test_two_threads_at_once(randn) -> None:
+def test_concurrent_calls_give_the_same_bits(randn) -> None:
     draws = [
         [randn(M, N, dtype=torch.bfloat16), randn(N, dtype=torch.bfloat16), randn(M, N, dtype=torch.bfloat16)]
         for M, N in ((4000, 256), (3, 256), (1000, 1280), (5001, 128))
@@ -495,7 +495,7 @@ def test_two_threads_at_once(randn) -> None:
             for _ in range(8):
                 for got, right in zip(everything(*draws[index]), expected[index], strict=True):
                     assert_same_bits(got, right, f"thread {index}")
-        except BaseException as error:  # raised below, in the thread that pytest watches
+        except BaseException as error:  # raised below, in pytest's thread
             wrong.append(error)
 
     workers = [threading.Thread(target=work, args=(index,)) for index in range(len(draws))]
@@ -508,24 +508,24 @@ def test_two_threads_at_once(randn) -> None:
 
 
 def digest(x: Tensor, w: Tensor, dy: Tensor) -> list[str]:
-    """Of y, dx and dw, by the operators: torch's own autograd and OpenMP are not for a forked child."""
+    """Hashes of y, rstd, dx and dw, by the operators, because autograd and OpenMP do not work in a forked child."""
     y, _, rstd = torch.ops.rmsnorm.forward.default(x, None, w, 1e-6, "late", 0.0, True)
     dx, dw = torch.ops.rmsnorm.backward.default(dy, None, x, w, rstd, "late", 0.0, True, True)
     return [hashlib.sha256(t.numpy().tobytes()).hexdigest() for t in (y, rstd, dx, dw)]
 
 
 def in_child(pipe: Any, *tensors: Tensor) -> None:
-    torch.use_deterministic_algorithms(False)  # filling memory with NaN is OpenMP's work: see digest
+    torch.use_deterministic_algorithms(False)  # otherwise torch fills memory with NaN through OpenMP: see digest
     pipe.send([digest(*tensors), digest(*tensors)])
 
 
-def test_a_forked_child_computes_too(randn) -> None:
+def test_a_forked_child_computes_the_same_bits(randn) -> None:
     x, w, dy = randn(4000, 1280), randn(1280), randn(4000, 1280)
-    expected = digest(x, w, dy)  # in the parent first: now there are threads that no child inherits
+    expected = digest(x, w, dy)  # first in the parent, which starts threads that the child does not inherit
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forking with threads at all
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns about any fork with threads
         child = context.Process(target=in_child, args=(there, x, w, dy))
         child.start()
     try:
@@ -539,7 +539,7 @@ def test_a_forked_child_computes_too(randn) -> None:
     assert digest(x, w, dy) == expected
 
 
-def test_the_same_bits_again(randn) -> None:
+def test_repeated_calls_give_the_same_bits(randn) -> None:
     x, w, dy = randn(3000, 640, dtype=torch.bfloat16), randn(640), randn(3000, 640)
     first = everything(x, w, dy)
     for _ in range(3):
@@ -551,7 +551,7 @@ def test_the_same_bits_again(randn) -> None:
 
 
 def allocated(run: Callable[[], Any]) -> list[int]:
-    """The size in bytes of everything that was allocated."""
+    """The sizes in bytes of all allocations."""
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         kept = run()
@@ -561,7 +561,7 @@ def allocated(run: Callable[[], Any]) -> list[int]:
 
 
 def saved(run: Callable[[], Any]) -> dict[int, int]:
-    """The storages that autograd keeps: address and bytes."""
+    """The storages that autograd saves, as a mapping from address to bytes."""
     found: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -576,7 +576,7 @@ def saved(run: Callable[[], Any]) -> dict[int, int]:
 
 @pytest.mark.parametrize("cast", ["early", "late"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=short)
-def test_what_is_saved_for_backward(dtype, cast, randn) -> None:
+def test_backward_saves_the_inputs_and_four_bytes_a_row(dtype, cast, randn) -> None:
     M, N = 300, 512
     wide = randn(M, 576, dtype=dtype)
     w = randn(N, dtype=dtype).requires_grad_()
@@ -588,7 +588,7 @@ def test_what_is_saved_for_backward(dtype, cast, randn) -> None:
         assert [size for at, size in kept.items() if at not in ours] == [4 * M]
 
 
-def test_what_is_saved_with_a_residual(randn) -> None:
+def test_backward_with_a_residual_saves_the_sum_and_four_bytes_a_row(randn) -> None:
     M, N = 300, 512
     x, residual = randn(M, N, dtype=torch.bfloat16).requires_grad_(), randn(M, N, dtype=torch.bfloat16)
     w = randn(N, dtype=torch.bfloat16)
@@ -605,7 +605,7 @@ def test_what_is_saved_with_a_residual(randn) -> None:
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS, ids=short)
-def test_what_is_allocated(dtype, transposed, randn) -> None:
+def test_calls_allocate_their_outputs_and_little_more(dtype, transposed, randn) -> None:
     M, N = 600, 512
     size, w = M * N * dtype.itemsize, randn(N, dtype=dtype).requires_grad_()
     x = randn(20, 30, 576, dtype=dtype).transpose(0, 1)[..., :N] if transposed else randn(M, N, dtype=dtype)
@@ -617,13 +617,13 @@ def test_what_is_allocated(dtype, transposed, randn) -> None:
         assert allocated(lambda: add_rms_norm(x, x, w)) == [size] * 2
     assert allocated(lambda: rms_norm(x, w)) == [4 * M, size]
     sizes = allocated(lambda: torch.autograd.grad(y, (x, w), dy))
-    # dx, dw, and partial sums of dw, which are far from M × N.
+    # dx, dw, and the partial sums of dw, which are much smaller than M × N.
     assert sizes[-1] == size
     assert sum(sizes[:-1]) < M * N
 
 
-def test_no_rows_however_they_lie() -> None:
-    """An expert without tokens: nothing to copy into another order, since a copy of nothing changes no stride."""
+def test_gradients_of_a_tensor_without_rows() -> None:
+    """A mixture-of-experts layer has such rows if an expert gets no tokens. No layout may lead to a copy."""
     w = torch.randn(8, requires_grad=True)
     for x in (torch.empty(0, 8), torch.empty(0, 1).expand(0, 8), torch.empty(2, 0, 2, 0, 2, 0, 2, 8)):
         x.requires_grad_()

@@ -1,4 +1,4 @@
-"""The GPU's launch configuration is pure data: tested without a GPU and without Triton."""
+"""The choice of tiles and launch parameters for the GPU, which needs neither a GPU nor Triton."""
 
 import ast
 import dataclasses
@@ -30,7 +30,7 @@ H200 = tiling.Gpu(227 << 10, 132, 9)
 
 
 def every_launch() -> list[tuple[int | None, int, int, Launch]]:
-    """(M or None where it plays no part, N, bytes of a number of dw, configuration)."""
+    """(M, or None if it has no influence; N; bytes of a number of dw; the launch)."""
     found: list[tuple[int | None, int, int, Launch]] = []
     for N in WIDTHS:
         for size, adds, staged in itertools.product((2, 4), (False, True), (False, N % 16 == 0)):
@@ -55,7 +55,7 @@ def test_configuration_is_frozen() -> None:
         tiling.forward(1280, 2, False, True, H200).warps = 2  # type: ignore[misc]
 
 
-def test_tiles_are_what_a_kernel_can_hold() -> None:
+def test_tiles_are_powers_of_two_that_a_kernel_can_hold() -> None:
     for _, N, _, config in every_launch():
         for size in (config.rows, config.block_n, config.warps):
             assert size >= 1, (N, config)
@@ -67,7 +67,7 @@ def test_tiles_are_what_a_kernel_can_hold() -> None:
         assert 1 <= config.pieces <= 16
 
 
-def test_a_row_is_held_by_one_program_or_by_few_or_walked_over() -> None:
+def test_a_row_is_held_by_one_program_or_shared_or_looped_over() -> None:
     for N, itemsize in itertools.product(WIDTHS, (2, 4)):
         forward = tiling.forward(N, itemsize, False, N % 16 == 0, H200)
         backward = tiling.backward(8192, N, itemsize, itemsize, itemsize, False, N % 16 == 0, H200)
@@ -79,10 +79,10 @@ def test_a_row_is_held_by_one_program_or_by_few_or_walked_over() -> None:
                 assert width >= N
             else:
                 assert config.parts == 0 or (config.parts - 1) * width < N <= config.parts * width
-                assert config.rows * config.parts <= tiling.MOST_PARTS  # sum_of_shares: one lane asks for each share
+                assert config.rows * config.parts <= tiling.MOST_PARTS  # sum_of_shares: one lane reads each share
 
 
-def test_all_programs_have_tiles_and_their_sums_are_short() -> None:
+def test_every_program_has_tiles_and_its_sums_are_short() -> None:
     for M, N, of_dw, config in every_launch():
         if M is None or config.parts == 0:
             continue
@@ -97,13 +97,13 @@ def test_all_programs_have_tiles_and_their_sums_are_short() -> None:
         assert config.programs <= max(20 * tiling.MULTIPROCESSORS, tiles // longest * 4), (M, N, config)
 
 
-def test_without_rows_there_is_nothing_to_launch() -> None:
+def test_without_rows_no_program_is_launched() -> None:
     for N, itemsize, of_dw in itertools.product((1, 1280, 16384, 262144), (2, 4), (0, 2, 4)):
         assert tiling.backward(0, N, itemsize, itemsize, of_dw, False, True, H200).programs == 0
         assert of_dw == 0 or tiling.dw_alone(0, N, 2 * itemsize, of_dw, H200).programs == 0
 
 
-def test_programs_depend_on_shapes_and_dtypes_and_not_on_the_gpu() -> None:
+def test_the_number_of_programs_does_not_depend_on_the_gpu() -> None:
     widths = (1, 64, 640, 1280, 1536, 3072, 8192, 10240, 16384, 131072)
     sizes = ((2, 2), (2, 4), (4, 4))  # of a number of x, and of dy
     for M, N, (of_x, of_dy), of_dw, with_ds in itertools.product(ROWS, widths, sizes, (2, 4), (False, True)):
@@ -116,8 +116,8 @@ def test_programs_depend_on_shapes_and_dtypes_and_not_on_the_gpu() -> None:
         assert len({tiling.dw_alone(M, N, loaded, of_dw, H200).programs for loaded in (4, 6, 8)}) == 1
 
 
-def test_what_takes_more_registers_runs_in_fewer_programs() -> None:
-    """A dy wider than x as a gradient through s, and narrow loads in one program a multiprocessor."""
+def test_kernels_that_take_more_registers_run_in_fewer_programs() -> None:
+    """A dy wider than x counts like a gradient through s; with narrow loads, one program runs on a multiprocessor."""
     for N in (1536, 3072, 16384, 65536, 131072):
         plain, wide, with_ds = (
             tiling.backward(8192, N, 2, of_dy, 2, with_ds, True, H200).programs
@@ -129,8 +129,8 @@ def test_what_takes_more_registers_runs_in_fewer_programs() -> None:
         assert tiling.MULTIPROCESSORS // 2 < config.programs * config.parts <= tiling.MULTIPROCESSORS, N
 
 
-def test_dx_alone_is_by_programs_that_take_turns_where_that_is_faster() -> None:
-    """As with dw, with loads ahead; elsewhere each tile is a program's own."""
+def test_dx_alone_prefetches_tiles_if_that_is_faster() -> None:
+    """Then the launch is the same as with dw; for other widths each tile gets its own program."""
     for itemsize, widths in ((2, (64, 128, 512, 2880, 4096, 7168, 9216)), (4, (2560, 3072, 7168, 8192))):
         for N in widths:
             alone, with_dw = (
@@ -138,14 +138,14 @@ def test_dx_alone_is_by_programs_that_take_turns_where_that_is_faster() -> None:
             )
             assert (alone.rows, alone.stages, alone.overlap) == (with_dw.rows, with_dw.stages, with_dw.overlap), N
             assert alone.stages > 1, N
-            assert alone.programs <= with_dw.programs, N  # sums of dw may be no longer than some
+            assert alone.programs <= with_dw.programs, N  # with dw, sums of limited length may need more programs
     for itemsize, widths in ((2, (256, 768, 1001)), (4, (128, 512, 1536, 4096, 5120))):
         for N in widths:
             config = tiling.backward(8192, N, itemsize, itemsize, 0, False, N % 16 == 0, H200)
             assert (config.stages, config.programs) == (1, -(-8192 // config.rows)), N
 
 
-def test_programs_that_wait_for_each_other_have_room_on_the_gpu() -> None:
+def test_programs_that_share_rows_fit_on_the_gpu_together() -> None:
     for N, itemsize, multiprocessors in itertools.product(WIDTHS, (2, 4), (1, 8, 16, 46, 63, 64, 132)):
         gpu = tiling.Gpu(227 << 10, multiprocessors, 9)
         for config in (
@@ -155,7 +155,7 @@ def test_programs_that_wait_for_each_other_have_room_on_the_gpu() -> None:
             assert config.parts <= 1 or config.parts * tiling.ROOM <= multiprocessors
 
 
-def test_loads_ahead_fit_into_shared_memory() -> None:
+def test_prefetched_tiles_fit_into_shared_memory() -> None:
     for N, shared in itertools.product(WIDTHS, (99 << 10, 227 << 10)):
         config = tiling.backward(8192, N, 2, 2, 2, False, N % 16 == 0, tiling.Gpu(shared))
         tile = config.rows * config.pieces * config.block_n * 4
@@ -163,7 +163,7 @@ def test_loads_ahead_fit_into_shared_memory() -> None:
         assert config.stages == 1 or N % 16 == 0
 
 
-def test_thousands_of_widths_do_not_mean_thousands_of_kernels() -> None:
+def test_thousands_of_widths_share_few_kernels() -> None:
     assert len({tiling.forward(N, 2, False, N % 16 == 0, H200) for N in range(1, 40000)}) <= 40
     kernels = {
         tuple(tiling.backward(8192, N, 2, 2, 2, False, N % 16 == 0, H200).constants.values()) for N in range(1, 20000)
@@ -172,7 +172,7 @@ def test_thousands_of_widths_do_not_mean_thousands_of_kernels() -> None:
 
 
 def start(walked: Walk, tensor: int, m: int) -> int:
-    """Where row m begins, by the words of Walk."""
+    """Where row m begins according to Walk's docstring."""
     outer, middle, inner = walked.steps[tensor]
     if not walked.strided:
         return m * inner
@@ -180,7 +180,7 @@ def start(walked: Walk, tensor: int, m: int) -> int:
     return i * outer + j * middle + k * inner
 
 
-def test_walk_finds_every_row() -> None:
+def test_walk_computes_the_address_of_every_row() -> None:
     draw = random.Random(0)
     seen = set()
     for _ in range(400):
@@ -202,12 +202,12 @@ def test_walk_finds_every_row() -> None:
         assert torch.Size(sizes).numel() == walked.M
         assert walked.N == N
         for index, tensor in enumerate(tensors):
-            firsts = tensor[..., 0].reshape(-1).tolist()  # the numbers are their own addresses
+            firsts = tensor[..., 0].reshape(-1).tolist()  # each element holds its own address
             assert [start(walked, index, m) for m in range(walked.M)] == firsts
     assert seen == set(itertools.product((False, True), (1, 2, 3)))
 
 
-def test_walk_refuses_what_needs_a_copy() -> None:
+def test_walk_returns_none_if_a_copy_is_needed() -> None:
     x = torch.empty(4, 6, 8)
     assert walk(x.transpose(1, 2).shape, x.transpose(1, 2).stride()) is None
     assert walk(x.shape, x.stride(), x[..., :1].expand(4, 6, 8).stride()) is None
@@ -215,15 +215,15 @@ def test_walk_refuses_what_needs_a_copy() -> None:
     assert walk(many.shape, many.stride()) is None
 
 
-def test_walk_finds_no_rows_however_they_lie() -> None:
+def test_walk_accepts_any_strides_if_there_are_no_rows() -> None:
     many = torch.empty(2, 0, 2, 0, 2, 0, 2, 8)
     for x in (torch.empty(0, 8), torch.empty(0, 1).expand(0, 8), many, torch.empty(8, 0).t()):
-        walked = walk(x.shape, x.stride(), (0,) * x.dim())  # and a gradient that is one number
+        walked = walk(x.shape, x.stride(), (0,) * x.dim())  # the second tensor is an expanded scalar gradient
         assert walked is not None
         assert (walked.M, walked.N, walked.strided) == (0, 8, False)
 
 
-def test_rows_that_lie_in_one_dimension_pay_for_no_division() -> None:
+def test_rows_with_a_single_stride_need_no_division() -> None:
     x = torch.empty(4, 6, 576)
     for view in (x, x[..., :512], x[:, :, 64:], x.view(2, 2, 6, 576), x[0], x[0, 0], x[1:2]):
         walked = walk(view.shape, view.stride())

@@ -1,6 +1,6 @@
-"""What a process brings with it: Numba's cache of compiled code, a missing Numba, what an import loads.
+"""Tests that need their own processes: the cache of machine code, a missing Numba, and what an import loads.
 
-Each case runs in processes of its own, from a copy of the package, with a cache of its own.
+Each runs a copy of the package with its own cache.
 """
 
 import os
@@ -32,7 +32,7 @@ print("right")
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy, of which every change shows."""
+    """A copy of the package that a test may change."""
     folder = tmp_path_factory.mktemp("copy")
     source = Path(rmsnorm.__file__).parent
     shutil.copytree(source, folder / "rmsnorm", ignore=shutil.ignore_patterns("__pycache__"))
@@ -62,7 +62,7 @@ def finish(process: "subprocess.Popen[str]") -> str:
 
 @pytest.fixture(scope="module")
 def cache(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache that three processes filled at once, from nothing."""
+    """A cache that three processes filled concurrently."""
     folder = tmp_path_factory.mktemp("cache")
     processes = [start(package, COMPUTE, NUMBA_CACHE_DIR=str(folder)) for _ in range(3)]
     assert [finish(process) for process in processes] == ["right"] * 3
@@ -73,7 +73,7 @@ def files(cache: Path) -> list[Path]:
     return sorted(cache.rglob("*.nbc"))
 
 
-def test_processes_that_compile_at_once(cache) -> None:
+def test_concurrent_processes_leave_a_complete_cache(cache) -> None:
     assert len(files(cache)) >= 3, "there was nothing to compete for"
     assert not list(cache.rglob("scratch.*"))
 
@@ -85,7 +85,7 @@ CFunc._compile_uncached = fail
 """
 
 
-def test_the_cache_is_used(package, cache) -> None:
+def test_a_second_process_loads_kernels_from_the_cache(package, cache) -> None:
     code = NOTHING_COMPILES + COMPUTE
     before = {f: f.stat().st_mtime_ns for f in files(cache)}
     assert finish(start(package, code, NUMBA_CACHE_DIR=str(cache))) == "right"
@@ -93,7 +93,7 @@ def test_the_cache_is_used(package, cache) -> None:
 
 
 def damage(content: bytes, way: int) -> bytes:
-    """Empty, cut short, noise, zeros at the end, zeros in the machine code, one bit changed."""
+    """Damages a file: empty, truncated, garbage, zeros at the end, zeros in the machine code, or one bit flipped."""
     middle = len(content) // 2
     return (
         b"", content[:middle], b"\xff\x00 no pickle", content[:middle] + bytes(len(content) - middle),
@@ -103,7 +103,7 @@ def damage(content: bytes, way: int) -> bytes:
 
 
 @pytest.mark.parametrize("way", range(6))
-def test_a_damaged_cache_is_compiled_again_and_replaced(way, package, cache, tmp_path) -> None:
+def test_damaged_cache_files_are_replaced(way, package, cache, tmp_path) -> None:
     folder = tmp_path / "cache"
     shutil.copytree(cache, folder)
     assert len(files(folder)) >= 3
@@ -113,8 +113,8 @@ def test_a_damaged_cache_is_compiled_again_and_replaced(way, package, cache, tmp
     assert finish(start(package, NOTHING_COMPILES + COMPUTE, NUMBA_CACHE_DIR=str(folder))) == "right"
 
 
-def test_a_cache_of_another_source_is_not_used(package, cache, tmp_path) -> None:
-    """An edit that moves no line: the files have the same names."""
+def test_the_cache_of_another_source_is_not_used(package, cache, tmp_path) -> None:
+    """The edit changes no line of code, so the cache files have the same names."""
     copy, folder = package / "other", tmp_path / "cache"
     shutil.copytree(package / "rmsnorm", copy / "rmsnorm")
     shutil.copytree(cache, folder)
@@ -131,13 +131,16 @@ def test_a_cache_of_another_source_is_not_used(package, cache, tmp_path) -> None
     assert all(f.read_bytes() != content for f, content in before.items())
 
 
-def test_machine_code_goes_to_the_users_cache_folder_and_never_beside_the_sources(package, tmp_path) -> None:
-    """So that uninstalling the package leaves nothing behind where Python would find it."""
+def test_machine_code_is_cached_in_the_users_cache_folder_only(package, tmp_path) -> None:
+    """Files beside the sources would remain after the package is uninstalled."""
     home = tmp_path / "home"
     own, numbas, xdg = (str(tmp_path / name) for name in ("own", "numbas", "xdg"))
     places = [
         ({}, home / ".cache" / "rmsnorm"),
-        ({"XDG_CACHE_HOME": "relative"}, home / ".cache" / "rmsnorm"),  # which its specification has one ignore
+        (
+            {"XDG_CACHE_HOME": "relative"},
+            home / ".cache" / "rmsnorm",
+        ),  # its specification says to ignore relative paths
         ({"XDG_CACHE_HOME": xdg}, tmp_path / "xdg" / "rmsnorm"),
         ({"XDG_CACHE_HOME": xdg, "NUMBA_CACHE_DIR": numbas}, tmp_path / "numbas"),
         ({"XDG_CACHE_HOME": xdg, "NUMBA_CACHE_DIR": numbas, "RMSNORM_CACHE_DIR": own}, tmp_path / "own"),
@@ -156,8 +159,8 @@ def test_machine_code_goes_to_the_users_cache_folder_and_never_beside_the_source
     assert set(package.rglob("*")) == shipped
 
 
-def test_no_folder_for_a_cache(package, tmp_path) -> None:
-    """Neither the one that is asked for nor one in the user's home."""
+def test_kernels_work_without_a_cache_folder(package, tmp_path) -> None:
+    """Neither the configured folder nor one in the user's home can be created."""
     file = tmp_path / "file"
     file.write_text("")
     nowhere = str(file / "folder")
@@ -200,7 +203,7 @@ print(said)
     ],
     ids=["numba is missing", "numba is broken"],
 )
-def test_without_numba(how, reason, package, tmp_path) -> None:
+def test_the_reference_computes_without_numba(how, reason, package, tmp_path) -> None:
     (tmp_path / "numba").mkdir()
     (tmp_path / "numba" / "__init__.py").write_text("raise SystemError('NumPy too new')")
     code = how.replace("sys.argv[1]", repr(str(tmp_path))) + "\n" + WITHOUT

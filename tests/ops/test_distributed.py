@@ -1,7 +1,7 @@
-"""The same bits on several ranks as on one. Each case runs on every rank of a group of gloo processes on the CPU.
+"""Several ranks give the same bits as one. Each case runs on every rank of a group of gloo processes on the CPU.
 
-A group is started once and runs its cases in turn. A rank whose case fails prints why and leaves, which ends the
-others, so that nothing waits for it: then only the first failure of a group counts.
+A group is started once and runs its cases in turn. A rank whose case fails prints the error and exits, which ends
+the others, so that none waits for it; then only the first failure of a group counts.
 """
 
 import contextlib
@@ -57,11 +57,11 @@ def on(*worlds: int) -> Callable[[Case], Case]:
     return add
 
 
-# --- what the cases share ------------------------------------------------------------------------------------
+# --- shared by the cases ------------------------------------------------------------------------------------
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The same on every rank."""
+    """Random numbers that are the same on every rank."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
@@ -70,7 +70,7 @@ def spread(t: Tensor, mesh: DeviceMesh, *placements: Placement) -> DTensor:
 
 
 def drawn(shape: tuple[int, ...], dtype: torch.dtype, w_dtype: torch.dtype | None) -> list[Tensor | None]:
-    """x, residual, w (None without a dtype), dy, ds."""
+    """Random x, residual, w (None if its dtype is None), dy and ds."""
     y_dtype = dtype if w_dtype is None else torch.promote_types(dtype, w_dtype)
     x, residual = (randn(*shape, seed=i, dtype=dtype).requires_grad_() for i in (1, 2))
     w = None if w_dtype is None else randn(shape[-1], seed=3, dtype=w_dtype).requires_grad_()
@@ -94,7 +94,7 @@ def same(got: DTensor, expected: Tensor, what: str, *placements: Placement) -> N
 
 
 def dw_of_rows(x: Any, residual: Any, w: Any, dy: Any, spec: dict[str, Any]) -> Tensor:
-    """dw of the reference, whose sum over rows is in fp64."""
+    """dw of the reference, which sums over rows in fp64."""
     cast, offset = spec.get("cast", "early"), spec.get("offset", 0.0)
     with torch.no_grad():
         rows = x if residual is None else x + residual
@@ -105,7 +105,7 @@ def dw_of_rows(x: Any, residual: Any, w: Any, dy: Any, spec: dict[str, Any]) -> 
 
 
 class Messages(TorchDispatchMode):
-    """What each collective inside carries: (its name, dtype, how many numbers)."""
+    """Records the collectives inside as (name, dtype, number of elements)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class Messages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
-            return NotImplemented  # it comes here again with what is local
+            return NotImplemented  # the mode is called again with the local tensors
         if func.namespace == "_c10d_functional" and not func.__name__.startswith(("wait", "_")):
             self.sent.append((func.__name__.split(".")[0], args[0].dtype, args[0].numel()))
         return func(*args, **(kwargs or {}))
@@ -121,7 +121,7 @@ class Messages(TorchDispatchMode):
 
 @contextlib.contextmanager
 def communicating(**expected: int) -> Iterator[None]:
-    """Exactly these collectives inside."""
+    """Asserts that exactly these collectives run inside."""
     with CommDebugMode() as counted:
         yield
     counts = {op.__name__.split(".")[0]: n for op, n in counted.get_comm_counts().items() if n}
@@ -132,9 +132,9 @@ def communicating(**expected: int) -> Iterator[None]:
 
 
 @on(2, 4)
-def rows_pass_through(mesh: DeviceMesh) -> None:
-    """Any sharding of rows: no communication, exact placements, and dw what each rank's own rows give."""
-    for shape in ((4, 7, 96), (3, 1, 5, 33), (1, 2, 1)):  # uneven, and ranks without a row
+def rows_need_no_communication(mesh: DeviceMesh) -> None:
+    """Any sharding of rows: no communication, the expected placements, and dw of each rank's own rows."""
+    for shape in ((4, 7, 96), (3, 1, 5, 33), (1, 2, 1)):  # uneven shards, and ranks without rows
         for dim in (None, *range(len(shape) - 1)):
             p: Placement = Replicate() if dim is None else Shard(dim)
             for i, spec in enumerate(SPECS):
@@ -159,7 +159,7 @@ def rows_pass_through(mesh: DeviceMesh) -> None:
 
 @on(2, 4)
 def columns_stay_sharded(mesh: DeviceMesh) -> None:
-    """One all-reduce of one fp64 number a row in each direction; also uneven, and with ranks that hold no column."""
+    """One all-reduce of one fp64 number a row in each direction; also with uneven shards and ranks without columns."""
     for N, dtype in ((256, DTYPES[1]), *((67, dtype) for dtype in DTYPES), (5, DTYPES[0]), (1, DTYPES[2])):
         for w_dtype, spec in ((dtype, SPECS[0]), (torch.float32, SPECS[1]), (dtype, SPECS[2]), (None, SPECS[0])):
             x, residual, w, dy, ds = drawn((3, 5, N), dtype, w_dtype)
@@ -200,15 +200,21 @@ def two_dimensions(mesh: DeviceMesh) -> None:
 
 
 @on(2)
-def what_differs_is_brought_together(mesh: DeviceMesh) -> None:
-    """A residual or a gradient that lies otherwise than x, and a sum that is still partial."""
+def differing_placements_are_redistributed(mesh: DeviceMesh) -> None:
+    """A residual or gradient with other placements than x, and a Partial x."""
     x, residual, w, dy, ds = drawn((4, 6, 32), torch.float32, torch.float32)
     outputs, gradients = norm(x, residual, w, dy, ds, {})
     W = spread(w, mesh, Replicate())
     for of_x, of_residual, of_dy, expected, counts in (
         (Shard(1), Replicate(), Shard(1), Shard(1), {}),
         (Replicate(), Shard(1), Replicate(), Shard(1), {}),
-        (Shard(0), Shard(0), Shard(1), Shard(0), {"all_gather_into_tensor": 1}),  # an all-to-all, but gloo has none
+        (
+            Shard(0),
+            Shard(0),
+            Shard(1),
+            Shard(0),
+            {"all_gather_into_tensor": 1},
+        ),  # would be an all-to-all, which gloo lacks
         (Shard(2), Shard(2), Replicate(), Shard(2), {"all_reduce": 2}),
     ):
         X, R, DY, DS = (
@@ -218,7 +224,7 @@ def what_differs_is_brought_together(mesh: DeviceMesh) -> None:
             got, got_gradients = norm(X, R, W, DY, DS, {})
         for a, b in zip(got + got_gradients[:2], outputs + gradients[:2], strict=True):
             same(a, b, f"{of_x} {of_residual}", expected)
-    half = DTensor.from_local(x.detach() / 2, mesh, [Partial()])  # a power of two: the sum is x again
+    half = DTensor.from_local(x.detach() / 2, mesh, [Partial()])  # halving is exact, so the sum is x again
     with communicating(all_reduce=1):
         y = rmsnorm.rms_norm(half, W)
     same(y, rmsnorm.rms_norm(x, w), "partial", Replicate())
@@ -230,7 +236,7 @@ def what_differs_is_brought_together(mesh: DeviceMesh) -> None:
 
 @on(2)
 def without_fp64_sums_bits_differ(mesh: DeviceMesh) -> None:
-    """In fp32: if the partial sums were fp32, the test of columns would be red, forward and backward."""
+    """Replaces the fp64 partial sums by fp32 ones: then the test of columns must fail, forward and backward."""
     x, _, w, dy, ds = drawn((64, 8, 256), torch.float32, torch.float32)
     outputs, gradients = norm(x, None, w, dy, ds, {})
 
@@ -256,8 +262,8 @@ def without_fp64_sums_bits_differ(mesh: DeviceMesh) -> None:
 
 
 @on(2)
-def verify_is_red_when_a_rank_is_wrong(mesh: DeviceMesh) -> None:
-    """What `rmsnorm verify --world` counts on ranks: nothing; fp32 sums over columns; a wrong part of dw."""
+def verify_fails_if_a_rank_is_wrong(mesh: DeviceMesh) -> None:
+    """The differences that `rmsnorm verify --world` counts: none; with fp32 sums over columns; with a wrong part of dw."""
 
     def tally(sharding: str) -> Tally:
         case = VerifyCase(torch.float32, torch.float32, "late", 0.0, 128, 256, sharding=sharding)
@@ -279,7 +285,7 @@ def verify_is_red_when_a_rank_is_wrong(mesh: DeviceMesh) -> None:
 
 @on(2)
 def compiled(mesh: DeviceMesh) -> None:
-    """fullgraph: the same bits, one node a call, and no more collectives in the graph than eagerly."""
+    """With fullgraph=True: the same bits, one node for each call, and no more collectives than in eager mode."""
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
 
@@ -320,8 +326,8 @@ def compiled(mesh: DeviceMesh) -> None:
 
 
 @on(2)
-def not_differentiated(mesh: DeviceMesh) -> None:
-    """no_grad, inference_mode, a compiled inference, and what explain says."""
+def without_gradients(mesh: DeviceMesh) -> None:
+    """no_grad, inference_mode, compiled inference, and the text of `explain`."""
     x, _, w, *_ = drawn((4, 6, 67), torch.bfloat16, torch.bfloat16)
     y = rmsnorm.rms_norm(x, w).detach()
     for p, of_w in ((Shard(1), Replicate()), (Shard(2), Shard(0))):
@@ -336,7 +342,7 @@ def not_differentiated(mesh: DeviceMesh) -> None:
     torch._dynamo.reset()
 
 
-# In a process of its own, because the rules are learnt once.
+# In its own process, because the rules are registered once.
 _OPERATORS_FIRST = """
 import sys, torch, rmsnorm
 from torch.distributed.device_mesh import init_device_mesh
@@ -356,7 +362,7 @@ assert out[0].placements == (Shard(0),)
 
 
 @pytest.mark.parametrize("operator", ["forward", "backward"])
-def test_an_operator_called_before_rms_norm_knows_its_rule(operator: str, tmp_path: Path) -> None:
+def test_an_operator_called_before_rms_norm_has_its_dtensor_rule(operator: str, tmp_path: Path) -> None:
     arguments = [sys.executable, "-c", _OPERATORS_FIRST, f"{tmp_path}/store", operator]
     ended = subprocess.run(arguments, text=True, capture_output=True, timeout=120, check=False)
     assert ended.returncode == 0, ended.stderr
@@ -368,7 +374,7 @@ N, HIDDEN = 64, 96
 
 
 class Block(nn.Module):
-    """A model that knows nothing of ranks: a norm of each kind between linear layers, and what each was given."""
+    """A model without any code for ranks: a norm of each kind between linear layers. Records the inputs of the norms."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -418,7 +424,7 @@ def norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @contextlib.contextmanager
 def checked_norms(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
-    """Every norm that runs inside has the bits of one process at what it was given; dtype is that of its weight."""
+    """Asserts that every norm that runs inside gives the bits of a single process. dtype: that of the weights."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def watch(name: str) -> Any:
@@ -445,7 +451,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Each relative to its largest number, because that is what a sum in another order is off by."""
+    """Compares relative to each tensor's largest number, which bounds the error of a sum in another order."""
     assert got.keys() == expected.keys()
     for name, b in expected.items():
         off = (got[name].double() - b.double()).abs().max() / b.double().abs().max()
@@ -458,7 +464,7 @@ def loss(y: Tensor, target: Tensor) -> Tensor:
 
 @on(2, 4)
 def sequence_and_tensor_parallel(mesh: DeviceMesh) -> None:
-    """Norms cost what their neighbours cost: a gather and a scatter, and one all-reduce for the one by columns."""
+    """Norms add no communication but one all-reduce for the norm that is sharded by columns."""
     world, (x, target) = mesh.size(), (randn(3, 8, N, seed=s) for s in (1, 2))
     plain = Block()
     loss(plain(x), target).backward()
@@ -506,7 +512,7 @@ def clipping_with_partial_gradients(mesh: DeviceMesh) -> None:
 
 
 def mean_gradients(model: nn.Module, xs: list[Tensor]) -> dict[str, Tensor]:
-    """What ranks with a batch each agree on."""
+    """The gradients that ranks with these batches agree on: the mean over the batches."""
     for x in xs:
         (model(x).float().square().sum() / len(xs)).backward()
     return gradients(model)
@@ -537,12 +543,12 @@ def fully_sharded(mesh: DeviceMesh) -> None:
                 assert parameter.grad.dtype == torch.float32
             if dtype == torch.float32:
                 close(gradients(model), expected)
-            else:  # the same on each rank, and then the mean of the ranks in fp32
+            else:  # each rank's gradient, then the mean over ranks in fp32
                 close(gradients(model), mixed_gradients(xs))
 
 
 def mixed_gradients(xs: list[Tensor]) -> dict[str, Tensor]:
-    """The mean in fp32 of what a bf16 model gives for each batch."""
+    """The fp32 mean of the gradients of a bf16 model for each batch."""
     total: dict[str, Tensor] = {}
     for x in xs:
         model = Block().bfloat16()
@@ -553,8 +559,8 @@ def mixed_gradients(xs: list[Tensor]) -> dict[str, Tensor]:
 
 
 @on(4)
-def two_ways_at_once(mesh: DeviceMesh) -> None:
-    """FSDP2 over one dimension of the mesh, tensor and sequence parallel over the other; clipping, a step, another."""
+def data_and_tensor_parallel_together(mesh: DeviceMesh) -> None:
+    """FSDP2 over one mesh dimension, tensor and sequence parallel over the other; with clipping, for two steps."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     xs = [randn(3, 8, N, seed=s) for s in range(2)]
     own = xs[mesh.get_local_rank("dp")].chunk(2, 1)[mesh.get_local_rank("tp")]
@@ -583,8 +589,8 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 @on(4)
-def saved_and_loaded_otherwise(mesh: DeviceMesh) -> None:
-    """A checkpoint of a 2 × 2 model, loaded into one that FSDP shards over four, and into a plain one."""
+def a_checkpoint_loads_into_other_shardings(mesh: DeviceMesh) -> None:
+    """A checkpoint of a 2 × 2 model is loaded into a model that FSDP shards over four ranks, and into a plain one."""
     square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     model = in_parallel(Block(), square["tp"])
     fully_shard(model, mesh=square["dp"])
@@ -616,8 +622,8 @@ def data_parallel(mesh: DeviceMesh) -> None:
 
 
 @on(2)
-def checkpointed(mesh: DeviceMesh) -> None:
-    """Computed again in the backward pass, or kept on the CPU meanwhile: the same bits of every gradient."""
+def activation_checkpointing_and_offloading(mesh: DeviceMesh) -> None:
+    """Activation checkpointing and CPU offloading give the same bits for every gradient."""
     own = randn(3, 8, N, seed=1).chunk(2, 1)[mesh.get_local_rank()]
 
     def run(call: Callable[[nn.Module, Tensor], Tensor]) -> dict[str, Tensor]:
@@ -650,8 +656,8 @@ class StrangersRMSNorm(nn.Module):
 
 
 @on(2)
-def patched(mesh: DeviceMesh) -> None:
-    """Patched, then sharded; the other way round nothing is replaced, and the message says what to do."""
+def patched_before_sharding(mesh: DeviceMesh) -> None:
+    """Patching before sharding works. After sharding nothing is replaced, and the message says what to do."""
 
     def strange() -> nn.Module:
         model = Block()
@@ -681,12 +687,12 @@ def patched(mesh: DeviceMesh) -> None:
         assert norms == [model.norm, model.middle, model.final], "something was replaced"
 
 
-# --- mistakes and faults -------------------------------------------------------------------------------------
+# --- user errors and failures --------------------------------------------------------------------------------
 
 
 @on(2)
-def mistakes(mesh: DeviceMesh) -> None:
-    """A message on every rank, which names the placements and what to do; then the group still works."""
+def unsuitable_placements_raise(mesh: DeviceMesh) -> None:
+    """Every rank raises an error that names the placements and the fix; afterwards the group still works."""
     other = init_device_mesh("cpu", (2, 1))
     x, residual, w, *_ = (t.detach() for t in drawn((4, 6, 32), torch.float32, torch.float32))
     rows, columns, every = (spread(x, mesh, p) for p in (Shard(1), Shard(2), Replicate()))
@@ -765,7 +771,7 @@ def run_rank(rank: int, world: int, folder: Path, names: list[str]) -> None:
 
 
 def run_fault(rank: int, folder: Path, name: str) -> None:
-    """Two ranks, in a group that gives up after five seconds once both have come."""
+    """Runs two ranks, in a group with a timeout of five seconds once both have joined."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     dist.barrier()
     mesh = DeviceMesh.from_group(dist.new_group(timeout=datetime.timedelta(seconds=5)), "cpu")
@@ -779,9 +785,9 @@ def run_fault(rank: int, folder: Path, name: str) -> None:
 
 def start(rank: int, world: int, folder: Path, *names: str) -> "subprocess.Popen[str]":
     variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    # torch's cache of compiled code does not tell uneven shards of one DTensor apart: one cache for each rank.
+    # torch's cache of compiled code does not distinguish uneven shards of a DTensor, so each rank gets its own.
     variables["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/compiled-{rank}"
-    variables["PYTHONPATH"] = os.pathsep.join(sys.path)  # tests/ among them, where tolerance.py is
+    variables["PYTHONPATH"] = os.pathsep.join(sys.path)  # includes tests/, for tolerance.py
     arguments = [sys.executable, __file__, str(rank), str(world), str(folder), *names]
     return subprocess.Popen(arguments, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -800,19 +806,19 @@ def finish(processes: list["subprocess.Popen[str]"], seconds: float) -> list[str
 
 @functools.cache
 def group(world: int) -> list[str]:
-    """What each rank of a group printed."""
+    """Runs a group and returns the output of each rank."""
     with tempfile.TemporaryDirectory() as folder:
         return finish([start(r, world, Path(folder), *CASES[world]) for r in range(world)], 240)
 
 
 @pytest.mark.parametrize(("world", "name"), [(w, n) for w in CASES for n in CASES[w]])
-def test_on_every_rank(world: int, name: str) -> None:
+def test_case_passes_on_every_rank(world: int, name: str) -> None:
     for rank, output in enumerate(group(world)):
         assert f"\npassed {name} " in "\n" + output, f"rank {rank}:\n{output}"
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_of_one_rank_ends_the_other(name: str, tmp_path: Path) -> None:
+def test_an_error_on_one_rank_ends_the_other(name: str, tmp_path: Path) -> None:
     processes = [start(r, 2, tmp_path, name) for r in range(2)]
     try:
         output = finish(processes[:1], 60)[0]

@@ -1,4 +1,4 @@
-"""The operators called as compiled graphs call them: by C++ where all is plain, by Python where it is not."""
+"""The operators, called directly as compiled graphs do: C++ runs them on plain tensors, Python on anything else."""
 
 import itertools
 import threading
@@ -21,7 +21,7 @@ EPS = 1e-6
 
 @pytest.fixture
 def by_python(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The passes that Python makes."""
+    """Records the passes that run in Python."""
     if host.described() != "called from C++":
         pytest.skip(host.described())
     seen: list[str] = []
@@ -34,7 +34,7 @@ def by_python(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def assert_all_same(got: Any, expected: Any) -> None:
     for a, b in zip(got, expected, strict=True):
         if b is None:
-            assert a.shape == (0,)  # an output that was not asked for
+            assert a.shape == (0,)  # an output that was not requested
         else:
             assert a.stride() == b.stride()
             assert_same_bits(a, b)
@@ -42,7 +42,7 @@ def assert_all_same(got: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("cast", "offset"), [("early", 0.0), ("late", 0.0), ("late", 1.0)])
-def test_plain_calls_are_made_without_python(by_python, randn, dtype, cast, offset) -> None:
+def test_operators_on_plain_tensors_run_without_python(by_python, randn, dtype, cast, offset) -> None:
     for shape, adds, weighted, (first, second) in itertools.product(
         ((3, 2, 33), (7,), (40, 1280), (0, 8)), (False, True), (False, True), ((True, True), (False, True), (True, False))
     ):  # fmt: skip
@@ -69,8 +69,8 @@ class Passing(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_what_is_not_plain_is_pythons(by_python, randn) -> None:
-    """And gives the same: what C++ does not know, converts or cannot see through."""
+def test_other_calls_run_in_python_with_the_same_results(by_python, randn) -> None:
+    """Calls that need a conversion or autograd, and tensors that torch must dispatch."""
     x, w = randn(4, 32), randn(32)
     expected = FORWARD(x, None, w, EPS, "early", 0.0, True)
     assert by_python == []
@@ -94,7 +94,7 @@ def test_what_is_not_plain_is_pythons(by_python, randn) -> None:
     assert_same_bits(torch.vmap(lambda x: FORWARD(x, None, w, EPS, "early", 0.0, True)[0])(x), expected[0])
 
 
-def test_what_is_wrong_raises_as_python_says(by_python, randn) -> None:
+def test_invalid_arguments_raise_the_errors_of_python(by_python, randn) -> None:
     x, w = randn(4, 32), randn(32)
     FORWARD(x, None, w, EPS, "early", 0.0, False)
     for args, said in (
@@ -112,7 +112,7 @@ def test_what_is_wrong_raises_as_python_says(by_python, randn) -> None:
         FORWARD(short, None, w, EPS, "early", 0.0, False)
 
 
-def test_a_gradient_through_the_operator_can_be_taken_once(by_python, randn) -> None:
+def test_the_operator_is_differentiable_once(by_python, randn) -> None:
     x, w, dy = randn(4, 32).requires_grad_(), randn(32).requires_grad_(), randn(4, 32)
     expected = torch.autograd.grad(rms_norm(x, w), [x, w], dy)
     got = torch.autograd.grad(FORWARD(x, None, w, EPS, "early", 0.0, True)[0], [x, w], dy, create_graph=True)
@@ -128,7 +128,7 @@ def test_a_gradient_through_the_operator_can_be_taken_once(by_python, randn) -> 
     assert by_python == []
 
 
-def test_inference_tensors_and_autocast_are_plain(by_python, randn) -> None:
+def test_inference_tensors_and_autocast_need_no_python(by_python, randn) -> None:
     with torch.inference_mode():
         x, w = randn(4, 32), randn(32)
     with torch.autocast("cpu"):
@@ -137,8 +137,8 @@ def test_inference_tensors_and_autocast_are_plain(by_python, randn) -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_a_compiled_graph_calls_the_operators_in_cpp(by_python, randn) -> None:
-    """Forward and backward: the profiler shows C++'s own record inside of the operator's."""
+def test_a_compiled_graph_runs_the_operators_in_cpp(by_python, randn) -> None:
+    """Forward and backward: the profiler shows C++'s own event inside the operator's."""
 
     def layer(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         y, s = add_rms_norm(x * 2, r, w)
@@ -159,8 +159,8 @@ def test_a_compiled_graph_calls_the_operators_in_cpp(by_python, randn) -> None:
     assert by_python == []
 
 
-def test_an_operator_that_python_runs_has_cpp_loaded(by_python, randn, monkeypatch) -> None:
-    """A compiled graph may call nothing else."""
+def test_running_an_operator_in_python_loads_the_cpp(by_python, randn, monkeypatch) -> None:
+    """A compiled graph may call nothing else that could load it."""
     looked: list[bool] = []
     monkeypatch.setattr(host, "look", lambda: looked.append(True))
     x, w = randn(4, 32), randn(32, dtype=torch.bfloat16)
@@ -169,8 +169,8 @@ def test_an_operator_that_python_runs_has_cpp_loaded(by_python, randn, monkeypat
     assert looked == [True, True]
 
 
-def test_many_threads_call_the_operators(by_python, randn) -> None:
-    """New kinds and known ones, forward and backward."""
+def test_concurrent_operator_calls_are_right(by_python, randn) -> None:
+    """New and cached kinds of calls, forward and backward."""
     x, w, dy = randn(64, 16), randn(16), randn(64, 16)
 
     def call(M: int) -> list[Tensor]:

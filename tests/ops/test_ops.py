@@ -1,6 +1,6 @@
 """The operators inside torch: compile, export, trace, torch.func, forward mode, second derivatives, modes, subclasses.
 
-Wherever they run, the bits are those of a plain call; and no derivative is ever silently missing.
+Everywhere they give the bits of a plain call, and no derivative is silently missing.
 """
 
 import copy
@@ -28,7 +28,7 @@ every_spec = pytest.mark.parametrize(("cast", "offset"), SPECS)
 
 
 class Layer(nn.Module):
-    """A weight and one call, with or without a residual."""
+    """A module with a weight and one call of a norm, with or without a residual."""
 
     def __init__(self, w: Tensor, cast: Any = "early", offset: float = 0.0) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Layer(nn.Module):
 
 
 class Seen(TorchDispatchMode):
-    """The names of our operators that the dispatcher was asked for."""
+    """Records the names of our operators that reach the dispatcher."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Seen(TorchDispatchMode):
 
 
 def run(f: Callable[..., Any], *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Outputs, and then the gradients of the inputs at a fixed cotangent."""
+    """The outputs, followed by the gradients of the inputs for a fixed cotangent."""
     leaves = [t.detach().clone().requires_grad_() for t in inputs]
     outputs = f(*leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -109,7 +109,7 @@ def test_opcheck_backward(randn) -> None:
 
 
 def around(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Exact work before and after, that a compiler would like to fuse with the norm."""
+    """A norm between exact operations that a compiler would try to fuse with it."""
 
     def g(x: Tensor, *rest: Tensor) -> Any:
         return tree_map(lambda t: t * 0.5, f(x * 2, *rest))
@@ -119,14 +119,14 @@ def around(f: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
-def test_compiled_bits(backend, randn) -> None:
+def test_compiled_code_gives_the_same_bits(backend, randn) -> None:
     specs = SPECS if backend == "aot_eager" else SPECS[:1]
     for dtype, (cast, offset) in itertools.product((torch.bfloat16,) if backend == "inductor" else FLOATS, specs):
 
         def norm(x: Tensor, w: Tensor, cast: Any = cast, offset: float = offset) -> Tensor:
             return rms_norm(x, w, cast=cast, offset=offset)
 
-        torch._dynamo.reset()  # or it counts all of these as recompiles of one function
+        torch._dynamo.reset()  # otherwise all of these count as recompilations of one function
         x, w = randn(6, 5, 96, dtype=dtype), randn(96, dtype=dtype)
         compiled = torch.compile(around(norm), fullgraph=True, backend=backend)
         assert_all_same(run(compiled, x, w), run(around(norm), x, w))
@@ -136,7 +136,7 @@ def test_compiled_bits(backend, randn) -> None:
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
-def test_compiled_bits_with_a_residual(backend, randn) -> None:
+def test_compiled_code_with_a_residual_gives_the_same_bits(backend, randn) -> None:
     def norm(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         return add_rms_norm(x, residual, w, cast="late")
 
@@ -146,7 +146,7 @@ def test_compiled_bits_with_a_residual(backend, randn) -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_compiled_forms_of_memory(randn) -> None:
+def test_compiled_code_accepts_every_memory_layout(randn) -> None:
     w = randn(64)
     for x in (
         randn(5, 72)[:, :64], randn(5, 72)[:1, :64], randn(4, 3, 64).transpose(0, 1), randn(64, 3).t(), randn(64),
@@ -163,7 +163,7 @@ def test_compiled_forms_of_memory(randn) -> None:
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("grad", [False, True])
-def test_no_recompile_per_row_count(grad, randn) -> None:
+def test_a_new_row_count_causes_no_recompilation(grad, randn) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
     counter = CompileCounterWithBackend("aot_eager")
@@ -175,12 +175,12 @@ def test_no_recompile_per_row_count(grad, randn) -> None:
         assert_same_bits(y, rms_norm(x, w), f"M={M}")
         if grad:
             y.sum().backward()
-    # Once for the first count, and once more for any.
+    # Once for the first row count, and once more with a dynamic count.
     assert counter.frame_count <= 2
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_one_graph_with_one_node(randn) -> None:
+def test_a_norm_is_one_node_of_one_graph(randn) -> None:
     graphs: list[torch.fx.GraphModule] = []
 
     def keep(graph: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -360,7 +360,7 @@ def test_jacrev_and_jacfwd_and_vjp(randn) -> None:
 
 
 def tangent_scales(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """What the errors of the entries of the two Jacobians of one row are measured in."""
+    """The scale relative to which errors in the two Jacobians of one row are measured."""
     x, w = x.double(), w.double()
     r = (x.square().mean() + 1e-6).rsqrt()
     xh = x * r
@@ -491,7 +491,7 @@ def test_a_second_derivative_raises(way, randn) -> None:
 @pytest.mark.parametrize("allow_unused", [False, True])
 @every_spec
 def test_double_backward_raises(cast, offset, allow_unused, randn) -> None:
-    """Of dx and dw, to x, w and dy: never None, whatever else is allowed."""
+    """Of dx and dw with respect to x, w and dy; they are never None, even with allow_unused=True."""
     x, w, dy = (t.requires_grad_() for t in (randn(3, 8), randn(8), randn(3, 8)))
     for first, second in itertools.product((x, w), (x, w, dy, (x, w, dy))):
         y = rms_norm(x, w, cast=cast, offset=offset)
@@ -509,11 +509,11 @@ def test_other_ways_to_a_second_derivative_raise(randn) -> None:
         dx.norm().backward()  # a gradient penalty
     assert x.grad is None
     assert w.grad is None
-    # Materialised zeros hide nothing either.
+    # Materialized zeros do not hide the error either.
     (dx,) = torch.autograd.grad(scalar(x, w), x, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.autograd.grad(dx.sum(), w, materialize_grads=True)
-    # Two norms, one after the other.
+    # Two norms in sequence.
     (dx,) = torch.autograd.grad(scalar(rms_norm(x), w), x, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.autograd.grad(dx.sum(), x)
@@ -556,7 +556,7 @@ def test_forward_over_reverse_raises(randn) -> None:
 
 @pytest.mark.parametrize("residual", [False, True])
 def test_a_dual_cotangent_loses_no_tangent(residual, randn) -> None:
-    """dx and dw are linear in dy, so here a derivative is well defined: it raises or it is right, it is not dropped."""
+    """dx and dw are linear in dy, so this derivative exists: the call raises or returns it, but never drops it."""
     x, w, dy, t = randn(3, 8).requires_grad_(), randn(8).requires_grad_(), randn(3, 8), randn(3, 8)
     y = add_rms_norm(x, x.detach(), w)[0] if residual else rms_norm(x, w)
     with forward_ad.dual_level():
@@ -647,7 +647,7 @@ def test_compiled_derivatives_are_right_or_raise(way, randn) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_bare_operator_loses_no_gradient(randn) -> None:
+def test_the_operator_called_directly_loses_no_gradient(randn) -> None:
     x, w, t = randn(3, 8).requires_grad_(), randn(8), randn(3, 8)
     expected = torch.autograd.grad((rms_norm(x, w) * t).sum(), x)
 
@@ -667,10 +667,10 @@ def test_the_bare_operator_loses_no_gradient(randn) -> None:
         assert_all_same(got, expected)
 
 
-# --- autograd's other habits ---------------------------------------------------------------------------------
+# --- other features of autograd ------------------------------------------------------------------------------
 
 
-def test_backward_twice(randn) -> None:
+def test_backward_twice_needs_retain_graph(randn) -> None:
     x, w = randn(3, 8).requires_grad_(), randn(8).requires_grad_()
     y = rms_norm(x, w)
     first = torch.autograd.grad(y.square().sum(), (x, w), retain_graph=True)
@@ -680,7 +680,7 @@ def test_backward_twice(randn) -> None:
 
 
 @pytest.mark.parametrize("which", ["x", "weight", "sum"])
-def test_changing_what_was_saved_raises(which, randn) -> None:
+def test_modifying_a_saved_tensor_raises_in_backward(which, randn) -> None:
     x, residual, w = randn(3, 8).requires_grad_(), randn(3, 8), randn(8).requires_grad_()
     inner, scale = x * 1, w * 1
     if which == "sum":
@@ -693,7 +693,7 @@ def test_changing_what_was_saved_raises(which, randn) -> None:
         y.sum().backward()
 
 
-def test_changing_the_output_is_fine(randn) -> None:
+def test_modifying_the_output_changes_no_gradient(randn) -> None:
     x, w = randn(3, 8).requires_grad_(), randn(8)
     y = rms_norm(x, w)
     (expected,) = torch.autograd.grad((y * 2).sum(), x)
@@ -717,7 +717,7 @@ def test_no_grad_leaves_no_graph(randn) -> None:
     ("needs", "expected"),
     [((True, False), (True, False)), ((False, True), (False, True)), ((True, True), (True, True))],
 )
-def test_what_is_frozen_costs_nothing(needs, expected, randn, monkeypatch) -> None:
+def test_no_gradient_is_computed_for_frozen_tensors(needs, expected, randn, monkeypatch) -> None:
     from rmsnorm.kernels.cpu import planner as cpu
 
     asked: list[tuple[bool, bool]] = []
@@ -732,7 +732,7 @@ def test_what_is_frozen_costs_nothing(needs, expected, randn, monkeypatch) -> No
     assert set(asked) == {expected}
 
 
-def test_an_absent_gradient_of_the_sum_costs_nothing(randn, monkeypatch) -> None:
+def test_an_unused_sum_adds_no_gradient_tensor(randn, monkeypatch) -> None:
     from rmsnorm.kernels.cpu import planner as cpu
 
     cotangents: list[Any] = []
@@ -758,7 +758,7 @@ def test_checkpoint(use_reentrant, randn) -> None:
     assert_all_same((x.grad, w.grad), expected)
 
 
-def test_saved_tensor_hooks_may_move_what_is_saved(randn) -> None:
+def test_saved_tensor_hooks_may_move_saved_tensors(randn) -> None:
     x, w = randn(30, 8, dtype=torch.float16), randn(8)
     expected = run(rms_norm, x, w)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy(force=True).copy(), torch.from_numpy):
@@ -822,7 +822,7 @@ def test_meta_and_fake(w_dtype, x_dtype, cast, randn) -> None:
 
 @pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("w_dtype", "x_dtype"), list(itertools.product(FLOATS, FLOATS)))
-def test_autocast_changes_nothing(w_dtype, x_dtype, autocast_dtype, randn) -> None:
+def test_autocast_changes_no_bit(w_dtype, x_dtype, autocast_dtype, randn) -> None:
     x, w = randn(3, 8, dtype=x_dtype), randn(8, dtype=w_dtype)
     for cast in ("early", "late"):
 
@@ -850,7 +850,7 @@ def test_a_dispatch_mode_sees_the_operators(randn) -> None:
 
 
 class Wrapped(Tensor):
-    """A tensor that holds another and takes every operator apart, as DTensor does."""
+    """A tensor that wraps another and intercepts every operator, as DTensor does."""
 
     inner: Tensor
     seen: list[str] = []  # noqa: RUF012
@@ -890,7 +890,7 @@ def test_a_subclass_goes_through_the_operator(randn) -> None:
     assert_same_bits(Wrapped.unwrap(leaf.grad), plain.grad)
 
 
-def test_a_wrapped_cotangent(randn) -> None:
+def test_a_subclass_cotangent_goes_through_the_operator(randn) -> None:
     x, w, dy = randn(3, 8).requires_grad_(), randn(8), randn(3, 8)
     (expected,) = torch.autograd.grad(rms_norm(x, w), x, dy)
     Wrapped.seen.clear()
@@ -900,10 +900,10 @@ def test_a_wrapped_cotangent(randn) -> None:
 
 
 class Named(Tensor):
-    """A subclass that changes nothing, as many libraries make."""
+    """A subclass without behaviour of its own, as many libraries define."""
 
 
-def test_a_subclass_that_changes_nothing(randn) -> None:
+def test_a_subclass_without_behaviour_gives_the_same_bits(randn) -> None:
     x, w = randn(3, 8), randn(8)
     y = rms_norm(x.as_subclass(Named), w.as_subclass(Named))
     assert_same_bits(y.as_subclass(Tensor), rms_norm(x, w))

@@ -1,15 +1,18 @@
-"""Kernels, in a folder a device: only cpu/ imports Numba and only gpu/ Triton, when a first tensor needs them."""
+"""The kernels, one package per device.
+
+Only kernels.cpu and kernels.gpu import Numba or Triton; each is imported when the first tensor of its device arrives.
+"""
 
 import functools
 import os
 import signal
 from typing import Any
 
-PROCESS = os.getpid()  # a child that is forked from it has none of the threads that torch started in it
+PROCESS = os.getpid()  # a forked child has another pid, and none of the threads that torch started in this process
 
 
-def is_of_a_signal(error: BaseException) -> bool:
-    """Whether a signal handler raised it, a timeout for example: it is the caller's, whatever it interrupted."""
+def raised_by_signal_handler(error: BaseException) -> bool:
+    """Whether a Python signal handler raised the error, as a timeout does: such errors must reach the caller."""
     handlers = [handler for number in signal.valid_signals() if callable(handler := signal.getsignal(number))]
     codes = {_code(handler) for handler in handlers}
     trace = error.__traceback__
@@ -21,7 +24,7 @@ def is_of_a_signal(error: BaseException) -> bool:
 
 
 def _code(handler: Any) -> Any:
-    """The Python code that a handler runs. functools.partial and functools.lru_cache have no frame of their own."""
+    """The code object that a handler runs, looking through functools.partial and lru_cache, which have no frame."""
     while True:
         if isinstance(handler, functools.partial):
             handler = handler.func

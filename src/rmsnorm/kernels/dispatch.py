@@ -1,4 +1,4 @@
-"""Who computes: the kernels of a device by a plan, or the reference, and why."""
+"""Decides whether a device's kernels or the reference compute a call, and runs it."""
 
 import functools
 import importlib
@@ -39,6 +39,7 @@ def backward(
 
 
 def plan_forward(kind: Forward) -> Plan | ByReference:
+    """The plan of the device's kernels, or the reason why the reference computes."""
     residual, w = kind.residual, kind.w
     planner = _planner(
         kind.device, kind.x.dtype, None if residual is None else residual.dtype, None if w is None else w.dtype
@@ -47,12 +48,13 @@ def plan_forward(kind: Forward) -> Plan | ByReference:
 
 
 def plan_backward(kind: Backward) -> Plan | ByReference:
+    """The plan of the device's kernels, or the reason why the reference computes."""
     planner = _planner(kind.device, kind.x.dtype, None, None if kind.w is None else kind.w.dtype)
     return planner if isinstance(planner, ByReference) else planner.plan_backward(kind)
 
 
 def name_of(plan: Plan | ByReference) -> str:
-    """Of who computes, in words."""
+    """What `explain` calls the implementation that a plan selects."""
     if isinstance(plan, ByReference):
         return "the reference, in plain torch"
     return str(_module(plan.device.type).NAME)  # type: ignore[union-attr]
@@ -60,7 +62,7 @@ def name_of(plan: Plan | ByReference) -> str:
 
 @functools.cache
 def _planner(device: torch.device, *dtypes: torch.dtype | None) -> ModuleType | ByReference:
-    """The planner for tensors of these dtypes: x's, the residual's and the weight's."""
+    """The planner for these dtypes of x, the residual and the weight."""
     module = _module(device.type)
     if isinstance(module, ByReference):
         return module
@@ -70,13 +72,13 @@ def _planner(device: torch.device, *dtypes: torch.dtype | None) -> ModuleType | 
 
 @functools.cache
 def _module(device_type: str) -> ModuleType | ByReference:
-    """The kernels of a device, imported when its first tensor comes."""
+    """The planner module of a device type, imported at the first call."""
     if device_type not in _KERNELS:
         return ByReference(f"there is no kernel for {device_type}")
     name, library = _KERNELS[device_type]
     try:
         return importlib.import_module(f"rmsnorm.kernels.{name}.planner")
-    except Exception as error:  # a missing or broken library must not take the layer down
-        if kernels.is_of_a_signal(error):
+    except Exception as error:  # the reference still works if the library is missing or broken
+        if kernels.raised_by_signal_handler(error):
             raise
         return ByReference(f"{library} cannot be used: {type(error).__name__}: {error}")

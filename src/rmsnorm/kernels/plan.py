@@ -1,11 +1,13 @@
-"""What a call of one kind is: decided once, from shapes, strides and dtypes alone, and then run any number of times.
+"""Plans: what to allocate and launch for one kind of call.
 
-    Forward, Backward  ->  cpu.plan, gpu.plan  ->  Plan  ->  run.py, in Python
-       a kind of call                              |
-                                                   `->  Native  ->  host.cpp, without Python
+A plan depends on shapes, strides, alignments, dtypes and options only. It is made once and run for every such call.
 
-A planner is pure: it allocates and launches nothing. A runner decides nothing: it makes the tensors that a plan names
-and starts its launches in their order.
+    Forward, Backward  ->  cpu/planner.py, gpu/planner.py  ->  Plan  ->  run.py, in Python
+       a kind of call                                           |
+                                                                `->  Native  ->  host.cpp, without Python
+
+Planners only decide: they allocate and launch nothing. Runners only execute: they allocate the tensors that a plan
+lists and start its launches in order.
 """
 
 import functools
@@ -19,15 +21,18 @@ from torch import Tensor
 from rmsnorm.kernels.rows import dense_strides
 from rmsnorm.spec import Spec
 
-MOST_PLANS = 4096  # kinds that are remembered, of one pass on one device
-_ALIGNED = 16  # no load takes more bytes at once; torch's fresh memory is aligned to 64
+MOST_PLANS = 4096  # size of each plan cache: one for each pass on each device
+_ALIGNED = 16  # bytes of the widest load; torch aligns new tensors to 64
 
 
-# --- a kind of call ------------------------------------------------------------------------------------------
+# --- kinds of calls ------------------------------------------------------------------------------------------
 
 
 class TensorKind(NamedTuple):
-    """All that a plan may depend on of a tensor. alignment: the largest power of two, up to 16, in its address."""
+    """The properties of a tensor that a plan may depend on.
+
+    alignment: the largest power of two, up to 16, that divides its address in bytes.
+    """
 
     dtype: torch.dtype
     shape: Sequence[int]
@@ -41,7 +46,7 @@ class TensorKind(NamedTuple):
 
     @classmethod
     def dense(cls, shape: Sequence[int], dtype: torch.dtype) -> "TensorKind":
-        """Contiguous, in fresh memory."""
+        """The kind of a newly allocated contiguous tensor."""
         return cls(dtype, tuple(shape), dense_strides(shape))
 
     @property
@@ -54,7 +59,7 @@ class TensorKind(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """A kind of forward call: y, s and rstd from x, residual and w."""
+    """A kind of forward call, which computes y, s and rstd from x, residual and w."""
 
     device: torch.device
     x: TensorKind
@@ -72,7 +77,10 @@ class Forward(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """A kind of backward call: dx and dw from dy, ds, x, w and rstd, where x is what was normalized."""
+    """A kind of backward call, which computes dx and dw from dy, ds, x, w and rstd.
+
+    x is what the forward pass normalized: its x, or s if it added a residual.
+    """
 
     device: torch.device
     dy: TensorKind
@@ -96,14 +104,14 @@ class Backward(NamedTuple):
         )  # fmt: skip
 
 
-# --- what is done for it -------------------------------------------------------------------------------------
+# --- plans ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A tensor that torch makes: the sum of others, or a copy of one, contiguous and in `dtype`.
+    """A contiguous tensor in `dtype` that torch computes: the sum of the tensors `of`, or a copy of one.
 
-    Where `name` is that of an input, it stands for the input from then on.
+    If `name` is the name of an input, the new tensor replaces that input.
     """
 
     name: str
@@ -113,9 +121,10 @@ class Converted:
 
 @dataclass(frozen=True)
 class Fresh:
-    """A contiguous tensor that the call allocates. value: what it is filled with, if a launch does not write it.
+    """A contiguous tensor that each call allocates.
 
-    huge_pages: whether to ask for few page faults, where the memory is fresh from the system.
+    value: what to fill it with; None if a launch writes it. huge_pages: whether to advise the system to back it with
+    huge pages, which causes fewer page faults.
     """
 
     name: str
@@ -131,10 +140,10 @@ class Fresh:
 
 @dataclass(frozen=True)
 class NativeTeam:
-    """As `threads.Team`, for C++.
+    """`threads.Team` for C++.
 
-    parallel: GOMP_parallel. process: the one that may call it, and no child that is forked from it. pieces: of the
-    work a thread.
+    parallel: the address of GOMP_parallel. process: the pid of the process that may call it; its forked children may
+    not. pieces: how many pieces of work to make for each thread.
     """
 
     M: int
@@ -147,11 +156,11 @@ class NativeTeam:
 
 @dataclass(frozen=True)
 class NativeLaunch:
-    """A function that C++ can call. arguments: the names of tensors, whose addresses it takes, and numbers.
+    """A launch that C++ can make.
 
-    team: how threads share the rows of machine code; then the first row and the one after the last follow.
-    launcher, configuration, stream_at: cuLaunchKernelEx, its CUlaunchConfig, and where the stream is in that; nothing
-    where the function is machine code of the CPU.
+    arguments: numbers, and names of tensors, whose addresses are passed. team: how threads share the rows of a CPU
+    function; it then takes two more arguments, the first row and the end of the range. launcher, configuration,
+    stream_at: for a GPU kernel the address of cuLaunchKernelEx, its CUlaunchConfig, and the offset of the stream in it.
     """
 
     function: int
@@ -163,21 +172,22 @@ class NativeLaunch:
 
 
 class KernelLaunch(Protocol):
-    """A kernel and what it is called with: tensors by their names, and numbers."""
+    """A kernel and its arguments: names of tensors, and numbers."""
 
     def run(self, tensors: Mapping[str, Tensor | None]) -> None:
-        """Compile it, unless it was, and start it."""
+        """Launches the kernel, compiling it first if necessary."""
 
     def native(self) -> NativeLaunch | str:
-        """The same for C++, compiled; or why only Python can start it."""
+        """Compiles the kernel and returns a launch for C++, or the reason why only Python can launch it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """How calls of one kind are made.
+    """How to make calls of one kind.
 
-    inputs: the names of what is given, in its order. before and after: what torch converts. fresh: what is allocated.
-    outputs: the names of what comes out, None for what was not asked for. A launch keeps alive what it points to.
+    inputs: the names of the arguments, in order. before, after: conversions by torch before and after the launches.
+    fresh: tensors to allocate. outputs: the names of the results, None for those not requested. Each launch keeps the
+    memory alive that it points to.
     """
 
     device: torch.device
@@ -190,12 +200,12 @@ class Plan:
 
     @functools.cached_property
     def gpu(self) -> int | None:
-        """The number of the GPU that it is for, if it is."""
+        """The index of the GPU, or None if the plan is for another device."""
         return self.device.index if self.device.type == "cuda" else None
 
     @functools.cached_property
     def native(self) -> "Native | str":
-        """The same for C++; or why only Python can make such calls."""
+        """This plan for C++, or the reason why only Python can run it."""
         if self.before or self.after:
             made = [name for converted in (*self.before, *self.after) for name in converted.of]
             names = dict.fromkeys("weight" if name == "w" else name for name in made)
@@ -213,7 +223,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Native:
-    """A plan that C++ can run: see `Plan`. keeps: what must live as long."""
+    """A `Plan` that C++ can run. keeps: an object to keep alive as long as this one."""
 
     inputs: tuple[str, ...]
     fresh: tuple[Fresh, ...]
@@ -224,18 +234,21 @@ class Native:
 
 @dataclass(frozen=True)
 class ByReference:
-    """There is no plan: calls of this kind are the reference's."""
+    """Stands in for a plan if the reference computes calls of this kind; `why` is the reason."""
 
     why: str
 
 
-# --- for planners --------------------------------------------------------------------------------------------
+# --- helpers for planners ------------------------------------------------------------------------------------
 
 Found = TypeVar("Found")
 
 
 def summands(kind: Forward) -> tuple[str, TensorKind, TensorKind | None, list[Converted]]:
-    """What a kernel reads: x by its name, and the residual that it adds; one of another dtype torch adds before."""
+    """What the forward kernel reads: the name and kind of its rows, the residual it adds, and conversions before it.
+
+    If the residual has another dtype than x, torch adds the two before the kernel runs, which then only reads s.
+    """
     x, residual = kind.x, kind.residual
     if residual is None or residual.dtype is x.dtype:
         return "x", x, residual, []
@@ -243,11 +256,17 @@ def summands(kind: Forward) -> tuple[str, TensorKind, TensorKind | None, list[Co
     return "s", total, None, [Converted("s", ("x", "residual"), total.dtype)]
 
 
-def laid_out(
+def find_layout(
     find: Callable[..., Found | None], wanted: Mapping[str, tuple[TensorKind, torch.dtype]]
 ) -> tuple[Found, dict[str, TensorKind], list[Converted]]:
-    """What `find(shape, *strides)` makes of tensors that a kernel reads in these dtypes; what they are then, and what
-    must be converted first: those of another dtype, and as few others as `find` can do with."""
+    """Finds a layout for tensors that a kernel reads in the wanted dtypes, copying as few of them as possible.
+
+    `find(shape, *strides)` returns a layout, or None if it does not support these strides. Tensors of another dtype
+    are always converted.
+
+    Returns:
+        The layout, the kinds of the tensors as the kernel reads them, and the conversions that must come first.
+    """
     kinds = {
         name: kind if kind.dtype is dtype else TensorKind.dense(kind.shape, dtype)
         for name, (kind, dtype) in wanted.items()
@@ -264,7 +283,7 @@ def laid_out(
             name: kind if kind.is_dense else TensorKind.dense(kind.shape, kind.dtype) for name, kind in kinds.items()
         }
         found = _found(find, kinds)
-    assert found is not None, "contiguous tensors of one shape are always found"
+    assert found is not None, "find must accept contiguous tensors of one shape"
     converted = [Converted(name, (name,), kinds[name].dtype) for name in kinds if kinds[name] is not wanted[name][0]]
     return found, kinds, converted
 

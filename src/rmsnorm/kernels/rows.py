@@ -1,4 +1,4 @@
-"""How the rows of tensors lie in memory, for the kernels of every device."""
+"""The memory layout of a tensor's rows, for the kernels of every device."""
 
 import functools
 import math
@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Walk:
-    """How the rows of tensors of one shape lie in memory.
+    """Where the rows of several tensors of one shape begin in memory: M rows of N elements.
 
-    Row m of a tensor begins at m · steps[2]; if `strided`, at i·steps[0] + j·steps[1] + k·steps[2] where
-    (i, j, k) is m unravelled over three dimensions, of which `sizes` holds the inner two.
+    `steps` holds three strides, in elements, for each tensor. Row m begins at m · steps[2]; if `strided`, at
+    i·steps[0] + j·steps[1] + k·steps[2], where (i, j, k) is m unravelled over three dimensions. `sizes` holds the
+    sizes of the inner two dimensions.
     """
 
     M: int
@@ -23,12 +24,12 @@ class Walk:
 
 @functools.lru_cache(4096)
 def walk(shape: Sequence[int], *strides: Sequence[int]) -> Walk | None:
-    """None if some last dimension is not contiguous, or the rows do not lie in three strided dimensions."""
+    """Returns None if a last dimension is not contiguous or the rows need more than three strided dimensions."""
     N, M = shape[-1], math.prod(shape[:-1])
     if M > 0 and N > 1 and any(stride[-1] != 1 for stride in strides):
         return None
     dims: list[tuple[int, tuple[int, ...]]] = []
-    for axis, size in enumerate(shape[:-1] if M > 0 else ()):  # without rows it is all the same where they begin
+    for axis, size in enumerate(shape[:-1] if M > 0 else ()):  # strides do not matter if there are no rows
         steps = tuple(stride[axis] for stride in strides)
         if size == 1:
             continue
@@ -46,5 +47,5 @@ def walk(shape: Sequence[int], *strides: Sequence[int]) -> Walk | None:
 
 
 def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Of a contiguous tensor."""
+    """The strides of a contiguous tensor of this shape."""
     return tuple(math.prod(max(size, 1) for size in shape[axis + 1 :]) for axis in range(len(shape)))

@@ -1,4 +1,4 @@
-"""Running plans in Python: the tensors that they name are made, and their launches started, in their order."""
+"""Runs plans in Python: allocates the tensors that a plan lists and starts its launches in order."""
 
 import ctypes
 import mmap
@@ -14,10 +14,18 @@ _HUGE_PAGE = 2 << 20
 
 
 def run(plan: Plan, given: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """What comes out, in the plan's order; None for what was not asked for. given: as the plan's inputs."""
+    """Runs a plan.
+
+    Args:
+        plan: the plan.
+        given: the input tensors in the order of `plan.inputs`; None for an absent one.
+
+    Returns:
+        The tensors named in `plan.outputs`; None for each that was not requested.
+    """
     gpu = plan.gpu
     if gpu is not None and gpu != compat.current_gpu():
-        with torch.cuda.device(gpu):  # all that is allocated and launched is on the current one
+        with torch.cuda.device(gpu):  # allocations and launches go to the current GPU
             return _run(plan, given)
     return _run(plan, given)
 
@@ -54,8 +62,8 @@ def _allocated(fresh: Fresh, plan: Plan) -> Tensor:
 
 
 def _in_huge_pages(address: int, size: int) -> None:
-    """Ask for few page faults where the memory is fresh, as torch itself does under THP_MEM_ALLOC_ENABLE=1."""
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux has it; a refusal changes nothing
+    """Advises the system to use huge pages for newly mapped memory, as torch does if THP_MEM_ALLOC_ENABLE=1."""
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)  # only on Linux; the advice may be refused without harm
     if advice is not None:
         start = -(-address // _HUGE_PAGE) * _HUGE_PAGE
         whole = (address + size - start) // _HUGE_PAGE * _HUGE_PAGE

@@ -1,8 +1,8 @@
-"""Differentiation: what the forward pass saves, the gradients, and tangents.
+"""Autograd: the tensors that the forward pass saves, gradients, and forward-mode tangents.
 
 norm  ->  _Norm, or TransformedNorm under torch.func and in forward mode  ->  _forward, _backward
-|- plain tensors: straight to a kernel
-`- anything else: torch.ops.rmsnorm.*, then a kernel
+                                                   |- plain tensors: directly to a kernel
+                                                   `- anything else: torch.ops.rmsnorm.*, then a kernel
 """
 
 from collections.abc import Callable
@@ -49,10 +49,10 @@ def _forward(
 def _backward(
     dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, spec: Spec, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    # Grad mode here means create_graph: then the gradient must stay tied to its inputs, to raise if it is used.
+    # Grad mode is on here if create_graph=True: then the gradient is recorded, so that differentiating it raises.
     if torch.is_grad_enabled() or compat.in_forward_ad():
         return _tied_backward(dy, ds, x, w, rstd, spec, need_dx, need_dw)
-    batched = compat.is_batched_cotangent  # what is_grads_batched=True makes of a cotangent
+    batched = compat.is_batched_cotangent  # a cotangent under is_grads_batched=True
     if not (batched(dy) or (ds is not None and batched(ds))) and is_plain(dy, ds, x, w, rstd):
         check_backward(dy, ds, x, w, rstd, spec.offset, need_dw)
         return dispatch.backward(dy, ds, x, w, rstd, spec, need_dx, need_dw)
@@ -66,9 +66,9 @@ _SECOND = "a second derivative of rms_norm is not implemented; differentiate rms
 def norm(
     x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: Cast, offset: float
 ) -> tuple[Any, ...]:
-    """(y, s, …) with whatever machinery of differentiation the arguments and the moment call for."""
+    """Computes (y, s, …) and records it for autograd, forward mode or torch.func if necessary."""
     where = caller(residual)
-    if torch.compiler.is_compiling():  # the operator has an autograd of its own, and a compiler takes it as it is
+    if torch.compiler.is_compiling():  # the compiler traces the operator, which has its own autograd rule
         check_spec(where, eps, cast, offset)
         check_tensors(where, x, residual, w, offset, symbolic=True)
         load_sharding()
@@ -95,15 +95,15 @@ def needs_gradient(x: Tensor, residual: Tensor | None, w: Tensor | None) -> bool
 
 
 def _leaked(*tensors: Tensor | None) -> bool:
-    """Whether one was kept from within a transform of torch.func that has ended, and has yet to be unwrapped."""
-    for t in tensors:  # noqa: SIM110  # a generator takes a microsecond
+    """Whether a tensor has leaked from a torch.func transform that has ended, and is still wrapped."""
+    for t in tensors:  # noqa: SIM110  # a generator would take a microsecond
         if t is not None and compat.is_wrapped(t):
             return True
     return False
 
 
 def _saved(ctx: Any) -> tuple[Tensor, Tensor | None, Tensor]:
-    """What the forward pass has kept. Raises RuntimeError if it was modified in place since, as torch does."""
+    """The saved rows, weight and rstd. Raises RuntimeError, as torch does, if one was modified in place since."""
     try:
         return ctx.saved_tensors  # type: ignore[no-any-return]
     except RuntimeError as error:
@@ -118,7 +118,7 @@ def _saved(ctx: Any) -> tuple[Tensor, Tensor | None, Tensor]:
 def _gradients(
     ctx: Any, dy: Tensor | None, ds: Tensor | None, backward: Callable[..., Any]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of x, residual and w; dy or ds is None where nothing depends on that output."""
+    """The gradients of x, residual and w. dy or ds is None if nothing depends on that output."""
     rows, w, rstd = _saved(ctx)
     check_saved("rms_norm", rows, w, *ctx.saved_dtypes)
     needs = ctx.needs_input_grad
@@ -133,7 +133,7 @@ def _gradients(
 
 
 class _Norm(torch.autograd.Function):
-    """Saves what was normalized, which autograd holds anyway, and 4 bytes a row."""
+    """Saves the normalized rows (x or s, which usually stay alive anyway), the weight, and rstd: 4 bytes a row."""
 
     @staticmethod
     def forward(
@@ -153,12 +153,13 @@ class _Norm(torch.autograd.Function):
         return *_gradients(ctx, dy, ds, _backward), None, None
 
 
-# Past a function in Python that is there for what `is_plain` and `_leaked` rule out, and takes a few microseconds.
+# Skips a Python function of torch that only matters for tensors that `is_plain` and `_leaked` exclude; it takes a few
+# microseconds.
 _apply_norm = compat.bare_apply(_Norm)
 
 
 class TransformedNorm(torch.autograd.Function):
-    """The same for torch.func and forward mode, which want the context set up apart: slower to call."""
+    """As `_Norm`, for torch.func and forward mode, which require a separate `setup_context`. It is slower to call."""
 
     generate_vmap_rule = True
 
@@ -188,7 +189,10 @@ class TransformedNorm(torch.autograd.Function):
     def jvp(
         ctx: Any, x_t: Tensor | None, residual_t: Tensor | None, w_t: Tensor | None, *others: None
     ) -> tuple[Tensor | None, ...]:
-        """With P = rstd · (1 − xh·xhᵀ/N), the symmetric matrix of the backward pass: y_t = w·P·s_t + xh·w_t."""
+        """The tangent y_t = w·P·s_t + xh·w_t, where P = rstd · (1 − xh·xhᵀ/N) is symmetric.
+
+        The backward pass multiplies by the same P, so it computes P·s_t here.
+        """
         rows, w, rstd = ctx.saved_tensors
         tangents = [t for t in (x_t, residual_t) if t is not None]
         s_t = torch.zeros_like(rows) if not tangents else sum(tangents[1:], tangents[0])
@@ -211,7 +215,7 @@ def _tied_backward(
 
 
 class BackwardOnce(torch.autograd.Function):
-    """The backward operator where it may be differentiated itself: that raises, and is not silently zero."""
+    """The backward operator with an autograd rule that raises, so that second derivatives are not silently zero."""
 
     generate_vmap_rule = True
 

@@ -1,8 +1,8 @@
-"""The operators: their schema, shapes, and rules for autograd and vmap.
+"""The operators: schemas, implementations, shape functions, and rules for autograd and vmap.
 
-They are opaque on purpose: a compiler that traced through them would fuse the arithmetic and change its bits.
-torch.compile, export, subclasses such as DTensor, fake tensors, vmap and dispatch modes see a norm as one node.
-The Python implementations below run until `host.loader` has loaded the C++, and after that for what C++ does not take.
+The operators are opaque to compilers, which would otherwise fuse the arithmetic and change its bits. torch.compile,
+export, subclasses such as DTensor, fake tensors, vmap and dispatch modes see each norm as one node. The Python
+implementations below run until `host.loader` has loaded the C++, and afterwards for calls that C++ does not make.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from rmsnorm.ops.autograd import BackwardOnce, TransformedNorm, check_backward
 from rmsnorm.ops.dispatch import is_plain, load_sharding
 from rmsnorm.spec import Cast, caller, check_gradients, check_memory, check_spec, check_tensors, result_dtype, spec_of
 
-# An output that was not asked for is an empty tensor: a schema cannot say "or none" of what it returns.
+# An output that was not requested is an empty tensor, because a schema cannot declare an optional output.
 
 _LIB = torch.library.Library("rmsnorm", "DEF")
 _LIB.define(
@@ -87,7 +87,7 @@ def _fake_backward(
 
 
 def _vmap_rule(op: Any, tensors: int) -> Any:
-    """One call for the whole batch where rows are all that is batched; otherwise one call a sample."""
+    """The vmap rule: one call for the whole batch if only rows are batched; otherwise one call for each sample."""
 
     def rule(
         info: Any, in_dims: tuple[int | None, ...], *args: Any
@@ -98,7 +98,7 @@ def _vmap_rule(op: Any, tensors: int) -> Any:
         batched = [d is not None for d in in_dims[:tensors]]
         rows_only = op is torch.ops.rmsnorm.forward.default and not batched[2]
         if rows_only:
-            if batched[0] and front[0].dim() == 1:  # the operator would take the samples for the columns of a row
+            if batched[0] and front[0].dim() == 1:  # the operator would treat the samples as the columns of a row
                 expected = "(..., N) with N of at least 1"
                 raise ValueError(complaint(caller(front[1]), "x", "has shape ()", expected))
             rows = [
@@ -108,7 +108,7 @@ def _vmap_rule(op: Any, tensors: int) -> Any:
             outputs = op(*rows, front[2], *args[tensors:])
             with_s, with_rstd = front[1] is not None, args[-1]
             return outputs, (0, 0 if with_s else None, 0 if with_rstd else None)
-        if info.batch_size == 0:  # the shapes, of one sample that is made up
+        if info.batch_size == 0:  # take the shapes from a call with a made-up sample
             one = [a.new_ones(a.shape[1:]) if is_batched else a for a, is_batched in zip(front, batched, strict=True)]
             outputs = op(*one, *args[tensors:])
             return tuple(o.new_empty(0, *o.shape) for o in outputs), (0,) * len(outputs)
@@ -122,7 +122,7 @@ def _vmap_rule(op: Any, tensors: int) -> Any:
 
 
 def _differentiated(*args: Any) -> bool:
-    """Whether a gradient or a tangent would be lost below autograd."""
+    """Whether autograd or forward mode must record the call: a tensor requires a gradient or has a tangent."""
     tensors = [a for a in args if isinstance(a, Tensor)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return True
@@ -136,7 +136,7 @@ def _autograd_forward(
     if not _differentiated(x, residual, w):
         with compat.below_autograd():
             return torch.ops.rmsnorm.forward.default(x, residual, w, eps, cast, offset, with_rstd)  # type: ignore[no-any-return]
-    spec = spec_of(caller(residual), eps, cast, offset)  # from here it goes to the kernel without the operator
+    spec = spec_of(caller(residual), eps, cast, offset)  # from here the call bypasses the operator's checks
     check_tensors(caller(residual), x, residual, w, offset, symbolic=not is_plain(x, residual, w))
     y, *s, rstd = TransformedNorm.apply(x, residual, w, spec)  # type: ignore[no-untyped-call]
     return y, s[0] if s else x.new_empty(0), rstd if with_rstd else x.new_empty(0)

@@ -1,14 +1,15 @@
-"""What the operators do with DTensors: FSDP2, tensor and sequence parallel. Loaded when the first one could arrive.
+"""The operators' rules for DTensors, as FSDP2, tensor parallelism and sequence parallelism use them.
 
-Along each dimension of the mesh x is replicated, or sharded by rows, or by columns (the hidden dimension):
+Imported only once torch.distributed.tensor is. Along each dimension of the mesh x is replicated, sharded by rows, or
+sharded by columns (the hidden dimension):
 
     x            weight               y, s, dx   rstd         dw             communication
     Replicate    Replicate            Replicate  Replicate    Replicate      none
     Shard(row)   Replicate            as x       Shard(row)   Partial(sum)   none
     Shard(-1)    Shard(0), Replicate  as x       Replicate    Shard(0)       one fp64 number a row, in each direction
 
-A row that lies in parts has the bits of a whole one because its partial sums travel in fp64, where their order does
-not show.
+A row that is sharded by columns has the same bits as a whole row, because the ranks exchange partial sums in fp64,
+where the order of summation does not change the rounded result.
 """
 
 import functools
@@ -33,7 +34,7 @@ Layout = tuple[Placement, ...]
 
 
 def explained(x: Any, residual: Any, w: Any) -> str | None:
-    """For `rmsnorm.explain`: what a DTensor's placements mean for the kernel. None if there is no DTensor."""
+    """What `rmsnorm.explain` says about the placements of DTensors; None if there is no DTensor."""
     if not any(isinstance(t, DTensor) for t in (x, residual, w)):
         return None
     if Shard(x.dim() - 1) in _layout("explain", x, residual, w):
@@ -92,9 +93,12 @@ def _backward(
 
 
 def _layout(where: str, x: Any, residual: Any, w: Any) -> Layout:
-    """How x and the residual are to lie: as x does, or, where x is not sharded, as the residual. Partial is summed.
+    """The layout for x and the residual: x's, or along mesh dimensions where x is not sharded, the residual's.
 
-    Raises ValueError, the same on every rank, for what does not fit.
+    Partial placements are summed (replicated).
+
+    Raises:
+        ValueError: if the placements or meshes do not fit together; on every rank alike.
     """
     present = {name: t for name, t in (("x", x), ("residual", residual), ("weight", w)) if t is not None}
     name, given = next((name, t) for name, t in present.items() if isinstance(t, DTensor))
@@ -127,7 +131,7 @@ def _layout(where: str, x: Any, residual: Any, w: Any) -> Layout:
 
 
 def _dim(p: Placement) -> int | None:
-    """Which dimension of the tensor is sharded, also by FSDP's and views' strided kind of Shard."""
+    """The tensor dimension that a placement shards, or None. Includes the strided shards of FSDP and views."""
     return getattr(p, "dim", None)
 
 
@@ -146,25 +150,25 @@ def _local(t: DTensor | None, layout: Layout) -> Tensor | None:
 
 
 def as_whole(t: Tensor, mesh: Any, layout: Layout, shape: Sequence[int]) -> DTensor:
-    """The DTensor of that shape of which this rank holds t."""
+    """The DTensor of the given global shape whose local part is t."""
     stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     return DTensor.from_local(t, mesh, layout, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
 def _over_ranks(S: Tensor, mesh: Any, layout: Layout, shape: Sequence[int]) -> Any:
-    """The sums over whole rows, from those over each rank's columns: the one all-reduce."""
+    """Adds each rank's sums over its columns to sums over whole rows: the only all-reduce."""
     last = len(shape) - 1
     partial = tuple(Partial() if p == Shard(last) else p for p in layout)
     return _local(as_whole(S, mesh, partial, shape[:-1]), _of_rows(layout, last))
 
 
-# --- the arithmetic of a row in parts, opaque to a compiler -----------------------------------------------------
+# --- arithmetic of rows sharded by columns, as operators that are opaque to compilers --------------------------
 
-_ARGUMENTS = {"rows": "x", "w": "weight"}  # what complaints call them
+_ARGUMENTS = {"rows": "x", "w": "weight"}  # their names in error messages
 
 
 def _begin_forward(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(s, Σ s²) with the sum in fp64; without a residual s is empty and x is meant."""
+    """(s, Σ s²) with the sum in fp64; without a residual, an empty tensor and Σ x²."""
     s = x.new_empty(0) if residual is None else (x + residual).contiguous()
     return s, reference.sum_of_squares(x if residual is None else s)
 
@@ -210,7 +214,7 @@ def _opaque(function: Any) -> Any:
         return function(*args)
 
     op = torch.library.custom_op(f"rmsnorm::{function.__name__.lstrip('_')}_in_parts", checked, mutates_args=())
-    op.register_fake(function)  # plain torch: it also says the shapes
+    op.register_fake(function)  # the function is plain torch, so it also computes the shapes
     return op
 
 

@@ -1,4 +1,4 @@
-"""Compiles the kernels, and keeps their machine code in the user's cache folder."""
+"""Compiles the CPU kernels and caches their machine code in the user's cache folder."""
 
 import contextlib
 import ctypes
@@ -31,12 +31,12 @@ PAIR = types.uint32
 _WORD, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
-FAILURES: list[str] = []  # what Numba said where it could not compile
+FAILURES: list[str] = []  # the messages of failed compilations
 
 
 @functools.cache
 def compiled(kernel: Callable[..., None], *pointees: Any) -> Any:
-    """The kernel as machine code: pointers to these types first, then two integers. None if it cannot be compiled."""
+    """The kernel as machine code that takes pointers to these types and two integers; None if compilation fails."""
     return _code(kernel, [types.CPointer(pointee) for pointee in pointees], 2)
 
 
@@ -51,18 +51,18 @@ def compiled_wait() -> Any:
 
 
 def _code(function: Callable[..., None], pointers: Sequence[Any], integers: int) -> Any:
-    """Machine code that is called through ctypes, which releases the GIL, with addresses as plain integers."""
+    """A ctypes function, which releases the GIL and takes addresses as integers; None if compilation fails."""
     code = _Code(function, sigutils.normalize_signature(types.void(*pointers, *[types.int64] * integers)))
     try:
         code.compile()
-    except Exception as error:  # whatever it is, the reference can compute
-        if kernels.is_of_a_signal(error):
+    except Exception as error:  # the reference can compute whatever the error is
+        if kernels.raised_by_signal_handler(error):
             raise
         said = str(error).strip().partition("\n")[0]
         FAILURES.append(f"Numba cannot compile the kernel: {type(error).__name__}: {said}")
         return None
     callable_ = ctypes.CFUNCTYPE(None, *[_POINTER] * len(pointers), *[_WORD] * integers)(code.address)
-    callable_.keeps, callable_.address = code, code.address  # type: ignore[attr-defined]  # the code lives as long
+    callable_.keeps, callable_.address = code, code.address  # type: ignore[attr-defined]  # keeps the code alive
     return callable_
 
 
@@ -70,46 +70,46 @@ _CFunc: Any = ccallback.CFunc
 
 
 class _Code(_CFunc):  # type: ignore[misc]
-    """A function that Numba compiles to machine code, or has compiled before."""
+    """A function that Numba compiles, or that is loaded from the cache."""
 
     def __init__(self, function: Callable[..., None], signature: Any) -> None:
         super().__init__(function, signature, locals={}, options={"error_model": "numpy"})
-        self._kept: _Kept | None = None
-        with _whatever_ails_the_cache():
-            self._kept = _Kept(function)
+        self._kernel_cache: _KernelCache | None = None
+        with _ignoring_cache_errors():
+            self._kernel_cache = _KernelCache(function)
 
     def _compile_uncached(self) -> Any:
-        if self._kept is None:
+        if self._kernel_cache is None:
             return super()._compile_uncached()
         context = self._targetdescr.target_context
-        found = self._kept.load(self._sig, context)
+        found = self._kernel_cache.load(self._sig, context)
         if found is None:
-            with self._kept.lock():
-                found = self._kept.load(self._sig, context)  # what the process that we waited for compiled
+            with self._kernel_cache.lock():
+                found = self._kernel_cache.load(self._sig, context)  # another process may have compiled it meanwhile
                 if found is None:
                     found = super()._compile_uncached()
-                    self._kept.save(self._sig, found)
+                    self._kernel_cache.save(self._sig, found)
         return found
 
 
 @contextlib.contextmanager
-def _whatever_ails_the_cache() -> Iterator[None]:
-    """Goes on without: a compilation says what is wrong, if anything is."""
+def _ignoring_cache_errors() -> Iterator[None]:
+    """Suppresses errors of the cache, which is optional; compiling reports any error that matters."""
     try:
         yield
     except Exception as error:
-        if kernels.is_of_a_signal(error):
+        if kernels.raised_by_signal_handler(error):
             raise
 
 
-class _Kept:
-    """The machine code of a function on disk, each signature in a file of its own.
+class _KernelCache:
+    """The machine code of a function on disk, one file for each signature, so that reading needs no lock.
 
-    So reading takes no lock. The seal of a file covers its function, signature, processor, source and versions: a file
-    that was renamed is not loaded. What is read is executed, hence the folder and the file must be the user's own.
+    The checksum of a file covers its function, signature, processor, source and versions, so a renamed file is not
+    loaded. The files are executed, so both the folder and the file must belong to the user or root.
     """
 
-    _waits = True  # for other processes that compile, until one took too long
+    _waits = True  # whether to wait for other processes that compile; false after one wait timed out
 
     def __init__(self, function: Callable[..., None]) -> None:
         constants = tuple(cell.cell_contents for cell in function.__closure__ or ())
@@ -120,14 +120,14 @@ class _Kept:
         _check_own(self._folder)
 
     def _file(self, signature: Any, context: Any) -> tuple[Path, bytes]:
-        """Its path, and what its seal is about."""
+        """The path of a signature's file, and what its checksum covers besides the content."""
         about = repr((self._function, signature, context.codegen().magic_tuple())).encode()
         name = f"{self._function[0].split('.')[0]}.{hashlib.sha256(about).hexdigest()[:16]}.nbc"
-        return self._folder / name, _made_from() + about
+        return self._folder / name, _code_version() + about
 
     def load(self, signature: Any, context: Any) -> Any:
-        """What was compiled; None if there is no file, or it is damaged or not the user's own."""
-        with _whatever_ails_the_cache(), contextlib.ExitStack() as stack:
+        """The compiled function; None if there is no file, or it is damaged or other users can write it."""
+        with _ignoring_cache_errors(), contextlib.ExitStack() as stack:
             context.refresh()
             path, about = self._file(signature, context)
             file = build.opened(path)
@@ -138,37 +138,36 @@ class _Kept:
         return None
 
     def save(self, signature: Any, result: Any) -> None:
-        with _whatever_ails_the_cache():
+        with _ignoring_cache_errors():
             content = dumps(result._reduce())
             path, about = self._file(signature, cpu_target.target_context)
             build.write(str(path), build.sealed(content, about), 0o644)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """One process compiles while the others wait, so that they need not; but not for long."""
+        """Lets one process compile while the others wait for its result, up to a timeout."""
         with contextlib.ExitStack() as stack:
-            with _whatever_ails_the_cache():
+            with _ignoring_cache_errors():
                 try:
-                    timeout = 10 if _Kept._waits else 0
+                    timeout = 10 if _KernelCache._waits else 0
                     stack.enter_context(filelock.FileLock(self._folder / "rmsnorm.compiling", timeout, mode=0o600))
                 except filelock.Timeout:
-                    _Kept._waits = False
+                    _KernelCache._waits = False
             yield
 
 
 @functools.cache
-def _made_from() -> bytes:
-    """What all machine code depends on: its source, and the versions of what compiles it."""
+def _code_version() -> bytes:
+    """What all machine code depends on: the source, and the versions of Numba, llvmlite and Python."""
     versions = numba.__version__, llvmlite.__version__, sys.version
     sources = [Path(__file__).with_name(name).read_bytes() for name in ("kernels.py", "compiling.py")]
     return b"".join(sources) + repr(versions).encode()
 
 
 def _folder() -> Path:
-    """Where the machine code is kept: never beside the sources, where it would outlive the package.
+    """The cache folder; not beside the sources, where the files would survive uninstalling the package.
 
-    In a folder for each source and its compiler, so that environments of different versions do not replace each
-    other's files.
+    Each version of source and compiler has its own, so that environments do not overwrite each other's files.
     """
     given = os.environ.get("RMSNORM_CACHE_DIR") or numba.config.CACHE_DIR
     if given:
@@ -176,16 +175,16 @@ def _folder() -> Path:
     else:
         xdg = os.environ.get("XDG_CACHE_HOME", "")
         base = (Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache") / "rmsnorm"
-    return base / f"numba-{hashlib.sha256(_made_from()).hexdigest()[:16]}"
+    return base / f"numba-{hashlib.sha256(_code_version()).hexdigest()[:16]}"
 
 
 def _check_own(folder: Path) -> None:
-    """Raises PermissionError where anybody else can put files into the folder, or another folder in its place."""
+    """Raises PermissionError if another user can write to the folder or replace it."""
     own, around = folder.lstat(), folder.parent.stat()
     fault = build.distrust(own) if stat.S_ISDIR(own.st_mode) else "is no folder"
     if fault is not None:
         raise PermissionError(f"{folder} {fault}")
     if around.st_uid not in (0, os.geteuid()):
         raise PermissionError(f"{folder.parent} is another user's")
-    if around.st_mode & stat.S_IWOTH and not around.st_mode & stat.S_ISVTX:  # with it, as /tmp, others can only add
+    if around.st_mode & stat.S_IWOTH and not around.st_mode & stat.S_ISVTX:  # a sticky folder such as /tmp is safe
         raise PermissionError(f"{folder.parent} can be written by others")

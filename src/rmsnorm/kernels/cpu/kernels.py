@@ -1,10 +1,10 @@
-"""The arithmetic of reference.py on the CPU, in Numba: one pass over memory, a row at a time.
+"""The arithmetic of reference.py on the CPU, in Numba: one pass over memory, one row at a time.
 
-A kernel is compiled for what its pointers point to: float32 is itself, uint16 is bf16, int16 is fp16 (Numba has
-no type for either on a CPU), and uint32 is two numbers of bf16, which take fewer instructions than one by one.
-Kernels and their helpers share this file because machine code on disk is known by this source: an edit in another
-file would not be noticed. No function carries `fastmath`: the one instruction that may be reordered or fused, the
-addition into an fp64 sum, says so itself (`_add_square`, `_add`).
+Kernels are compiled for the element types of their pointers. float32 stands for itself, uint16 for bf16, int16 for
+fp16 (Numba has neither type on a CPU), and uint32 for a pair of bf16 numbers, which takes fewer instructions than
+two single ones. Kernels and their helpers must stay in this file: the cache of machine code is keyed by this file's
+source and would miss a change elsewhere. No function uses `fastmath`; only the additions into an fp64 sum may be
+reordered or fused, and carry those flags themselves (`_add_square`, `_add`).
 """
 
 import math
@@ -22,14 +22,14 @@ from numba.extending import intrinsic
 if numba.config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set")
 
-# --- what the kernels are written in -------------------------------------------------------------------------
+# --- intrinsics ----------------------------------------------------------------------------------------------
 
 _I16, _I32 = ir.IntType(16), ir.IntType(32)
 
 
 @intrinsic
 def _parts(typing_context: Any, pointer: Any) -> Any:
-    """How many numbers one element holds, as a constant."""
+    """How many numbers one element holds, 1 or 2, as a compile-time constant."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return ir.IntType(64)(2 if pointer.dtype == types.uint32 else 1)
@@ -49,7 +49,7 @@ def _nothing(typing_context: Any, pointer: Any) -> Any:
 
 @intrinsic
 def _widen(typing_context: Any, element: Any, part: Any) -> Any:
-    """A number of the element as fp32, exactly."""
+    """Converts a number of the element to fp32, exactly. part: which number of a pair, 0 or 1."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         bits, k = args
@@ -67,10 +67,10 @@ def _widen(typing_context: Any, element: Any, part: Any) -> Any:
 
 
 def _bf16(builder: Any, value: Any, source: Any) -> Any:
-    """The bits of an fp32 value, of which the upper half is what it rounds to.
+    """32 bits whose upper half is the fp32 value rounded to bf16.
 
-    A NaN that stems from bf16 or from the processor has only zeros in its low 16 bits, so the addition cannot carry
-    it away; one that stems from an fp32 source can have others, and is kept by hand.
+    A NaN from a bf16 input or from the processor has zeros in its low 16 bits, so the rounding addition keeps it a
+    NaN. A NaN from an fp32 source can have other bits there and is replaced by a quiet NaN.
     """
     bits = builder.bitcast(value, _I32)
     odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
@@ -82,7 +82,7 @@ def _bf16(builder: Any, value: Any, source: Any) -> Any:
 
 @intrinsic
 def _cast(typing_context: Any, value: Any, pointer: Any) -> Any:
-    """The fp32 value rounded to nearest even to the numbers that the pointer points to, and back in fp32."""
+    """The fp32 value rounded (to nearest even) to the pointer's number type and converted back to fp32."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if pointer.dtype in (types.uint16, types.uint32):
@@ -97,7 +97,7 @@ def _cast(typing_context: Any, value: Any, pointer: Any) -> Any:
 
 @intrinsic
 def _put(typing_context: Any, element: Any, part: Any, value: Any, pointer: Any, source: Any) -> Any:
-    """The element with one of its numbers: the fp32 value rounded to nearest even to what the pointer points to."""
+    """The element with number `part` set to the fp32 value, rounded (to nearest even) to the pointer's number type."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         before, k, number = args[:3]
@@ -117,7 +117,7 @@ def _put(typing_context: Any, element: Any, part: Any, value: Any, pointer: Any,
 
 @intrinsic
 def _add_square(typing_context: Any, total: Any, value: Any) -> Any:
-    """total + value², in any order; the square of an fp32 number is exact in fp64, so fusing changes nothing."""
+    """total + value²; additions may be reordered. An fp32 number's square is exact in fp64, so fusing is harmless."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         square = builder.fmul(args[1], args[1], flags=("contract",))
@@ -128,7 +128,7 @@ def _add_square(typing_context: Any, total: Any, value: Any) -> Any:
 
 @intrinsic
 def _add(typing_context: Any, total: Any, value: Any) -> Any:
-    """total + value, in any order."""
+    """total + value; additions may be reordered."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.fadd(args[0], args[1], flags=("reassoc",))
@@ -138,7 +138,7 @@ def _add(typing_context: Any, total: Any, value: Any) -> Any:
 
 @intrinsic
 def _given(typing_context: Any, pointer: Any) -> Any:
-    """Whether the pointer is not null: what is absent is passed as null."""
+    """Whether the pointer is not null: absent tensors pass a null pointer."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.icmp_unsigned("!=", args[0], ir.Constant(args[0].type, None))
@@ -148,7 +148,7 @@ def _given(typing_context: Any, pointer: Any) -> Any:
 
 @intrinsic
 def _take(typing_context: Any, counter: Any) -> Any:
-    """What the counter held; it now holds one more. No two threads get the same."""
+    """Atomically increments the counter and returns its previous value, so no two threads get the same."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.atomic_rmw("add", args[0], ir.IntType(64)(1), "monotonic")
@@ -158,7 +158,7 @@ def _take(typing_context: Any, counter: Any) -> Any:
 
 @intrinsic
 def _finish(typing_context: Any, call: Any, rows: Any) -> Any:
-    """Count the rows of a piece that is done: whoever sees the count also sees the piece."""
+    """Adds the rows of a finished piece to the count, with release semantics: who reads the count sees the rows."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.atomic_rmw("add", builder.gep(args[0], [ir.IntType(64)(1)]), args[1], "release")
@@ -169,7 +169,7 @@ def _finish(typing_context: Any, call: Any, rows: Any) -> Any:
 
 @intrinsic
 def _finished(typing_context: Any, call: Any) -> Any:
-    """How many rows are done."""
+    """How many rows are done, with acquire semantics."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.load_atomic(builder.gep(args[0], [ir.IntType(64)(1)]), "acquire", 8)
@@ -179,7 +179,7 @@ def _finished(typing_context: Any, call: Any) -> Any:
 
 @intrinsic
 def _yield_processor(typing_context: Any) -> Any:
-    """Let another thread run, if one waits for the processor."""
+    """Yields the processor to another thread if one is waiting."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if os.name == "posix":
@@ -191,7 +191,7 @@ def _yield_processor(typing_context: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def _invoke(typing_context: Any, call: Any, pointers: Any, first: Any, last: Any) -> Any:
-    """Run the kernel whose address is call[4], and whose pointers follow, for the rows from first to last."""
+    """Runs the kernel at address call[4], with the pointers that follow it, for rows first to last - 1."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         byte, word = ir.IntType(8).as_pointer(), ir.IntType(64)
@@ -207,11 +207,11 @@ def _invoke(typing_context: Any, call: Any, pointers: Any, first: Any, last: Any
 
 
 # --- the kernels ---------------------------------------------------------------------------------------------
-# Pointers: what is absent is null. Outputs are contiguous; of the inputs only the last dimension is, and `layout`
-# holds N, the rows of a chunk, the two inner sizes of the rows' three dimensions, and three strides for each of them.
-# An element has one part or two, and N is a multiple of them; in partial sums all first parts come before the second.
-# spec: eps, the offset, and whether the cast is early. The offset is -0.0 where there is none, the one number whose
-# addition changes no weight.
+# Absent tensors are null pointers. Outputs are contiguous. Inputs are contiguous in the last dimension only; `layout`
+# holds N, the rows of a chunk, the two inner sizes of the rows' three dimensions, and three strides for each input.
+# An element holds one or two numbers ("parts"), which divide N. In partial sums, all first parts precede all second.
+# spec: eps, the offset, and whether the cast is early. Without an offset it is -0.0, because adding +0.0 would change
+# a weight of -0.0.
 
 _FIRST, _SECOND, _THIRD = 4, 7, 10
 
@@ -306,9 +306,10 @@ def sum_chunks(partials: Any, dw: Any, chunks: int, N: int) -> None:
 
 
 def drain(pointers: int) -> Callable[[Any], None]:
-    """What each thread does of a call.
+    """The function that each thread of a call runs: it processes pieces until none is left.
 
-    That is how many pieces are taken, how many rows are done, M, the rows of a piece, a kernel and its pointers.
+    Its argument is an array: the pieces taken, the rows done, M, the rows of a piece, the address of the kernel, and
+    the kernel's pointers.
     """
 
     def drain(call: Any) -> None:

@@ -27,7 +27,7 @@ from rmsnorm.kernels.plan import (
     Fresh,
     Plan,
     TensorKind,
-    laid_out,
+    find_layout,
     summands,
 )
 from rmsnorm.kernels.rows import walk
@@ -36,7 +36,7 @@ NAME = "cpu kernel (Numba)"
 
 
 class _Types(NamedTuple):
-    """What the kernels read the weight as, the input's dtype or fp32, and what y is."""
+    """The dtype in which the kernels read the weight (x's, or fp32), and the dtype of y."""
 
     w: torch.dtype
     y: torch.dtype
@@ -49,7 +49,7 @@ def _types(x: torch.dtype, w: torch.dtype | None, cast: str) -> _Types:
 
 
 def _elements(x: torch.dtype, read: _Types, even: bool) -> tuple[Any, Any, Any]:
-    """What x, w and y point to: two numbers at once where all are bf16 and every row begins and ends with a pair."""
+    """The element types of x, w and y: pairs if all are bf16 and every row begins and ends at a pair."""
     if even and {x, read.w, read.y} == {torch.bfloat16}:
         return PAIR, PAIR, PAIR
     return ELEMENT[x], ELEMENT[read.w], ELEMENT[read.y]
@@ -72,11 +72,11 @@ def _sum_kernel(x: torch.dtype, read: _Types, even: bool) -> Any:
     return compiled(sum_chunks, types.float64, _elements(x, read, even)[1])
 
 
-# Elements that a thread takes at once at least, 4 us of work: about what it costs to have torch's threads begin.
+# The fewest elements that a thread takes at once: 4 us of work, about the cost of starting torch's threads.
 _GRAIN = 1 << 14
-# Elements that one partial sum of dw is over, at least, and what bounds the sums: 8 bytes a column for each.
+# The fewest elements and rows of a partial sum of dw, and the most such sums: each takes 8 bytes a column.
 _CHUNK, _MOST_CHUNKS, _FEWEST_ROWS = 1 << 16, 256, 32
-# Bytes from which the C library maps fresh memory for every tensor: 10,000 page faults at 42 MB, or 20 huge ones.
+# Bytes from which the C library maps new memory for each tensor; 42 MB cause 10,000 page faults, or 20 with huge pages.
 _MAPPED = 32 << 20
 _PAIR_BYTES = 4
 
@@ -93,7 +93,7 @@ def refuses(x: torch.dtype, residual: torch.dtype | None, w: torch.dtype | None)
 
 @functools.cache
 def _has_fp16() -> bool:
-    """Whether the conversions of fp16 are instructions, and no calls of a library that the process may not have."""
+    """Whether the processor converts fp16 in hardware: otherwise LLVM calls library functions that may be missing."""
     triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()
     half, single = ir.HalfType(), ir.FloatType()
     module = ir.Module()
@@ -111,11 +111,11 @@ def _has_fp16() -> bool:
 
 @functools.lru_cache(MOST_PLANS)
 def plan_forward(kind: Forward) -> Plan | ByReference:
-    """For y, s and rstd as of `reference.forward`."""
+    """Plans a call that computes y, s and rstd as `reference.forward` does."""
     row, x, residual, before = summands(kind)
     spec = kind.spec
     wanted = {row: (x, x.dtype)} | ({} if residual is None else {"residual": (residual, x.dtype)})
-    rows, kinds, converted = laid_out(_rows, wanted)
+    rows, kinds, converted = find_layout(_rows, wanted)
     types = _types(x.dtype, None if kind.w is None else kind.w.dtype, spec.cast)
     scale = _scale(kind.w, types, rows.N)
     even = rows.even and _paired(*kinds.values(), scale.kind)
@@ -140,13 +140,16 @@ def plan_forward(kind: Forward) -> Plan | ByReference:
 
 @functools.lru_cache(MOST_PLANS)
 def plan_backward(kind: Backward) -> Plan | ByReference:
-    """For dx and dw as of `reference.backward`; dw is summed in fp64 over chunks of rows, then over them in order."""
+    """Plans a call that computes dx and dw as `reference.backward` does.
+
+    dw is summed in fp64: over the rows of each chunk, then over the chunks in order.
+    """
     x, w, spec, need_dx = kind.x, kind.w, kind.spec, kind.need_dx
     types = _types(x.dtype, None if w is None else w.dtype, spec.cast)
     wanted = {"dy": (kind.dy, types.y), "x": (x, x.dtype)} | ({} if kind.ds is None else {"ds": (kind.ds, x.dtype)})
-    rows, kinds, before = laid_out(_rows, wanted)
+    rows, kinds, before = find_layout(_rows, wanted)
     rstd = kind.rstd
-    if not rstd.is_dense:  # as it was, but for hooks on what is saved
+    if not rstd.is_dense:  # only hooks on saved tensors can make it so
         rstd = TensorKind.dense(rstd.shape, rstd.dtype)
         before.append(Converted("rstd", ("rstd",), rstd.dtype))
     scale = _scale(w, types, rows.N)
@@ -188,10 +191,10 @@ def plan_backward(kind: Backward) -> Plan | ByReference:
 
 @dataclass(frozen=True)
 class _Rows:
-    """How the rows of some shape and strides are walked. A pure function of both, never of the thread count.
+    """How kernels traverse M rows of N elements. It depends on shape and strides only, not on the number of threads.
 
-    grain: rows that a thread takes at once forward. chunk: rows that a partial sum of dw is over. even: whether rows
-    begin and end with pairs of numbers. layout: what the kernels read of it.
+    grain: rows that a thread takes at once in the forward pass. chunk, chunks: rows of each partial sum of dw, and how
+    many such sums there are. even: whether rows begin and end at pairs of numbers. layout: the array that kernels read.
     """
 
     M: int
@@ -205,7 +208,7 @@ class _Rows:
 
 @functools.lru_cache(MOST_PLANS)
 def _rows(shape: Sequence[int], *strides: Sequence[int]) -> _Rows | None:
-    """As `rows.walk`, with the rows cut into chunks."""
+    """As `rows.walk`, with the rows divided into chunks."""
     found = walk(shape, *strides)
     if found is None:
         return None
@@ -219,7 +222,10 @@ def _rows(shape: Sequence[int], *strides: Sequence[int]) -> _Rows | None:
 
 
 class _Scale(NamedTuple):
-    """The weight as the kernels read it, and what makes it so; ones in place of none, which change no bit."""
+    """The weight as the kernels read it, with the conversion or allocation it needs.
+
+    An absent weight becomes a vector of ones, which gives the same bits.
+    """
 
     name: str
     kind: TensorKind
@@ -237,7 +243,7 @@ def _scale(w: TensorKind | None, types: _Types, N: int) -> _Scale:
 
 
 def _paired(*kinds: TensorKind) -> bool:
-    """Whether all begin where pairs of 16-bit numbers do."""
+    """Whether all addresses are aligned for pairs of 16-bit numbers."""
     return all(kind.alignment >= _PAIR_BYTES for kind in kinds)
 
 
@@ -247,7 +253,7 @@ def _like_rows(name: str, x: TensorKind, dtype: torch.dtype) -> Fresh:
 
 
 def _over_rows(kernel: Any, tensors: tuple[str | None, ...], rows: _Rows, spec: Any, at_once: int) -> MachineCode:
-    """The kernel over all rows, on several threads where there is more than one piece of so many rows."""
+    """A launch over all rows, on several threads if there are more than `at_once` of them."""
     words = ctypes.addressof(rows.layout), ctypes.addressof(spec)
     drain = compiled_drain(len(tensors) + len(words)) if at_once < rows.M else None
     if drain is None:
@@ -257,5 +263,5 @@ def _over_rows(kernel: Any, tensors: tuple[str | None, ...], rows: _Rows, spec: 
 
 @functools.lru_cache(256)
 def _spec(eps: float, offset: float, cast: str) -> Any:
-    """As the kernels read it."""
+    """The spec as the array that the kernels read. An offset of -0.0 changes no bit of a weight."""
     return (ctypes.c_float * 3)(eps, offset or -0.0, cast == "early")

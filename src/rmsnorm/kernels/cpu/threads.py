@@ -1,10 +1,11 @@
-"""Machine code on as many threads as torch uses: torch's own, which wait for work, or a small pool beside them.
+"""Runs machine code on as many threads as torch uses: torch's OpenMP threads, or a small pool of our own.
 
-Threads of another pool would compete with torch's for the processors, and take 60 us to wake. But a team of OpenMP
-hangs in a forked child, and not every build of torch has OpenMP; Numba's own layers would fail there too.
+torch's threads are preferred: a second pool competes with them for the processors and takes 60 us to wake up. The pool
+serves forked children, in which OpenMP deadlocks, and builds of torch without OpenMP. Numba's threading layers would
+fail in both cases too.
 
-A signal handler of Python can raise between any two bytecodes. So everything from the first thread's start to the end
-of the last one's work is a single call into C: no exception can leave a thread at work on memory that is gone.
+A Python signal handler can raise between any two bytecodes. So a single call into C covers everything from the start
+of the first thread to the end of the last one's work; no exception can leave a thread running on freed memory.
 """
 
 import _thread
@@ -26,19 +27,20 @@ from torch import Tensor
 from rmsnorm import kernels
 from rmsnorm.kernels.plan import NativeLaunch, NativeTeam
 
-_PIECES = 8  # of the work a thread, so that one that is held up leaves its share to the others
+_PIECES = 8  # pieces of work for each thread, so that the others can take over if one is delayed
 _WORD = ctypes.c_int64
 
-Task = Callable[[int], None]  # what ctypes makes of machine code
+Task = Callable[[int], None]  # a ctypes function
 _Jobs = queue.SimpleQueue[tuple[Task, int, Any]]
 
 
 @dataclass(frozen=True)
 class Team:
-    """How several threads share M rows, of which each takes `rows` at once, at least.
+    """How several threads share M rows; each takes at least `rows` at once.
 
-    drain: machine code that takes pieces of the work until none is left; its argument is the address of what
-    `MachineCode` lays out. wait: gives machine code that returns when all of them are done, or None.
+    drain: machine code that processes pieces until none is left; its argument is the address of the array that
+    `MachineCode.run` makes. wait: returns machine code that waits until all pieces are done, or None if that cannot be
+    compiled.
     """
 
     M: int
@@ -49,10 +51,12 @@ class Team:
 
 @dataclass(frozen=True, eq=False)
 class MachineCode:
-    """A launch of code for the CPU, which takes the addresses of tensors, null where there is none, and then words.
+    """A launch of CPU code whose arguments are the addresses of tensors and then `words`.
 
-    function: what ctypes makes of it, with its `address`. team: None where one thread makes the whole call; otherwise
-    two more words follow, the first row and the one after the last. keeps: what the words point to.
+    Absent tensors pass a null pointer.
+
+    function: the ctypes function, with its `address`. team: None if one thread makes the whole call; otherwise the
+    function takes two more words, the first row and the end of the range. keeps: the memory that the words point to.
     """
 
     function: Any
@@ -88,17 +92,17 @@ class MachineCode:
 
 
 def run(task: Task, wait: Callable[[], Task | None], argument: int, pieces: int, keeps: Any) -> None:
-    """Have task(argument) run on several threads at once, at most `pieces`; the calling thread is one of them.
+    """Runs task(argument) on the calling thread and others, at most `pieces` at once, and returns when all is done.
 
-    Each takes pieces of the work until none is left. Neither may need the GIL. wait()(argument) returns when all
-    pieces are done. keeps: what a thread that comes too late to get a piece still reads.
+    Each thread processes pieces until none is left; the task must not need the GIL. wait()(argument) returns when all
+    pieces are done. keeps: the memory that a thread still reads if it starts after all pieces are taken.
     """
     count = torch.get_num_threads()
     team = _together()
     if min(count, pieces) < 2:
         task(argument)
     elif team is not None:
-        team(task, argument, count, 0)  # all of torch's: those beyond a smaller team would end
+        team(task, argument, count, 0)  # all of torch's threads: a smaller team would terminate the rest
     else:
         until_done = wait()
         jobs, helpers = _helpers(min(count, pieces) - 1)
@@ -107,17 +111,17 @@ def run(task: Task, wait: Callable[[], Task | None], argument: int, pieces: int,
             return
         functions: tuple[Any, ...] = (*[jobs.put] * helpers, task, until_done)
         arguments: tuple[Any, ...] = (*[(task, argument, keeps)] * helpers, argument, argument)
-        collections.deque(map(operator.call, functions, arguments), maxlen=0)  # one call into C, see above
+        collections.deque(map(operator.call, functions, arguments), maxlen=0)  # one call into C: see above
 
 
 def _together() -> Callable[[Task, int, int, int], Any] | None:
-    """`_team_of_openmp` where it may be called."""
+    """`_team_of_openmp` if it may be called in this process, else None."""
     return _team_of_openmp() if os.getpid() == kernels.PROCESS and not _was_forked() else None
 
 
 @functools.cache
 def _team_of_openmp() -> Callable[[Task, int, int, int], Any] | None:
-    """How the OpenMP that torch has loaded runs a function on all threads of a team; None if there is none."""
+    """GOMP_parallel of the OpenMP library that torch loaded, which runs a function on a team of threads, or None."""
     team = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if os.name == "posix" else None
     if team is not None:
         team.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
@@ -125,32 +129,32 @@ def _team_of_openmp() -> Callable[[Task, int, int, int], Any] | None:
     return team
 
 
-_FORKED_AND_NO_EXEC = 0x40  # PF_FORKNOEXEC of Linux: no program was executed since the process was forked
+_FORKED_AND_NO_EXEC = 0x40  # PF_FORKNOEXEC of Linux: the process was forked and has not called exec since
 
 
 @functools.cache
 def _was_forked() -> bool:
-    """Whether another process, which may have used a team, was forked into this one. True where that is unknown."""
+    """Whether this process is a fork of one that may have used OpenMP. True if that is unknown."""
     try:
         flags = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()[6]
         return bool(int(flags) & _FORKED_AND_NO_EXEC)
-    except (OSError, IndexError, ValueError):  # no Linux, or /proc is not mounted
+    except (OSError, IndexError, ValueError):  # not Linux, or /proc is not mounted
         return True
 
 
 def _helpers(wanted: int) -> tuple[_Jobs, int]:
-    """The queue that the helpers of this process take jobs from, and how many there are, at most as many as wanted."""
+    """Starts helper threads up to the wanted number; returns their job queue and how many can be used."""
     jobs, started = _pool(os.getpid())
-    with contextlib.suppress(RuntimeError):  # the system may have no thread left to give
+    with contextlib.suppress(RuntimeError):  # the system may refuse to start a thread
         while len(started) < wanted:
-            # Not threading.Thread, nor a ThreadPoolExecutor: an exception inside of their locks leaves them locked.
+            # Not threading.Thread or ThreadPoolExecutor: a signal handler's exception can leave their locks held.
             started.append(_thread.start_new_thread(_serve, (jobs,)))
     return jobs, min(wanted, len(started))
 
 
 @functools.lru_cache(maxsize=1)
 def _pool(pid: int) -> tuple[_Jobs, list[int]]:
-    """The pid is a key because threads do not survive a fork: a child makes a pool of its own."""
+    """The job queue and threads of this process. The pid is a key because threads do not survive a fork."""
     return queue.SimpleQueue(), []
 
 

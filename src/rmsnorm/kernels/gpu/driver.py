@@ -1,9 +1,9 @@
-"""Launches of Triton's kernels, by the CUDA driver itself once they are compiled.
+"""Launches compiled Triton kernels directly through the CUDA driver.
 
     TritonLaunch  ->  Triton compiles  ->  ready(compiled, grid, arguments, early)  ->  Ready  ->  cuLaunchKernelEx
 
-Triton's own launcher takes a list of all arguments apart at every call, which takes longer than a small norm. Here
-all but the addresses of tensors lies ready in memory, and is held to what the kernel's PTX says that it takes.
+Triton's own launcher processes all arguments at every call, which takes longer than a small norm. Here all arguments
+but the addresses of tensors are prepared once, and their sizes checked against the parameters in the kernel's PTX.
 """
 
 import contextlib
@@ -23,11 +23,11 @@ from rmsnorm.kernels.plan import NativeLaunch
 
 _NUMBERS: dict[str, Any] = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
 _STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-_ALIGNED = 15  # bits that no address has where loads may be of 16 bytes
+_ALIGNED = 15  # the address bits that must be 0 for loads of 16 bytes
 
 
 class Slot(NamedTuple):
-    """The place of a tensor among a kernel's arguments."""
+    """An argument of a kernel that is a tensor: its name and dtype."""
 
     tensor: str
     dtype: torch.dtype
@@ -35,11 +35,11 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TritonLaunch:
-    """A kernel of Triton's and all that it is launched with.
+    """A Triton kernel and everything that is needed to launch it.
 
-    arguments: in the kernel's order, slots for the tensors, None for one that is absent. early: it may start before
-    the kernel before has ended. aligned: whether 16 divides the addresses of all tensors that are given.
-    device: the number of the GPU, -1 for the interpreter, whose tensors are on none.
+    arguments: in the kernel's order, with a `Slot` for each tensor and None for an absent one. early: whether it may
+    start before the previous kernel has ended. aligned: whether the addresses of all input tensors are multiples of 16.
+    device: the index of the GPU; -1 for Triton's interpreter, whose tensors are on the CPU.
     """
 
     kernel: Any
@@ -51,7 +51,7 @@ class TritonLaunch:
     device: int
 
     def run(self, tensors: Mapping[str, Tensor | None]) -> None:
-        """Launch on the current stream, by Triton's own launcher where the driver's function cannot be called."""
+        """Launches on the current stream, with Triton's own launcher if the driver cannot be called directly."""
         ready = self.ready if self.aligned else None
         if ready is not None:
             addresses = []
@@ -73,16 +73,16 @@ class TritonLaunch:
 
     @functools.cached_property
     def ready(self) -> "Ready | None":
-        """What Triton compiles of it, for addresses that 16 divides; None if only Triton can launch that.
+        """The kernel, compiled for addresses that are multiples of 16; None if only Triton can launch it.
 
-        Triton's hooks for profilers are not called when the driver launches.
+        Launches through the driver do not call Triton's launch hooks, which profilers use.
         """
         arguments = [a.dtype if isinstance(a, Slot) else a for a in self.arguments]
         with torch.cuda.device(self.device) if self.device >= 0 else contextlib.nullcontext():
             compiled = self.kernel.warmup(*arguments, grid=self.grid, **self._options)
-            if compiled is None:  # by the interpreter
+            if compiled is None:  # in the interpreter
                 return None
-            if hasattr(compiled, "result"):  # it is being compiled by another thread, as a mode of Triton has it
+            if hasattr(compiled, "result"):  # Triton's asynchronous mode compiles in another thread
                 compiled = compiled.result()
             compiled.run  # noqa: B018  # loads it onto the GPU
             return ready(compiled, self.grid, arguments, self.early)
@@ -97,7 +97,7 @@ class TritonLaunch:
 
 
 class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute, with a value that is an int."""
+    """CUlaunchAttribute with an int value."""
 
     _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60))
 
@@ -116,24 +116,24 @@ class _Configuration(ctypes.Structure):
 
 
 class Ready:
-    """A kernel that waits for a stream and the addresses of its tensors, those that are there, in their order."""
+    """A kernel that can be launched with a stream and the addresses of its present tensors, in order."""
 
     def __init__(
         self, library: Any, compiled: Any, tensors: int, numbers: list[Any], configuration: _Configuration
     ) -> None:
-        self._compiled = compiled  # Triton takes a kernel off the GPU when nobody holds it
+        self._compiled = compiled  # Triton unloads a kernel that is no longer referenced
         self._launch, self._configuration, self._numbers = library.cuLaunchKernelEx, configuration, numbers
         self._addresses = (ctypes.c_void_p * tensors)()
         start = ctypes.addressof(self._addresses)
         where = [start + i * ctypes.sizeof(ctypes.c_void_p) for i in range(tensors)]
         where += [ctypes.addressof(number) for number in numbers]
-        # In the form in which ctypes hands them on: to look at what they are takes a microsecond.
+        # Converted to ctypes objects once: converting them at each call takes a microsecond.
         function, parameters = ctypes.c_void_p(compiled.function), (ctypes.c_void_p * len(where))(*where)
         self._arguments = (ctypes.byref(configuration), function, parameters, None)
         self._lock = threading.Lock()
 
     def native(self, tensors: Sequence[str]) -> NativeLaunch:
-        """The same for C++, with the tensors of these names. It holds as long as this does."""
+        """The same launch for C++, with these names of tensors. It is valid as long as this object exists."""
         _, function, _, _ = self._arguments
         words = [int.from_bytes(bytes(number).ljust(8, b"\0"), "little") for number in self._numbers]
         return NativeLaunch(
@@ -145,8 +145,11 @@ class Ready:
         )
 
     def __call__(self, stream: int, addresses: list[Any]) -> bool:
-        """Launch. False if nothing was: the driver refuses, for want of a context for example, or another launch has
-        the memory at this moment, of another thread or, in a signal's handler, of this one."""
+        """Launches the kernel and returns whether it could.
+
+        It cannot if the driver refuses (there is no context, for example), or if another launch is using the argument
+        memory: from another thread, or from this one if it is in a signal handler.
+        """
         if not self._lock.acquire(blocking=False):
             return False
         try:
@@ -158,10 +161,17 @@ class Ready:
 
 
 def ready(compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any], early: bool) -> Ready | None:
-    """compiled: Triton's kernel. arguments: as its source has them, tensors first and constants too, None for a tensor
-    that is absent. early: it may start before the kernel before has ended.
+    """Prepares a compiled kernel for launches through the driver.
 
-    None where there is no driver, or the kernel is not of the form that Triton's kernels are known to have.
+    Args:
+        compiled: the kernel as Triton compiled it.
+        grid: the number of programs.
+        arguments: the arguments in the order of the source, tensors first and constants included; None for an absent
+            tensor.
+        early: whether it may start before the previous kernel has ended.
+
+    Returns:
+        None if there is no driver, or the kernel's parameters are not laid out as expected.
     """
     library = _library()
     try:
@@ -170,7 +180,7 @@ def ready(compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any], early:
         parameters = list(_flat(tuple(compiled.src.signature.values()), tuple(arguments)))
         tensors = sum(kind.startswith("*") for kind, _ in parameters)
         numbers = [_NUMBERS[kind](value) for kind, value in parameters[tensors:]]
-        numbers += [ctypes.c_void_p(), ctypes.c_void_p()]  # Triton's scratch memory, global and of its profiler: none
+        numbers += [ctypes.c_void_p(), ctypes.c_void_p()]  # Triton's scratch memory, global and of its profiler: unused
         sizes = [ctypes.sizeof(ctypes.c_void_p)] * tensors + [ctypes.sizeof(number) for number in numbers]
         if library is None or not known or _taken(compiled.asm["ptx"]) != sizes:
             return None
@@ -180,12 +190,12 @@ def ready(compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any], early:
             attributes=ctypes.pointer(attribute), attribute_count=int(early),
         )  # fmt: skip
         return Ready(library, compiled, tensors, numbers, configuration)
-    except (AttributeError, KeyError, ValueError):  # another Triton's
+    except (AttributeError, KeyError, ValueError):  # an unknown version of Triton
         return None
 
 
 def _flat(kinds: tuple[Any, ...], values: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-    """The types and values that reach the GPU: tuples taken apart, constants left out."""
+    """The types and values that are passed to the GPU: tuples flattened, constants left out."""
     for kind, value in zip(kinds, values, strict=True):
         if isinstance(kind, tuple):
             yield from _flat(kind, value)
@@ -195,7 +205,7 @@ def _flat(kinds: tuple[Any, ...], values: Sequence[Any]) -> Iterator[tuple[str, 
 
 @functools.cache
 def _library() -> Any:
-    """The CUDA driver; None where there is none, or an old one."""
+    """The CUDA driver; None if it is missing or too old for cuLaunchKernelEx."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
         return library if library.cuLaunchKernelEx else None
@@ -205,6 +215,6 @@ def _library() -> Any:
 
 @functools.lru_cache(1024)
 def _taken(ptx: str) -> list[int]:
-    """The bytes of each parameter of the kernel: `.param .u64 .ptr …`, `.param .f32 …`."""
+    """The size in bytes of each parameter of the kernel, from lines such as `.param .u64 .ptr …`, `.param .f32 …`."""
     declared = re.search(r"\.entry[^(]*\(([^)]*)\)", ptx)
     return [int(bits) // 8 for bits in re.findall(r"\.param\s+\.[a-z]+(\d+)", declared[1])] if declared else []

@@ -1,17 +1,17 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, disable-error-code="assignment, var-annotated"
 """The arithmetic of reference.py on the GPU, in Triton.
 
-Each kernel is launched with `enable_fp_fusion=False`: a product and a sum fused into one instruction would round
-once where the arithmetic rounds twice. `div_rn` and `sqrt_rn` are the IEEE ones; `/` is only used in fp64, where it
-is one too. What is absent is passed as None, and its code is not compiled.
+Every kernel is launched with `enable_fp_fusion=False`, because a fused multiply-add rounds once where the reference
+rounds twice. `div_rn` and `sqrt_rn` round as IEEE 754 requires; `/` does so only in fp64, and is only used there.
+Absent tensors are passed as None; the code that uses them is not compiled.
 """
 
 import triton
 import triton.language as tl
 
-# m: rows, n: columns, in 64 bits where they become an address. Outputs are contiguous; of the inputs only the last
-# dimension is, and `sizes` and `*_steps` say where a row begins (see rows.Walk).
-# offset: -0.0 where there is none, the one number whose addition changes no weight.
+# m: rows, n: columns; 64-bit where an address is computed from them. Outputs are contiguous. Inputs are contiguous in
+# the last dimension only; `sizes` and `*_steps` say where a row begins (see rows.Walk).
+# offset: -0.0 if there is none, because adding +0.0 would change a weight of -0.0.
 
 
 @triton.jit
@@ -29,22 +29,22 @@ def row_start(m, sizes, steps, STRIDED: tl.constexpr):
 
 @triton.jit
 def _load(pointer, inside):
-    """The elements as fp32, exactly; zero outside."""
+    """Loads elements and converts them to fp32, exactly; zero outside."""
     return tl.load(pointer, inside, 0.0).to(tl.float32)
 
 
 @triton.jit
 def rstd_of(S, N, eps):
-    """1 / sqrt(S / N + eps): four correctly rounded steps after the sum in fp64."""
+    """1 / sqrt(S / N + eps), from the fp64 sum S, in correctly rounded steps."""
     v = (S / N).to(tl.float32) + eps
     return tl.div_rn(1.0, tl.sqrt_rn(v))
 
 
 @triton.jit
 def _cast(h, X: tl.constexpr):
-    """h rounded to the dtype X, and back to fp32."""
+    """h rounded to the dtype X and converted back to fp32."""
     if X == tl.bfloat16:  # noqa: SIM300
-        # Triton rounds one by one, with an instruction of a sixteenth of the others' rate; here two at a time.
+        # Triton converts one number at a time, with an instruction at 1/16 of the usual rate; this converts two.
         h = tl.inline_asm_elementwise(
             "{ .reg .b32 two; cvt.rn.bf16x2.f32 two, $3, $2; shl.b32 $0, two, 16; and.b32 $1, two, 0xffff0000; }",
             "=r,=r,r,r", [h], dtype=tl.float32, is_pure=True, pack=2,
@@ -68,7 +68,7 @@ def scaled_output(h, w, offset, X: tl.constexpr, Y: tl.constexpr, EARLY: tl.cons
 
 @triton.jit
 def times_scale(dy, w, offset, EARLY: tl.constexpr):
-    """dy times what x·rstd was multiplied by: the weight plus the offset, or nothing."""
+    """g: dy times the factor of x·rstd, which is the weight plus the offset, or 1 without a weight."""
     g = dy.to(tl.float32)
     if w is not None:
         g = g * (w.to(tl.float32) if EARLY else w.to(tl.float32) + offset)
@@ -77,10 +77,10 @@ def times_scale(dy, w, offset, EARLY: tl.constexpr):
 
 @triton.jit
 def mean_of(S, N, inverse):
-    """S / N in fp64, correctly rounded, and then in fp32; N and its inverse are fp64.
+    """S / N, correctly rounded in fp64 and then rounded to fp32. N and its inverse are fp64.
 
-    In a loop this is faster than `/`: 1 / N is taken once, and the remainder, exact since N has few digits, mends the
-    quotient (Markstein).
+    In a loop this is faster than `/`: 1 / N is computed once, and the remainder of S · (1 / N), which is exact because
+    N has few digits, corrects the quotient (Markstein's method).
     """
     q = S * inverse
     mended = tl.fma(tl.fma(-q, N, S), inverse, q)
@@ -89,7 +89,10 @@ def mean_of(S, N, inverse):
 
 @triton.jit(do_not_specialize=["size"])
 def no_shares_yet(shares, size, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr):
-    """Prepares the exchange below. The kernel that needs it may start meanwhile, and waits to hand anything in."""
+    """Marks all shares as missing, for `sum_of_shares`.
+
+    The kernel that uses them may start before this one has ended, but waits for it before it stores a share.
+    """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     i = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -98,10 +101,11 @@ def no_shares_yet(shares, size, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr):
 
 @triton.jit
 def sum_of_shares(S, shares, part, parts, PARTS: tl.constexpr):
-    """The sums over rows whose `parts` programs each hold a share: hand in one's own, wait for the others.
+    """Sums over rows that `parts` programs share: stores this program's share S and waits for the others.
 
-    A share is one 8-byte store and needs no fence; -1, a NaN that no arithmetic makes, means that it is still missing.
-    The programs of a row have consecutive numbers and are few, so all of them run at once and none waits for ever.
+    A share is a single 8-byte store, so no fence is needed. -1, a NaN bit pattern that arithmetic never produces, marks
+    a missing share. The programs of a row are few and have consecutive numbers, so all of them run at once and none
+    waits forever.
     """
     tl.atomic_xchg(shares + part, S.to(tl.int64, bitcast=True), sem="relaxed")
     p = tl.arange(0, PARTS)[None, :]
@@ -113,13 +117,13 @@ def sum_of_shares(S, shares, part, parts, PARTS: tl.constexpr):
 
 @triton.jit
 def _packed(row):
-    """The row as memory has it. Without this its fp32 copy is kept over a wait, in twice the registers."""
+    """Keeps a 16-bit row packed. Otherwise the compiler holds its fp32 copy during a wait, in twice the registers."""
     if row.dtype.primitive_bitwidth == 16:
         row = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [row], dtype=row.dtype, is_pure=True, pack=2)
     return row
 
 
-# A row is held in PIECES of BLOCK_N columns, so that a width far from a power of two leaves few threads idle.
+# A row is held in PIECES of BLOCK_N columns, so that few threads are idle if N is far from a power of two.
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -128,7 +132,7 @@ def forward_block(
     EARLY: tl.constexpr, STRIDED: tl.constexpr, PARTS: tl.constexpr,
     ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows a program, read once; or, with PARTS > 1, one part of a row."""
+    """Each program computes ROWS rows, reading them once; if PARTS > 1, one part of a row."""
     tile, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     m = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     first = part * (PIECES * BLOCK_N) + tl.arange(0, BLOCK_N)[None, :]
@@ -175,7 +179,7 @@ def forward_loop(
     x, residual, w, y, s, rstd, M, N, sizes, x_steps, residual_steps, eps, offset,
     EARLY: tl.constexpr, STRIDED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One row a program, in pieces: read once for the sum and again for y."""
+    """Each program loops over one row twice: once for the sum, once for y."""
     m = tl.program_id(0).to(tl.int64)
     rows = x + row_start(m, sizes, x_steps, STRIDED)
     squares = tl.zeros([BLOCK_N], tl.float64)
@@ -193,7 +197,7 @@ def forward_loop(
         tl.store(rstd + m, r)
     if residual is not None:
         rows = s + m * N
-        tl.debug_barrier()  # threads read what other threads have written
+        tl.debug_barrier()  # threads read s elements that other threads have written
     for first in range(0, N.to(tl.int64), BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         h = _load(rows + n, n < N) * r
@@ -203,7 +207,7 @@ def forward_loop(
 
 @triton.jit
 def is_inside(n, N, k, PIECES: tl.constexpr, PARTS: tl.constexpr):
-    """Which columns of piece k the row has: if one program holds a row, only its last piece can end early."""
+    """Which columns of piece k are inside the row; if one program holds a row, only its last piece can be partial."""
     return n < N if PARTS > 1 or k == PIECES - 1 else n >= 0
 
 
@@ -212,7 +216,7 @@ def _load_rows(
     t, m, n, M, N, sizes, steps,
     STRIDED: tl.constexpr, PARTS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The pieces of rows of t; zero below the last row."""
+    """Loads the pieces of rows of t; zero below the last row."""
     row = ()
     for k in tl.static_range(PIECES):
         inside = (m < M) & is_inside(n + k * BLOCK_N, N, k, PIECES, PARTS)
@@ -222,7 +226,7 @@ def _load_rows(
 
 @triton.jit
 def _turns(M, program, programs, ROWS: tl.constexpr):
-    """How many tiles of ROWS rows are the program's: every so many. Nothing here passes M, which may end 32 bits."""
+    """How many tiles of ROWS rows this program processes. No intermediate value exceeds M, which may be 2³¹ - 1."""
     return (M - 1) // ROWS // programs + ((M - 1) // ROWS % programs >= program).to(tl.int32)
 
 
@@ -232,10 +236,10 @@ def backward_block(
     EARLY: tl.constexpr, STRIDED: tl.constexpr, PARTS: tl.constexpr,
     ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """dx of every so many tiles of ROWS rows, and their share of dw; with PARTS > 1, of one part of each row.
+    """dx of every `programs`-th tile of ROWS rows, and their share of dw; if PARTS > 1, of one part of each row.
 
-    With STAGES > 1 the next tiles are loaded into shared memory while this one is worked on. At any time all programs
-    are at neighbouring tiles: memory is faster so than with a stretch of rows for each.
+    If STAGES > 1, the next tiles are loaded into shared memory while this one is processed. At any time all programs
+    work on neighbouring tiles, for which memory is faster than if each worked on its own range of rows.
     """
     program, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     n = part * (PIECES * BLOCK_N) + tl.arange(0, BLOCK_N)[None, :]
@@ -265,7 +269,7 @@ def backward_block(
         if PARTS > 1:
             S = sum_of_shares(S, shares + m * parts, part, parts, PARTS)
         c = mean_of(S + 0.0, width, inverse)  # +0.0, never -0.0
-        if ds is not None and STAGES == 1:  # not before, which takes more registers than there are
+        if ds is not None and STAGES == 1:  # loaded this late because registers are short before
             ds_row = _load_rows(ds, m, n, M, N, sizes, ds_steps, STRIDED, PARTS, PIECES, BLOCK_N)
         summed = ()
         for k in tl.static_range(PIECES):
@@ -279,7 +283,7 @@ def backward_block(
             summed += (dw[k] + dw_terms(dy_row[k].to(tl.float32), xh, x.dtype.element_ty, EARLY),)
         dw = summed
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()  # sum_partials may start, and waits
+        tl.extra.cuda.gdc_launch_dependents()  # sum_partials may start; it waits for this kernel's end
     if partials is not None:
         for k in tl.static_range(PIECES):
             share = tl.sum(dw[k].to(tl.float64), axis=0, keep_dims=True).to(tl.float32)
@@ -288,13 +292,13 @@ def backward_block(
 
 @triton.jit
 def normalized(x, r, inside):
-    """x·rstd, and zero beyond the row's end, where 0·inf would be NaN."""
+    """x·rstd; zero beyond the end of the row, where 0·inf would be NaN."""
     return tl.where(inside, x.to(tl.float32) * r, 0.0)
 
 
 @triton.jit
 def dw_terms(dy, xh, X: tl.constexpr, EARLY: tl.constexpr):
-    """What one element adds to dw."""
+    """The terms that each element adds to dw."""
     h = _cast(xh, X) if EARLY else xh
     return dy * h
 
@@ -304,7 +308,7 @@ def backward_loop(
     dy, ds, x, w, rstd, dx, M, N, sizes, dy_steps, ds_steps, x_steps, offset,
     EARLY: tl.constexpr, STRIDED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dx of one row a program, in pieces: read once for the sum and again for dx."""
+    """Each program computes dx of one row, looping over it twice: once for the sum, once for dx."""
     m = tl.program_id(0).to(tl.int64)
     r = tl.load(rstd + m)
     dy += row_start(m, sizes, dy_steps, STRIDED)
@@ -332,7 +336,7 @@ def dw_alone(
     EARLY: tl.constexpr, STRIDED: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The share of dw of one part, of BLOCK_N columns, of every so many tiles of ROWS rows."""
+    """A share of dw for BLOCK_N columns: the sum over every `programs`-th tile of ROWS rows."""
     program, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     n = part.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     dw = tl.zeros([ROWS, BLOCK_N], tl.float32)
@@ -353,16 +357,12 @@ def dw_alone(
 def sum_partials(
     partials, dw, programs, N, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
-    """dw of BLOCK_N columns: the shares of all programs, always in the same order."""
+    """dw of BLOCK_N columns: the sum of all programs' shares, always in the same order."""
     if OVERLAP:
-        tl.extra.cuda.gdc_wait()  # for the end of the kernel before, which need not have ended for this one to start
+        tl.extra.cuda.gdc_wait()  # this kernel may start before the one that computes the partials has ended
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     total = tl.zeros([ROWS, BLOCK_N], tl.float64)
     for first in range(0, programs, ROWS):
         program = first + tl.arange(0, ROWS)[:, None]
         total += tl.load(partials + program.to(tl.int64) * N + n, (program < programs) & (n < N), 0.0).to(tl.float64)
     tl.store(dw + n, tl.sum(total, axis=0, keep_dims=True).to(tl.float32).to(dw.dtype.element_ty), n < N)
-
-
-# Rows in shared memory, in Gluon, where one says how threads hold a tile: more rows are under way than registers hold.
-# Asynchronous copies bring them, of 16 bytes each, so that rows must begin and end at multiples of that.

@@ -9,12 +9,22 @@ import torch
 from rmsnorm.kernels.gpu import kernels, tiling
 from rmsnorm.kernels.gpu.driver import Slot, TritonLaunch
 from rmsnorm.kernels.gpu.tiling import Gpu, Launch
-from rmsnorm.kernels.plan import MOST_PLANS, Backward, Converted, Forward, Fresh, Plan, TensorKind, laid_out, summands
+from rmsnorm.kernels.plan import (
+    MOST_PLANS,
+    Backward,
+    Converted,
+    Forward,
+    Fresh,
+    Plan,
+    TensorKind,
+    find_layout,
+    summands,
+)
 from rmsnorm.kernels.rows import Walk, walk
 
 try:
     from rmsnorm.kernels.gpu import staged
-except ImportError:  # Triton without Gluon, which is experimental: wide rows then wait in registers
+except ImportError:  # Gluon is experimental and may be missing; then wide rows are held in registers
     staged = None  # type: ignore[assignment]
 
 NAME = "gpu kernel (Triton)"
@@ -37,11 +47,11 @@ def refuses(x: torch.dtype, residual: torch.dtype | None, w: torch.dtype | None)
 
 @functools.lru_cache(MOST_PLANS)
 def plan_forward(kind: Forward) -> Plan:
-    """For y, s and rstd as of `reference.forward`."""
+    """Plans a call that computes y, s and rstd as `reference.forward` does."""
     row, x, residual, before = summands(kind)
     w, spec = kind.w, kind.spec
     wanted = {row: (x, x.dtype)} | ({} if residual is None else {"residual": (residual, x.dtype)})
-    rows, kinds, converted = laid_out(walk, wanted)
+    rows, kinds, converted = find_layout(walk, wanted)
     before += converted
     gpu = _gpu(_number(kind.device))
     aligned = rows.N > tiling.ADD_WIDEST and _can_be_staged(rows, kinds)
@@ -76,24 +86,26 @@ def plan_forward(kind: Forward) -> Plan:
 
 @functools.lru_cache(MOST_PLANS)
 def plan_backward(kind: Backward) -> Plan:
-    """For dx and dw as of `reference.backward`; dw is the fp64 sum of fp32 sums over `tiling.LONGEST_SUM` numbers at
-    most."""
+    """Plans a call that computes dx and dw as `reference.backward` does.
+
+    dw is the fp64 sum of fp32 partial sums, each over at most `tiling.LONGEST_SUM` numbers.
+    """
     x, w, spec, need_dx = kind.x, kind.w, kind.spec, kind.need_dx
     with_ds, of_dw = need_dx and kind.ds is not None, w.dtype if kind.need_dw and w is not None else None
     wanted = {"dy": (kind.dy, _y_dtype(x.dtype, w, spec.cast)), "x": (x, x.dtype)}
     if kind.ds is not None and with_ds:
         wanted["ds"] = kind.ds, x.dtype
-    rows, kinds, before = laid_out(walk, wanted)
+    rows, kinds, before = find_layout(walk, wanted)
     M, N, device, gpu = rows.M, rows.N, _number(kind.device), _gpu(_number(kind.device))
     of_x, of_dy = x.dtype.itemsize, kinds["dy"].dtype.itemsize
     aligned = tiling.BACKWARD_WIDEST[of_x] < N and _can_be_staged(rows, kinds)
-    kinds["rstd"] = _dense("rstd", kind.rstd, before)  # as it was, but for hooks on what is saved
+    kinds["rstd"] = _dense("rstd", kind.rstd, before)  # only hooks on saved tensors can make a copy necessary
     if w is not None:
         kinds["w"] = _dense("w", w, before)
     fresh = [Fresh("dx", x.dtype, tuple(x.shape))] if need_dx else []
     calls = _Calls(device, rows, kinds, fresh)
     early, steps = spec.cast == "early", {"dy_steps": rows.steps[0], "x_steps": rows.steps[1]}
-    sums: Launch | None = None  # of the kernel whose programs hold the shares of dw, where there are rows
+    sums: Launch | None = None  # the launch whose programs compute partial sums of dw
     if need_dx:
         itemsize = 0 if of_dw is None else of_dw.itemsize
         config = tiling.backward(M, N, of_x, of_dy, itemsize, with_ds, aligned, gpu)
@@ -134,22 +146,25 @@ def plan_backward(kind: Backward) -> Plan:
 
 
 class _Calls:
-    """The launches of a plan, as they come."""
+    """Collects the launches of a plan."""
 
     def __init__(self, device: int, rows: Walk, kinds: Mapping[str, TensorKind], fresh: list[Fresh]) -> None:
-        """kinds: of the inputs, as the kernels get them. fresh: of the plan, to which `exchange` adds."""
+        """kinds: the inputs as the kernels read them. fresh: the plan's fresh tensors; `exchange` adds to them."""
         self.launches: list[TritonLaunch] = []
         self._device, self._rows, self._kinds, self._fresh = device, rows, kinds, fresh
 
     def add(self, kernel: Any, grid: int, config: Launch, after: bool, /, **named: Any) -> None:
-        """A launch, unless of no programs. after: whether the launch before prepares it. named: the values of the
-        kernel's arguments, and others; of a tensor its name, or None."""
+        """Adds a launch of `grid` programs, if there are any.
+
+        after: whether it depends on the launch before and may start before that one has ended. named: values for the
+        kernel's arguments (others are ignored); for a tensor its name, or None.
+        """
         if grid == 0:
             return
         rows = self._rows
         values = config.constants | {
             "M": rows.M, "N": rows.N, "parts": config.parts, "sizes": rows.sizes, "STRIDED": rows.strided,
-            # As many as a warp has lanes. Fewer would be held several times over, in a third more registers.
+            # One for each lane of a warp: with fewer, every value is held several times, in a third more registers.
             "PARTS": 1 if config.parts == 1 else tiling.MOST_PARTS,
         } | named  # fmt: skip
         arguments = tuple(self._argument(values[name]) for name in kernel.arg_names)
@@ -159,7 +174,10 @@ class _Calls:
         self.launches.append(TritonLaunch(kernel, (grid,), config.warps, arguments, early, aligned, self._device))
 
     def exchange(self, config: Launch, gpu: Gpu) -> bool:
-        """Whether programs that share rows exchange their sums, for which a kernel prepares memory."""
+        """If programs share rows, adds the memory for their exchange of sums and a launch that initializes it.
+
+        Returns whether that launch was added.
+        """
         size = self._rows.M * config.parts
         if config.parts <= 1:
             return False
@@ -172,17 +190,17 @@ class _Calls:
         if not isinstance(value, str):
             return value
         kind = self._kinds.get(value) or next((t for t in self._fresh if t.name == value), None)
-        return None if kind is None else Slot(value, kind.dtype)  # there are no shares where none are exchanged
+        return None if kind is None else Slot(value, kind.dtype)  # there is no tensor `shares` if no sums are exchanged
 
 
 def _number(device: torch.device) -> int:
-    """Of a GPU; -1 for the interpreter, whose tensors are on none."""
+    """The index of a GPU; -1 for Triton's interpreter, whose tensors are on the CPU."""
     return -1 if device.index is None or device.type != "cuda" else device.index
 
 
 @functools.cache
 def _gpu(device: int) -> Gpu:
-    """The GPU with this number; without one, as in the interpreter, a typical one without Hopper's instructions."""
+    """The properties of the GPU with this index; for the interpreter, of a typical GPU older than Hopper."""
     if device < 0:
         return Gpu(capability=8)
     found = torch.cuda.get_device_properties(device)
@@ -199,7 +217,7 @@ def _offset(offset: float) -> float:
 
 
 def _dense(name: str, kind: TensorKind, before: list[Converted]) -> TensorKind:
-    """The kind as a kernel reads it that knows no strides of it, after a copy if it must be."""
+    """The kind of a tensor that a kernel reads as contiguous; adds a copy to `before` if it is not."""
     if kind.is_dense:
         return kind
     before.append(Converted(name, (name,), kind.dtype))
@@ -207,12 +225,12 @@ def _dense(name: str, kind: TensorKind, before: list[Converted]) -> TensorKind:
 
 
 def _can_be_staged(rows: Walk, kinds: Mapping[str, TensorKind]) -> bool:
-    """Whether rows can be copied into shared memory asynchronously: by Gluon, from aligned addresses."""
+    """Whether the staged kernels can take the rows: Gluon is available and the rows are aligned."""
     return staged is not None and _by_16_bytes(rows, kinds)
 
 
 def _by_16_bytes(rows: Walk, kinds: Mapping[str, TensorKind]) -> bool:
-    """Whether rows begin and end where asynchronous copies can, and Triton is told: of multiples of 16 numbers."""
+    """Whether rows suit asynchronous copies, and Triton knows it: aligned, with strides and N multiples of 16."""
     steps = [step for of_tensor in rows.steps for step in (of_tensor if rows.strided else of_tensor[2:])]
     return all(step % 16 == 0 for step in (rows.N, *steps)) and all(k.alignment == 16 for k in kinds.values())
 

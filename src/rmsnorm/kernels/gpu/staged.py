@@ -1,5 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, disable-error-code="assignment, var-annotated"
-"""Kernels whose rows wait in shared memory, in Gluon: the same arithmetic as in kernels.py, for the widest rows."""
+"""Kernels in Gluon that hold rows in shared memory: the arithmetic of kernels.py, for the widest rows.
+
+In Gluon the code chooses how threads hold a tile, so more rows can be in flight than fit in registers. Asynchronous
+copies of 16 bytes load them, so rows must begin and end at multiples of 16 bytes.
+"""
 
 import triton.language as tl
 from triton.experimental import gluon
@@ -22,7 +26,7 @@ copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_t
 
 @gluon.jit
 def _collected(shares, parts, PARTS: gl.constexpr):
-    """The sum of a row's shares, once all of its programs have handed in theirs; see sum_of_shares."""
+    """Waits until all programs of a row have stored their shares, and returns the sum; see sum_of_shares."""
     lanes: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     p = gl.arange(0, PARTS, lanes)
     found = gl.load(shares + p, p < parts, 0, volatile=True)
@@ -33,7 +37,7 @@ def _collected(shares, parts, PARTS: gl.constexpr):
 
 @gluon.jit
 def _buffers(DTYPE: gl.constexpr, COPIES: gl.constexpr, PIECES: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Shared memory for COPIES rows, a buffer for each piece: what is one buffer is waited for as one."""
+    """Shared memory for COPIES rows, with one buffer for each piece: synchronization covers a whole buffer."""
     plain: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
     buffers = ()
     for _ in gl.static_range(PIECES):
@@ -43,7 +47,7 @@ def _buffers(DTYPE: gl.constexpr, COPIES: gl.constexpr, PIECES: gl.constexpr, BL
 
 @gluon.jit
 def _begin(buffers, slot, row, n, N, present, PIECES: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Have a row copied, if it is present; columns outside keep what they held."""
+    """Starts copying a row, if it is present; columns outside the row keep their old contents."""
     for k in gl.static_range(PIECES):
         copy(buffers[k].index(slot), row + n + k * BLOCK_N, mask=(n + k * BLOCK_N < N) & present)
 
@@ -54,7 +58,7 @@ def forward_staged(
     EARLY: gl.constexpr, STRIDED: gl.constexpr, PARTS: gl.constexpr,
     PIECES: gl.constexpr, BLOCK_N: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
-    """One part of a row, which waits for the other parts."""
+    """One part of a row per program; programs that share a row wait for each other's sums."""
     X: gl.constexpr = x.dtype.element_ty
     columns: gl.constexpr = gl.BlockedLayout([128 // X.primitive_bitwidth], [32], [gl.num_warps()], [0])
     m, part = (gl.program_id(0) // parts).to(gl.int64), gl.program_id(0) % parts
@@ -92,7 +96,7 @@ def forward_staged(
 
 @gluon.jit
 def _staged_weight(w, n, N, PIECES: gl.constexpr, BLOCK_N: gl.constexpr):
-    """The pieces of the weight: in registers, or in shared memory where 16-bit rows have more columns a thread."""
+    """The pieces of the weight: in registers, or in shared memory if there are more than 32 columns a thread."""
     weight = ()
     for k in gl.static_range(PIECES):
         piece = gl.load(w + n + k * BLOCK_N, n + k * BLOCK_N < N, 0.0)
@@ -125,7 +129,7 @@ def _dot_by_warp(
     dy_rows, x_rows, weight, slot, r, n, N, offset, columns: gl.constexpr,
     EARLY: gl.constexpr, PARTS: gl.constexpr, PIECES: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
-    """Each warp's share of the sum of g·xh."""
+    """The sum of g·xh over each warp's columns."""
     products = gl.zeros([BLOCK_N], gl.float64, columns)
     for k in gl.static_range(PIECES):
         _, xh, g = _piece(
@@ -141,9 +145,9 @@ def backward_staged(
     EARLY: gl.constexpr, STRIDED: gl.constexpr, PARTS: gl.constexpr,
     PIECES: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
-    """As backward_block for one part of each row, of which STAGES are on the way or held.
+    """As backward_block for one part of each row, with STAGES rows loaded or being loaded.
 
-    One row behind: a program hands in its share of the next row's sum before it asks for this row's.
+    A program stores its share of the next row's sum before it waits for this row's, so that the wait is short.
     """
     X: gl.constexpr = x.dtype.element_ty
     columns: gl.constexpr = gl.BlockedLayout([128 // X.primitive_bitwidth], [32], [gl.num_warps()], [0])

@@ -1,44 +1,46 @@
-"""How the GPU kernels are launched: pure data from shapes and sizes, with nothing to import and nothing measured.
+"""Chooses tile sizes and launch parameters of the GPU kernels from shapes and sizes; measures nothing at run time.
 
-No bit of y or dx depends on it, since every sum over a row is in fp64. Which rows of dw one program sums comes from
-M, N, the dtypes and whether a gradient comes through s, so dw is the same on every GPU that has room for programs that
-share rows (`ROOM`).
+The choice does not change any bit of y or dx, because every sum over a row is in fp64. Which rows of dw one program
+sums depends on M, N, the dtypes and whether a gradient arrives through s. So dw is the same on every GPU that has room
+for programs that share rows (`ROOM`).
 
-Where a threshold comes from a measurement, it is the best of those tried on an H200 (benchmarks/LOG.md).
+Measured thresholds are the best of those tried on an H200 (benchmarks/LOG.md).
 """
 
 import functools
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
-# Columns of a row that one program holds in registers, without spills but for a few bytes in a few tiles (ptxas).
+# The most columns that one program holds in registers; ptxas reports no spills except a few bytes in a few tiles.
 FORWARD_WIDEST, ADD_WIDEST = 16384, 12288
-BACKWARD_WIDEST = {2: 10240, 4: 8192}  # by the bytes of a number
-UNALIGNED_WIDEST = 8192  # backward, if 16 does not divide the width: narrow loads take more registers
-# All programs that share a wider row must run at once, also beside other kernels that wait for theirs: only on a GPU
-# with room for this many times as many. Elsewhere one program walks over a row that is wider.
+BACKWARD_WIDEST = {2: 10240, 4: 8192}  # by itemsize
+UNALIGNED_WIDEST = 8192  # backward, if N is not a multiple of 16: narrow loads take more registers
+# Wider rows are shared between programs, which wait for each other and so must all run at once, even beside other
+# kernels that do the same. That requires a GPU with at least ROOM times as many multiprocessors as a row has programs.
+# On a smaller GPU one program loops over the row.
 ROOM = 4
-PIECE = 8192  # columns that a walk takes at once, 16 elements a thread
-# Elements of a tile of the kernel that computes dw alone, and rows of any tile: with more, what is done once a row (an
-# fp64 division, an address in 64 bits) fills the registers. 256 rows of 4 columns spill.
+PIECE = 8192  # columns of one step of that loop, 16 elements a thread
+# Elements of a tile of `dw_alone`, and the most rows of any tile: with more rows, the values held for each row (an fp64
+# quotient, a 64-bit address) fill the registers. 256 rows of 4 columns spill.
 TILE, MOST_ROWS = 2048, 64
-# Programs of the backward kernels are so many for each multiprocessor of an H200, and as many elsewhere.
+# Of an H200. The number of programs of a backward kernel is a multiple of it on every GPU, so that dw is the same.
 MULTIPROCESSORS = 132
-# Numbers that one fp32 sum of dw adds up, by the bytes of a number of dw. Where they are as random as rounding is, the
-# error grows with their root, far below what 16 bits round off; at worst it grows with their number, to half of that in
-# fp16. The sums themselves add up in fp64.
+# The most numbers in one fp32 partial sum of dw, by the itemsize of dw; the partial sums are added in fp64. With random
+# rounding errors the error grows with the square root of this, far below the rounding of a 16-bit result. At worst it
+# grows in proportion, to half of that rounding in fp16.
 LONGEST_SUM = {2: 1024, 4: 64}
-# Columns of the kernel that computes dw alone.
+# The most columns of a tile of `dw_alone`.
 COLUMNS = 1024
-# No row has more parts: `sum_of_shares` asks one lane of a warp for each share.
+# The most programs that share a row: in `sum_of_shares` one lane of a warp reads each share.
 MOST_PARTS = 32
 
 
 class Tile(NamedTuple):
-    """How the backward pass holds whole rows.
+    """How programs of the backward pass hold whole rows.
 
-    programs: on a multiprocessor at once; programs_more: with a gradient through s or a dy wider than x, which take
-    more registers, if not as many. stages: tiles under way and in work. alone: without dw each tile is a program's own.
+    programs: how many run on a multiprocessor at once. programs_more: the same if a gradient arrives through s or dy is
+    wider than x, which takes more registers; 0 if it is no different. stages: tiles that are being loaded or processed.
+    alone: whether each tile gets its own program if dw is not needed.
     """
 
     rows: int
@@ -51,7 +53,7 @@ class Tile(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """How programs share a row. programs, programs_more: as of a `Tile`."""
+    """How programs share a row. programs, programs_more: as in `Tile`."""
 
     pieces: int
     block_n: int
@@ -60,11 +62,11 @@ class Shared(NamedTuple):
     programs_more: int = 0
 
     def parts(self, N: int) -> int:
-        """How many share a row of N columns."""
+        """How many programs share a row of N columns."""
         return -(-N // (self.pieces * self.block_n))
 
 
-# By the bytes of a number and the most columns. Forward: rows, block_n, warps.
+# The tables below are keyed by itemsize and then by the most columns. Forward: rows, block_n, warps.
 _FORWARD = {
     2: {
         768: (2, 256, 1), 1024: (1, 512, 2), 2048: (1, 512, 2), 4096: (1, 1024, 4), 5120: (1, 2048, 4),
@@ -75,7 +77,7 @@ _FORWARD = {
         12288: (1, 4096, 16), 16384: (1, 4096, 8),
     },
 }  # fmt: skip
-# Rows of up to 256 columns, several to a program of one warp: elements and programs, as above.
+# Rows of up to 256 columns; a program of one warp takes several. Values: elements of a tile, and programs as in `Tile`.
 _BACKWARD_NARROW = {2: {64: (256, 20), 256: (512, 16)}, 4: {64: (256, 16), 256: (512, 8)}}
 _BACKWARD = {
     2: {
@@ -90,7 +92,8 @@ _BACKWARD = {
         4096: Tile(1, 2048, 16, 1, alone=True), 5120: Tile(1, 1024, 8, 1, alone=True), 8192: Tile(1, 2048, 16, 1),
     },
 }  # fmt: skip
-# By the same. First where the row waits in shared memory; what others do backward goes by the programs of these too.
+# Rows that programs share. The staged kernels hold a row in shared memory, the others in registers. In the backward
+# pass both take the number of programs from the staged table.
 _FORWARD_STAGED = {
     2: {20480: Shared(2, 2048, 4), 131072: Shared(2, 4096, 4), 204800: Shared(3, 4096, 4), 262144: Shared(2, 8192, 4)},
     4: {262144: Shared(2, 4096, 4)},
@@ -107,26 +110,27 @@ _BACKWARD_SHARED = {
     2: {65536: Shared(4, 1024, 4), 262144: Shared(4, 2048, 8)},
     4: {131072: Shared(4, 1024, 4), 262144: Shared(8, 1024, 8)},
 }
-STAGES = 3  # rows in shared memory backward
+STAGES = 3  # rows that a staged backward program has in shared memory
 
 AnyTile = TypeVar("AnyTile")
 
 
 class Gpu(NamedTuple):
-    """What a launch depends on of a GPU; as it stands, of a typical one."""
+    """The properties of a GPU that a launch depends on; the defaults describe a typical one."""
 
-    shared_memory: int = 99 << 10  # bytes that one program may have, where the loads of the next tiles arrive
+    shared_memory: int = 99 << 10  # bytes that one program may use
     multiprocessors: int = 132
-    capability: int = 9  # the first of its two numbers
+    capability: int = 9  # the major number of the compute capability
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A program works on tiles of `rows` rows of `pieces` x `block_n` columns.
+    """How to launch a kernel: each program processes tiles of `rows` rows and `pieces` x `block_n` columns.
 
-    parts: programs that share a row; 0 means that one program walks over a row in pieces of block_n. programs: so many,
-    or groups of so many parts, take turns at the tiles backward. staged: rows wait in shared memory, not in registers.
-    overlap: kernels of ours may start before the one before has ended.
+    parts: how many programs share a row; 0 means that one program loops over a row in steps of block_n columns.
+    programs: how many programs (or groups of `parts` programs) the backward pass distributes its tiles over.
+    staged: whether rows are held in shared memory instead of registers. overlap: whether one of our kernels may start
+    before the previous one has ended.
     """
 
     block_n: int
@@ -141,7 +145,7 @@ class Launch:
 
     @property
     def constants(self) -> dict[str, int | bool]:
-        """By the names that the kernels have for them."""
+        """The compile-time constants of the kernels, by name."""
         return {
             "ROWS": self.rows,
             "PIECES": self.pieces,
@@ -153,12 +157,12 @@ class Launch:
 
 @functools.lru_cache(4096)
 def forward(N: int, itemsize: int, with_residual: bool, aligned: bool, gpu: Gpu) -> Launch:
-    """Whole rows in pieces; wider ones shared between programs.
+    """The launch of the forward pass: whole rows, or for wide rows several programs that share each.
 
-    aligned: rows begin and end at multiples of 16 numbers.
+    aligned: whether rows begin and end at multiples of 16 numbers.
     """
     if (ADD_WIDEST if with_residual else FORWARD_WIDEST) < N:
-        staged = _FORWARD_STAGED[4 if with_residual else itemsize]  # with a residual the tiles of fp32 are the faster
+        staged = _FORWARD_STAGED[4 if with_residual else itemsize]  # with a residual the tiles for fp32 are faster
         config = _shared(N, staged, _FORWARD_SHARED[itemsize], itemsize, aligned, gpu)
         return replace(config, overlap=config.parts > 0 and gpu.capability >= 9)
     if N <= 256:
@@ -174,21 +178,21 @@ def forward(N: int, itemsize: int, with_residual: bool, aligned: bool, gpu: Gpu)
 def backward(
     M: int, N: int, itemsize: int, dy_itemsize: int, dw_itemsize: int, with_ds: bool, aligned: bool, gpu: Gpu
 ) -> Launch:
-    """As `forward`; a program takes many tiles, over which it holds its share of dw, if that is asked for.
+    """The launch of the backward pass: a program processes many tiles and accumulates its share of dw over them.
 
-    itemsize, dy_itemsize, dw_itemsize: bytes of one number of x and ds, of dy, and of dw or 0 without it.
+    itemsize, dy_itemsize, dw_itemsize: bytes of one number of x and ds, of dy, and of dw (0 if dw is not needed).
     """
     overlap = gpu.capability >= 9
     longest = LONGEST_SUM.get(dw_itemsize, M)
     more = with_ds or dy_itemsize > itemsize
     if (BACKWARD_WIDEST[itemsize] if N % 16 == 0 else min(BACKWARD_WIDEST[itemsize], UNALIGNED_WIDEST)) < N:
-        # Beside the rows the weight, in 4 bytes at most, where there are more than 32 columns a thread.
+        # The rows, and with more than 32 columns a thread also the weight, of at most 4 bytes a number.
         bytes_a_column = STAGES * (itemsize + dy_itemsize) + (4 if itemsize == 2 else 0)
         config = _shared(N, _BACKWARD_STAGED[itemsize], _BACKWARD_SHARED[itemsize], bytes_a_column, aligned, gpu)
         if config.parts == 0:
             return config
-        # One round of the GPU, so that no row waits for a program of the next; one program a multiprocessor where loads
-        # are narrow, which take more registers.
+        # All programs run at once, so that none waits for one that has not started. Unaligned rows need narrow loads,
+        # which take more registers, so only one program fits on a multiprocessor.
         like = _narrowest(_BACKWARD_STAGED[itemsize], N)
         at_once = MULTIPROCESSORS * (_at_once(like, more) if N % 16 == 0 else 1) // like.parts(N)
         programs = _programs(M, max(1, at_once), 1, longest)
@@ -205,11 +209,11 @@ def backward(
     pieces = -(-N // block_n)
     if dw_itemsize == 0 and (tile.alone or N % 16 != 0):
         return Launch(block_n, warps, rows, pieces, programs=-(-M // rows))
-    stages = 1  # what is not aligned cannot be loaded ahead into shared memory
+    stages = 1  # unaligned rows cannot be prefetched into shared memory
     if N % 16 == 0:
         tile_bytes = rows * pieces * block_n * (dy_itemsize + itemsize * (2 if with_ds else 1))
         stages = _stages(tile_bytes, gpu.shared_memory // programs, most)
-        if stages == 1:  # rather one program at a time than no loads ahead
+        if stages == 1:  # prefetching is worth more than several programs at once
             stages = _stages(tile_bytes, gpu.shared_memory, most)
     programs = _programs(M, MULTIPROCESSORS * programs, rows, longest)
     return Launch(block_n, warps, rows, pieces, stages=stages, programs=programs, overlap=overlap)
@@ -217,7 +221,7 @@ def backward(
 
 @functools.lru_cache(4096)
 def dw_alone(M: int, N: int, loaded: int, dw_itemsize: int, gpu: Gpu) -> Launch:
-    """A program takes block_n columns of some of the rows: any N, nothing is summed along the row."""
+    """The launch of `dw_alone`: a program processes block_n columns of some of the rows, for any N."""
     block_n = min(power_of_two(N), COLUMNS)
     rows = min(TILE // block_n, MOST_ROWS)
     programs = _programs(M, max(1, 4 * MULTIPROCESSORS // -(-N // block_n)), rows, LONGEST_SUM[dw_itemsize])
@@ -227,19 +231,22 @@ def dw_alone(M: int, N: int, loaded: int, dw_itemsize: int, gpu: Gpu) -> Launch:
 
 @functools.lru_cache(4096)
 def sum_partials(programs: int, N: int, gpu: Gpu) -> Launch:
-    """All shares of a column are one program's: of many shares narrow columns, so that many programs read them."""
+    """The launch of `sum_partials`: one program adds all shares of its columns.
+
+    The more shares there are, the fewer columns a program takes, so that enough programs read them.
+    """
     rows = min(max(power_of_two(max(1, programs)) // 4, 8), 128)
     size, warps = (4096, 8) if rows == 8 else (1024, 4)
     return Launch(min(power_of_two(N), size // rows), warps, rows, overlap=gpu.capability >= 9)
 
 
 def no_shares_yet(gpu: Gpu) -> Launch:
-    """The kernel that prepares what programs exchange about rows that they share."""
+    """The launch of the kernel that initializes the memory in which programs exchange their sums."""
     return Launch(1024, 4, overlap=gpu.capability >= 9)
 
 
 def power_of_two(N: int) -> int:
-    """The smallest that is not below N."""
+    """The smallest power of two that is at least N."""
     return 1 << (N - 1).bit_length()
 
 
@@ -251,7 +258,10 @@ def _shared(
     aligned: bool,
     gpu: Gpu,
 ) -> Launch:
-    """Of the first tiles for rows as wide that the GPU has room for, in shared memory if may be; a walk if none are."""
+    """The launch for rows that programs share: the first tile that is wide enough and fits the GPU.
+
+    Prefers rows in shared memory. If no tile fits, one program loops over each row.
+    """
     for widest, tile in staged.items() if aligned and N % 16 == 0 else ():
         parts = tile.parts(N)
         fits = tile.pieces * tile.block_n * bytes_a_column + 1024 <= gpu.shared_memory
@@ -268,30 +278,30 @@ def _shared(
 
 
 def _narrow(N: int, size: int) -> tuple[int, int]:
-    """Columns and rows of a tile of several rows."""
+    """The columns and rows of a tile of `size` elements that holds several rows."""
     block_n = power_of_two(N)
     return block_n, min(size // block_n, MOST_ROWS)
 
 
 def _narrowest(tiles: dict[int, AnyTile], N: int) -> AnyTile:
-    """Of those for rows as wide or wider."""
+    """The first tile for rows of at least N columns."""
     return next(tile for widest, tile in tiles.items() if widest >= N)
 
 
 def _at_once(tile: Tile | Shared, more: bool) -> int:
-    """The programs of a multiprocessor; `more`: that take more registers."""
+    """How many programs run on a multiprocessor at once. more: whether they take more registers (see `Tile`)."""
     return (more and tile.programs_more) or tile.programs
 
 
 def _stages(tile_bytes: int, available: int, most: int) -> int:
-    """How many tiles are under way at once: one in registers, the others in shared memory."""
+    """How many tiles a program holds at once: one in registers, the others being loaded into shared memory."""
     return min(most, 1 + max(0, available - 1024) // tile_bytes)
 
 
 def _programs(M: int, most: int, rows: int, longest: int) -> int:
-    """Programs that take turns at tiles of so many rows: no more of them than are needed to end together.
+    """How many programs process M rows in tiles of `rows` rows: at most `most`, and no more than finish together.
 
-    Where sums would become longer than the longest there are twice, thrice, … as many.
+    If a program's sums would be over more than `longest` tiles, a multiple of `most` is allowed.
     """
     tiles = -(-M // rows)
     if tiles == 0:

@@ -1,10 +1,12 @@
-"""Files of machine code: compiled whole or not at all, sealed with a checksum, opened if nobody else can write them.
+"""Compiles libraries atomically, and reads and writes files of machine code safely.
+
+A file ends with a checksum, and is only trusted if other users cannot write it.
 
     python -I -S build.py PARENT TARGET COMMAND …
 
-compiles, and beside the target, where that failed, leaves what the compiler said. PARENT: the process whose end is
-this one's too, or 0. Only what a bare Python has, so that a process of its own can run it without what the first one
-has loaded.
+runs the compiler COMMAND and writes TARGET; if that fails, it writes the compiler's output to TARGET.failed. PARENT is
+the pid of the process with which this one ends, or 0. The file imports only the standard library, so that the compiling
+process starts fast and needs nothing that is installed.
 """
 
 import contextlib
@@ -26,22 +28,22 @@ _SCRATCH = "scratch."
 _ENDING = (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM))
 
 
-# --- files that are executed ---------------------------------------------------------------------------------
+# --- files of machine code -----------------------------------------------------------------------------------
 
 
 def sealed(content: bytes, about: bytes = b"") -> bytes:
-    """The content with a checksum after it, of what it is about too. A sealed library can be loaded as it is."""
+    """The content followed by a checksum of `about` and the content. A sealed shared library can still be loaded."""
     return content + hashlib.sha256(about + content).digest()
 
 
 def unsealed(whole: bytes, about: bytes = b"") -> bytes | None:
-    """The content; None if it was cut short, or changed, or is about something else."""
+    """The content without its checksum; None if it is truncated or modified, or was sealed with another `about`."""
     content = whole[:-_DIGEST]
     return content if len(whole) > _DIGEST and sealed(content, about) == whole else None
 
 
 def opened(path: str | os.PathLike[str]) -> int:
-    """The descriptor of a file that is read. OSError if it is a symbolic link, or no regular file."""
+    """Opens a file for reading and returns its descriptor. OSError if it is a symbolic link or not a regular file."""
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)  # a FIFO would block
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
@@ -50,7 +52,7 @@ def opened(path: str | os.PathLike[str]) -> int:
 
 
 def distrust(found: os.stat_result) -> str | None:
-    """Why what is in a file or folder must not be executed; None if only its user and root can have put it there."""
+    """Why code in a file or folder must not be executed; None if only this user and root can have written it."""
     if found.st_uid not in (0, os.geteuid()):
         return "is another user's"
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -59,34 +61,35 @@ def distrust(found: os.stat_result) -> str | None:
 
 
 def content(file: int) -> bytes:
-    """All of an open file."""
+    """Reads an open file to its end."""
     with open(file, "rb", closefd=False) as stream:
         return stream.read()
 
 
 def write(path: str, whole: bytes, mode: int = 0o600) -> None:
-    """Put a whole file in place of whatever has that name, a symbolic link too. OSError if that cannot be."""
+    """Atomically replaces the file at this path, or the symbolic link. Raises OSError if that fails."""
     file, scratch = tempfile.mkstemp(prefix=_SCRATCH, dir=os.path.dirname(path))
     try:
         with os.fdopen(file, "wb") as stream:
             stream.write(whole)
             stream.flush()
             os.fchmod(file, mode)
-            os.fsync(file)  # or a power cut can leave a part of it under its name
+            os.fsync(file)  # otherwise a power cut could leave an incomplete file at the path
         os.replace(scratch, path)
     finally:
         with contextlib.suppress(OSError):
             os.unlink(scratch)
 
 
-# --- compiling them ------------------------------------------------------------------------------------------
+# --- compiling -----------------------------------------------------------------------------------------------
 
 
 def compiled(target: str, command: list[str], unblock: Any = ()) -> bool:
-    """Whether the command, with `-o FILE` after it, made the file. If not, TARGET.failed holds it and what it said.
+    """Runs the command with `-o FILE` appended and moves the result to the target. Returns whether that succeeded.
 
-    Whatever ends it, the compiler's processes and files end with it. unblock: signals that are to reach the compiler,
-    and this process once it can end the compiler.
+    If it fails, TARGET.failed holds the command and its output. If it is interrupted, the compiler's processes are
+    killed and its files deleted. unblock: blocked signals to unblock in the compiler, and in this process while the
+    compiler runs.
     """
     folder = os.path.dirname(target)
     said = b""
@@ -115,7 +118,7 @@ def compiled(target: str, command: list[str], unblock: Any = ()) -> bool:
 
 
 def _sweep(folder: str) -> None:
-    """Delete what a compilation left that was killed. Only who holds the lock compiles, so nobody needs it."""
+    """Deletes the scratch files of killed compilations. The caller holds the lock, so nobody else uses them."""
     for name in os.listdir(folder):
         if name.startswith(_SCRATCH):
             path = os.path.join(folder, name)
@@ -125,7 +128,7 @@ def _sweep(folder: str) -> None:
 
 
 def _run(command: list[str], scratch: str, log: str, unblock: Any) -> None:
-    """The command in a group of processes of its own, so that all of them can be ended where it is interrupted."""
+    """Runs the command in its own process group, so that an interruption can kill all of its processes."""
     with open(log, "wb") as stream:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, process_group=0,
@@ -138,7 +141,7 @@ def _run(command: list[str], scratch: str, log: str, unblock: Any) -> None:
         process.wait(timeout=_SECONDS)
     finally:
         if unblock:
-            signal.pthread_sigmask(signal.SIG_BLOCK, unblock)  # nothing is to interrupt the cleaning up
+            signal.pthread_sigmask(signal.SIG_BLOCK, unblock)  # so that no signal interrupts the cleanup
         if process.returncode is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -147,7 +150,7 @@ def _run(command: list[str], scratch: str, log: str, unblock: Any) -> None:
 
 
 def first_line(command: list[str]) -> bytes:
-    """Of TARGET.failed."""
+    """The first line of TARGET.failed: the command."""
     return os.fsencode(shlex.join(command)) + b"\n"
 
 
@@ -158,7 +161,7 @@ def _end(number: int, frame: Any) -> None:
 def _main(parent: int, target: str, command: list[str]) -> bool:
     os.nice(10)
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
-        score.write("1000")  # where memory ends, rather this than what it is compiled for
+        score.write("1000")  # out of memory, the kernel kills the compiler before the user's program
     for number in _ENDING:
         signal.signal(number, _end)
     signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)

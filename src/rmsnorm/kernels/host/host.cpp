@@ -1,9 +1,9 @@
-// Norms by the plans that Python makes, run without it; see loader.py.
+// Runs the plans that Python makes, without Python; see loader.py.
 //
-//   norm, an operator  ->  Call  ->  Plan  ->  fresh tensors, launches  ->  what comes out
-//                                     ^ asked of Python once for each kind of call
-//               anything but plain tensors, or a kind that C++ cannot run: Python's turn
-//   Norm               ->  the same for the gradients, where autograd asks for them
+//   norm, an operator  ->  Call  ->  Plan  ->  allocations, launches  ->  outputs
+//                                     ^ requested from Python once for each kind of call
+//               for anything but plain tensors, or a plan that C++ cannot run, Python makes the call
+//   Norm               ->  the same for the gradients, called by autograd
 
 #include <Python.h>
 
@@ -46,32 +46,32 @@ using c10::DispatchKeySet;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-using Word = uint64_t; // an address, or a number in its first bytes
+using Word = uint64_t; // an argument of a kernel: an address, or a number in its low bytes
 using Tensors = c10::SmallVector<Tensor, 9>;
 
 constexpr size_t MOST_PLANS = 4096, MOST_ARGUMENTS = 48, MOST_OF_MACHINE_CODE = 12, LARGEST_CONFIGURATION = 64;
-constexpr int NONE = -1; // the place of a tensor that is absent
+constexpr int NONE = -1; // the place of an absent tensor
 
 // --- calls -----------------------------------------------------------------------------------------------------
 
 struct Spec {
-  double eps; // of a forward pass
+  double eps; // 0 in a backward pass
   bool early, offset; // the offset is 0 or 1
 };
 
-// tensors: x, residual, w; or dy, ds, x, w, rstd. Undefined where there is none.
+// tensors: x, residual, w; or dy, ds, x, w, rstd. An absent one is an undefined tensor.
 struct Call {
   bool backward;
   Tensors tensors;
   Spec spec;
-  std::array<bool, 2> asked; // with_rstd; or need_dx, need_dw
+  std::array<bool, 2> requested; // with_rstd; or need_dx, need_dw
 
   const Tensor& rows() const {
     return tensors[backward ? 2 : 0];
   }
 };
 
-// The spec, if it is one that needs no check; Python judges the others.
+// The spec, if its values are among the usual ones; Python validates all others.
 std::optional<Spec> known_spec(double eps, bool early, bool late, double offset) {
   if (early == late || (offset != 0.0 && offset != 1.0)) {
     return std::nullopt;
@@ -79,7 +79,8 @@ std::optional<Spec> known_spec(double eps, bool early, bool late, double offset)
   return Spec{eps, early, offset == 1.0};
 }
 
-// Whether all are real memory and nobody watches: no subclass, transform, mode, trace, tangent, or pending minus sign.
+// Whether the tensors are ordinary CPU or CUDA tensors and nothing intercepts operations on them: no subclass, dispatch
+// mode, torch.func transform, tracing, forward-mode tangent, or lazy negation.
 bool plain(const Tensors& tensors) {
   static const DispatchKeySet known =
       DispatchKeySet({DispatchKey::CPU, DispatchKey::CUDA, DispatchKey::AutogradCPU, DispatchKey::AutogradCUDA,
@@ -97,14 +98,14 @@ bool plain(const Tensors& tensors) {
   return (keys.raw_repr() & ~known.raw_repr()) == 0;
 }
 
-// Whether autograd would have to differentiate what is made of these.
+// Whether autograd must record a computation on these tensors.
 bool differentiable(const Tensors& tensors) {
   return at::GradMode::is_enabled() && std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) {
     return t.defined() && t.requires_grad();
   });
 }
 
-// Whether the storage holds all that the shape says: others may have freed it, or swapped it for a smaller one.
+// Whether the storage is large enough for the tensor's shape: other code (FSDP for example) may have resized it.
 bool in_memory(const Tensor& t) {
   if (!t.defined() || t.numel() == 0) {
     return true;
@@ -120,7 +121,7 @@ bool in_memory(const Tensor& t) {
   return t.storage().nbytes() >= needed;
 }
 
-// What the kind of a call cannot tell: whether its tensors are in memory, and on the current device.
+// The conditions that are not part of a plan's key: the tensors are in memory, and on the current GPU.
 bool fits(const Call& call) {
   const auto& rows = call.rows();
   return std::all_of(call.tensors.begin(), call.tensors.end(), in_memory) &&
@@ -141,7 +142,7 @@ void call_with(Word function, const Word* given) {
   call_with(function, given, std::make_index_sequence<count>());
 }
 
-// How machine code is called, by the number of its arguments.
+// Functions that call machine code, indexed by its number of arguments.
 template <size_t... count>
 constexpr auto callers_of(std::index_sequence<count...>) {
   return std::array<void (*)(Word, const Word*), sizeof...(count)>{call_with<count>...};
@@ -162,9 +163,9 @@ using GompParallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned
 struct Launch {
   Word function;
   std::vector<Word> words; // the arguments
-  std::vector<int> places; // for each whose address it is; NONE: a number
+  std::vector<int> places; // for each argument the place of the tensor whose address it is; NONE: a number
   std::optional<Team> team;
-  Word launcher; // cuLaunchKernelEx, or 0 where the function is machine code of the CPU
+  Word launcher; // the address of cuLaunchKernelEx; 0 if the function is CPU machine code
   std::string configuration; // CUlaunchConfig
   size_t stream_at; // in the configuration
 
@@ -189,7 +190,8 @@ struct Launch {
     return launch(whole, reinterpret_cast<void*>(function), pointers, nullptr) == 0;
   }
 
-  // As threads.MachineCode: on all threads of torch's team, in pieces of many rows. A forked child has no such team.
+  // As threads.MachineCode.run: torch's OpenMP threads share the rows. Returns false in a forked child, where calling
+  // OpenMP would deadlock.
   bool run_by_threads(Word* given) const {
     const int64_t threads = at::get_num_threads();
     if (threads < 2) {
@@ -227,7 +229,7 @@ struct Fresh {
   }
 };
 
-// As plan.Native, with the places of tensors, the inputs first, for their names.
+// As plan.Native. Tensors are identified by place instead of name: inputs first, then fresh tensors.
 struct Plan {
   std::vector<Fresh> fresh;
   std::vector<Launch> launches;
@@ -235,7 +237,7 @@ struct Plan {
   std::shared_ptr<PyObject> keeps;
   bool by_threads = false;
 
-  // What comes out; nothing if not all could be launched.
+  // Returns the outputs, or nothing if a launch failed.
   std::optional<Tensors> run(const Call& call) const {
     const auto& rows = call.rows();
     void* stream = nullptr;
@@ -319,10 +321,10 @@ std::shared_ptr<const Plan> read_plan(const py::object& native) {
   return plan;
 }
 
-// --- by what they are found ------------------------------------------------------------------------------------
+// --- the plan cache --------------------------------------------------------------------------------------------
 
-// The kind of a call, all that a plan depends on: of each tensor dtype, device, shape, strides and the alignment of its
-// address, as of plan.TensorKind; and the spec.
+// Identifies a kind of call by all that a plan depends on: the spec, the requested outputs, and each tensor's dtype,
+// device, shape, strides and alignment, as in plan.TensorKind.
 struct Key {
   c10::SmallVector<int64_t, 48> numbers;
 
@@ -330,7 +332,8 @@ struct Key {
     int64_t eps;
     std::memcpy(&eps, &call.spec.eps, sizeof eps);
     numbers = {
-        eps, call.backward | call.spec.early << 1 | call.spec.offset << 2 | call.asked[0] << 3 | call.asked[1] << 4};
+        eps, call.backward | call.spec.early << 1 | call.spec.offset << 2 | call.requested[0] << 3 |
+            call.requested[1] << 4};
     for (const auto& t : call.tensors) {
       add(t);
     }
@@ -367,18 +370,19 @@ struct Hash {
   }
 };
 
-// None for a kind that is Python's.
+// A null plan means that Python must make calls of this kind.
 using Plans = std::unordered_map<Key, std::shared_ptr<const Plan>, Hash>;
-Plans& plans = *new Plans; // never destroyed: Python may have ended before
+Plans& plans = *new Plans; // never destroyed, because the plans hold Python objects and Python may be finalized earlier
 std::shared_mutex& plans_mutex = *new std::shared_mutex;
 
-PyObject *native_forward = nullptr, *native_backward = nullptr, *check_saved = nullptr; // of loader.py
+PyObject *native_forward = nullptr, *native_backward = nullptr, *check_saved = nullptr; // from loader.py
 
 py::object wrapped(const Tensor& t) {
   return t.defined() ? py::reinterpret_steal<py::object>(THPVariable_Wrap(t)) : py::none();
 }
 
-py::object asked(PyObject* function, const py::tuple& arguments) {
+// Calls a Python function; throws its error.
+py::object call_python(PyObject* function, const py::tuple& arguments) {
   auto found = py::reinterpret_steal<py::object>(PyObject_CallObject(function, arguments.ptr()));
   if (!found) {
     python_error error;
@@ -388,7 +392,7 @@ py::object asked(PyObject* function, const py::tuple& arguments) {
   return found;
 }
 
-std::shared_ptr<const Plan> made_plan(const Call& call) {
+std::shared_ptr<const Plan> request_plan(const Call& call) {
   const py::gil_scoped_acquire gil;
   py::list arguments;
   for (const auto& t : call.tensors) {
@@ -399,16 +403,16 @@ std::shared_ptr<const Plan> made_plan(const Call& call) {
   }
   arguments.append(call.spec.early ? "early" : "late");
   arguments.append(call.spec.offset ? 1.0 : 0.0);
-  arguments.append(call.asked[0]);
+  arguments.append(call.requested[0]);
   if (call.backward) {
-    arguments.append(call.asked[1]);
+    arguments.append(call.requested[1]);
   }
-  const auto native = asked(call.backward ? native_backward : native_forward, py::tuple(arguments));
+  const auto native = call_python(call.backward ? native_backward : native_forward, py::tuple(arguments));
   return native.is_none() ? nullptr : read_plan(native);
 }
 
-// The plan for such calls, asked of Python if their kind is new; none where it is Python's turn.
-// Nobody waits for the lock: where another thread has it, or had it when this process was forked, Python takes the call.
+// Returns the plan for a call, requested from Python if its kind is new; null if Python must make the call.
+// Never waits for the lock: if another thread holds it, or held it when this process was forked, Python makes the call.
 std::shared_ptr<const Plan> plan_of(const Call& call) {
   if (!fits(call)) {
     return nullptr;
@@ -424,8 +428,8 @@ std::shared_ptr<const Plan> plan_of(const Call& call) {
       return found->second;
     }
   }
-  auto plan = made_plan(call);
-  Plans dropped; // outside the lock: to let go of a Python object can run any code
+  auto plan = request_plan(call);
+  Plans dropped; // destroyed after the lock is released, because releasing a Python object can run arbitrary code
   auto before = plan;
   const std::unique_lock lock(plans_mutex, std::try_to_lock);
   if (lock) {
@@ -437,7 +441,7 @@ std::shared_ptr<const Plan> plan_of(const Call& call) {
   return plan;
 }
 
-// What comes out of a call; nothing where it is Python's turn. gil: whether this thread has it.
+// Returns the outputs of a call, or nothing if Python must make it. gil: whether this thread holds the GIL.
 std::optional<Tensors> run(const Call& call, bool gil = false) {
   const auto plan = plan_of(call);
   if (!plan) {
@@ -445,7 +449,7 @@ std::optional<Tensors> run(const Call& call, bool gil = false) {
   }
   std::optional<py::gil_scoped_release> released;
   if (gil && (plan->by_threads || call.rows().is_cuda())) {
-    released.emplace(); // it takes long, or what a GPU waits for needs it
+    released.emplace(); // the call may take long, or block until GPU work is done that needs the GIL
   }
   RECORD_FUNCTION(call.backward ? "rmsnorm_backward" : "rmsnorm", c10::ArrayRef<const c10::IValue>{});
   return plan->run(call);
@@ -454,7 +458,7 @@ std::optional<Tensors> run(const Call& call, bool gil = false) {
 // --- autograd --------------------------------------------------------------------------------------------------
 
 struct Dtypes {
-  at::ScalarType rows, w; // as they were saved; w: anything without a weight
+  at::ScalarType rows, w; // when they were saved; w is ignored if there is no weight
 };
 
 using BackwardOperator = std::tuple<Tensor, Tensor>(
@@ -465,7 +469,7 @@ std::optional<Tensor> given_or_not(const Tensor& t) {
   return t.defined() ? std::optional<Tensor>(t) : std::nullopt;
 }
 
-// Raises what is wrong with what was saved.
+// Raises a Python error if the saved tensors are invalid.
 void check(const Call& call, const Dtypes& saved) {
   const py::gil_scoped_acquire gil;
   py::list arguments;
@@ -473,18 +477,18 @@ void check(const Call& call, const Dtypes& saved) {
     arguments.append(wrapped(t));
   }
   arguments.append(call.spec.offset ? 1.0 : 0.0);
-  arguments.append(call.asked[1]);
+  arguments.append(call.requested[1]);
   for (const auto dtype : {saved.rows, saved.w}) {
     arguments.append(py::handle(reinterpret_cast<PyObject*>(torch::getTHPDtype(dtype))));
   }
-  asked(check_saved, py::tuple(arguments));
+  call_python(check_saved, py::tuple(arguments));
 }
 
-// dx and dw; call.tensors: dy, ds, rows, w, rstd.
+// Returns dx and dw. call.tensors: dy, ds, rows, w, rstd.
 std::pair<Tensor, Tensor> gradients(const Call& call, const Dtypes& saved) {
   const auto& t = call.tensors;
   const bool as_saved = t[2].scalar_type() == saved.rows && (!t[3].defined() || t[3].scalar_type() == saved.w);
-  // In grad mode the gradient must stay tied to its inputs, to raise if it is differentiated.
+  // In grad mode (create_graph=True) the operator records the gradient, so that differentiating it raises.
   if (as_saved && !at::GradMode::is_enabled() && plain(t)) {
     if (const auto found = run(call)) {
       return {(*found)[0], (*found)[1]};
@@ -495,15 +499,15 @@ std::pair<Tensor, Tensor> gradients(const Call& call, const Dtypes& saved) {
       c10::Dispatcher::singleton().findSchemaOrThrow("rmsnorm::backward", "").typed<BackwardOperator>();
   auto [dx, dw] = op.call(
       t[0], given_or_not(t[1]), t[2], given_or_not(t[3]), t[4], call.spec.early ? "early" : "late",
-      call.spec.offset ? 1.0 : 0.0, call.asked[0], call.asked[1]);
-  return {call.asked[0] ? dx : Tensor(), call.asked[1] ? dw : Tensor()};
+      call.spec.offset ? 1.0 : 0.0, call.requested[0], call.requested[1]);
+  return {call.requested[0] ? dx : Tensor(), call.requested[1] ? dw : Tensor()};
 }
 
 } // namespace
 
 namespace rmsnorm {
 
-// As _saved of ops/autograd.py: torch's error about a tensor that was modified, with the way out.
+// As _saved of ops/autograd.py: adds the fix to torch's error about a saved tensor that was modified in place.
 variable_list saved_variables(AutogradContext* ctx) {
   try {
     return ctx->get_saved_variables();
@@ -517,11 +521,11 @@ variable_list saved_variables(AutogradContext* ctx) {
   }
 }
 
-// As _Norm of ops/autograd.py: saves what was normalized, the weight, and a number a row.
+// As _Norm of ops/autograd.py: saves the normalized rows, the weight, and rstd (one number a row).
 struct Norm : torch::autograd::Function<Norm> {
-  static constexpr bool is_traceable = true; // the backward pass knows nothing but what is saved here
+  static constexpr bool is_traceable = true; // the backward pass uses only what the context saves
 
-  // made: y, s and rstd.
+  // made: the computed y, s and rstd.
   static variable_list forward(
       AutogradContext* ctx, const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& w,
       const Tensors* made, Spec spec) {
@@ -565,14 +569,14 @@ namespace {
 
 // --- the operators ---------------------------------------------------------------------------------------------
 
-// What Python has registered, for what C++ does not take; see ops/operators.py.
+// The Python implementations, for calls that C++ does not make; see ops/operators.py.
 struct Registered {
   c10::SafeKernelFunction backend, autograd;
 };
 
 Registered *python_forward = nullptr, *python_backward = nullptr;
 
-// The call of an operator with the arguments on the stack, if its spec is known.
+// The call that the operator's arguments on the stack describe; nothing if its spec is unusual (see known_spec).
 std::optional<Call> call_of(bool backward, torch::jit::Stack& stack) {
   const size_t tensors = backward ? 5 : 3, count = backward ? 9 : 7;
   const auto given = torch::jit::last(stack, count);
@@ -588,12 +592,12 @@ std::optional<Call> call_of(bool backward, torch::jit::Stack& stack) {
     return std::nullopt;
   }
   call.spec = *spec;
-  call.asked = {next->toBool(), backward && next[1].toBool()};
+  call.requested = {next->toBool(), backward && next[1].toBool()};
   return call;
 }
 
-// Whether C++ has made the call: then its outputs are on the stack for its arguments.
-bool made(bool backward, bool autograd, torch::jit::Stack* stack) {
+// Makes the call if C++ can, and replaces the arguments on the stack by the outputs. Returns whether it did.
+bool run_operator(bool backward, bool autograd, torch::jit::Stack* stack) {
   const auto call = call_of(backward, *stack);
   if (!call || !plain(call->tensors) || (autograd && differentiable(call->tensors))) {
     return false;
@@ -603,7 +607,7 @@ bool made(bool backward, bool autograd, torch::jit::Stack* stack) {
     return false;
   }
   torch::jit::drop(*stack, backward ? 9 : 7);
-  for (const auto& t : *found) { // a schema cannot say "or none" of what it returns
+  for (const auto& t : *found) { // a schema cannot declare an optional output, so an empty tensor stands for none
     stack->emplace_back(t.defined() ? t : at::empty({0}, call->rows().options()));
   }
   return true;
@@ -611,14 +615,14 @@ bool made(bool backward, bool autograd, torch::jit::Stack* stack) {
 
 template <bool backward, bool autograd>
 void kernel(const c10::OperatorHandle& op, DispatchKeySet keys, torch::jit::Stack* stack) {
-  if (!made(backward, autograd, stack)) {
+  if (!run_operator(backward, autograd, stack)) {
     const auto& python = *(backward ? python_backward : python_forward);
     (autograd ? python.autograd : python.backend).callBoxed(op, keys, stack);
   }
 }
 
-// Beside what Python has registered for all devices, these come first on theirs. As for any library that is loaded while
-// a program runs, torch's dispatcher guards a registration against others, and not against calls at that very moment.
+// Registers kernels for CPU and CUDA, which take precedence over the Python implementations for all devices. torch's
+// dispatcher synchronizes registrations with each other, but not with calls that another thread makes at that moment.
 void register_operators() {
   const auto registered = [](const char* name) {
     const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
@@ -639,9 +643,11 @@ void register_operators() {
   }
 }
 
-// --- what Python calls -----------------------------------------------------------------------------------------
+// --- the Python module -----------------------------------------------------------------------------------------
 
-bool taken(PyObject* object, Tensors& tensors, bool optional) {
+// Appends the tensor to `tensors`. Returns false if the object is not exactly a Tensor or Parameter.
+
+bool append_tensor(PyObject* object, Tensors& tensors, bool optional) {
   if (optional && object == Py_None) {
     tensors.push_back(Tensor());
     return true;
@@ -653,12 +659,12 @@ bool taken(PyObject* object, Tensors& tensors, bool optional) {
   return true;
 }
 
-// The call of norm(x, residual, w, eps, cast, offset); nothing if it is Python's, whatever its kind.
+// The call of norm(x, residual, w, eps, cast, offset); nothing if its arguments are not ones that C++ takes.
 std::optional<Call> call_of(PyObject* const* given, Py_ssize_t count) {
   Call call{false, {}, {}, {}};
   auto& tensors = call.tensors;
-  if (count != 6 || !taken(given[0], tensors, false) || !taken(given[1], tensors, true) ||
-      !taken(given[2], tensors, true) || !PyFloat_CheckExact(given[3]) || !PyUnicode_CheckExact(given[4]) ||
+  if (count != 6 || !append_tensor(given[0], tensors, false) || !append_tensor(given[1], tensors, true) ||
+      !append_tensor(given[2], tensors, true) || !PyFloat_CheckExact(given[3]) || !PyUnicode_CheckExact(given[4]) ||
       !PyFloat_CheckExact(given[5])) {
     return std::nullopt;
   }
@@ -669,15 +675,15 @@ std::optional<Call> call_of(PyObject* const* given, Py_ssize_t count) {
     return std::nullopt;
   }
   call.spec = *spec;
-  call.asked[0] = differentiable(tensors);
-  if (call.asked[0] &&
+  call.requested[0] = differentiable(tensors);
+  if (call.requested[0] &&
       std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.defined() && t.is_inference(); })) {
     return std::nullopt; // autograd cannot save such a tensor
   }
   return call;
 }
 
-// makes(x, residual, w, eps, cast, offset): whether `norm` would make this call.
+// makes(x, residual, w, eps, cast, offset): whether `norm` would make this call in C++.
 PyObject* makes(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   const auto call = call_of(given, count);
@@ -685,7 +691,7 @@ PyObject* makes(PyObject*, PyObject* const* given, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// norm(x, residual, w, eps, cast, offset): y, or (y, s) with a residual; None if it is Python's turn.
+// norm(x, residual, w, eps, cast, offset): returns y, or (y, s) with a residual; None if Python must make the call.
 PyObject* norm(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   const auto call = call_of(given, count);
@@ -698,7 +704,7 @@ PyObject* norm(PyObject*, PyObject* const* given, Py_ssize_t count) {
     Py_RETURN_NONE;
   }
   variable_list outputs{(*made)[0], (*made)[1]};
-  if (call->asked[0]) {
+  if (call->requested[0]) {
     const Tensors* all = &*made;
     outputs = rmsnorm::Norm::apply(tensors[0], given_or_not(tensors[1]), given_or_not(tensors[2]), all, call->spec);
   }
@@ -720,7 +726,7 @@ PYBIND11_MODULE(RMSNORM_HOST, module) {
   PyModule_AddFunctions(module.ptr(), fast_methods);
   module.def("begin", [](const py::object& forward, const py::object& backward, const py::object& check) {
     if (native_forward != nullptr) {
-      return; // two threads have loaded the one library
+      return; // another thread has loaded the library too
     }
     native_forward = Py_NewRef(forward.ptr());
     native_backward = Py_NewRef(backward.ptr());

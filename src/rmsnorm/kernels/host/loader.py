@@ -1,11 +1,12 @@
-"""Calls without Python, by the plans that it makes: host.cpp.
+"""Compiles and loads host.cpp, which runs plans without Python.
 
-    norm(x, residual, w, …), or an operator  ->  a plan, of which C++ asks Python once a kind  ->  what comes out
-                                                 none: Python's turn
+    norm(x, residual, w, …), or an operator  ->  C++ looks up the plan for this kind of call  ->  outputs
+                                                 (it asks Python for the plan the first time)
+                                                 no plan for C++: Python makes the call
 
-Nearly all of a small norm's time is Python's, not the kernel's. The C++ is compiled once: at the first call, by a
-process of its own, meanwhile Python makes the calls; for 20 s, into torch's folder for extensions. The compiler is
-$RMSNORM_CXX, else $CXX, else c++; with RMSNORM_CXX= (empty) all stays in Python.
+For a small norm nearly all of the time is spent in Python, not in the kernel. The first call starts a background
+process that compiles the C++ into torch's folder for extensions, which takes about 20 s; until then Python makes the
+calls. The compiler is $RMSNORM_CXX, else $CXX, else c++. If RMSNORM_CXX is set but empty, Python makes all calls.
 """
 
 import contextlib
@@ -38,69 +39,76 @@ _NAME = "rmsnorm_host"
 _SOURCE = Path(__file__).with_name("host.cpp")
 _FLAGS = ("-O2", "-DNDEBUG", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", f"-DRMSNORM_HOST={_NAME}")
 _LIBRARIES = ("c10", "torch", "torch_cpu", "torch_python")
-_BETWEEN_LOOKS, _DAY = 1.0, 86400.0  # seconds
+_LOOK_INTERVAL, _DAY = 1.0, 86400.0  # seconds
 _COMPILING = "the C++ is being compiled"
-_AGAIN = "; rmsnorm.warmup() compiles it again"
+_WARMUP_RECOMPILES = "; rmsnorm.warmup() compiles it again"
 
 
 class Unusable(Exception):
-    """There will be no C++ in this process; the message says why."""
+    """The C++ cannot be used in this process; the message says why."""
 
 
 class _State:
-    """Of this process: the C++, or why there is none; when to look again; whether waiting has failed; who compiles."""
+    """The state of the C++ in this process."""
 
-    module: Any = None
-    reason = "nothing was called yet"
-    look_at = 0.0
-    hopeless = False
-    compiling: "subprocess.Popen[bytes] | None" = None
+    module: Any = None  # the loaded C++
+    reason = "nothing was called yet"  # why it is not loaded
+    look_at = 0.0  # when to look for it again, on the monotonic clock; infinity: never
+    waiting_failed = False  # whether `load` has failed: then it fails at once
+    compiling: "subprocess.Popen[bytes] | None" = None  # the compiling process, if this process started it
 
 
-def _python_s_turn(*arguments: Any) -> None:
+def _leave_to_python(*arguments: Any) -> None:
     return None
 
 
-norm: Callable[..., Any] = _python_s_turn  # until the C++ is there
+norm: Callable[..., Any] = _leave_to_python  # replaced when the C++ is loaded
 
 
 def look() -> None:
-    """Load the C++ if it is there; if not, have it compiled."""
+    """Loads the C++ if it has been compiled; otherwise starts compiling it in the background. Does not wait."""
     if _State.module is not None or time.monotonic() < _State.look_at:
         return
-    _State.look_at = time.monotonic() + _BETWEEN_LOOKS
+    _State.look_at = time.monotonic() + _LOOK_INTERVAL
     try:
         if _State.compiling is not None and _State.compiling.poll() is None:
             return
         target = _target()
         file = _found(target)
         if file is None:
-            file = _compiled_beside(target)
+            file = _compiled_in_background(target)
         if file is not None:
             _open(file, target)
-    except Exception as error:  # whatever it is, Python can make the calls
-        if kernels.is_of_a_signal(error):
+    except Exception as error:  # Python can make the calls whatever the error is
+        if kernels.raised_by_signal_handler(error):
             raise
         _State.reason, _State.look_at = _words(error), float("inf")
 
 
 def load() -> None:
-    """As `look`, but compile or wait, also if looking has been given up. Raises Unusable, the next time at once."""
+    """Loads the C++, compiling it or waiting for the process that does; tries even if `look` has given up.
+
+    Raises:
+        Unusable: if it cannot be loaded. Later calls raise it at once.
+    """
     if _State.module is not None:
         return
     try:
-        if not _State.hopeless:
+        if not _State.waiting_failed:
             _open_built()
             return
     except Exception as error:
-        if kernels.is_of_a_signal(error):
+        if kernels.raised_by_signal_handler(error):
             raise
-        _State.reason, _State.hopeless, _State.look_at = _words(error), True, float("inf")
+        _State.reason, _State.waiting_failed, _State.look_at = _words(error), True, float("inf")
     raise Unusable(_State.reason)
 
 
 def wait(seconds: float) -> bool:
-    """As `look`, again and again for so long; whether it is settled by then who makes the calls."""
+    """Calls `look` repeatedly, for at most `seconds`.
+
+    Returns whether the outcome is final by then: the C++ is loaded, or `look` has given up.
+    """
     until = time.monotonic() + seconds
     while True:
         look()
@@ -117,12 +125,12 @@ def _words(error: Exception) -> str:
 
 
 def described() -> str:
-    """Who makes the calls, and why."""
+    """Whether calls are made from C++ or from Python, and why."""
     return "called from C++" if _State.module is not None else f"called from Python: {_State.reason}"
 
 
 def made_by(plan: Plan, *arguments: Any) -> str:
-    """Who would make this very call of `norm`, which has that plan, and why."""
+    """Whether a call of `norm` with these arguments and this plan would be made from C++ or Python, and why."""
     if _State.module is None or _State.module.makes(*arguments):
         return described()
     why = plan.native if isinstance(plan.native, str) else "C++ takes tensors of the current GPU"
@@ -131,9 +139,9 @@ def made_by(plan: Plan, *arguments: Any) -> str:
 
 @contextlib.contextmanager
 def bypassed() -> Iterator[None]:
-    """Meanwhile Python makes the calls of the public functions, and the gradients of what they return."""
+    """A context in which Python, not C++, makes calls of the public functions and computes their gradients."""
     global norm
-    before, norm = norm, _python_s_turn
+    before, norm = norm, _leave_to_python
     try:
         yield
     finally:
@@ -141,18 +149,18 @@ def bypassed() -> Iterator[None]:
 
 
 def forget() -> None:
-    """All plans that the C++ has."""
+    """Clears the plan cache of the C++."""
     if _State.module is not None:
         _State.module.forget()
 
 
-# --- what the C++ asks ---------------------------------------------------------------------------------------
+# --- called from C++ -----------------------------------------------------------------------------------------
 
 
 def _native_forward(
     x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: Cast, offset: float, with_rstd: bool
 ) -> Native | None:
-    """The plan for calls of this kind; None if Python makes them, or says what is wrong with them."""
+    """Returns the plan for calls of this kind, or None if Python must make them or raise an error."""
     try:
         check_tensors(caller(residual), x, residual, w, offset)
         spec = Spec(eps, cast, offset)
@@ -165,6 +173,7 @@ def _native_backward(
     dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, cast: Cast, offset: float, need_dx: bool,
     need_dw: bool,
 ) -> Native | None:  # fmt: skip
+    """As `_native_forward`, for the backward pass."""
     try:
         check_gradients(caller(ds), dy, ds, x, w, rstd, offset, need_dw)
         spec = Spec(0.0, cast, offset)
@@ -177,7 +186,7 @@ def _check_saved(
     dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, offset: float, need_dw: bool,
     x_dtype: torch.dtype, w_dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    """Raise what is wrong with what was saved for a backward pass that C++ does not make."""
+    """Raises an error if the saved tensors are invalid; called for backward passes that C++ leaves to Python."""
     check_saved("rms_norm", x, w, x_dtype, w_dtype)
     check_gradients(caller(ds), dy, ds, x, w, rstd, offset, need_dw, symbolic=True)
 
@@ -187,36 +196,43 @@ def _native(plan: Plan | ByReference) -> Native | None:
     return native if isinstance(native, Native) else None
 
 
-# --- how it is built -----------------------------------------------------------------------------------------
+# --- compiling and loading -----------------------------------------------------------------------------------
 
 
 def built() -> Path:
-    """The file, compiled unless it was, by this process or by one that does so already. Raises Unusable, or OSError."""
+    """Returns the path of the compiled library, compiling it first if necessary.
+
+    If another process is compiling it, waits for that process.
+
+    Raises:
+        Unusable: if it cannot be compiled or must not be loaded.
+        OSError: if a file operation fails.
+    """
     target = _target()
     os.close(_built(target))
     return target
 
 
-def _built(target: Path, unlike: int | None = None) -> int:
-    """As `built`, and open. unlike: the inode of one that cannot be loaded, and is to be replaced."""
+def _built(target: Path, not_inode: int | None = None) -> int:
+    """As `built`, but returns a file descriptor. not_inode: the inode of a file that failed to load; it is replaced."""
 
-    def there() -> int | None:
+    def existing() -> int | None:
         try:
             file = _found(target)
         except _Replaceable:
             return None
-        if file is not None and os.fstat(file).st_ino == unlike:
+        if file is not None and os.fstat(file).st_ino == not_inode:
             os.close(file)
             return None
         return file
 
     begun = time.time()
-    file = there()
+    file = existing()
     if file is None:
         with _lock(target, wait=True) as lock:
-            file = there()
+            file = existing()
             if file is None:
-                _check_failure(target, begun)  # whoever it was that we waited for
+                _check_failure(target, begun)  # of the process that held the lock while we waited
                 if not _compiled(target, lock):
                     _check_failure(target, 0.0)
                     raise Unusable("it could not be compiled")
@@ -227,7 +243,7 @@ def _built(target: Path, unlike: int | None = None) -> int:
 
 
 def _compiled(target: Path, lock: int | None) -> bool:
-    """Whether it was, by a process that ends with this one where there can be one, else by this one."""
+    """Compiles in a child process that ends when this process does, or in this process if none can be started."""
     if not _has_python():
         return build.compiled(str(target), _command())
     assert lock is not None
@@ -239,10 +255,13 @@ def _compiled(target: Path, lock: int | None) -> bool:
         compiling.wait()
 
 
-def _compiled_beside(target: Path) -> int | None:
-    """The file, open, if it is there now. If not, a process of its own compiles it, since this one may end sooner.
+def _compiled_in_background(target: Path) -> int | None:
+    """Returns a file descriptor if the library exists; otherwise starts a process that compiles it and returns None.
 
-    That process inherits the lock, so however it ends nobody waits for it in vain. Raises Unusable where none should.
+    That process may outlive this one. It inherits the lock, so the lock is released however it ends.
+
+    Raises:
+        Unusable: if no process should be started.
     """
     with _lock(target, wait=False) as lock:
         if lock is None:
@@ -266,7 +285,7 @@ def _has_python() -> bool:
 
 
 def _start(target: Path, lock: int, parent: int) -> "subprocess.Popen[bytes]":
-    """A process that compiles it, and inherits the lock. parent: the process that it ends with, or 0."""
+    """Starts a process that compiles and inherits the lock. parent: the pid of the process it ends with, or 0."""
     return subprocess.Popen(
         [sys.executable, "-I", "-S", build.__file__, str(parent), str(target), *_command()], pass_fds=[lock],
         process_group=0, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -274,7 +293,7 @@ def _start(target: Path, lock: int, parent: int) -> "subprocess.Popen[bytes]":
 
 
 def _check_folder(target: Path) -> None:
-    """Make the folder if there is none. Raises Unusable if others could put something into it, or nobody can."""
+    """Creates the folder if necessary. Raises Unusable if it is not writable, or other users can write to it."""
     folder = target.parent
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -287,34 +306,39 @@ def _check_folder(target: Path) -> None:
 
 
 class _Replaceable(Unusable):
-    """What is there must not be loaded, but may be replaced."""
+    """The existing file must not be loaded, but it may be replaced."""
 
 
 def _found(target: Path) -> int | None:
-    """The file, open; None if there is none, or not all of it. Raises Unusable if others can have put it there."""
+    """Returns a file descriptor, or None if the file is missing or incomplete.
+
+    Raises:
+        Unusable: if another user could have written the file.
+    """
     _check_folder(target)
     try:
         file = build.opened(target)
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise _Replaceable(f"{target} cannot be opened: {error.strerror or error}{_AGAIN}") from None
+        raise _Replaceable(f"{target} cannot be opened: {error.strerror or error}{_WARMUP_RECOMPILES}") from None
     fault = build.distrust(os.fstat(file))
     if fault is None and build.unsealed(build.content(file)) is not None:
         return file
     os.close(file)
     if fault is not None:
-        raise _Replaceable(f"{target} {fault}{_AGAIN}")
+        raise _Replaceable(f"{target} {fault}{_WARMUP_RECOMPILES}")
     return None
 
 
 @contextlib.contextmanager
 def _lock(target: Path, wait: bool) -> Iterator[int | None]:
-    """The file that whoever compiles holds locked; None if another does and one is not to wait.
+    """Holds the compilation lock and yields its file descriptor; None if another process holds it and `wait` is false.
 
-    Raises Unusable where no file can be.
+    Raises:
+        Unusable: if the lock file cannot be created.
     """
-    import fcntl  # not everywhere, but nothing is compiled elsewhere
+    import fcntl  # Unix only; nothing is compiled on other systems
 
     _check_folder(target)
     try:
@@ -334,7 +358,7 @@ def _lock(target: Path, wait: bool) -> Iterator[int | None]:
 
 
 def _check_failure(target: Path, since: float) -> None:
-    """Raise Unusable if the very command has failed since then."""
+    """Raises Unusable if the same compiler command has failed since the time `since`."""
     failed = Path(f"{target}.failed")
     with contextlib.suppress(OSError):
         file = build.opened(failed)
@@ -348,7 +372,7 @@ def _check_failure(target: Path, since: float) -> None:
 
 
 def _command() -> list[str]:
-    """All but where to. Raises Unusable if there is no compiler."""
+    """The compiler command without `-o FILE`. Raises Unusable if there is no compiler."""
     given = os.environ.get("RMSNORM_CXX", os.environ.get("CXX") or "c++")
     try:
         compiler = shlex.split(given)
@@ -365,7 +389,7 @@ def _command() -> list[str]:
 
 
 def _open(file: int, target: Path) -> None:
-    """Load the very file that was examined, and close it."""
+    """Loads the library from the descriptor that was checked, so that nobody can swap the file, and closes it."""
     global norm
     try:
         loader = importlib.machinery.ExtensionFileLoader(_NAME, f"/proc/self/fd/{file}")
@@ -374,7 +398,7 @@ def _open(file: int, target: Path) -> None:
         module: Any = importlib.util.module_from_spec(spec)
         loader.exec_module(module)
     except ImportError as error:
-        raise _Replaceable(f"{target} cannot be loaded: {error}{_AGAIN}") from None
+        raise _Replaceable(f"{target} cannot be loaded: {error}{_WARMUP_RECOMPILES}") from None
     finally:
         os.close(file)
     module.begin(_native_forward, _native_backward, _check_saved)
@@ -382,18 +406,18 @@ def _open(file: int, target: Path) -> None:
 
 
 def _open_built() -> None:
-    """Compile or wait, and load; compile once more what cannot be loaded."""
+    """Compiles or waits, and loads; if loading fails, compiles once more."""
     target = _target()
     file = _built(target)
-    unlike = os.fstat(file).st_ino
+    not_inode = os.fstat(file).st_ino
     try:
         _open(file, target)
     except _Replaceable:
-        _open(_built(target, unlike), target)
+        _open(_built(target, not_inode), target)
 
 
 def _target() -> Path:
-    """The file for this source, Python and torch. Raises Unusable where there is to be none."""
+    """The library's path for this source, Python and torch. Raises Unusable if the C++ is disabled or unsupported."""
     if os.environ.get("RMSNORM_CXX") == "":
         raise Unusable("RMSNORM_CXX is empty")
     return _file()
