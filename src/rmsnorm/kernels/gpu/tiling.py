@@ -52,6 +52,21 @@ class Tile(NamedTuple):
     alone: bool = False
 
 
+class WholeRows(NamedTuple):
+    """How the forward pass holds whole rows: rows of a program, and columns that it loads at once."""
+
+    rows: int
+    block_n: int
+    warps: int
+
+
+class NarrowRows(NamedTuple):
+    """How the backward pass holds rows of few columns: elements of a tile; programs: as in `Tile`."""
+
+    elements: int
+    programs: int
+
+
 class Shared(NamedTuple):
     """How programs share a row. programs, programs_more: as in `Tile`."""
 
@@ -66,19 +81,23 @@ class Shared(NamedTuple):
         return -(-N // (self.pieces * self.block_n))
 
 
-# The tables below are keyed by itemsize and then by the most columns. Forward: rows, block_n, warps.
+# The tables below are keyed by itemsize and then by the most columns.
 _FORWARD = {
     2: {
-        768: (2, 256, 1), 1024: (1, 512, 2), 2048: (1, 512, 2), 4096: (1, 1024, 4), 5120: (1, 2048, 4),
-        8192: (1, 2048, 8), 12288: (1, 4096, 8), 16384: (1, 8192, 16),
+        768: WholeRows(2, 256, 1), 1024: WholeRows(1, 512, 2), 2048: WholeRows(1, 512, 2), 4096: WholeRows(1, 1024, 4),
+        5120: WholeRows(1, 2048, 4), 8192: WholeRows(1, 2048, 8), 12288: WholeRows(1, 4096, 8),
+        16384: WholeRows(1, 8192, 16),
     },
     4: {
-        512: (2, 256, 1), 1024: (1, 256, 2), 2048: (1, 512, 4), 4096: (1, 1024, 8), 8192: (1, 2048, 16),
-        12288: (1, 4096, 16), 16384: (1, 4096, 8),
+        512: WholeRows(2, 256, 1), 1024: WholeRows(1, 256, 2), 2048: WholeRows(1, 512, 4), 4096: WholeRows(1, 1024, 8),
+        8192: WholeRows(1, 2048, 16), 12288: WholeRows(1, 4096, 16), 16384: WholeRows(1, 4096, 8),
     },
 }  # fmt: skip
-# Rows of up to 256 columns; a program of one warp takes several. Values: elements of a tile, and programs as in `Tile`.
-_BACKWARD_NARROW = {2: {64: (256, 20), 256: (512, 16)}, 4: {64: (256, 16), 256: (512, 8)}}
+# Rows of up to 256 columns; a program of one warp takes several.
+_BACKWARD_NARROW = {
+    2: {64: NarrowRows(256, 20), 256: NarrowRows(512, 16)},
+    4: {64: NarrowRows(256, 16), 256: NarrowRows(512, 8)},
+}
 _BACKWARD = {
     2: {
         512: Tile(2, 512, 2, 4, 5), 640: Tile(2, 256, 1, 8), 768: Tile(2, 256, 1, 6, alone=True),
@@ -170,8 +189,8 @@ def forward(N: int, itemsize: int, with_residual: bool, aligned: bool, gpu: Gpu)
         narrow_loads = itemsize == 2 and N % 16 != 0  # which take more registers
         warps = max(1, rows * block_n * itemsize // (1024 if narrow_loads else 2048))
         return Launch(block_n, warps, rows)
-    rows, block_n, warps = _narrowest(_FORWARD[itemsize], N)
-    return Launch(block_n, warps, rows, pieces=-(-N // block_n))
+    tile = _narrowest(_FORWARD[itemsize], N)
+    return Launch(tile.block_n, tile.warps, tile.rows, pieces=-(-N // tile.block_n))
 
 
 @functools.lru_cache(4096)
@@ -198,9 +217,9 @@ def backward(
         programs = _programs(M, max(1, at_once), 1, longest)
         return replace(config, stages=STAGES if config.staged else 1, programs=programs, overlap=overlap)
     if N <= 256:
-        elements, programs = _narrowest(_BACKWARD_NARROW[itemsize], N)
-        block_n, rows = _narrow(N, elements)
-        tile = Tile(rows, block_n, 1, programs, alone=itemsize == 4 or N > 128)
+        narrow = _narrowest(_BACKWARD_NARROW[itemsize], N)
+        block_n, rows = _narrow(N, narrow.elements)
+        tile = Tile(rows, block_n, 1, narrow.programs, alone=itemsize == 4 or N > 128)
     else:
         tile = _narrowest(_BACKWARD[itemsize], N)
         tile = tile._replace(rows=tile.rows if N % 16 == 0 else 1)
