@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+import rmsnorm
 from rmsnorm import add_rms_norm, explain, rms_norm
 
 N = 8
@@ -221,3 +222,21 @@ def test_compiled_add_rms_norm_names_the_bad_argument(bad) -> None:
     message = compiled(add_rms_norm, {"x": x(), "residual": x(), "weight": x(N)} | bad.arguments())
     assert f"[add_rms_norm] {bad.argument} {bad.was}" in message, message
     assert bad.should_be in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"dtypes": torch.float32}, TypeError, r"\[warmup\] dtypes is torch.float32, expected a tuple of float32"),
+        ({"dtypes": (torch.int32,)}, TypeError, r"\[warmup\] dtypes is \(torch.int32,\), expected a tuple of"),
+        ({"dtypes": ("bfloat16",)}, TypeError, r"\[warmup\] dtypes is \('bfloat16',\), expected a tuple of"),
+        ({"weight_dtypes": (torch.int8,)}, TypeError, r"\[warmup\] weight_dtypes is \(torch.int8,\), expected a"),
+        ({"hidden_size": 0}, ValueError, r"\[warmup\] hidden_size is 0, expected at least 1"),
+        ({"hidden_size": 2.0}, TypeError, r"\[warmup\] hidden_size is 2.0, expected an int"),
+    ],
+)
+def test_warmup_names_the_argument_that_is_wrong(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        rmsnorm.warmup(**arguments)

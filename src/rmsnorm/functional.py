@@ -202,9 +202,22 @@ def warmup(
         weight_dtypes: Those to pair with every dtype of x; by default its own dtype and float32.
         hidden_size: N, the width of the rows. GPU kernels are compiled for a range of widths, CPU kernels for all.
 
+    Raises:
+        TypeError: If dtypes or weight_dtypes is no sequence of float32, bfloat16, float16 and float64, or hidden_size
+            is no int.
+        ValueError: If hidden_size is less than 1.
+
     Example:
         >>> rmsnorm.warmup(dtypes=(torch.bfloat16,))
     """
+    for name, given in (("dtypes", dtypes), ("weight_dtypes", weight_dtypes or ())):
+        if not isinstance(given, (tuple, list)) or any(dtype not in DTYPES for dtype in given):
+            expected = "a tuple of float32, bfloat16, float16 or float64"
+            raise TypeError(complaint("warmup", name, f"is {given!r}", expected))
+    if not isinstance(hidden_size, int) or isinstance(hidden_size, bool):
+        raise TypeError(complaint("warmup", "hidden_size", f"is {hidden_size!r}", "an int"))
+    if hidden_size < 1:
+        raise ValueError(complaint("warmup", "hidden_size", f"is {hidden_size}", "at least 1"))
     wait_for_host()
     for dtype in dtypes:
         for weight_dtype in dict.fromkeys(weight_dtypes or (dtype, torch.float32)):
