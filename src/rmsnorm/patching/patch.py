@@ -72,7 +72,8 @@ def patch(model: nn.Module, *, strict: bool = True) -> PatchReport:
                 continue
             reason = proof.reason  # neither named like an RMSNorm nor proven to be one
         if reason is not None:
-            skipped.append(SkippedModule(name, cls.__name__, reason, _name_of_eps(module) is not None))
+            resembles_rmsnorm = not isinstance(module, _OURS) and _name_of_eps(module) is not None
+            skipped.append(SkippedModule(name, cls.__name__, reason, resembles_rmsnorm))
     for name, module, proof in norms:
         late = why_too_late(module) if _class_for(module, proof) is not type(module) else None
         if late is not None:
