@@ -26,16 +26,20 @@ def differing(a: Tensor, b: Tensor) -> tuple[int, int]:
         raise ValueError(f"{tuple(a.shape)} {a.dtype} cannot be compared with {tuple(b.shape)} {b.dtype}")
     if a.numel() == 0:
         return 0, 0
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    if torch.equal(a.contiguous().view(integer), b.contiguous().view(integer)):  # much faster than what follows
+    x, y = _as_integers(a), _as_integers(b)
+    if torch.equal(x, y):  # much faster than what follows
         return 0, 0
-    steps = (_ordered(a) - _ordered(b)).abs().masked_fill_(a.isnan() & b.isnan(), 0)
+    steps = (_ordered(x) - _ordered(y)).abs().masked_fill_(a.isnan() & b.isnan(), 0)
     return int(steps.count_nonzero()), int(steps.max())
 
 
-def _ordered(t: Tensor) -> Tensor:
-    """The floats as integers in the same order, in which neighbours differ by one."""
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
-    bits = t.detach().contiguous().view(integer).long()
-    lowest = -(1 << (8 * t.element_size() - 1))
+def _as_integers(t: Tensor) -> Tensor:
+    """The bits of the floats, as integers of their size."""
+    return t.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
+
+
+def _ordered(bits: Tensor) -> Tensor:
+    """The bits of floats as integers in the order of the floats, in which neighbours differ by one."""
+    lowest = torch.iinfo(bits.dtype).min
+    bits = bits.long()
     return torch.where(bits < 0, lowest - bits - 1, bits)

@@ -31,6 +31,10 @@ is_wrapped: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_functorc
 below_autograd: Callable[[], Any] = torch._C._AutoDispatchBelowAutograd
 # As torch.cuda.current_device, without its check that CUDA is initialized.
 current_gpu: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+# The handle of a GPU's current stream.
+raw_stream: Callable[[int], int] = getattr(
+    torch._C, "_cuda_getCurrentRawStream", lambda device: torch.cuda.current_stream(device).cuda_stream
+)
 # As torch.empty_strided on a GPU, without its argument parsing; None if torch was built without CUDA.
 empty_on_gpu: Callable[..., Tensor] | None = getattr(
     getattr(getattr(torch._C, "_dynamo", None), "guards", None), "_empty_strided_cuda", None
@@ -40,12 +44,6 @@ empty_on_gpu: Callable[..., Tensor] | None = getattr(
 def in_forward_ad() -> bool:
     """Whether forward-mode differentiation is active. There is no public equivalent."""
     return getattr(forward_ad, "_current_level", 0) >= 0
-
-
-def raw_stream(device: int) -> int:
-    """The handle of a GPU's current stream, as torch.cuda.current_stream(device).cuda_stream."""
-    get: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-    return torch.cuda.current_stream(device).cuda_stream if get is None else get(device)
 
 
 def bare_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:

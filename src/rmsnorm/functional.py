@@ -13,7 +13,6 @@ from rmsnorm.errors import complaint
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
 from rmsnorm.kernels.plan import ByReference, Forward, Plan
-from rmsnorm.ops import operators  # noqa: F401  # registers them
 from rmsnorm.ops.autograd import needs_gradient, norm
 from rmsnorm.ops.dispatch import is_plain, load_sharding
 from rmsnorm.spec import DTYPES, Cast, check_order, check_tensors, spec_of

@@ -24,6 +24,7 @@ from rmsnorm.spec import (
     check_saved,
     check_spec,
     check_tensors,
+    result_dtype,
     spec_of,
 )  # fmt: skip
 
@@ -197,14 +198,11 @@ class TransformedNorm(torch.autograd.Function):
         tangents = [t for t in (x_t, residual_t) if t is not None]
         s_t = torch.zeros_like(rows) if not tangents else sum(tangents[1:], tangents[0])
         y_t = BackwardOnce.apply(s_t, None, rows, None, rstd, ctx.spec.cast, 0.0, True, False)[0].float()  # type: ignore[no-untyped-call]
-        y_dtype = rows.dtype
         if w is not None:
             y_t = (w.float() + ctx.spec.offset) * y_t
-            if ctx.spec.cast == "early":
-                y_dtype = torch.promote_types(w.dtype, rows.dtype)
         if w_t is not None:
             y_t = y_t + rows.float() * rstd.unsqueeze(-1) * w_t.float()
-        y_t = y_t.to(y_dtype)
+        y_t = y_t.to(result_dtype(rows.dtype, None if w is None else w.dtype, ctx.spec.cast))
         return (y_t, None) if ctx.dtypes[1] is None else (y_t, s_t.to(rows.dtype), None)
 
 

@@ -31,6 +31,7 @@ from rmsnorm.kernels.plan import (
     summands,
 )
 from rmsnorm.kernels.rows import walk
+from rmsnorm.spec import result_dtype
 
 NAME = "cpu kernel (Numba)"
 
@@ -45,7 +46,7 @@ class _Types(NamedTuple):
 @functools.cache
 def _types(x: torch.dtype, w: torch.dtype | None, cast: str) -> _Types:
     read = x if w is None or w == x else torch.float32
-    return _Types(read, torch.promote_types(x, read) if cast == "early" else x)
+    return _Types(read, result_dtype(x, read, cast))
 
 
 def _elements(x: torch.dtype, read: _Types, even: bool) -> tuple[Any, Any, Any]:

@@ -21,6 +21,7 @@ from rmsnorm.kernels.plan import (
     summands,
 )
 from rmsnorm.kernels.rows import Walk, walk
+from rmsnorm.spec import KERNEL_DTYPES, result_dtype
 
 try:
     from rmsnorm.kernels.gpu import staged
@@ -28,8 +29,6 @@ except ImportError:  # Gluon is experimental and may be missing; then wide rows 
     staged = None  # type: ignore[assignment]
 
 NAME = "gpu kernel (Triton)"
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def refuses(x: torch.dtype, residual: torch.dtype | None, w: torch.dtype | None) -> str | None:
@@ -40,7 +39,7 @@ def refuses(x: torch.dtype, residual: torch.dtype | None, w: torch.dtype | None)
     if min(capabilities, default=(8, 0)) < (8, 0):
         return f"compute capability {min(capabilities)} is below 8.0, the first to round to bf16"
     for name, dtype in (("x", x), ("residual", residual), ("weight", w)):
-        if dtype is not None and dtype not in _DTYPES:
+        if dtype is not None and dtype not in KERNEL_DTYPES:
             return f"{name} is {dtype}: computed in fp32 and returned as {dtype} by plain torch"
     return None
 
@@ -65,7 +64,7 @@ def plan_forward(kind: Forward) -> Plan:
     if kind.with_rstd:
         fresh.append(Fresh("rstd", torch.float32, shape[:-1]))
     calls = _Calls(_number(kind.device), rows, kinds, fresh)
-    whole_rows = staged.forward_staged if staged is not None and config.staged else kernels.forward_block
+    whole_rows = staged.forward_staged if config.staged else kernels.forward_block
     calls.add(
         kernels.forward_loop if config.parts == 0 else whole_rows,
         _cdiv(rows.M, config.rows) * max(1, config.parts), config, calls.exchange(config, gpu),
@@ -112,7 +111,7 @@ def plan_backward(kind: Backward) -> Plan:
         sums = config if of_dw is not None and config.parts > 0 else None
         if sums is not None:
             fresh.append(Fresh("partials", torch.float32, (sums.programs, N)))
-        whole_rows = staged.backward_staged if staged is not None and config.staged else kernels.backward_block
+        whole_rows = staged.backward_staged if config.staged else kernels.backward_block
         calls.add(
             kernels.backward_loop if config.parts == 0 else whole_rows,
             M if config.parts == 0 else config.programs * config.parts, config, calls.exchange(config, gpu),
@@ -209,7 +208,7 @@ def _gpu(device: int) -> Gpu:
 
 
 def _y_dtype(x: torch.dtype, w: TensorKind | None, cast: str) -> torch.dtype:
-    return x if w is None or cast == "late" else torch.promote_types(x, w.dtype)
+    return result_dtype(x, None if w is None else w.dtype, cast)
 
 
 def _offset(offset: float) -> float:
@@ -225,12 +224,12 @@ def _dense(name: str, kind: TensorKind, before: list[Converted]) -> TensorKind:
 
 
 def _can_be_staged(rows: Walk, kinds: Mapping[str, TensorKind]) -> bool:
-    """Whether the staged kernels can take the rows: Gluon is available and the rows are aligned."""
-    return staged is not None and _by_16_bytes(rows, kinds)
+    """Whether the staged kernels can take the rows: there is Gluon, and the rows suit its asynchronous copies.
 
-
-def _by_16_bytes(rows: Walk, kinds: Mapping[str, TensorKind]) -> bool:
-    """Whether rows suit asynchronous copies, and Triton knows it: aligned, with strides and N multiples of 16."""
+    Triton knows that they do if they are aligned, and strides and N are multiples of 16.
+    """
+    if staged is None:
+        return False
     steps = [step for of_tensor in rows.steps for step in (of_tensor if rows.strided else of_tensor[2:])]
     return all(step % 16 == 0 for step in (rows.N, *steps)) and all(k.alignment == 16 for k in kinds.values())
 
