@@ -6,6 +6,9 @@ Every step rounds to fp32 unless the code says otherwise. The modules in `kernel
 Shapes: x, residual, s, y, dy, ds and dx are (..., N), w and dw are (N,), and rstd is (...,), one fp32 number a row.
 """
 
+import functools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -133,6 +136,38 @@ def backward(
     g, xh = products(dy, x, w, rstd, offset)
     dx = input_gradient(g, xh, rstd, dot(g, xh), x.shape[-1], ds, x.dtype) if need_dx else None
     return dx, weight_gradient(dy, xh, x.dtype, w, cast) if need_dw and w is not None else None
+
+
+@torch.no_grad()
+def backward_of_sum(
+    dy: Sequence[Tensor],
+    ds: Tensor | None,
+    x: Tensor,
+    w: Tensor | None,
+    rstd: Tensor,
+    cast: str,
+    offset: float,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The backward pass for a sum of gradients, with the bits of separate additions around `backward`.
+
+    Args:
+        dy: The tensors whose sum is the gradient of y, added from left to right; each sum is rounded to their dtype.
+        ds: (..., N), added to dx after dx was rounded to its dtype, and rounded again; or None.
+        x: (..., N), as in `backward`, and so are the other arguments.
+        w: (N,) or None.
+        rstd: (...,) float32.
+        cast: "early" or "late".
+        offset: 0 or 1.
+        need_dx: Whether dx is asked for.
+        need_dw: Whether dw is asked for.
+
+    Returns:
+        dx and dw, as `backward`.
+    """
+    dx, dw = backward(functools.reduce(torch.add, dy), None, x, w, rstd, cast, offset, need_dx, need_dw)
+    return dx if dx is None or ds is None else (dx + ds).contiguous(), dw
 
 
 def products(dy: Tensor, x: Tensor, w: Tensor | None, rstd: Tensor, offset: float) -> tuple[Tensor, Tensor]:

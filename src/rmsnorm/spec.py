@@ -6,6 +6,7 @@ that was called (`where`), the argument, what it was and what it should be.
 
 import functools
 import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NoReturn
 
@@ -18,6 +19,7 @@ Cast = Literal["early", "late"]
 # What x and a weight may have, each. There are kernels for the first three; float64 is computed by the reference.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*KERNEL_DTYPES, torch.float64)
+MOST_SUMMANDS = 3  # gradients that one backward pass adds: those of the projections to q, k and v
 LARGEST_EPS = torch.finfo(torch.float32).max
 
 
@@ -236,6 +238,50 @@ def check_gradients(
         _check_device(where, "rstd", rstd, x)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error} {_IN_BACKWARD}") from None
+
+
+def check_summed(
+    where: str,
+    dy: Sequence[torch.Tensor],
+    ds: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    rstd: torch.Tensor,
+    offset: float,
+    need_dw: bool,
+    symbolic: bool = False,
+) -> None:
+    """Check the tensors of a backward pass of which dy is a sum, as `check_gradients` does.
+
+    Args:
+        where: The function that was called, for the message.
+        dy: 1 to `MOST_SUMMANDS` tensors of one shape and dtype, whose sum is the gradient of y.
+        ds: None, or of the shape and dtype of x.
+        x: As in `check_gradients`, and so are the other arguments.
+        weight: (N,) or None.
+        rstd: (...,) float32.
+        offset: 0 or 1.
+        need_dw: Whether the gradient of the weight is asked for.
+        symbolic: Whether a size may be unknown until a compiled program runs, which then checks it.
+
+    Raises:
+        TypeError: If one is not a dense tensor of the right dtype.
+        ValueError: If the number of tensors, a shape or a device does not fit, or a weight is missing.
+    """
+    if not 1 <= len(dy) <= MOST_SUMMANDS:
+        raise ValueError(complaint(where, "dy", f"is a list of {len(dy)} tensors", f"1 to {MOST_SUMMANDS}"))
+    check_gradients(where, dy[0], ds, x, weight, rstd, offset, need_dw, symbolic)
+    for name, t in summands_by_name(dy).items():
+        _check_like(where, name, t, "dy[0]", dy[0], symbolic)
+        if t.dtype is not dy[0].dtype:
+            raise TypeError(complaint(where, name, f"has dtype {t.dtype}", f"{dy[0].dtype}, the dtype of dy[0]"))
+    if ds is not None and ds.dtype is not x.dtype:
+        raise TypeError(complaint(where, "ds", f"has dtype {ds.dtype}", f"{x.dtype}, the dtype of x"))
+
+
+def summands_by_name(dy: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors whose sum is dy, by the names that error messages give them."""
+    return {f"dy[{i}]": t for i, t in enumerate(dy)}
 
 
 def check_saved(

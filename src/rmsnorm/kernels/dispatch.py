@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -36,6 +37,15 @@ def backward(
         return reference.backward(dy, ds, x, w, rstd, spec.cast, spec.offset, need_dx, need_dw)
     dx, dw = run(plan, (dy, ds, x, w, rstd))
     return dx, dw
+
+
+def backward_of_sum(
+    dy: Sequence[Tensor], ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, spec: Spec, need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """As `reference.backward_of_sum`."""
+    dx, dw = backward(functools.reduce(torch.add, dy), None, x, w, rstd, spec, need_dx, need_dw)
+    return dx if dx is None or ds is None else (dx + ds).contiguous(), dw
 
 
 def plan_forward(kind: Forward) -> Plan | ByReference:

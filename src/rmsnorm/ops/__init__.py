@@ -1,4 +1,4 @@
-"""The operators `torch.ops.rmsnorm.forward` and `backward`; importing this registers them."""
+"""The operators `torch.ops.rmsnorm.forward`, `backward` and `backward_of_sum`; importing this registers them."""
 
 from rmsnorm.ops import operators
 

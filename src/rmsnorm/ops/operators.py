@@ -17,7 +17,18 @@ from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
 from rmsnorm.ops.autograd import BackwardOnce, TransformedNorm, check_backward
 from rmsnorm.ops.dispatch import is_plain, load_sharding
-from rmsnorm.spec import Cast, caller, check_gradients, check_memory, check_spec, check_tensors, result_dtype, spec_of
+from rmsnorm.spec import (
+    Cast,
+    caller,
+    check_gradients,
+    check_memory,
+    check_spec,
+    check_summed,
+    check_tensors,
+    result_dtype,
+    spec_of,
+    summands_by_name,
+)  # fmt: skip
 
 # An output that was not requested is an empty tensor, because a schema cannot declare an optional output.
 
@@ -28,6 +39,11 @@ _LIB.define(
 )
 _LIB.define(
     "backward(Tensor dy, Tensor? ds, Tensor x, Tensor? weight, Tensor rstd, str cast, float offset,"
+    " bool need_dx, bool need_dw) -> (Tensor dx, Tensor dw)"
+)
+# For backward graphs only: `backward` together with the additions before and after it. See reference.backward_of_sum.
+_LIB.define(
+    "backward_of_sum(Tensor[] dy, Tensor? ds, Tensor x, Tensor? weight, Tensor rstd, str cast, float offset,"
     " bool need_dx, bool need_dw) -> (Tensor dx, Tensor dw)"
 )
 
@@ -52,6 +68,19 @@ def _run_backward(
     spec = spec_of(caller(ds), 0.0, cast, offset)
     check_backward(dy, ds, x, w, rstd, offset, need_dw)
     dx, dw = dispatch.backward(dy, ds, x, w, rstd, spec, need_dx, need_dw)
+    return x.new_empty(0) if dx is None else dx, x.new_empty(0) if dw is None else dw
+
+
+def _run_backward_of_sum(
+    dy: list[Tensor], ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, cast: Cast, offset: float,
+    need_dx: bool, need_dw: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    host.look()
+    where = caller(ds)
+    spec = spec_of(where, 0.0, cast, offset)
+    check_summed(where, dy, ds, x, w, rstd, offset, need_dw)
+    check_memory(where, backward=True, **summands_by_name(dy), ds=ds, x=x, weight=w, rstd=rstd)
+    dx, dw = dispatch.backward_of_sum(dy, ds, x, w, rstd, spec, need_dx, need_dw)
     return x.new_empty(0) if dx is None else dx, x.new_empty(0) if dw is None else dw
 
 
@@ -82,12 +111,33 @@ def _fake_backward(
 ) -> tuple[Tensor, ...]:
     check_spec(caller(ds), 0.0, cast, offset)
     check_gradients(caller(ds), dy, ds, x, w, rstd, offset, need_dw, symbolic=True)
+    return _empty_gradients(x, w, need_dx, need_dw)
+
+
+def _fake_backward_of_sum(
+    dy: list[Tensor],
+    ds: Tensor | None,
+    x: Tensor,
+    w: Tensor | None,
+    rstd: Tensor,
+    cast: str,
+    offset: float,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor, ...]:
+    check_spec(caller(ds), 0.0, cast, offset)
+    check_summed(caller(ds), dy, ds, x, w, rstd, offset, need_dw, symbolic=True)
+    return _empty_gradients(x, w, need_dx, need_dw)
+
+
+def _empty_gradients(x: Tensor, w: Tensor | None, need_dx: bool, need_dw: bool) -> tuple[Tensor, ...]:
     dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
     return dx, w.new_empty(w.shape) if need_dw and w is not None else x.new_empty(0)
 
 
-def _vmap_rule(op: Any, tensors: int) -> Any:
+def _vmap_rule(name: str, tensors: int) -> Any:
     """The vmap rule: one call for the whole batch if only rows are batched; otherwise one call for each sample."""
+    op = getattr(torch.ops.rmsnorm, name).default
 
     def rule(
         info: Any, in_dims: tuple[int | None, ...], *args: Any
@@ -96,7 +146,7 @@ def _vmap_rule(op: Any, tensors: int) -> Any:
             a.movedim(d, 0) if d is not None else a for a, d in zip(args[:tensors], in_dims[:tensors], strict=True)
         ]
         batched = [d is not None for d in in_dims[:tensors]]
-        rows_only = op is torch.ops.rmsnorm.forward.default and not batched[2]
+        rows_only = name == "forward" and not batched[2]
         if rows_only:
             if batched[0] and front[0].dim() == 1:  # the operator would treat the samples as the columns of a row
                 expected = "(..., N) with N of at least 1"
@@ -119,6 +169,10 @@ def _vmap_rule(op: Any, tensors: int) -> Any:
         return tuple(torch.stack(output) for output in zip(*samples, strict=True)), (0,) * len(samples[0])
 
     return rule
+
+
+def _no_vmap_rule(*args: Any) -> None:
+    raise RuntimeError("torch.vmap over rmsnorm::backward_of_sum is not implemented; vmap rmsnorm::backward instead")
 
 
 def _differentiated(*args: Any) -> bool:
@@ -150,12 +204,22 @@ def _autograd_backward(*args: Any) -> tuple[Tensor, ...]:
     return BackwardOnce.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
 
 
-for _name, _run, _autograd, _fake, _tensors in (
-    ("forward", _run_forward, _autograd_forward, _fake_forward, 3),
-    ("backward", _run_backward, _autograd_backward, _fake_backward, 5),
+def _autograd_backward_of_sum(dy: list[Tensor], *args: Any) -> tuple[Tensor, ...]:
+    """Only passes of torch.compile make this call, in graphs that autograd has been through already."""
+    if _differentiated(*dy, *args):
+        raise RuntimeError(
+            "rmsnorm::backward_of_sum cannot be differentiated: call rmsnorm::backward, or this one under torch.no_grad"
+        )
+    with compat.below_autograd():
+        return torch.ops.rmsnorm.backward_of_sum.default(dy, *args)  # type: ignore[no-any-return]
+
+
+for _name, _run, _autograd, _fake, _vmap in (
+    ("forward", _run_forward, _autograd_forward, _fake_forward, _vmap_rule("forward", 3)),
+    ("backward", _run_backward, _autograd_backward, _fake_backward, _vmap_rule("backward", 5)),
+    ("backward_of_sum", _run_backward_of_sum, _autograd_backward_of_sum, _fake_backward_of_sum, _no_vmap_rule),
 ):
-    _op = getattr(torch.ops.rmsnorm, _name).default
     _LIB.impl(_name, _run, "CompositeExplicitAutograd")
     _LIB.impl(_name, _autograd, "Autograd")
     torch.library.register_fake(f"rmsnorm::{_name}", _fake, lib=_LIB)
-    torch.library.register_vmap(f"rmsnorm::{_name}", _vmap_rule(_op, _tensors), lib=_LIB)
+    torch.library.register_vmap(f"rmsnorm::{_name}", _vmap, lib=_LIB)
