@@ -47,6 +47,8 @@ def fuse(graph: Graph) -> Fused:
     # Backward first: it finds the forward call of a norm by its rstd, which fusing the forward call may reshape.
     backward = sum(fusion.fuse_backward(node) for node in graph.find_nodes(op="call_function", target=_BACKWARD))
     forward = sum(fusion.fuse_forward(node) for node in graph.find_nodes(op="call_function", target=_FORWARD))
+    for node in graph.find_nodes(op="call_function", target=_FORWARD):
+        node.kwargs = {}  # only `fuse_residual`, which has served; a call is faster without it
     return Fused(forward, backward)
 
 
@@ -68,7 +70,7 @@ class _Fusion:
         first = self._first(total.users)
         if not self._precedes([w], first) or any(total.meta.get(k) != norm.meta.get(k) for k in _CHECKPOINTING):
             return False
-        fused = self._call(first, _FORWARD, (*_args(total), w, *options), norm, norm.kwargs)
+        fused = self._call(first, _FORWARD, (*_args(total), w, *options), norm)
         s = self._call(first, operator.getitem, (fused, 1), total)
         total.replace_all_uses_with(s, delete_user_cb=lambda user: user is not fused)
         outputs = _outputs(norm)
@@ -114,16 +116,13 @@ class _Fusion:
 
     # --- editing the graph ---------------------------------------------------------------------------------------
 
-    def _call(
-        self, before: Node, target: Any, args: tuple[Any, ...], of: Node, kwargs: dict[str, Any] | None = None
-    ) -> Node:
+    def _call(self, before: Node, target: Any, args: tuple[Any, ...], of: Node) -> Node:
         """A new call before a node, with the metadata of the node `of`."""
         with self.graph.inserting_before(before):
-            node: Node = self.graph.call_function(target, args, kwargs)
+            node: Node = self.graph.call_function(target, args)
         self.place[node] = self.place[before] - 0.5
         node.meta = dict(of.meta)
-        values, named = torch.fx.map_arg((args, kwargs or {}), lambda n: n.meta["val"])
-        node.meta["val"] = target(*values, **named)
+        node.meta["val"] = target(*torch.fx.map_arg(args, lambda n: n.meta["val"]))
         for key in _OF_OTHER_VALUES:
             node.meta.pop(key, None)
         return node

@@ -89,7 +89,7 @@ def patch(model: nn.Module, *, strict: bool = True, fuse_residual: bool = True) 
         if late is not None:
             raise RuntimeError(f"[patch] {name} {late}")
     verdicts = [_replace(name, module, proof, fuse_residual) for name, module, proof in norms]
-    return PatchReport.of_modules(verdicts, skipped, [module for _, module, _ in norms])
+    return PatchReport.of_modules(verdicts, skipped, fuse_residual, [module for _, module, _ in norms])
 
 
 def unpatch(model: nn.Module) -> UnpatchReport:
