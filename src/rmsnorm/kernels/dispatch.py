@@ -44,8 +44,11 @@ def backward_of_sum(
     need_dw: bool,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """As `reference.backward_of_sum`."""
-    dx, dw = backward(functools.reduce(torch.add, dy), None, x, w, rstd, spec, need_dx, need_dw)
-    return dx if dx is None or ds is None else (dx + ds).contiguous(), dw
+    plan = plan_backward(Backward.of_sum(dy, ds, x, w, rstd, spec, need_dx, need_dw))
+    if isinstance(plan, ByReference):
+        return reference.backward_of_sum(dy, ds, x, w, rstd, spec.cast, spec.offset, need_dx, need_dw)
+    dx, dw = run(plan, (dy[0], ds, x, w, rstd, *dy[1:]))
+    return dx, dw
 
 
 def plan_forward(kind: Forward) -> Plan | ByReference:

@@ -79,7 +79,9 @@ class Forward(NamedTuple):
 class Backward(NamedTuple):
     """A kind of backward call, which computes dx and dw from dy, ds, x, w and rstd.
 
-    x is what the forward pass normalized: its x, or s if it added a residual.
+    x is what the forward pass normalized: its x, or s if it added a residual. dy2, dy3: further gradients of y, of the
+    dtype of dy, which are added to it; each sum is rounded. round_first: whether dx is rounded before ds is added, as
+    an addition after the backward pass would do, instead of after.
     """
 
     device: torch.device
@@ -91,6 +93,9 @@ class Backward(NamedTuple):
     spec: Spec
     need_dx: bool
     need_dw: bool
+    dy2: TensorKind | None = None
+    dy3: TensorKind | None = None
+    round_first: bool = False
 
     @classmethod
     def of(
@@ -102,6 +107,28 @@ class Backward(NamedTuple):
             x.device, of(dy), None if ds is None else of(ds), of(x), None if w is None else of(w), of(rstd),
             spec, need_dx, need_dw,
         )  # fmt: skip
+
+    @classmethod
+    def of_sum(cls, dy: Sequence[Tensor], *arguments: Any) -> "Backward":
+        """A call for the sum of dy, with the additions before and after it; `arguments` are the others of `of`."""
+        dy2, dy3 = (TensorKind.of(dy[i]) if i < len(dy) else None for i in (1, 2))
+        return cls.of(dy[0], *arguments)._replace(dy2=dy2, dy3=dy3, round_first=True)
+
+    @property
+    def dys(self) -> dict[str, TensorKind]:
+        """The gradients of y to add, by name."""
+        named = {"dy": self.dy, "dy2": self.dy2, "dy3": self.dy3}
+        return {name: kind for name, kind in named.items() if kind is not None}
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the tensors that a call takes, in order."""
+        return ("dy", "ds", "x", "w", "rstd", *list(self.dys)[1:])
+
+    @property
+    def rounds_dx_first(self) -> bool:
+        """Whether dx is rounded to fewer than fp32's digits before ds is added."""
+        return self.round_first and self.need_dx and self.ds is not None and self.x.dtype is not torch.float32
 
 
 # --- plans ---------------------------------------------------------------------------------------------------
@@ -254,6 +281,18 @@ def summands(kind: Forward) -> tuple[str, TensorKind, TensorKind | None, list[Co
         return "x", x, residual, []
     total = TensorKind.dense(x.shape, torch.promote_types(x.dtype, residual.dtype))
     return "s", total, None, [Converted("s", ("x", "residual"), total.dtype)]
+
+
+def gradients(kind: Backward, dtype: torch.dtype) -> tuple[dict[str, TensorKind], list[Converted]]:
+    """The gradients of y that a kernel adds, by name, and conversions before it.
+
+    If they are several and have another dtype than the kernel reads, torch adds them, because each sum is rounded to
+    their own dtype.
+    """
+    dys = kind.dys
+    if len(dys) == 1 or kind.dy.dtype is dtype:
+        return dys, []
+    return {"dy": TensorKind.dense(kind.dy.shape, dtype)}, [Converted("dy", tuple(dys), dtype)]
 
 
 def find_layout(

@@ -213,7 +213,7 @@ def _invoke(typing_context: Any, call: Any, pointers: Any, first: Any, last: Any
 # spec: eps, the offset, and whether the cast is early. Without an offset it is -0.0, because adding +0.0 would change
 # a weight of -0.0.
 
-_FIRST, _SECOND, _THIRD = 4, 7, 10
+_FIRST, _SECOND, _THIRD, _FOURTH, _FIFTH = 4, 7, 10, 13, 16
 
 
 @numba.njit(error_model="numpy")
@@ -259,37 +259,59 @@ def forward(
             y[out + i] = element
 
 
-def backward(
-    dy: Any, ds: Any, x: Any, w: Any, rstd: Any, dx: Any, dw: Any, layout: Any, spec: Any, first: int, last: int
-) -> None:  # fmt: skip
-    N, chunk, wants_dw, adds = layout[0], layout[1], _given(dw), _given(ds)
-    offset, early = spec[1], spec[2] != 0
-    parts = _parts(x)
-    steps = N // parts
-    for m in range(first, last):
-        a, b = _start(layout, _FIRST, m) // parts, _start(layout, _SECOND, m) // parts
-        out, sums = m * steps, m // chunk * N
-        r = rstd[m]
-        if wants_dw and m % chunk == 0:
-            for i in range(N):
-                dw[sums + i] = 0.0
-        total = 0.0
-        for i in range(steps):
-            for k in range(parts):
-                d, xh = _widen(dy[a + i], k), _widen(x[b + i], k) * r
-                total = _add(total, np.float64((d * (_widen(w[i], k) + offset)) * xh))
-                if wants_dw:
-                    dw[sums + k * steps + i] += np.float64(d * (_cast(xh, x) if early else xh))
-        if _given(dx):
-            c = np.float32(total / N)
-            other = _start(layout, _THIRD, m) // parts
+def backward(dys: int, round_first: bool) -> Callable[..., None]:
+    """The backward kernel for a sum of `dys` gradients of y; dx is rounded before ds is added if `round_first`."""
+    strides_of_ds = (_THIRD, _FOURTH, _FIFTH)[dys - 1]
+
+    def backward(
+        dy: Any, dy2: Any, dy3: Any, ds: Any, x: Any, w: Any, rstd: Any, dx: Any, dw: Any, layout: Any, spec: Any,
+        first: int, last: int,
+    ) -> None:  # fmt: skip
+        N, chunk, wants_dw, adds = layout[0], layout[1], _given(dw), _given(ds)
+        offset, early = spec[1], spec[2] != 0
+        parts = _parts(x)
+        steps = N // parts
+        a2, a3 = 0, 0
+        for m in range(first, last):
+            a, b = _start(layout, _FIRST, m) // parts, _start(layout, _SECOND, m) // parts
+            if dys > 1:
+                a2 = _start(layout, _THIRD, m) // parts
+            if dys > 2:
+                a3 = _start(layout, _FOURTH, m) // parts
+            out, sums = m * steps, m // chunk * N
+            r = rstd[m]
+            if wants_dw and m % chunk == 0:
+                for i in range(N):
+                    dw[sums + i] = 0.0
+            total = 0.0
             for i in range(steps):
-                element = _nothing(dx)
                 for k in range(parts):
-                    g, xh = _widen(dy[a + i], k) * (_widen(w[i], k) + offset), _widen(x[b + i], k) * r
-                    t = r * (g - xh * c)
-                    element = _put(element, k, t + _widen(ds[other + i], k) if adds else t, dx, w)
-                dx[out + i] = element
+                    d, xh = _widen(dy[a + i], k), _widen(x[b + i], k) * r
+                    if dys > 1:
+                        d = _cast(d + _widen(dy2[a2 + i], k), dy)
+                    if dys > 2:
+                        d = _cast(d + _widen(dy3[a3 + i], k), dy)
+                    total = _add(total, np.float64((d * (_widen(w[i], k) + offset)) * xh))
+                    if wants_dw:
+                        dw[sums + k * steps + i] += np.float64(d * (_cast(xh, x) if early else xh))
+            if _given(dx):
+                c = np.float32(total / N)
+                other = _start(layout, strides_of_ds, m) // parts
+                for i in range(steps):
+                    element = _nothing(dx)
+                    for k in range(parts):
+                        d, xh = _widen(dy[a + i], k), _widen(x[b + i], k) * r
+                        if dys > 1:
+                            d = _cast(d + _widen(dy2[a2 + i], k), dy)
+                        if dys > 2:
+                            d = _cast(d + _widen(dy3[a3 + i], k), dy)
+                        t = r * (d * (_widen(w[i], k) + offset) - xh * c)
+                        if round_first:
+                            t = _widen(_put(_nothing(dx), 0, t, dx, w), 0)
+                        element = _put(element, k, t + _widen(ds[other + i], k) if adds else t, dx, w)
+                    dx[out + i] = element
+
+    return backward
 
 
 def sum_chunks(partials: Any, dw: Any, chunks: int, N: int) -> None:

@@ -28,6 +28,7 @@ from rmsnorm.kernels.plan import (
     Plan,
     TensorKind,
     find_layout,
+    gradients,
     summands,
 )
 from rmsnorm.kernels.rows import walk
@@ -63,9 +64,10 @@ def _forward_kernel(x: torch.dtype, read: _Types, even: bool) -> Any:
 
 
 @functools.cache
-def _backward_kernel(x: torch.dtype, read: _Types, even: bool) -> Any:
+def _backward_kernel(x: torch.dtype, read: _Types, even: bool, dys: int, round_first: bool) -> Any:
     X, W, Y = _elements(x, read, even)
-    return compiled(backward, Y, X, X, W, types.float32, X, types.float64, types.int64, types.float32)
+    pointees = Y, Y, Y, X, X, W, types.float32, X, types.float64, types.int64, types.float32
+    return compiled(backward(dys, round_first), *pointees)
 
 
 @functools.cache
@@ -80,6 +82,7 @@ _CHUNK, _MOST_CHUNKS, _FEWEST_ROWS = 1 << 16, 256, 32
 # Bytes from which the C library maps new memory for each tensor; 42 MB cause 10,000 page faults, or 20 with huge pages.
 _MAPPED = 32 << 20
 _PAIR_BYTES = 4
+_MOST_INPUTS = 5  # tensors of rows that a kernel reads
 
 
 def refuses(x: torch.dtype, residual: torch.dtype | None, w: torch.dtype | None) -> str | None:
@@ -147,15 +150,18 @@ def plan_backward(kind: Backward) -> Plan | ByReference:
     """
     x, w, spec, need_dx = kind.x, kind.w, kind.spec, kind.need_dx
     types = _types(x.dtype, None if w is None else w.dtype, spec.cast)
-    wanted = {"dy": (kind.dy, types.y), "x": (x, x.dtype)} | ({} if kind.ds is None else {"ds": (kind.ds, x.dtype)})
-    rows, kinds, before = find_layout(_rows, wanted)
+    dys, before = gradients(kind, types.y)
+    dy, *more = ((name, (of, types.y)) for name, of in dys.items())
+    wanted = dict([dy, ("x", (x, x.dtype)), *more]) | ({} if kind.ds is None else {"ds": (kind.ds, x.dtype)})
+    rows, kinds, converted = find_layout(_rows, wanted)  # in the order of the kernel's layout
+    before += converted
     rstd = kind.rstd
     if not rstd.is_dense:  # only hooks on saved tensors can make it so
         rstd = TensorKind.dense(rstd.shape, rstd.dtype)
         before.append(Converted("rstd", ("rstd",), rstd.dtype))
     scale = _scale(w, types, rows.N)
     even = rows.even and _paired(*kinds.values(), scale.kind, rstd)
-    kernel = _backward_kernel(x.dtype, types, even)
+    kernel = _backward_kernel(x.dtype, types, even, len(dys), kind.rounds_dx_first)
     need_dw = kind.need_dw and w is not None
     sums = need_dw and rows.chunks > 0
     of_sum = _sum_kernel(x.dtype, types, even) if sums else None
@@ -165,8 +171,8 @@ def plan_backward(kind: Backward) -> Plan | ByReference:
     if need_dx:
         fresh.append(_like_rows("dx", x, x.dtype))
     tensors = (
-        "dy", None if kind.ds is None else "ds", "x", scale.name, "rstd", "dx" if need_dx else None,
-        "partials" if sums else None,
+        "dy", "dy2" if "dy2" in dys else None, "dy3" if "dy3" in dys else None, None if kind.ds is None else "ds", "x",
+        scale.name, "rstd", "dx" if need_dx else None, "partials" if sums else None,
     )  # fmt: skip
     launches = [_over_rows(kernel, tensors, rows, _spec(0.0, spec.offset, spec.cast), rows.chunk)]
     if sums:
@@ -181,7 +187,7 @@ def plan_backward(kind: Backward) -> Plan | ByReference:
         fresh.append(Fresh("dw", w.dtype, (rows.N,), value=0))
     return Plan(
         kind.device,
-        inputs=("dy", "ds", "x", "w", "rstd"),
+        inputs=kind.inputs,
         before=(*before, *scale.before),
         fresh=tuple(fresh),
         launches=tuple(launches),
@@ -217,7 +223,7 @@ def _rows(shape: Sequence[int], *strides: Sequence[int]) -> _Rows | None:
     chunk = max(_FEWEST_ROWS, -(-_CHUNK // N), -(-M // _MOST_CHUNKS))
     sizes = found.sizes if found.strided else (1, M)
     steps = [step for of_one in found.steps for step in of_one]
-    values = [N, chunk, *sizes, *steps, *[0] * (9 - len(steps))]
+    values = [N, chunk, *sizes, *steps, *[0] * (3 * _MOST_INPUTS - len(steps))]
     even = all(number % 2 == 0 for number in (N, *steps)) and sys.byteorder == "little"
     return _Rows(M, N, max(1, _GRAIN // N), chunk, -(-M // chunk), even, (ctypes.c_int64 * len(values))(*values))
 

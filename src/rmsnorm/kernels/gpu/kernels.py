@@ -55,6 +55,28 @@ def _cast(h, X: tl.constexpr):
 
 
 @triton.jit
+def rounded_sum(a, b):
+    """a + b, rounded to their dtype."""
+    if a.dtype == tl.bfloat16:
+        # One instruction for two numbers: a·1 + b. Triton would convert each sum by itself, as in `_cast`.
+        total = tl.inline_asm_elementwise(
+            "{ .reg .b32 one; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 $0, $1, one, $2; }",
+            "=r,r,r", [a, b], dtype=tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        total = a + b
+    return total
+
+
+@triton.jit
+def plus_ds(dx, ds, X: tl.constexpr, ROUND_FIRST: tl.constexpr):
+    """dx plus the gradient that arrives through s; ROUND_FIRST: dx is rounded to the dtype X before."""
+    if ROUND_FIRST:
+        dx = _cast(dx, X)
+    return dx + ds.to(tl.float32)
+
+
+@triton.jit
 def scaled_output(h, w, offset, X: tl.constexpr, Y: tl.constexpr, EARLY: tl.constexpr):
     """y from h = x·rstd, for x of dtype X and y of dtype Y."""
     if w is None:
@@ -225,6 +247,14 @@ def _load_rows(
 
 
 @triton.jit
+def _rounded_sums(row, other, PIECES: tl.constexpr):
+    total = ()
+    for k in tl.static_range(PIECES):
+        total += (rounded_sum(row[k], other[k]),)
+    return total
+
+
+@triton.jit
 def _turns(M, program, programs, ROWS: tl.constexpr):
     """How many tiles of ROWS rows this program processes. No intermediate value exceeds M, which may be 2³¹ - 1."""
     return (M - 1) // ROWS // programs + ((M - 1) // ROWS % programs >= program).to(tl.int32)
@@ -232,8 +262,9 @@ def _turns(M, program, programs, ROWS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "programs"])
 def backward_block(
-    dy, ds, x, w, rstd, dx, partials, shares, M, N, parts, programs, sizes, dy_steps, ds_steps, x_steps, offset,
-    EARLY: tl.constexpr, STRIDED: tl.constexpr, PARTS: tl.constexpr,
+    dy, dy2, dy3, ds, x, w, rstd, dx, partials, shares, M, N, parts, programs,
+    sizes, dy_steps, dy2_steps, dy3_steps, ds_steps, x_steps, offset,
+    EARLY: tl.constexpr, ROUND_FIRST: tl.constexpr, STRIDED: tl.constexpr, PARTS: tl.constexpr,
     ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """dx of every `programs`-th tile of ROWS rows, and their share of dw; if PARTS > 1, of one part of each row.
@@ -256,6 +287,12 @@ def backward_block(
     for turn in tl.range(0, _turns(M, program, programs, ROWS), num_stages=STAGES):
         m = (program + turn * programs).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
         dy_row = _load_rows(dy, m, n, M, N, sizes, dy_steps, STRIDED, PARTS, PIECES, BLOCK_N)
+        if dy2 is not None:
+            more = _load_rows(dy2, m, n, M, N, sizes, dy2_steps, STRIDED, PARTS, PIECES, BLOCK_N)
+            dy_row = _rounded_sums(dy_row, more, PIECES)
+        if dy3 is not None:
+            more = _load_rows(dy3, m, n, M, N, sizes, dy3_steps, STRIDED, PARTS, PIECES, BLOCK_N)
+            dy_row = _rounded_sums(dy_row, more, PIECES)
         x_row = _load_rows(x, m, n, M, N, sizes, x_steps, STRIDED, PARTS, PIECES, BLOCK_N)
         if ds is not None and STAGES > 1:
             ds_row = _load_rows(ds, m, n, M, N, sizes, ds_steps, STRIDED, PARTS, PIECES, BLOCK_N)
@@ -278,7 +315,7 @@ def backward_block(
             g = times_scale(dy_row[k], None if w is None else weight[k], offset, EARLY)
             dx_row = r * (g - xh * c)
             if ds is not None:
-                dx_row += ds_row[k].to(tl.float32)
+                dx_row = plus_ds(dx_row, ds_row[k], dx.dtype.element_ty, ROUND_FIRST)
             tl.store(dx + m * N + n + k * BLOCK_N, dx_row.to(dx.dtype.element_ty), (m < M) & inside)
             summed += (dw[k] + dw_terms(dy_row[k].to(tl.float32), xh, x.dtype.element_ty, EARLY),)
         dw = summed
@@ -306,7 +343,7 @@ def dw_terms(dy, xh, X: tl.constexpr, EARLY: tl.constexpr):
 @triton.jit(do_not_specialize=["M"])
 def backward_loop(
     dy, ds, x, w, rstd, dx, M, N, sizes, dy_steps, ds_steps, x_steps, offset,
-    EARLY: tl.constexpr, STRIDED: tl.constexpr, BLOCK_N: tl.constexpr,
+    EARLY: tl.constexpr, ROUND_FIRST: tl.constexpr, STRIDED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Each program computes dx of one row, looping over it twice: once for the sum, once for dx."""
     m = tl.program_id(0).to(tl.int64)
@@ -326,13 +363,14 @@ def backward_loop(
         g = times_scale(_load(dy + n, n < N), None if w is None else _load(w + n, n < N), offset, EARLY)
         dx_row = r * (g - xh * c)
         if ds is not None:
-            dx_row += _load(ds + row_start(m, sizes, ds_steps, STRIDED) + n, n < N)
+            ds_row = tl.load(ds + row_start(m, sizes, ds_steps, STRIDED) + n, n < N, 0.0)
+            dx_row = plus_ds(dx_row, ds_row, dx.dtype.element_ty, ROUND_FIRST)
         tl.store(dx + m * N + n, dx_row.to(dx.dtype.element_ty), n < N)
 
 
 @triton.jit(do_not_specialize=["M", "programs"])
 def dw_alone(
-    dy, x, rstd, partials, M, N, parts, programs, sizes, dy_steps, x_steps,
+    dy, dy2, dy3, x, rstd, partials, M, N, parts, programs, sizes, dy_steps, dy2_steps, dy3_steps, x_steps,
     EARLY: tl.constexpr, STRIDED: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -344,13 +382,34 @@ def dw_alone(
         m = (program + turn * programs).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
         inside = (m < M) & (n < N)
         r = tl.load(rstd + m, m < M, 0.0)
-        dy_row = _load(dy + row_start(m, sizes, dy_steps, STRIDED) + n, inside)
+        dy_row = tl.load(dy + row_start(m, sizes, dy_steps, STRIDED) + n, inside, 0.0)
+        if dy2 is not None:
+            more = tl.load(dy2 + row_start(m, sizes, dy2_steps, STRIDED) + n, inside, 0.0)
+            dy_row = rounded_sum(dy_row, more)
+        if dy3 is not None:
+            more = tl.load(dy3 + row_start(m, sizes, dy3_steps, STRIDED) + n, inside, 0.0)
+            dy_row = rounded_sum(dy_row, more)
         xh = _load(x + row_start(m, sizes, x_steps, STRIDED) + n, inside) * r
-        dw += dw_terms(dy_row, xh, x.dtype.element_ty, EARLY)
+        dw += dw_terms(dy_row.to(tl.float32), xh, x.dtype.element_ty, EARLY)
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     share = tl.sum(dw.to(tl.float64), axis=0, keep_dims=True).to(tl.float32)
     tl.store(partials + program.to(tl.int64) * N + n, share, n < N)
+
+
+@triton.jit
+def sum_gradients(
+    dy, dy2, dy3, summed, N, parts, sizes, dy_steps, dy2_steps, dy3_steps,
+    STRIDED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N columns of a row of the sum of gradients, for kernels that take only one."""
+    m, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
+    n = part * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.load(dy + row_start(m, sizes, dy_steps, STRIDED) + n, n < N, 0.0)
+    total = rounded_sum(total, tl.load(dy2 + row_start(m, sizes, dy2_steps, STRIDED) + n, n < N, 0.0))
+    if dy3 is not None:
+        total = rounded_sum(total, tl.load(dy3 + row_start(m, sizes, dy3_steps, STRIDED) + n, n < N, 0.0))
+    tl.store(summed + m * N + n, total, n < N)
 
 
 @triton.jit(do_not_specialize=["programs"])

@@ -18,6 +18,7 @@ from rmsnorm.kernels.plan import (
     Plan,
     TensorKind,
     find_layout,
+    gradients,
     summands,
 )
 from rmsnorm.kernels.rows import Walk, walk
@@ -29,6 +30,7 @@ except ImportError:  # Gluon is experimental and may be missing; then wide rows 
     staged = None  # type: ignore[assignment]
 
 NAME = "gpu kernel (Triton)"
+_SUMMED = "summed"  # the sum of several gradients of y
 
 
 def refuses(x: torch.dtype, residual: torch.dtype | None, w: torch.dtype | None) -> str | None:
@@ -91,23 +93,34 @@ def plan_backward(kind: Backward) -> Plan:
     """
     x, w, spec, need_dx = kind.x, kind.w, kind.spec, kind.need_dx
     with_ds, of_dw = need_dx and kind.ds is not None, w.dtype if kind.need_dw and w is not None else None
-    wanted = {"dy": (kind.dy, _y_dtype(x.dtype, w, spec.cast)), "x": (x, x.dtype)}
+    y_dtype = _y_dtype(x.dtype, w, spec.cast)
+    dys, before = gradients(kind, y_dtype)
+    fresh: list[Fresh] = []
+    first: list[TritonLaunch] = []
+    if len(dys) > 1 and need_dx and tiling.backward_is_wide(x.shape[-1], x.dtype.itemsize):
+        dys, first = _sum_first(dys, y_dtype, _number(kind.device), before, fresh)
+    wanted = {name: (of, y_dtype) for name, of in dys.items()} | {"x": (x, x.dtype)}
     if kind.ds is not None and with_ds:
         wanted["ds"] = kind.ds, x.dtype
-    rows, kinds, before = find_layout(walk, wanted)
+    rows, kinds, converted = find_layout(walk, wanted)
+    before += converted
     M, N, device, gpu = rows.M, rows.N, _number(kind.device), _gpu(_number(kind.device))
-    of_x, of_dy = x.dtype.itemsize, kinds["dy"].dtype.itemsize
+    of_x, of_dy = x.dtype.itemsize, y_dtype.itemsize
     aligned = tiling.BACKWARD_WIDEST[of_x] < N and _can_be_staged(rows, kinds)
     kinds["rstd"] = _dense("rstd", kind.rstd, before)  # only hooks on saved tensors can make a copy necessary
     if w is not None:
         kinds["w"] = _dense("w", w, before)
-    fresh = [Fresh("dx", x.dtype, tuple(x.shape))] if need_dx else []
+    if need_dx:
+        fresh.append(Fresh("dx", x.dtype, tuple(x.shape)))
     calls = _Calls(device, rows, kinds, fresh)
-    early, steps = spec.cast == "early", {"dy_steps": rows.steps[0], "x_steps": rows.steps[1]}
+    early = spec.cast == "early"
+    reads = _reads(dict(zip(wanted, rows.steps, strict=True)))
     sums: Launch | None = None  # the launch whose programs compute partial sums of dw
     if need_dx:
         itemsize = 0 if of_dw is None else of_dw.itemsize
-        config = tiling.backward(M, N, of_x, of_dy, itemsize, with_ds, aligned, gpu)
+        config = tiling.backward(
+            M, N, of_x, of_dy, itemsize, with_ds, aligned, gpu, len(dys), kind.round_first
+        )  # fmt: skip
         sums = config if of_dw is not None and config.parts > 0 else None
         if sums is not None:
             fresh.append(Fresh("partials", torch.float32, (sums.programs, N)))
@@ -115,18 +128,18 @@ def plan_backward(kind: Backward) -> Plan:
         calls.add(
             kernels.backward_loop if config.parts == 0 else whole_rows,
             M if config.parts == 0 else config.programs * config.parts, config, calls.exchange(config, gpu),
-            dy="dy", ds="ds" if with_ds else None, x="x", w=None if w is None else "w", rstd="rstd", dx="dx",
-            partials=None if sums is None else "partials", shares="shares", programs=config.programs, **steps,
-            ds_steps=rows.steps[-1], offset=_offset(spec.offset), EARLY=early,
+            **reads, ds="ds" if with_ds else None, w=None if w is None else "w", rstd="rstd", dx="dx",
+            partials=None if sums is None else "partials", shares="shares", programs=config.programs,
+            ds_steps=rows.steps[-1], offset=_offset(spec.offset), EARLY=early, ROUND_FIRST=kind.rounds_dx_first,
         )  # fmt: skip
     if of_dw is not None:
         if sums is None:
-            sums = tiling.dw_alone(M, N, of_dy + of_x, of_dw.itemsize, gpu)
+            sums = tiling.dw_alone(M, N, len(dys) * of_dy + of_x, of_dw.itemsize, gpu)
             parts = _cdiv(N, sums.block_n)
             fresh.append(Fresh("partials", torch.float32, (sums.programs, N)))
             calls.add(
-                kernels.dw_alone, sums.programs * parts, sums, False, dy="dy", x="x", rstd="rstd", partials="partials",
-                parts=parts, programs=sums.programs, **steps, EARLY=early,
+                kernels.dw_alone, sums.programs * parts, sums, False, **reads, rstd="rstd", partials="partials",
+                parts=parts, programs=sums.programs, EARLY=early,
             )  # fmt: skip
         config = tiling.sum_partials(sums.programs, N, gpu)
         fresh.append(Fresh("dw", of_dw, (N,)))
@@ -136,12 +149,35 @@ def plan_backward(kind: Backward) -> Plan:
         )  # fmt: skip
     return Plan(
         kind.device,
-        inputs=("dy", "ds", "x", "w", "rstd"),
+        inputs=kind.inputs,
         before=tuple(before),
         fresh=tuple(fresh),
-        launches=tuple(calls.launches),
+        launches=(*first, *calls.launches),
         outputs=("dx" if need_dx else None, None if of_dw is None else "dw"),
     )
+
+
+def _reads(steps: Mapping[str, tuple[int, int, int]]) -> dict[str, Any]:
+    """The arguments for x and the gradients of y, from the steps of each; None for an absent one and its steps."""
+    names = {"dy": _SUMMED if _SUMMED in steps else "dy", "dy2": "dy2", "dy3": "dy3", "x": "x"}
+    return names | {f"{argument}_steps": steps.get(name) for argument, name in names.items()}
+
+
+def _sum_first(
+    dys: dict[str, TensorKind], dtype: torch.dtype, device: int, before: list[Converted], fresh: list[Fresh]
+) -> tuple[dict[str, TensorKind], list[TritonLaunch]]:
+    """A launch that adds several gradients of y for kernels that take only one; adds to `before` and `fresh`.
+
+    Returns the sum in place of the gradients, by name, and the launch; none if there are no rows.
+    """
+    rows, kinds, converted = find_layout(walk, {name: (kind, dtype) for name, kind in dys.items()})
+    before += converted
+    summed = Fresh(_SUMMED, dtype, tuple(dys["dy"].shape))
+    fresh.append(summed)
+    calls, config = _Calls(device, rows, kinds, fresh), tiling.sum_gradients(rows.N)
+    reads = _reads(dict(zip(dys, rows.steps, strict=True)))
+    calls.add(kernels.sum_gradients, rows.M * config.parts, config, False, **reads, summed=_SUMMED)
+    return {_SUMMED: TensorKind.dense(summed.shape, dtype)}, calls.launches
 
 
 class _Calls:

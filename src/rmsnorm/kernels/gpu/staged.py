@@ -15,6 +15,7 @@ from rmsnorm.kernels.gpu.kernels import (
     is_inside,
     mean_of,
     normalized,
+    plus_ds,
     row_start,
     rstd_of,
     scaled_output,
@@ -142,7 +143,7 @@ def _dot_by_warp(
 @gluon.jit(do_not_specialize=["M", "programs"])
 def backward_staged(
     dy, ds, x, w, rstd, dx, partials, shares, M, N, parts, programs, sizes, dy_steps, ds_steps, x_steps, offset,
-    EARLY: gl.constexpr, STRIDED: gl.constexpr, PARTS: gl.constexpr,
+    EARLY: gl.constexpr, ROUND_FIRST: gl.constexpr, STRIDED: gl.constexpr, PARTS: gl.constexpr,
     PIECES: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """As backward_block for one part of each row, with STAGES rows loaded or being loaded.
@@ -208,7 +209,7 @@ def backward_staged(
             )  # fmt: skip
             dx_piece = r * (g - xh * c)
             if ds is not None:
-                dx_piece += ds_row[k].to(gl.float32)
+                dx_piece = plus_ds(dx_piece, ds_row[k], dx.dtype.element_ty, ROUND_FIRST)
             inside = is_inside(n + k * BLOCK_N, N, k, PIECES, PARTS)
             gl.store(dx + m * N + n + k * BLOCK_N, dx_piece.to(dx.dtype.element_ty), inside)
             summed += (dw[k] + dw_terms(dy_piece.to(gl.float32), xh, X, EARLY),)

@@ -193,18 +193,35 @@ def forward(N: int, itemsize: int, with_residual: bool, aligned: bool, gpu: Gpu)
     return Launch(tile.block_n, tile.warps, tile.rows, pieces=-(-N // tile.block_n))
 
 
+def backward_is_wide(N: int, itemsize: int) -> bool:
+    """Whether the backward pass does not hold whole rows of N numbers of x: programs share each, or one loops over it.
+
+    Its kernels then take only one dy; shared memory has no room for more.
+    """
+    widest = BACKWARD_WIDEST[itemsize]
+    return (widest if N % 16 == 0 else min(widest, UNALIGNED_WIDEST)) < N
+
+
+def sum_gradients(N: int) -> Launch:
+    """The launch of `sum_gradients`, which adds the gradients of wide rows."""
+    return Launch(4096, 8, parts=-(-N // 4096))
+
+
 @functools.lru_cache(4096)
 def backward(
-    M: int, N: int, itemsize: int, dy_itemsize: int, dw_itemsize: int, with_ds: bool, aligned: bool, gpu: Gpu
-) -> Launch:
+    M: int, N: int, itemsize: int, dy_itemsize: int, dw_itemsize: int, with_ds: bool, aligned: bool, gpu: Gpu,
+    dys: int = 1, ds_apart: bool = False,
+) -> Launch:  # fmt: skip
     """The launch of the backward pass: a program processes many tiles and accumulates its share of dw over them.
 
     itemsize, dy_itemsize, dw_itemsize: bytes of one number of x and ds, of dy, and of dw (0 if dw is not needed).
+    dys: how many gradients the kernel adds up to dy. ds_apart: whether ds stands for an addition after the backward
+    pass; dw must then have the bits that it has without ds.
     """
     overlap = gpu.capability >= 9
     longest = LONGEST_SUM.get(dw_itemsize, M)
-    more = with_ds or dy_itemsize > itemsize
-    if (BACKWARD_WIDEST[itemsize] if N % 16 == 0 else min(BACKWARD_WIDEST[itemsize], UNALIGNED_WIDEST)) < N:
+    more = (with_ds and not (ds_apart and dw_itemsize > 0)) or dy_itemsize > itemsize
+    if backward_is_wide(N, itemsize):
         # The rows, and with more than 32 columns a thread also the weight, of at most 4 bytes a number.
         bytes_a_column = STAGES * (itemsize + dy_itemsize) + (4 if itemsize == 2 else 0)
         config = _shared(N, _BACKWARD_STAGED[itemsize], _BACKWARD_SHARED[itemsize], bytes_a_column, aligned, gpu)
@@ -230,7 +247,7 @@ def backward(
         return Launch(block_n, warps, rows, pieces, programs=-(-M // rows))
     stages = 1  # unaligned rows cannot be prefetched into shared memory
     if N % 16 == 0:
-        tile_bytes = rows * pieces * block_n * (dy_itemsize + itemsize * (2 if with_ds else 1))
+        tile_bytes = rows * pieces * block_n * (dys * dy_itemsize + itemsize * (2 if with_ds else 1))
         stages = _stages(tile_bytes, gpu.shared_memory // programs, most)
         if stages == 1:  # prefetching is worth more than several programs at once
             stages = _stages(tile_bytes, gpu.shared_memory, most)

@@ -47,9 +47,10 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 using Word = uint64_t; // an argument of a kernel: an address, or a number in its low bytes
-using Tensors = c10::SmallVector<Tensor, 9>;
+using Tensors = c10::SmallVector<Tensor, 12>;
 
-constexpr size_t MOST_PLANS = 4096, MOST_ARGUMENTS = 48, MOST_OF_MACHINE_CODE = 12, LARGEST_CONFIGURATION = 64;
+constexpr size_t MOST_PLANS = 4096, MOST_ARGUMENTS = 48, MOST_OF_MACHINE_CODE = 13, LARGEST_CONFIGURATION = 64;
+constexpr size_t MOST_SUMMANDS = 3; // as in spec.py
 constexpr int NONE = -1; // the place of an absent tensor
 
 // --- calls -----------------------------------------------------------------------------------------------------
@@ -59,15 +60,32 @@ struct Spec {
   bool early, offset; // the offset is 0 or 1
 };
 
-// tensors: x, residual, w; or dy, ds, x, w, rstd. An absent one is an undefined tensor.
+enum class Pass { FORWARD, BACKWARD, BACKWARD_OF_SUM };
+constexpr size_t PASSES = 3;
+
+constexpr size_t index_of(Pass pass) {
+  return static_cast<size_t>(pass);
+}
+
+// How many tensors every call has: x, residual, w; or dy, ds, x, w, rstd.
+constexpr size_t tensors_before_spec(Pass pass) {
+  return pass == Pass::FORWARD ? 3 : 5;
+}
+
+// tensors: x, residual, w; or dy, ds, x, w, rstd, and for a sum dy2 and dy3 if given. Any other absent one is an
+// undefined tensor.
 struct Call {
-  bool backward;
+  Pass pass;
   Tensors tensors;
   Spec spec;
   std::array<bool, 2> requested; // with_rstd; or need_dx, need_dw
 
+  bool backward() const {
+    return pass != Pass::FORWARD;
+  }
+
   const Tensor& rows() const {
-    return tensors[backward ? 2 : 0];
+    return tensors[backward() ? 2 : 0];
   }
 };
 
@@ -248,7 +266,7 @@ struct Plan {
     for (const auto& one : fresh) {
       tensors.push_back(one.of(rows));
     }
-    c10::SmallVector<Word, 9> addresses;
+    c10::SmallVector<Word, 12> addresses;
     for (const auto& t : tensors) {
       addresses.push_back(t.defined() ? reinterpret_cast<Word>(t.const_data_ptr()) : 0);
     }
@@ -323,8 +341,9 @@ std::shared_ptr<const Plan> read_plan(const py::object& native) {
 
 // --- the plan cache --------------------------------------------------------------------------------------------
 
-// Identifies a kind of call by all that a plan depends on: the spec, the requested outputs, and each tensor's dtype,
-// device, shape, strides and alignment, as in plan.TensorKind.
+// Identifies a kind of call by all that a plan depends on: the pass, the spec, the requested outputs, and each tensor's
+// dtype, device, shape, strides and alignment, as in plan.TensorKind. Each tensor's numbers begin with its dimensions, so
+// calls with different numbers of tensors have different keys.
 struct Key {
   c10::SmallVector<int64_t, 48> numbers;
 
@@ -332,8 +351,8 @@ struct Key {
     int64_t eps;
     std::memcpy(&eps, &call.spec.eps, sizeof eps);
     numbers = {
-        eps, call.backward | call.spec.early << 1 | call.spec.offset << 2 | call.requested[0] << 3 |
-            call.requested[1] << 4};
+        eps, static_cast<int64_t>(call.pass) | call.spec.early << 2 | call.spec.offset << 3 | call.requested[0] << 4 |
+            call.requested[1] << 5};
     for (const auto& t : call.tensors) {
       add(t);
     }
@@ -375,7 +394,9 @@ using Plans = std::unordered_map<Key, std::shared_ptr<const Plan>, Hash>;
 Plans& plans = *new Plans; // never destroyed, because the plans hold Python objects and Python may be finalized earlier
 std::shared_mutex& plans_mutex = *new std::shared_mutex;
 
-PyObject *native_forward = nullptr, *native_backward = nullptr, *check_saved = nullptr; // from loader.py
+// From loader.py: for each pass the function that plans it, and the check of saved tensors.
+std::array<PyObject*, PASSES> planners{};
+PyObject* check_saved = nullptr;
 
 py::object wrapped(const Tensor& t) {
   return t.defined() ? py::reinterpret_steal<py::object>(THPVariable_Wrap(t)) : py::none();
@@ -395,19 +416,24 @@ py::object call_python(PyObject* function, const py::tuple& arguments) {
 std::shared_ptr<const Plan> request_plan(const Call& call) {
   const py::gil_scoped_acquire gil;
   py::list arguments;
-  for (const auto& t : call.tensors) {
-    arguments.append(wrapped(t));
+  const auto* next = call.tensors.begin();
+  const auto* before_spec = next + tensors_before_spec(call.pass);
+  for (; next != before_spec; next++) {
+    arguments.append(wrapped(*next));
   }
-  if (!call.backward) {
+  if (!call.backward()) {
     arguments.append(call.spec.eps);
   }
   arguments.append(call.spec.early ? "early" : "late");
   arguments.append(call.spec.offset ? 1.0 : 0.0);
   arguments.append(call.requested[0]);
-  if (call.backward) {
+  if (call.backward()) {
     arguments.append(call.requested[1]);
   }
-  const auto native = call_python(call.backward ? native_backward : native_forward, py::tuple(arguments));
+  for (; next != call.tensors.end(); next++) {
+    arguments.append(wrapped(*next));
+  }
+  const auto native = call_python(planners[index_of(call.pass)], py::tuple(arguments));
   return native.is_none() ? nullptr : read_plan(native);
 }
 
@@ -451,7 +477,8 @@ std::optional<Tensors> run(const Call& call, bool gil = false) {
   if (gil && (plan->by_threads || call.rows().is_cuda())) {
     released.emplace(); // the call may take long, or block until GPU work is done that needs the GIL
   }
-  RECORD_FUNCTION(call.backward ? "rmsnorm_backward" : "rmsnorm", c10::ArrayRef<const c10::IValue>{});
+  constexpr std::array names{"rmsnorm", "rmsnorm_backward", "rmsnorm_backward_of_sum"};
+  RECORD_FUNCTION(names[index_of(call.pass)], c10::ArrayRef<const c10::IValue>{});
   return plan->run(call);
 }
 
@@ -550,7 +577,7 @@ struct Norm : torch::autograd::Function<Norm> {
     Tensor d_rows, dw;
     if (given[0].defined()) {
       const Call call{
-          true, {given[0], ds, saved[0], saved[1], saved[2]}, {0.0, (how & 1) != 0, (how & 2) != 0},
+          Pass::BACKWARD, {given[0], ds, saved[0], saved[1], saved[2]}, {0.0, (how & 1) != 0, (how & 2) != 0},
           {need_x || need_residual, need_dw}};
       std::tie(d_rows, dw) = gradients(call, {dtype(24), dtype(32)});
     } else {
@@ -574,34 +601,47 @@ struct Registered {
   c10::SafeKernelFunction backend, autograd;
 };
 
-Registered *python_forward = nullptr, *python_backward = nullptr;
+std::array<Registered*, PASSES> python{};
 
-// How many arguments the operators have; the last of forward, fuse_residual, is for compilers only.
-constexpr size_t FORWARD_ARGUMENTS = 8, BACKWARD_ARGUMENTS = 9;
+// How many arguments the operator has; the last of forward, fuse_residual, is for compilers only.
+constexpr size_t arguments_of(Pass pass) {
+  return pass == Pass::FORWARD ? 8 : 9;
+}
 
-// The call that the operator's arguments on the stack describe; nothing if its spec is unusual (see known_spec).
-std::optional<Call> call_of(bool backward, torch::jit::Stack& stack) {
-  const size_t tensors = backward ? 5 : 3;
-  const auto given = torch::jit::last(stack, backward ? BACKWARD_ARGUMENTS : FORWARD_ARGUMENTS);
+// The call that the operator's arguments on the stack describe; nothing if its spec is unusual (see known_spec), or the
+// number of gradients to add is wrong.
+std::optional<Call> call_of(Pass pass, torch::jit::Stack& stack) {
+  const auto given = torch::jit::last(stack, arguments_of(pass));
   const auto* next = given.begin();
-  Call call{backward, {}, {}, {}};
-  for (size_t i = 0; i < tensors; i++, next++) {
+  Call call{pass, {}, {}, {}};
+  std::vector<Tensor> summands;
+  if (pass == Pass::BACKWARD_OF_SUM) {
+    summands = (next++)->toTensorVector();
+    if (summands.empty() || summands.size() > MOST_SUMMANDS) {
+      return std::nullopt;
+    }
+    call.tensors.push_back(summands[0]);
+  }
+  for (; call.tensors.size() < tensors_before_spec(pass); next++) {
     call.tensors.push_back(next->isNone() ? Tensor() : next->toTensor());
   }
-  const double eps = backward ? 0.0 : (next++)->toDouble();
+  for (size_t i = 1; i < summands.size(); i++) {
+    call.tensors.push_back(summands[i]);
+  }
+  const double eps = call.backward() ? 0.0 : (next++)->toDouble();
   const auto& cast = (next++)->toStringRef();
   const auto spec = known_spec(eps, cast == "early", cast == "late", (next++)->toDouble());
   if (!spec) {
     return std::nullopt;
   }
   call.spec = *spec;
-  call.requested = {next->toBool(), backward && next[1].toBool()};
+  call.requested = {next->toBool(), call.backward() && next[1].toBool()};
   return call;
 }
 
 // Makes the call if C++ can, and replaces the arguments on the stack by the outputs. Returns whether it did.
-bool run_operator(bool backward, bool autograd, torch::jit::Stack* stack) {
-  const auto call = call_of(backward, *stack);
+bool run_operator(Pass pass, bool autograd, torch::jit::Stack* stack) {
+  const auto call = call_of(pass, *stack);
   if (!call || !plain(call->tensors) || (autograd && differentiable(call->tensors))) {
     return false;
   }
@@ -609,40 +649,36 @@ bool run_operator(bool backward, bool autograd, torch::jit::Stack* stack) {
   if (!found) {
     return false;
   }
-  torch::jit::drop(*stack, backward ? BACKWARD_ARGUMENTS : FORWARD_ARGUMENTS);
+  torch::jit::drop(*stack, arguments_of(pass));
   for (const auto& t : *found) { // a schema cannot declare an optional output, so an empty tensor stands for none
     stack->emplace_back(t.defined() ? t : at::empty({0}, call->rows().options()));
   }
   return true;
 }
 
-template <bool backward, bool autograd>
+template <Pass pass, bool autograd>
 void kernel(const c10::OperatorHandle& op, DispatchKeySet keys, torch::jit::Stack* stack) {
-  if (!run_operator(backward, autograd, stack)) {
-    const auto& python = *(backward ? python_backward : python_forward);
-    (autograd ? python.autograd : python.backend).callBoxed(op, keys, stack);
+  if (!run_operator(pass, autograd, stack)) {
+    const auto& implementation = *python[index_of(pass)];
+    (autograd ? implementation.autograd : implementation.backend).callBoxed(op, keys, stack);
   }
 }
 
-// Registers kernels for CPU and CUDA, which take precedence over the Python implementations for all devices. torch's
-// dispatcher synchronizes registrations with each other, but not with calls that another thread makes at that moment.
-void register_operators() {
-  const auto registered = [](const char* name) {
-    const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
-    return new Registered{
-        op.getComputedKernelForDispatchKey(DispatchKey::CPU),
-        op.getComputedKernelForDispatchKey(DispatchKey::AutogradCPU)};
-  };
-  python_forward = registered("rmsnorm::forward");
-  python_backward = registered("rmsnorm::backward");
+// Registers kernels of an operator for CPU and CUDA, which take precedence over the Python implementations for all
+// devices. torch's dispatcher synchronizes registrations with each other, but not with calls that another thread makes
+// at that moment.
+template <Pass pass>
+void register_operator(const std::string& name) {
+  using torch::CppFunction;
+  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(("rmsnorm::" + name).c_str(), "");
+  python[index_of(pass)] = new Registered{
+      op.getComputedKernelForDispatchKey(DispatchKey::CPU),
+      op.getComputedKernelForDispatchKey(DispatchKey::AutogradCPU)};
   for (const auto key : {DispatchKey::CPU, DispatchKey::CUDA, DispatchKey::AutogradCPU, DispatchKey::AutogradCUDA}) {
     const bool autograd = key == DispatchKey::AutogradCPU || key == DispatchKey::AutogradCUDA;
     auto& library = *new torch::Library(torch::Library::IMPL, "rmsnorm", key, __FILE__, __LINE__); // never undone
-    using torch::CppFunction;
-    library.impl("forward", autograd ? CppFunction::makeFromBoxedFunction<&kernel<false, true>>()
-                                     : CppFunction::makeFromBoxedFunction<&kernel<false, false>>());
-    library.impl("backward", autograd ? CppFunction::makeFromBoxedFunction<&kernel<true, true>>()
-                                      : CppFunction::makeFromBoxedFunction<&kernel<true, false>>());
+    library.impl(name.c_str(), autograd ? CppFunction::makeFromBoxedFunction<&kernel<pass, true>>()
+                                        : CppFunction::makeFromBoxedFunction<&kernel<pass, false>>());
   }
 }
 
@@ -664,7 +700,7 @@ bool append_tensor(PyObject* object, Tensors& tensors, bool optional) {
 
 // The call of norm(x, residual, w, eps, cast, offset); nothing if its arguments are not ones that C++ takes.
 std::optional<Call> call_of(PyObject* const* given, Py_ssize_t count) {
-  Call call{false, {}, {}, {}};
+  Call call{Pass::FORWARD, {}, {}, {}};
   auto& tensors = call.tensors;
   if (count != 6 || !append_tensor(given[0], tensors, false) || !append_tensor(given[1], tensors, true) ||
       !append_tensor(given[2], tensors, true) || !PyFloat_CheckExact(given[3]) || !PyUnicode_CheckExact(given[4]) ||
@@ -727,14 +763,16 @@ PyMethodDef fast_methods[] = {
 
 PYBIND11_MODULE(RMSNORM_HOST, module) {
   PyModule_AddFunctions(module.ptr(), fast_methods);
-  module.def("begin", [](const py::object& forward, const py::object& backward, const py::object& check) {
-    if (native_forward != nullptr) {
+  module.def("begin", [](const py::object& forward, const py::object& backward, const py::object& backward_of_sum,
+                         const py::object& check) {
+    if (check_saved != nullptr) {
       return; // another thread has loaded the library too
     }
-    native_forward = Py_NewRef(forward.ptr());
-    native_backward = Py_NewRef(backward.ptr());
+    planners = {Py_NewRef(forward.ptr()), Py_NewRef(backward.ptr()), Py_NewRef(backward_of_sum.ptr())};
     check_saved = Py_NewRef(check.ptr());
-    register_operators();
+    register_operator<Pass::FORWARD>("forward");
+    register_operator<Pass::BACKWARD>("backward");
+    register_operator<Pass::BACKWARD_OF_SUM>("backward_of_sum");
   });
   module.def("forget", [] {
     Plans dropped;

@@ -33,7 +33,7 @@ from rmsnorm import kernels
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import build
 from rmsnorm.kernels.plan import Backward, ByReference, Forward, Native, Plan
-from rmsnorm.spec import Cast, Spec, caller, check_gradients, check_saved, check_tensors
+from rmsnorm.spec import Cast, Spec, caller, check_gradients, check_saved, check_summed, check_tensors
 
 _NAME = "rmsnorm_host"
 _SOURCE = Path(__file__).with_name("host.cpp")
@@ -180,6 +180,19 @@ def _native_backward(
     except (TypeError, ValueError):
         return None
     return _native(dispatch.plan_backward(Backward.of(dy, ds, x, w, rstd, spec, need_dx, need_dw)))
+
+
+def _native_backward_of_sum(
+    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, cast: Cast, offset: float, need_dx: bool,
+    need_dw: bool, *more: Tensor,
+) -> Native | None:  # fmt: skip
+    """As `_native_forward`, for the backward pass of a sum: that of dy and more."""
+    try:
+        check_summed(caller(ds), (dy, *more), ds, x, w, rstd, offset, need_dw)
+        spec = Spec(0.0, cast, offset)
+    except (TypeError, ValueError):
+        return None
+    return _native(dispatch.plan_backward(Backward.of_sum((dy, *more), ds, x, w, rstd, spec, need_dx, need_dw)))
 
 
 def _check_saved(
@@ -401,7 +414,7 @@ def _open(file: int, target: Path) -> None:
         raise _Replaceable(f"{target} cannot be loaded: {error}{_WARMUP_RECOMPILES}") from None
     finally:
         os.close(file)
-    module.begin(_native_forward, _native_backward, _check_saved)
+    module.begin(_native_forward, _native_backward, _native_backward_of_sum, _check_saved)
     _State.module, norm = module, module.norm
 
 
