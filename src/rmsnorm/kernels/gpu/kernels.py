@@ -247,7 +247,12 @@ def _load_rows(
 
 
 @triton.jit
-def _rounded_sums(row, other, PIECES: tl.constexpr):
+def _added(
+    row, t, m, n, M, N, sizes, steps,
+    STRIDED: tl.constexpr, PARTS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The pieces of `row` plus those that `_load_rows` loads of t, rounded to their dtype."""
+    other = _load_rows(t, m, n, M, N, sizes, steps, STRIDED, PARTS, PIECES, BLOCK_N)
     total = ()
     for k in tl.static_range(PIECES):
         total += (rounded_sum(row[k], other[k]),)
@@ -288,11 +293,9 @@ def backward_block(
         m = (program + turn * programs).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
         dy_row = _load_rows(dy, m, n, M, N, sizes, dy_steps, STRIDED, PARTS, PIECES, BLOCK_N)
         if dy2 is not None:
-            more = _load_rows(dy2, m, n, M, N, sizes, dy2_steps, STRIDED, PARTS, PIECES, BLOCK_N)
-            dy_row = _rounded_sums(dy_row, more, PIECES)
+            dy_row = _added(dy_row, dy2, m, n, M, N, sizes, dy2_steps, STRIDED, PARTS, PIECES, BLOCK_N)
         if dy3 is not None:
-            more = _load_rows(dy3, m, n, M, N, sizes, dy3_steps, STRIDED, PARTS, PIECES, BLOCK_N)
-            dy_row = _rounded_sums(dy_row, more, PIECES)
+            dy_row = _added(dy_row, dy3, m, n, M, N, sizes, dy3_steps, STRIDED, PARTS, PIECES, BLOCK_N)
         x_row = _load_rows(x, m, n, M, N, sizes, x_steps, STRIDED, PARTS, PIECES, BLOCK_N)
         if ds is not None and STAGES > 1:
             ds_row = _load_rows(ds, m, n, M, N, sizes, ds_steps, STRIDED, PARTS, PIECES, BLOCK_N)
