@@ -1,5 +1,6 @@
 """Helpers that call a device's kernels by plans, whichever device the tensors are on, and that inject plans for C++."""
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -33,6 +34,15 @@ class Kernels(NamedTuple):
         plan = self.planner.plan_backward(Backward.of(dy, ds, x, w, rstd, spec, need_dx, need_dw))
         assert isinstance(plan, Plan), plan.why
         return run(plan, (dy, ds, x, w, rstd))
+
+    def backward_of_sum(
+        self, dy: Sequence[Tensor], ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, cast: str,
+        offset: float, need_dx: bool, need_dw: bool,
+    ) -> list[Tensor | None]:  # fmt: skip
+        spec = Spec(0.0, cast, offset)
+        plan = self.planner.plan_backward(Backward.of_sum(dy, ds, x, w, rstd, spec, need_dx, need_dw))
+        assert isinstance(plan, Plan), plan.why
+        return run(plan, (dy[0], ds, x, w, rstd, *dy[1:]))
 
 
 def planning(monkeypatch: pytest.MonkeyPatch, *launches: NativeLaunch, keeps: Any = None) -> None:

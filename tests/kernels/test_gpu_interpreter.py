@@ -278,6 +278,76 @@ def dtypes_that_differ() -> None:
         check(draw(5, 100, dtype=dtype), None, draw(5, 100, dtype=dtype), cast="late")
 
 
+def check_sum(
+    dy: list[Tensor],
+    ds: Tensor | None,
+    x: Tensor,
+    w: Tensor | None,
+    *,
+    cast: str = "early",
+    offset: float = 0.0,
+    needs: tuple[bool, bool] = (True, True),
+) -> None:
+    """Compares the backward pass of a sum with additions by torch around that of the same kernels; dw too, bit for bit."""
+    from planned import Kernels
+    from rmsnorm.kernels.gpu import planner as gpu
+
+    kernels, rstd = Kernels(gpu), draw(*x.shape[:-1], 1).abs().squeeze(-1)
+    arguments = x, w, rstd, cast, offset, needs[0], needs[1] and w is not None
+    with guarded() as buffers:
+        got = kernels.backward_of_sum(dy, ds, *arguments)
+    assert buffers or not any(arguments[-2:]), "no output is guarded"
+    dx, dw = kernels.backward(sum(dy[1:], dy[0]), None, *arguments)
+    dx = dx if dx is None or ds is None else (dx + ds).contiguous()
+    said = {name: differing(a, b) for name, a, b in zip(("dx", "dw"), got, (dx, dw), strict=True)}
+    assert not any(said.values()), f"{len(dy)} of {tuple(x.shape)} {x.dtype} {cast} {offset} {needs}: {said}"
+
+
+@case
+def sums_of_gradients() -> None:
+    for index, (N, count, dtype) in enumerate(itertools.product((3, 100, 1279, 1280), (1, 2, 3), (FP32, FP16))):
+        cast, offset = SPECS[index % 3]
+        needs = ((True, True), (True, False), (False, True))[index // 2 % 3]
+        x, w = draw(5, N, dtype=dtype), draw(N, dtype=dtype)
+        dy, ds = [draw(5, N, dtype=dtype) for _ in range(count)], draw(5, N, dtype=dtype)
+        check_sum(dy, ds, x, w, cast=cast, offset=offset, needs=needs)
+        check_sum(dy, None, x, w if index % 2 else None, cast=cast, needs=needs)
+
+
+@case
+def sums_of_gradients_of_any_strides() -> None:
+    N = 48
+    for dtype in (FP32, FP16):
+        wide = draw(2, 3, 2, 64, dtype=dtype)
+        wide[..., N:] = torch.nan
+        views = (
+            wide[..., :N],
+            draw(3, 2, 2, N, dtype=dtype).transpose(0, 1),
+            draw(2, 3, 2, N, dtype=dtype),
+            draw(1, 3, 1, N, dtype=dtype).expand(2, 3, 2, N),
+            draw(2, 3, 2, N, dtype=dtype).transpose(0, 2).contiguous().transpose(0, 2),
+            draw(N, 2, 3, 2, dtype=dtype).permute(1, 2, 3, 0),
+        )
+        for i in range(len(views)):
+            a, b, c, d, x = (views[(i + k) % len(views)] for k in range(5))
+            check_sum([a, b, c], d, x, draw(N, dtype=dtype))
+            check_sum([a, b], None, x, draw(N, dtype=dtype), needs=(False, True))
+    x = draw(5, N, dtype=FP16)
+    check_sum([draw(5, N) for _ in range(3)], x, x, draw(N, dtype=FP16))  # of another dtype than y
+
+
+@case
+def sums_of_gradients_of_wide_rows() -> None:
+    with walked(32, PIECE=32, COLUMNS=64) as seen:
+        for N, count, dtype in itertools.product((33, 64, 100), (2, 3), (FP32, FP16)):
+            x, w = draw(5, N, dtype=dtype), draw(N, dtype=dtype)
+            dy = [draw(5, N, dtype=dtype) for _ in range(count)]
+            check_sum(dy, x.flip(-1), x, w)
+            check_sum([t[:, : N - 1] for t in dy], None, x[:, 1:], w[1:], cast="late", offset=1.0)
+            check_sum([t[:0] for t in dy], None, x[:0], w)
+    assert {name for name, _ in seen} >= {"sum_gradients", "backward_loop", "dw_alone"}, seen
+
+
 @case
 def only_what_is_needed() -> None:
     for block in (16384, 32):

@@ -88,6 +88,19 @@ def plans(
         return forward, gpu.plan_backward(Backward(CPU, dy, x_ if residual else None, x_, w_, rstd, spec, *needs))
 
 
+def plan_of_sum(
+    N: int, x: torch.dtype, count: int, *, adds: bool = True, frozen: str = "", capability: int = 9, M: int = 8192
+) -> Plan:
+    """The plan of a backward pass that adds gradients."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "_gpu", lambda device: Gpu(SHARED_MEMORY[capability], capability=capability))
+        gpu.plan_backward.cache_clear()
+        rows, w, rstd = (TensorKind.dense(shape, t) for shape, t in (((M, N), x), ((N,), x), ((M,), FP32)))
+        kind = Backward(CPU, rows, rows if adds else None, rows, w, rstd, Spec(), frozen != "x", frozen != "w")
+        dy2, dy3 = (rows if i < count else None for i in (1, 2))
+        return gpu.plan_backward(kind._replace(dy2=dy2, dy3=dy3, round_first=True))
+
+
 def launches(M: int, N: int, *args: Any, **named: Any) -> list[TritonLaunch]:
     """The launches of the plans."""
     return [launch for plan in plans((M, N), *args, **named) for launch in plan.launches]
@@ -216,6 +229,56 @@ def test_ptx_of_every_kind_of_input_meets_the_requirements(name: str, tmp_path: 
     given |= OTHERS[name]
     for launch in launches(**given):
         held_to(launch, 90, tmp_path, aligned=given["N"] % 16 == 0)
+
+
+# Widths at which a few registers are put aside in memory if there are several gradients; elsewhere none.
+SPILLING = {(BF16, 768), (BF16, 1280)}
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=["bf16", "fp16", "fp32"])
+def test_ptx_of_a_sum_of_gradients_meets_the_requirements(dtype: torch.dtype, tmp_path: Path) -> None:
+    for N, count in itertools.product((128, 1279, 2048, 4096, 7168, 16384, 32771), (1, 3)):
+        for launch in plan_of_sum(N, dtype, count).launches:
+            held_to(launch, 90, tmp_path, aligned=N % 16 == 0)
+    for frozen in ("x", "w"):
+        for launch in plan_of_sum(1024, dtype, 2, frozen=frozen).launches:
+            held_to(launch, 90, tmp_path)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_sums_of_bf16_are_rounded_two_numbers_at_a_time(capability: int) -> None:
+    for N in (1280, 4096, 16384):
+        adding = [
+            launch for launch in plan_of_sum(N, BF16, 3, capability=capability // 10).launches
+            if "dy3" in (a.tensor for a in launch.arguments if isinstance(a, Slot))
+        ]  # fmt: skip
+        assert len(adding) == 1, N
+        ptx = compile_launch(adding[0], capability)[1].asm["ptx"]
+        assert ptx.count("fma.rn.bf16x2") >= 2
+        assert "cvt.rn.bf16.f32" not in ptx
+
+
+def test_gradients_are_added_in_the_pass_over_memory_except_those_of_wide_rows() -> None:
+    """dw has the partial sums that it has without ds, so that its bits are those of separate operators."""
+    for x, N, count, adds in itertools.product(
+        (BF16, FP32), (1, 128, 1279, 1536, 3072, 8192, 16384), (1, 2, 3), (0, 1)
+    ):
+        plan = plan_of_sum(N, x, count, adds=bool(adds))
+        names = [launch.kernel.__name__ for launch in plan.launches]
+        wide = tiling.BACKWARD_WIDEST[x.itemsize] < N
+        assert ("sum_gradients" in names) == (wide and count > 1)
+        assert plan.before == plan.after == ()
+        backward, alone = (
+            next(launch for launch in p.launches if launch.kernel.__name__.startswith("backward"))
+            for p in (plan, plan_of_sum(N, x, 1, adds=False))
+        )
+        for name in ("programs", "ROWS", "parts"):
+            assert values(backward).get(name) == values(alone).get(name), (N, name)
+        present = {a.tensor for a in backward.arguments if isinstance(a, Slot)}
+        assert present >= (
+            {"summed"} if wide and count > 1 else {"dy", "dy2", "dy3"} & {"dy", *("dy2", "dy3")[: count - 1]}
+        )
+        assert values(backward)["ROUND_FIRST"] == (bool(adds) and x is BF16)
 
 
 def test_strided_rows_are_loaded_16_bytes_at_a_time(tmp_path: Path) -> None:

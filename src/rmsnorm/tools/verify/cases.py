@@ -27,6 +27,8 @@ class VerifyCase:
         eps: The epsilon of the norm.
         residual: The dtype of the residual; None for a norm without a residual.
         sharding: How the tensors are sharded, a key of `ranks.SHARDINGS`; empty for a single process.
+        summands: How many gradients of y the operator `backward_of_sum` gets, which then computes dx and dw; 0 if
+            autograd computes them.
     """
 
     x: torch.dtype
@@ -39,6 +41,7 @@ class VerifyCase:
     eps: float = 1e-6
     residual: torch.dtype | None = None
     sharding: str = ""
+    summands: int = 0
 
     @property
     def outputs(self) -> int:
@@ -128,6 +131,13 @@ def sweep(quick: bool) -> list[SweepRow]:
         for form in (ROUNDING_BOUNDARY, ORTHOGONAL):
             cases = tuple(VerifyCase(x, x, cast, offset, M, 2048, form, eps=0.0) for cast, offset in SPECS)
             rows.append(SweepRow("constructed", f"{short_name(x)}, {form}", cases))
+    for x in FLOATS:
+        cases = tuple(
+            VerifyCase(x, x, cast, offset, M, N, form, summands=1 + i)
+            for i, (cast, offset) in enumerate(SPECS)
+            for N, form in ((1280, "contiguous"), (512, "512 of 576 columns"), (16384, "contiguous"))
+        )
+        rows.append(SweepRow("form", f"{short_name(x)}, gradients to add", cases))
     return [dataclasses.replace(row, seed=1000 * i) for i, row in enumerate(rows)]
 
 

@@ -131,6 +131,8 @@ class CallOutputs:
 
 def run_unsharded(inputs: Inputs, case: VerifyCase) -> CallOutputs:
     """Call the public API, forward and backward."""
+    if case.summands:
+        return _run_operators(inputs, case)
     x = inputs.x.detach().requires_grad_()
     w = None if inputs.w is None else inputs.w.detach().requires_grad_()
     into = [x] if w is None else [x, w]
@@ -144,6 +146,17 @@ def run_unsharded(inputs: Inputs, case: VerifyCase) -> CallOutputs:
     return CallOutputs(y.detach(), s.detach(), dx, d_residual, dw[0] if dw else None)
 
 
+def _run_operators(inputs: Inputs, case: VerifyCase) -> CallOutputs:
+    """Call the operators as a compiled graph does in which the additions around a backward pass are part of it."""
+    spec = case.cast, case.offset
+    y, _, rstd = torch.ops.rmsnorm.forward.default(inputs.x, None, inputs.w, case.eps, *spec, True)
+    need_dw = inputs.w is not None
+    dx, dw = torch.ops.rmsnorm.backward_of_sum.default(
+        inputs.dys, inputs.ds, inputs.x, inputs.w, rstd, *spec, True, need_dw
+    )  # fmt: skip
+    return CallOutputs(y, None, dx, None, dw if need_dw else None)
+
+
 def _exact(inputs: Inputs, case: VerifyCase) -> tuple[CallOutputs, Tensor]:
     """Return what the reference gives on the same device, and its rstd."""
     y, s, rstd = reference.forward(
@@ -152,7 +165,11 @@ def _exact(inputs: Inputs, case: VerifyCase) -> tuple[CallOutputs, Tensor]:
     assert rstd is not None
     rows = inputs.x if s is None else s
     need_dw = inputs.w is not None
-    dx, dw = reference.backward(inputs.dy, inputs.ds, rows, inputs.w, rstd, case.cast, case.offset, True, need_dw)
+    arguments = inputs.ds, rows, inputs.w, rstd, case.cast, case.offset, True, need_dw
+    if case.summands:
+        dx, dw = reference.backward_of_sum(inputs.dys, *arguments)
+    else:
+        dx, dw = reference.backward(inputs.dy, *arguments)
     assert dx is not None
     d_residual = None if case.residual is None else dx.to(case.residual)
     return CallOutputs(y, s, dx.to(case.x), d_residual, dw), rstd
@@ -202,7 +219,7 @@ def compare(case: VerifyCase, seed: int, device: torch.device, run: Run = run_un
     if device.type != "cpu":
         on_cpu = run_unsharded(place(drawn, case.form, torch.device("cpu")), case)
         tally = dataclasses.replace(tally, from_cpu=sum(differing(a.cpu(), b) for a, b in ours.pairs(on_cpu)))
-    if case.outputs == 0 or case.form == SPECIAL_VALUES:
+    if case.outputs == 0 or case.form == SPECIAL_VALUES or case.summands:
         return tally
     xh = rows.float() * rstd.unsqueeze(-1)
     g = inputs.dy.float() if inputs.w is None else inputs.dy.float() * (inputs.w.float() + case.offset)

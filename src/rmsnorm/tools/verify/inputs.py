@@ -14,13 +14,22 @@ from rmsnorm.tools.verify.layouts import LAYOUTS, ORTHOGONAL, ROUNDING_BOUNDARY,
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors of one call: (..., N) each, the weight (N,). residual, w and ds may be absent."""
+    """The tensors of one call: (..., N) each, the weight (N,). residual, w and ds may be absent.
+
+    more_dy: further gradients of y, which are added to dy.
+    """
 
     x: Tensor
     residual: Tensor | None
     w: Tensor | None
     dy: Tensor
     ds: Tensor | None
+    more_dy: tuple[Tensor, ...] = ()
+
+    @property
+    def dys(self) -> list[Tensor]:
+        """All gradients of y."""
+        return [self.dy, *self.more_dy]
 
     def map(self, change: Callable[[Tensor, bool], Tensor]) -> "Inputs":
         """Return a copy in which `change(tensor, is_gradient)` replaced every tensor except the weight."""
@@ -30,6 +39,7 @@ class Inputs:
             self.w,
             change(self.dy, True),
             None if self.ds is None else change(self.ds, True),
+            tuple(change(t, True) for t in self.more_dy),
         )
 
 
@@ -64,7 +74,8 @@ def draw(case: VerifyCase, seed: int) -> Inputs:
         residual,
         None if w is None else w.to(case.w),
         dy.to(y_dtype),
-        None if residual is None else normal().to(case.s),
+        normal().to(case.s) if residual is not None or case.summands else None,
+        tuple((normal() * size).to(y_dtype) for _ in range(case.summands - 1)),
     )
 
 
