@@ -231,10 +231,6 @@ def test_ptx_of_every_kind_of_input_meets_the_requirements(name: str, tmp_path: 
         held_to(launch, 90, tmp_path, aligned=given["N"] % 16 == 0)
 
 
-# Widths at which a few registers are put aside in memory if there are several gradients; elsewhere none.
-SPILLING = {(BF16, 768), (BF16, 1280)}
-
-
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=["bf16", "fp16", "fp32"])
 def test_ptx_of_a_sum_of_gradients_meets_the_requirements(dtype: torch.dtype, tmp_path: Path) -> None:
     for N, count in itertools.product((128, 1279, 2048, 4096, 7168, 16384, 32771), (1, 3)):

@@ -196,3 +196,22 @@ def test_concurrent_operator_calls_are_right(by_python, randn) -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_outputs_that_were_not_requested_are_ordinary_empty_tensors(by_python, randn) -> None:
+    """They are made without torch's dispatcher, but nothing can tell them from `torch.empty(0)`; none share memory."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = randn(4, 32, dtype=dtype), randn(32, dtype=dtype)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                _, *absent = FORWARD(x.clone(), None, w.clone(), EPS, "early", 0.0, False)
+                expected = torch.empty(0, dtype=dtype)
+                for t in absent:
+                    assert (t.shape, t.stride(), t.dtype, t.device) == (expected.shape, (1,), dtype, x.device)
+                    assert t.is_inference() == expected.is_inference()
+                    assert torch._C._dispatch_keys(t) == torch._C._dispatch_keys(expected)
+                    assert t.untyped_storage().nbytes() == 0
+                absent[0].resize_(8).fill_(1.0)
+                assert absent[1].untyped_storage().nbytes() == 0
+        (absent[0].clone().requires_grad_() * 2).sum().backward()
+    assert by_python == []

@@ -639,6 +639,17 @@ std::optional<Call> call_of(Pass pass, torch::jit::Stack& stack) {
   return call;
 }
 
+// An empty tensor in place of an output that was not requested, because a schema cannot declare an optional one. It is
+// what at::empty({0}) returns, without the way through the dispatcher. Each has a storage of its own, because compilers
+// rely on it that outputs do not alias.
+Tensor no_output(const Tensor& rows) {
+  auto* allocator = rows.storage().allocator();
+  c10::Storage storage(
+      c10::Storage::use_byte_size_t(), 0, at::DataPtr(nullptr, rows.device()), allocator, allocator != nullptr);
+  const DispatchKeySet key(rows.is_cuda() ? DispatchKey::CUDA : DispatchKey::CPU);
+  return at::detail::make_tensor<c10::TensorImpl>(std::move(storage), key, rows.dtype());
+}
+
 // Makes the call if C++ can, and replaces the arguments on the stack by the outputs. Returns whether it did.
 bool run_operator(Pass pass, bool autograd, torch::jit::Stack* stack) {
   const auto call = call_of(pass, *stack);
@@ -650,8 +661,8 @@ bool run_operator(Pass pass, bool autograd, torch::jit::Stack* stack) {
     return false;
   }
   torch::jit::drop(*stack, arguments_of(pass));
-  for (const auto& t : *found) { // a schema cannot declare an optional output, so an empty tensor stands for none
-    stack->emplace_back(t.defined() ? t : at::empty({0}, call->rows().options()));
+  for (const auto& t : *found) {
+    stack->emplace_back(t.defined() ? t : no_output(call->rows()));
   }
   return true;
 }
