@@ -450,7 +450,8 @@ def test_every_kernel_can_be_launched_through_the_driver(
     monkeypatch.setattr(driver, "_library", lambda: SimpleNamespace(cuLaunchKernelEx=None))
     seen = set()
     for N in (7, 512, 1280, 16384, 16401, 32768, 600000):
-        for launch in launches(4096, N, dtype, dtype, "early", 0.0, residual):
+        sums = plan_of_sum(N, dtype, 3, adds=residual).launches if N in (512, 16384) else ()
+        for launch in (*launches(4096, N, dtype, dtype, "early", 0.0, residual), *sums):
             code = compile_launch(launch, 90)[1]
             found = SimpleNamespace(
                 src=code.src, metadata=code.metadata, asm={"ptx": code.asm["ptx"]}, function=1, run=None
@@ -461,7 +462,7 @@ def test_every_kernel_can_be_launched_through_the_driver(
             tensors = [a.tensor for a in launch.arguments if isinstance(a, Slot)]
             assert native.arguments[: len(tensors)] == tuple(tensors)
             seen.add(launch.kernel.__name__)
-    assert seen >= {"forward_block", "forward_staged", "forward_loop", "backward_staged", "dw_alone"}
+    assert seen >= {"forward_block", "forward_staged", "forward_loop", "backward_staged", "dw_alone", "sum_gradients"}
 
 
 def test_a_compiled_kernel_is_launched_through_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:

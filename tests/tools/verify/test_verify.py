@@ -205,7 +205,7 @@ def test_the_summary_has_the_verdict_and_the_comparisons() -> None:
     rows = counted_rows()
     short = printed.check(printing.blocks(result_of(rows)))
     assert short.startswith(
-        f"PASSED: all {len(rows)} rows of the sweep keep the contract\n167.9 million outputs in 1 s"
+        f"PASSED: all {len(rows)} rows of the sweep keep the contract\n169.3 million outputs in 1 s"
     )
     assert len(short.splitlines()) < 40
     assert "exact, constructed rows  9.437 million" in short
