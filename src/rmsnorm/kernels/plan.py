@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rmsnorm.kernels.rows import dense_strides
-from rmsnorm.spec import Spec
+from rmsnorm.spec import Spec, sum_dtype
 
 MOST_PLANS = 4096  # size of each plan cache: one for each pass on each device
 _ALIGNED = 16  # bytes of the widest load; torch aligns new tensors to 64
@@ -252,7 +252,7 @@ def summands(kind: Forward) -> tuple[str, TensorKind, TensorKind | None, list[Co
     x, residual = kind.x, kind.residual
     if residual is None or residual.dtype is x.dtype:
         return "x", x, residual, []
-    total = TensorKind.dense(x.shape, torch.promote_types(x.dtype, residual.dtype))
+    total = TensorKind.dense(x.shape, sum_dtype(x.dtype, residual.dtype))
     return "s", total, None, [Converted("s", ("x", "residual"), total.dtype)]
 
 

@@ -31,12 +31,9 @@ PAIR = types.uint32
 _WORD, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
-FAILURES: list[str] = []  # the messages of failed compilations
-
-
 @functools.cache
 def compiled(kernel: Callable[..., None], *pointees: Any) -> Any:
-    """The kernel as machine code that takes pointers to these types and two integers; None if compilation fails."""
+    """The kernel as machine code that takes pointers to these types and two integers; if it cannot be compiled, why."""
     return _code(kernel, [types.CPointer(pointee) for pointee in pointees], 2)
 
 
@@ -51,7 +48,7 @@ def compiled_wait() -> Any:
 
 
 def _code(function: Callable[..., None], pointers: Sequence[Any], integers: int) -> Any:
-    """A ctypes function, which releases the GIL and takes addresses as integers; None if compilation fails."""
+    """A ctypes function, which releases the GIL and takes addresses as integers; if it cannot be compiled, why."""
     code = _Code(function, sigutils.normalize_signature(types.void(*pointers, *[types.int64] * integers)))
     try:
         code.compile()
@@ -59,8 +56,7 @@ def _code(function: Callable[..., None], pointers: Sequence[Any], integers: int)
         if kernels.raised_by_signal_handler(error):
             raise
         said = str(error).strip().partition("\n")[0]
-        FAILURES.append(f"Numba cannot compile the kernel: {type(error).__name__}: {said}")
-        return None
+        return f"Numba cannot compile the kernel: {type(error).__name__}: {said}"
     callable_ = ctypes.CFUNCTYPE(None, *[_POINTER] * len(pointers), *[_WORD] * integers)(code.address)
     callable_.keeps, callable_.address = code, code.address  # type: ignore[attr-defined]  # keeps the code alive
     return callable_

@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.core.registry import cpu_target
 
-from rmsnorm.kernels.cpu.compiling import ELEMENT, FAILURES, PAIR, compiled, compiled_drain, compiled_wait
+from rmsnorm.kernels.cpu.compiling import ELEMENT, PAIR, compiled, compiled_drain, compiled_wait
 from rmsnorm.kernels.cpu.kernels import backward, forward, sum_chunks
 from rmsnorm.kernels.cpu.threads import MachineCode, Team
 from rmsnorm.kernels.plan import (
@@ -82,12 +82,9 @@ _MAPPED = 32 << 20
 _PAIR_BYTES = 4
 
 
-def refuses(x: torch.dtype, residual: torch.dtype | None, w: torch.dtype | None) -> str | None:
-    """Why tensors of these dtypes must run the reference; None if the kernels take them."""
-    for name, dtype in (("x", x), ("residual", residual), ("weight", w)):
-        if dtype is not None and dtype not in ELEMENT:
-            return f"{name} is {dtype}: computed in fp32 and returned as {dtype} by plain torch"
-    if torch.promote_types(x, residual or x) == torch.float16 and not _has_fp16():
+def refuses(x: torch.dtype) -> str | None:
+    """Why rows of this dtype must run the reference here; None if the kernels take them."""
+    if x == torch.float16 and not _has_fp16():
         return "the processor that Numba compiles for has no instructions for fp16: computed by plain torch"
     return None
 
@@ -121,8 +118,8 @@ def plan_forward(kind: Forward) -> Plan | ByReference:
     scale = _scale(kind.w, types, rows.N)
     even = rows.even and _paired(*kinds.values(), scale.kind)
     kernel = _forward_kernel(x.dtype, types, even)
-    if kernel is None:
-        return ByReference(FAILURES[-1])
+    if isinstance(kernel, str):
+        return ByReference(kernel)
     y, s = _like_rows("y", kind.x, types.y), _like_rows("s", kind.x, x.dtype)
     rstd = Fresh("rstd", torch.float32, tuple(kind.x.shape[:-1]))
     tensors = (
@@ -159,8 +156,9 @@ def plan_backward(kind: Backward) -> Plan | ByReference:
     need_dw = kind.need_dw and w is not None
     sums = need_dw and rows.chunks > 0
     of_sum = _sum_kernel(x.dtype, types, even) if sums else None
-    if kernel is None or (sums and of_sum is None):
-        return ByReference(FAILURES[-1])
+    for code in (kernel, of_sum):
+        if isinstance(code, str):
+            return ByReference(code)
     fresh, after = list(scale.fresh), []
     if need_dx:
         fresh.append(_like_rows("dx", x, x.dtype))
@@ -257,7 +255,7 @@ def _over_rows(kernel: Any, tensors: tuple[str | None, ...], rows: _Rows, spec: 
     """A launch over all rows, on several threads if there are more than `at_once` of them."""
     words = ctypes.addressof(rows.layout), ctypes.addressof(spec)
     drain = compiled_drain(len(tensors) + len(words)) if at_once < rows.M else None
-    if drain is None:
+    if drain is None or isinstance(drain, str):
         return MachineCode(kernel, tensors, (*words, 0, rows.M), keeps=(rows, spec))
     return MachineCode(kernel, tensors, words, Team(rows.M, at_once, drain, compiled_wait), keeps=(rows, spec))
 

@@ -39,14 +39,14 @@ class Team:
     """How several threads share M rows; each takes at least `rows` at once.
 
     drain: machine code that processes pieces until none is left; its argument is the address of the array that
-    `MachineCode.run` makes. wait: returns machine code that waits until all pieces are done, or None if that cannot be
+    `MachineCode.run` makes. wait: returns machine code that waits until all pieces are done, or why that cannot be
     compiled.
     """
 
     M: int
     rows: int
     drain: Any
-    wait: Callable[[], Task | None]
+    wait: Callable[[], Task | str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,7 @@ class MachineCode:
         return NativeLaunch(self.function.address, arguments, team)
 
 
-def run(task: Task, wait: Callable[[], Task | None], argument: int, pieces: int, keeps: Any) -> None:
+def run(task: Task, wait: Callable[[], Task | str], argument: int, pieces: int, keeps: Any) -> None:
     """Runs task(argument) on the calling thread and others, at most `pieces` at once, and returns when all is done.
 
     Each thread processes pieces until none is left; the task must not need the GIL. wait()(argument) returns when all
@@ -106,7 +106,7 @@ def run(task: Task, wait: Callable[[], Task | None], argument: int, pieces: int,
     else:
         until_done = wait()
         jobs, helpers = _helpers(min(count, pieces) - 1)
-        if until_done is None or helpers == 0:
+        if isinstance(until_done, str) or helpers == 0:
             task(argument)
             return
         functions: tuple[Any, ...] = (*[jobs.put] * helpers, task, until_done)

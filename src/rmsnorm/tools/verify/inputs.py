@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rmsnorm.spec import result_dtype
 from rmsnorm.tools.verify.cases import VerifyCase
 from rmsnorm.tools.verify.layouts import LAYOUTS, ORTHOGONAL, ROUNDING_BOUNDARY, SPECIAL_VALUES
 
@@ -58,12 +59,11 @@ def draw(case: VerifyCase, seed: int) -> Inputs:
     elif case.form == ORTHOGONAL and w is not None:
         _orthogonalize(x, w, dy, generator)
     residual = None if case.residual is None else (normal() * size).to(case.residual)
-    y_dtype = torch.promote_types(case.s, case.w) if case.w is not None and case.cast == "early" else case.s
     return Inputs(
         x.to(case.x),
         residual,
         None if w is None else w.to(case.w),
-        dy.to(y_dtype),
+        dy.to(result_dtype(case.s, case.w, case.cast)),
         None if residual is None else normal().to(case.s),
     )
 
