@@ -246,10 +246,12 @@ def test_the_cost_document_states_the_presets_counts_that_are_tested() -> None:
 
 # The functions whose texts `explain` repeats,
 EXPLAINED = {
-    "explain", "explain_norm", "refuses", "_module", "described", "made_by", "native", "why_own_forward",
+    "explain", "explain_norm", "refuses", "_module", "_planner", "described", "remark", "made_by", "native", "why_own_forward",
     "_why_changed", "_why_unproven", "_why_unsupported", "_unsupported_tensor", "_why_exported",
     "_why_inference_tensor", "_rmsnorm_explain",
 }  # fmt: skip
+# the classes whose methods of these names count,
+EXPLAINED_CLASSES = {"_Replacement", "MachineCode", "TritonLaunch"}
 # and the exceptions whose messages it repeats.
 UNUSABLE = ("Unusable", "_Replaceable")
 
@@ -270,9 +272,8 @@ def sentences(tree: ast.AST) -> Iterator[str]:
 def said_by_explain() -> Iterator[str]:
     for file in sorted(SOURCE.rglob("*.py")):
         tree = ast.parse(file.read_text())
-        others = {
-            f for cls in tree.body if isinstance(cls, ast.ClassDef) and cls.name != "_Replacement" for f in cls.body
-        }
+        classes = (cls for cls in tree.body if isinstance(cls, ast.ClassDef) and cls.name not in EXPLAINED_CLASSES)
+        others = {f for cls in classes for f in cls.body}
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and node.name in EXPLAINED and node not in others:
                 yield from sentences(node)

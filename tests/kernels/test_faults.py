@@ -272,6 +272,7 @@ rmsnorm.rms_norm(x, w).sum().backward()
 print(rmsnorm.explain(x, w))
 """
 _RUNS = "cpu, float32: cpu kernel (Numba)"
+_NOT_KEPT = "each process compiles the kernel, because it cannot be kept"
 _NOBODY = 65534
 
 
@@ -283,7 +284,7 @@ def as_root() -> None:
 @pytest.fixture(scope="module")
 def cache(package, tmp_path_factory) -> Path:  # noqa: F811
     folder = tmp_path_factory.mktemp("small")
-    finish(start(package, _SMALL, NUMBA_CACHE_DIR=str(folder)))
+    assert _NOT_KEPT not in finish(start(package, _SMALL, NUMBA_CACHE_DIR=str(folder)))
     return folder
 
 
@@ -409,3 +410,4 @@ def test_an_unusable_cache_folder_does_not_prevent_compiling(what, package, tmp_
         if what == "read-only":
             subprocess.run(["chattr", "-i", str(place)], check=True)
     assert _RUNS in out
+    assert f"{_NOT_KEPT}: {place}" in out

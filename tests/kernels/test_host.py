@@ -881,6 +881,20 @@ def test_a_compiler_that_takes_too_long_is_killed(cpp, tmp_path, monkeypatch) ->
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["made.so.failed"]
 
 
+def test_a_new_library_replaces_those_of_versions_that_nobody_used_for_30_days(tmp_path) -> None:
+    new, unused, used = (tmp_path / f"rmsnorm_host_{digit * 16}" for digit in "abc")
+    others = tmp_path / f"another_host_{'d' * 16}"
+    for folder in (new, unused, used, others):
+        folder.mkdir()
+        (folder / "rmsnorm_host.so").write_text("")
+        for path in (folder / "rmsnorm_host.so", folder):
+            os.utime(path, (time.time() - 40 * 24 * 60 * 60,) * 2)
+    build.mark_used(used)
+    compiler = script(tmp_path / "cxx", 'while [ "$1" != -o ]; do shift; done; echo made > "$2"')
+    assert build.compiled(str(new / "rmsnorm_host.so"), [compiler])
+    assert [unused.exists(), used.exists(), others.exists()] == [False, True, True]
+
+
 @pytest.mark.parametrize("ending", ["SIGINT", "SIGTERM", "SIGKILL"])
 def test_the_compiler_ends_when_the_process_in_warmup_ends(ending, tmp_path) -> None:
     out = tmp_path / "out"

@@ -180,6 +180,9 @@ class KernelLaunch(Protocol):
     def native(self) -> NativeLaunch | str:
         """Compiles the kernel and returns a launch for C++, or the reason why only Python can launch it."""
 
+    def remark(self) -> str | None:
+        """What `explain` adds about the kernel, if anything."""
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -202,6 +205,11 @@ class Plan:
     def gpu(self) -> int | None:
         """The index of the GPU, or None if the plan is for another device."""
         return self.device.index if self.device.type == "cuda" else None
+
+    @property
+    def remarks(self) -> list[str]:
+        """What `explain` adds about the kernels."""
+        return [remark for launch in self.launches if (remark := launch.remark()) is not None]
 
     @functools.cached_property
     def native(self) -> "Native | str":

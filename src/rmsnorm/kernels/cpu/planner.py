@@ -13,8 +13,8 @@ import llvmlite.binding
 import torch
 from llvmlite import ir
 from numba import types
-from numba.core.registry import cpu_target
 
+from rmsnorm import compat
 from rmsnorm.kernels.cpu.compiling import ELEMENT, PAIR, compiled, compiled_drain, compiled_wait
 from rmsnorm.kernels.cpu.kernels import backward, forward, sum_chunks
 from rmsnorm.kernels.cpu.threads import MachineCode, Team
@@ -92,7 +92,7 @@ def refuses(x: torch.dtype) -> str | None:
 @functools.cache
 def _has_fp16() -> bool:
     """Whether the processor converts fp16 in hardware: otherwise LLVM calls library functions that may be missing."""
-    triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()
+    triple, cpu, features = compat.numba_processor()
     half, single = ir.HalfType(), ir.FloatType()
     module = ir.Module()
     module.triple = triple

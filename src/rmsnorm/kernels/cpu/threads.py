@@ -55,8 +55,8 @@ class MachineCode:
 
     Absent tensors pass a null pointer.
 
-    function: the ctypes function, with its `address`. team: None if one thread makes the whole call; otherwise the
-    function takes two more words, the first row and the end of the range. keeps: the memory that the words point to.
+    function: what `compiling.compiled` returns. team: None if one thread makes the whole call; otherwise the function
+    takes two more words, the first row and the end of the range. keeps: the memory that the words point to.
     """
 
     function: Any
@@ -75,6 +75,10 @@ class MachineCode:
         words = (0, 0, team.M, rows, self.function.address, *(address or 0 for address in addresses), *self.words)
         call = (_WORD * len(words))(*words)
         run(team.drain, team.wait, ctypes.addressof(call), -(-team.M // rows), call)
+
+    def remark(self) -> str | None:
+        why = self.function.not_kept
+        return None if why is None else f"each process compiles the kernel, because it cannot be kept: {why}"
 
     def native(self) -> NativeLaunch | str:
         arguments = (*(name or 0 for name in self.tensors), *self.words)
