@@ -73,9 +73,13 @@ def _sum_kernel(x: torch.dtype, read: _Types, even: bool) -> Any:
     return compiled(sum_chunks, types.float64, _elements(x, read, even)[1])
 
 
-# The fewest elements that a thread takes at once: 4 us of work, about the cost of starting torch's threads.
+# The most elements that one thread takes alone, 22 to 34 us. Two threads take 0.58 to 0.89 of that time and gain less
+# with fewer elements; but where one gets no core, the call takes 10 to 25 ms (LOG.md, "On a CPU one thread alone").
+_FORWARD_ALONE, _BACKWARD_ALONE = 1 << 18, 1 << 17
+# The fewest elements of a piece of a shared call: 2 us of work. Not measured alone.
 _GRAIN = 1 << 14
-# The fewest elements and rows of a partial sum of dw, and the most such sums: each takes 8 bytes a column.
+# The fewest elements and rows of a partial sum of dw, and the most such sums: each takes 8 bytes a column. Not measured
+# alone; dw has other bits with others.
 _CHUNK, _MOST_CHUNKS, _FEWEST_ROWS = 1 << 16, 256, 32
 # Bytes from which the C library maps new memory for each tensor; 42 MB cause 10,000 page faults, or 20 with huge pages.
 _MAPPED = 32 << 20
@@ -122,6 +126,7 @@ def plan_forward(kind: Forward) -> Plan | ByReference:
         return ByReference(kernel)
     y, s = _like_rows("y", kind.x, types.y), _like_rows("s", kind.x, x.dtype)
     rstd = Fresh("rstd", torch.float32, tuple(kind.x.shape[:-1]))
+    words = _spec(spec.eps, spec.offset, spec.cast)
     tensors = (
         row, None if residual is None else "residual", scale.name, "y", None if residual is None else "s",
         "rstd" if kind.with_rstd else None,
@@ -131,7 +136,7 @@ def plan_forward(kind: Forward) -> Plan | ByReference:
         inputs=("x", "residual", "w"),
         before=(*before, *converted, *scale.before),
         fresh=(y, *([] if residual is None else [s]), *([rstd] if kind.with_rstd else []), *scale.fresh),
-        launches=(_over_rows(kernel, tensors, rows, _spec(spec.eps, spec.offset, spec.cast), rows.grain),),
+        launches=(_over_rows(kernel, tensors, rows, words, rows.grain, _FORWARD_ALONE),),
         outputs=("y", None if kind.residual is None else "s", "rstd" if kind.with_rstd else None),
     )
 
@@ -166,7 +171,7 @@ def plan_backward(kind: Backward) -> Plan | ByReference:
         "dy", None if kind.ds is None else "ds", "x", scale.name, "rstd", "dx" if need_dx else None,
         "partials" if sums else None,
     )  # fmt: skip
-    launches = [_over_rows(kernel, tensors, rows, _spec(0.0, spec.offset, spec.cast), rows.chunk)]
+    launches = [_over_rows(kernel, tensors, rows, _spec(0.0, spec.offset, spec.cast), rows.chunk, _BACKWARD_ALONE)]
     if sums:
         fresh += [
             Fresh("partials", torch.float64, (rows.chunks, rows.N)),
@@ -251,10 +256,13 @@ def _like_rows(name: str, x: TensorKind, dtype: torch.dtype) -> Fresh:
     return Fresh(name, dtype, tuple(x.shape), huge_pages=nbytes >= _MAPPED)
 
 
-def _over_rows(kernel: Any, tensors: tuple[str | None, ...], rows: _Rows, spec: Any, at_once: int) -> MachineCode:
-    """A launch over all rows, on several threads if there are more than `at_once` of them."""
+def _over_rows(
+    kernel: Any, tensors: tuple[str | None, ...], rows: _Rows, spec: Any, at_once: int, alone: int
+) -> MachineCode:
+    """A launch over all rows. Several threads share more than `alone` elements, in pieces of `at_once` rows."""
     words = ctypes.addressof(rows.layout), ctypes.addressof(spec)
-    drain = compiled_drain(len(tensors) + len(words)) if at_once < rows.M else None
+    shared = alone < rows.M * rows.N and at_once < rows.M
+    drain = compiled_drain(len(tensors) + len(words)) if shared else None
     if drain is None or isinstance(drain, str):
         return MachineCode(kernel, tensors, (*words, 0, rows.M), keeps=(rows, spec))
     return MachineCode(kernel, tensors, words, Team(rows.M, at_once, drain, compiled_wait), keeps=(rows, spec))
