@@ -15,6 +15,8 @@ from torch.autograd import forward_ad
 from rmsnorm import compat, rms_norm
 from rmsnorm.tools.bench.peers import definition
 
+pytestmark = pytest.mark.short
+
 # These were seen in torch 2.11 and 2.13; those of the second table in torch 2.13 and Numba 0.68.
 NAMES = (
     (torch._C, "_len_torch_dispatch_stack", "dispatch_modes"),

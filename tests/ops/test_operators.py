@@ -136,6 +136,7 @@ def test_inference_tensors_and_autocast_need_no_python(by_python, randn) -> None
     assert by_python == []
 
 
+@pytest.mark.short
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_a_compiled_graph_runs_the_operators_in_cpp(by_python, randn) -> None:
     """Forward and backward: the profiler shows C++'s own event inside the operator's."""

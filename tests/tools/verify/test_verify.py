@@ -38,6 +38,7 @@ def test_the_bounds_are_those_of_the_other_tests() -> None:
     assert (bounds.EAGER_SHARE, bounds.EAGER_ULP) == (DEFINITION_SHARE, DEFINITION_ULP)
 
 
+@pytest.mark.short
 def test_the_code_passes() -> None:
     rows = command.verify_rows(smallest_rows(), CPU)
     assert all(row.ok for row in rows), [(row.name, row.faults) for row in rows if not row.ok]
@@ -236,7 +237,7 @@ def test_a_ratio_of_too_few_elements_or_rows_is_not_printed() -> None:
             text = printed.check(printing.blocks(result, verbose=verbose))
             assert ("3 ×" in text) == printed_ratio
             assert printed_ratio or "too few" in text
-        assert printed_ratio or "too few: of less than 65,536 elements or 256 rows" in " ".join(text.split())
+        assert printed_ratio or "too few: fewer than 65,536 elements or 256 rows" in " ".join(text.split())
 
 
 @pytest.mark.parametrize("quick", [True, False])
