@@ -1,7 +1,6 @@
 """README.md and docs/: code blocks run and print what is shown, figures are measured, and what is named exists."""
 
 import ast
-import importlib.util
 import re
 import shlex
 import sys
@@ -15,9 +14,9 @@ import torch
 import rmsnorm
 from documents import ROOT, Block, blocks, documents, run, without_blocks
 from rmsnorm.tools.cli import main
+from scripts import benchmark_script
 from tolerance import DEFINITION_SHARE, DEFINITION_ULP
 
-TABLES = ROOT / "benchmarks" / "tables.py"
 SOURCE = Path(rmsnorm.__file__).parent
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 RUN = [path for path in documents() if any(b.language == "python" for b in blocks(path.read_text()))]
@@ -174,15 +173,7 @@ def test_contributing_names_every_module_and_package_of_the_library() -> None:
 
 @pytest.fixture(scope="module")
 def tables() -> ModuleType:
-    if not (ROOT / "benchmarks" / "results").is_dir():
-        pytest.skip("benchmarks/results/ is not here: this is not the repository")
-    spec = importlib.util.spec_from_file_location("tables", TABLES)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["tables"] = module  # where dataclasses looks for it
-    spec.loader.exec_module(module)
-    return module
+    return benchmark_script("tables")
 
 
 @pytest.mark.parametrize("path", documents(), ids=name)
