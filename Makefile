@@ -1,16 +1,20 @@
 # Every target makes .venv by itself when it is missing or older than what it is made from.
-# Another torch: make setup TORCH=SPEC, where SPEC is what pip takes: torch==2.12.0, a path to a wheel.
+# Another torch: make setup TORCH=2.12.0, or whatever pip takes, such as a path to a wheel.
 
-TORCH ?= torch==2.13.0
+TORCH ?= 2.13.0
 PYTHON ?= python3
-BIN := .venv/bin
-STAMP := .venv/.complete
-PINS := .venv/constraints.txt
+# test-short makes an environment of its own for a torch that is named, and leaves .venv as it is.
+VENV := .venv$(if $(filter test-short,$(MAKECMDGOALS)),$(if $(filter file,$(origin TORCH)),,-$(subst ==,-,$(notdir $(TORCH)))))
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.complete
+PINS := $(VENV)/constraints.txt
+# A bare version is one of torch.
+TORCH_FOR_PIP := $(if $(filter 0% 1% 2% 3% 4% 5% 6% 7% 8% 9%,$(TORCH)),torch==$(TORCH),$(TORCH))
 
 # The tests whose outcome could depend on how a processor sums and takes roots, if a verdict or bound were wrong.
 SENSITIVE := tests/patching tests/test_properties.py tests/test_reference.py
 
-.PHONY: setup report test test-processors check bench tables test-gpu
+.PHONY: setup report test test-short test-processors check bench tables test-gpu
 
 setup: $(STAMP)
 
@@ -29,6 +33,11 @@ WORKERS ?= 2
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# Those of these tests that show within a minute whether another torch serves: they are marked `short`.
+test-short: $(STAMP)
+	$(BIN)/python -c 'import torch; print("torch", torch.__version__)'
+	$(BIN)/python -m pytest -q -m short $$(grep -rl --include='test_*.py' 'pytest\.mark\.short' tests)
 
 # torch's vector code for less capable processors than this one.
 test-processors: $(STAMP)
@@ -50,9 +59,9 @@ check: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 		|| { echo "rmsnorm needs Python 3.11 or newer as '$(PYTHON)'; name another one with: make PYTHON=..." >&2; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	grep -vE '^(torch|triton)==' constraints.txt > $(PINS)
-	$(BIN)/python -m pip install "$(TORCH)" -c $(PINS)
+	$(BIN)/python -m pip install "$(TORCH_FOR_PIP)" -c $(PINS)
 	$(BIN)/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("triton") is None)' \
 		|| $(BIN)/python -m pip install "$$(grep '^triton==' constraints.txt)" -c $(PINS)
 	$(BIN)/python -m pip list --format=freeze | grep -E '^(torch|triton)==' >> $(PINS)

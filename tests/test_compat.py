@@ -1,4 +1,11 @@
-"""The private names of torch: present where the package is tested, and replaced by what is slower and right elsewhere."""
+"""The private names of torch and Numba: present where the package is tested, and elsewhere replaced.
+
+What replaces them is slower and right.
+"""
+
+import importlib
+import operator
+import sys
 
 import pytest
 import torch
@@ -6,8 +13,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from rmsnorm import compat, rms_norm
+from rmsnorm.tools.bench.peers import definition
 
-# On torch 2.11 and 2.13 each of these was seen.
+pytestmark = pytest.mark.short
+
+# These were seen in torch 2.11 and 2.13; those of the second table in torch 2.13 and Numba 0.68.
 NAMES = (
     (torch._C, "_len_torch_dispatch_stack", "dispatch_modes"),
     (torch._C, "_are_functorch_transforms_active", "transforms_active"),
@@ -44,10 +54,84 @@ def test_without_the_level_of_forward_mode_the_results_are_the_same(monkeypatch:
     assert all(torch.equal(a, b) for a, b in zip(norm_and_gradients(), expected, strict=True))
 
 
-def test_private_names_of_torch_stand_in_compat_alone() -> None:
-    """The proof of a norm names classes of torch's C library, which it compares and does not call."""
+# Without one of the names of Numba, kernels are compiled in each process: see kernels/test_processes.py.
+IN_MODULES = (
+    ("torch._subclasses.fake_tensor", "FakeTensorMode"),
+    ("torch._functorch.config", "donated_buffer"),
+    ("numba.core.ccallback", "CFunc._compile_uncached"),
+    ("numba.core.sigutils", "normalize_signature"),
+    ("numba.core.compiler", "CompileResult._reduce"),
+    ("numba.core.compiler", "CompileResult._rebuild"),
+    ("numba.core.serialize", "dumps"),
+    ("numba.core.registry", "cpu_target.target_context"),
+)
+
+
+@pytest.mark.parametrize(("module", "name"), IN_MODULES, ids=[name for _, name in IN_MODULES])
+def test_the_private_name_is_in_its_module(module: str, name: str) -> None:
+    assert operator.attrgetter(name)(importlib.import_module(module)) is not None
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_tensors_without_data_compute_shapes_only(missing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = torch.nn.Linear(1 << 30, 1 << 30, device="meta")
+    with monkeypatch.context() as patch:
+        if missing:
+            patch.delattr("torch._subclasses.fake_tensor.FakeTensorMode")
+        without_data = compat.tensors_without_data()
+    with without_data:
+        y = layer(torch.zeros(3, 1 << 30, device="meta"))
+    assert y.shape == (3, 1 << 30)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_kept_graph_runs_its_backward_pass_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._functorch import config
+
+    monkeypatch.setattr(config, "donated_buffer", True)  # and back afterwards
+
+    def twice() -> None:
+        compiled = torch.compile(definition, backend="aot_eager")
+        leaves = torch.randn(2, 4, requires_grad=True), torch.randn(4, requires_grad=True)
+        torch.autograd.grad(compiled(*leaves).sum(), leaves)
+        y = compiled(*leaves).sum()
+        for _ in range(2):
+            torch.autograd.grad(y, leaves, retain_graph=True)
+
+    with pytest.raises(RuntimeError, match="donated"):
+        twice()
+    torch.compiler.reset()
+    compat.keep_compiled_graphs()
+    twice()
+
+
+def test_without_the_setting_for_kept_graphs_nothing_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch._functorch.config", None)
+    compat.keep_compiled_graphs()
+
+
+def test_without_numbas_target_the_processor_is_what_llvmlite_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    triple, cpu, _ = compat.numba_processor()
+    monkeypatch.delattr("numba.core.registry.cpu_target")
+    assert compat.numba_processor()[:2] == (triple, cpu)
+    monkeypatch.setattr("numba.config.CPU_NAME", "generic")
+    monkeypatch.setattr("numba.config.CPU_FEATURES", "+avx")
+    assert compat.numba_processor() == (triple, "generic", "+avx")
+
+
+# The proof of a norm compares classes of torch's C library, which it does not call. cgutils is documented.
+ELSEWHERE = {
+    "torch._C": {"patching.calls", "patching.bytecode"},
+    "torch._functorch": set(),
+    "from torch._subclasses": set(),
+    "torch._dynamo": set(),
+    "numba.core": {"kernels.cpu.kernels"},
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_private_names_stand_in_compat_alone(name: str) -> None:
     from test_imports import FILES, module_of
 
-    allowed = {"compat", "patching.calls", "patching.bytecode"}
-    found = {module_of(file) for file in FILES if "torch._C" in file.read_text()}
-    assert found <= allowed
+    found = {module_of(file) for file in FILES if name in file.read_text()}
+    assert found - {"compat"} == ELSEWHERE[name]

@@ -1,7 +1,6 @@
 """README.md and docs/: code blocks run and print what is shown, figures are measured, and what is named exists."""
 
 import ast
-import importlib.util
 import re
 import shlex
 import sys
@@ -15,9 +14,9 @@ import torch
 import rmsnorm
 from documents import ROOT, Block, blocks, documents, run, without_blocks
 from rmsnorm.tools.cli import main
+from scripts import benchmark_script
 from tolerance import DEFINITION_SHARE, DEFINITION_ULP
 
-TABLES = ROOT / "benchmarks" / "tables.py"
 SOURCE = Path(rmsnorm.__file__).parent
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 RUN = [path for path in documents() if any(b.language == "python" for b in blocks(path.read_text()))]
@@ -174,15 +173,7 @@ def test_contributing_names_every_module_and_package_of_the_library() -> None:
 
 @pytest.fixture(scope="module")
 def tables() -> ModuleType:
-    if not (ROOT / "benchmarks" / "results").is_dir():
-        pytest.skip("benchmarks/results/ is not here: this is not the repository")
-    spec = importlib.util.spec_from_file_location("tables", TABLES)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["tables"] = module  # where dataclasses looks for it
-    spec.loader.exec_module(module)
-    return module
+    return benchmark_script("tables")
 
 
 @pytest.mark.parametrize("path", documents(), ids=name)
@@ -246,10 +237,12 @@ def test_the_cost_document_states_the_presets_counts_that_are_tested() -> None:
 
 # The functions whose texts `explain` repeats,
 EXPLAINED = {
-    "explain", "explain_norm", "refuses", "_module", "described", "made_by", "native", "why_own_forward",
+    "explain", "explain_norm", "refuses", "_module", "_planner", "described", "remark", "made_by", "native", "why_own_forward",
     "_why_changed", "_why_unproven", "_why_unsupported", "_unsupported_tensor", "_why_exported",
     "_why_inference_tensor", "_rmsnorm_explain",
 }  # fmt: skip
+# the classes whose methods of these names count,
+EXPLAINED_CLASSES = {"_Replacement", "MachineCode", "TritonLaunch"}
 # and the exceptions whose messages it repeats.
 UNUSABLE = ("Unusable", "_Replaceable")
 
@@ -270,9 +263,8 @@ def sentences(tree: ast.AST) -> Iterator[str]:
 def said_by_explain() -> Iterator[str]:
     for file in sorted(SOURCE.rglob("*.py")):
         tree = ast.parse(file.read_text())
-        others = {
-            f for cls in tree.body if isinstance(cls, ast.ClassDef) and cls.name != "_Replacement" for f in cls.body
-        }
+        classes = (cls for cls in tree.body if isinstance(cls, ast.ClassDef) and cls.name not in EXPLAINED_CLASSES)
+        others = {f for cls in classes for f in cls.body}
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and node.name in EXPLAINED and node not in others:
                 yield from sentences(node)

@@ -116,6 +116,7 @@ def test_the_check_sees_every_kind_of_import(code: str, found: set[str], tmp_pat
     assert forbidden(file, tmp_path) == found - {"spec"}
 
 
+@pytest.mark.short
 def test_importing_the_package_loads_nothing_heavy_and_edits_nothing_outside_it() -> None:
     code = (
         "import sys, torch, torch.distributed.tensor; before = list(sys.meta_path), dict(sys.modules); import rmsnorm\n"

@@ -11,6 +11,8 @@ from torch import nn
 
 from rmsnorm import DeepseekV2RMSNorm, RMSNorm, TorchRMSNorm, rms_norm
 
+pytestmark = pytest.mark.short
+
 
 def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)

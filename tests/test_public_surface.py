@@ -3,7 +3,11 @@
 import inspect
 from pathlib import Path
 
+import pytest
+
 import rmsnorm
+
+pytestmark = pytest.mark.short
 
 ROOT = Path(rmsnorm.__file__).parent
 SIGNATURES = {

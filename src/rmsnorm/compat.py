@@ -1,9 +1,12 @@
-"""The private names of torch and Triton that the kernels and operators use, with a fallback for all but one.
+"""The private names of torch and Numba that the package uses, with a fallback for all but one.
 
-All of them exist in torch 2.11 and 2.13 and in Triton 3.6 and 3.9 (tests/test_compat.py). If torch removes one, its
+tests/test_compat.py says in which versions they were seen. If torch removes one that a call of the norm uses, its
 fallback assumes the case that goes through torch's dispatcher, which is slower but always correct.
 """
 
+import contextlib
+import importlib
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -50,3 +53,86 @@ def bare_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """The C++ `function.apply`, without the Python wrapper for torch.func, which costs a few microseconds."""
     apply: Callable[..., Any] = getattr(super(torch.autograd.Function, function), "apply", function.apply)
     return apply
+
+
+def tensors_without_data() -> contextlib.AbstractContextManager[Any]:
+    """A context in which operators compute shapes only: FakeTensorMode, which torch documents but does not export.
+
+    transformers recognizes its tensors and does not read their values, as it would with tensors on the meta device. The
+    fallback does nothing: tensors on the meta device have no data either.
+    """
+    try:
+        mode = importlib.import_module("torch._subclasses.fake_tensor").FakeTensorMode
+    except (ImportError, AttributeError):
+        return contextlib.nullcontext()
+    return mode(allow_non_fake_inputs=True)  # type: ignore[no-any-return]
+
+
+def keep_compiled_graphs() -> None:
+    """Let what torch.compile makes from now on run its backward pass several times. There is no public equivalent.
+
+    Without the setting, torch raises at the second pass if it has donated the first one's buffers.
+    """
+    with contextlib.suppress(ImportError, AttributeError):
+        config: Any = importlib.import_module("torch._functorch.config")
+        config.donated_buffer = False
+
+
+# --- Numba, which is imported by the first call that needs it --------------------------------------------------------
+
+
+def numba_cfunc(
+    function: Callable[..., None], signature: Any, options: dict[str, Any],
+    result: Callable[[Any, Callable[[], Any]], Any],
+) -> Any:  # fmt: skip
+    """As `numba.cfunc(signature, **options)(function)`, but of what result(signature, compile) returns.
+
+    result may call compile or return what an earlier call of it returned. The fallback is numba.cfunc itself, which
+    always compiles.
+    """
+    import numba
+
+    try:
+        from numba.core import ccallback, sigutils
+
+        normal = sigutils.normalize_signature(signature)
+        code: Any = ccallback.CFunc(function, normal, locals={}, options=options)
+        code._compile_uncached = lambda compile=code._compile_uncached: result(code._sig, compile)
+    except (ImportError, AttributeError, TypeError):
+        return numba.cfunc(signature, **options)(function)
+    code.compile()
+    return code
+
+
+def numba_packed(result: Any) -> bytes:
+    """What Numba's compiler returns as bytes. Raises ImportError or AttributeError if this Numba cannot do that."""
+    from numba.core.serialize import dumps
+
+    return dumps(result._reduce())  # type: ignore[no-any-return]
+
+
+def numba_unpacked(content: bytes) -> Any:
+    """What `numba_packed` has packed. It is executed, so it must come from a source that is trusted."""
+    from numba.core.compiler import CompileResult
+    from numba.core.registry import cpu_target
+
+    cpu_target.target_context.refresh()
+    return CompileResult._rebuild(cpu_target.target_context, *pickle.loads(content))
+
+
+def numba_processor() -> tuple[str, str, str]:
+    """The target, processor and features that Numba compiles for: from its settings, else as llvmlite finds them."""
+    try:
+        from numba.core.registry import cpu_target
+
+        return cpu_target.target_context.codegen().magic_tuple()  # type: ignore[no-any-return]
+    except (ImportError, AttributeError):
+        import llvmlite.binding as llvm
+        from numba import config
+
+        features = config.CPU_FEATURES
+        return (
+            llvm.get_process_triple(),
+            config.CPU_NAME or llvm.get_host_cpu_name(),
+            llvm.get_host_cpu_features().flatten() if features is None else features,
+        )

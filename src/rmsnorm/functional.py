@@ -169,6 +169,7 @@ def explain(
         reason = host.made_by(plan, x, residual, weight, eps, cast, offset)
     name = dispatch.name_of(plan)
     lines = [f"{x.device.type}, {str(x.dtype).removeprefix('torch.')}: {name}" + (f" ({reason})" if reason else "")]
+    lines.extend(plan.remarks if isinstance(plan, Plan) else ())
     copied = [
         label
         for label, tensor in (("x", x), ("residual", residual), ("weight", weight))

@@ -63,11 +63,26 @@ class Spec:
         check_spec("Spec", self.eps, self.cast, self.offset)
 
 
+def sum_dtype(x: torch.dtype, residual: torch.dtype | None) -> torch.dtype:
+    """The dtype of what is normalized: that to which PyTorch promotes x + residual; without a residual, x's.
+
+    Args:
+        x: The dtype of x.
+        residual: The dtype of the residual; None without one.
+
+    Example:
+        >>> from rmsnorm.spec import sum_dtype
+        >>> sum_dtype(torch.bfloat16, torch.float16)
+        torch.float32
+    """
+    return x if residual is None else torch.promote_types(x, residual)
+
+
 def result_dtype(x: torch.dtype, weight: torch.dtype | None, cast: str) -> torch.dtype:
     """The dtype of y.
 
     Args:
-        x: The dtype of what is normalized: of x, or of x + residual.
+        x: The dtype of what is normalized, `sum_dtype`.
         weight: The dtype of the weight; None without one.
         cast: "early" or "late".
 

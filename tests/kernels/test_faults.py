@@ -240,6 +240,22 @@ def test_the_reference_computes_if_numba_cannot_compile(how, reason, package, tm
         assert reason in said
 
 
+_FAILS_WITH_ITS_SIGNATURE = """
+import torch, rmsnorm
+from numba.core.ccallback import CFunc
+def fail(self): raise RuntimeError(self._sig)
+CFunc._compile_uncached = fail
+for dtype, N in ((torch.float32, 8), (torch.bfloat16, 8), (torch.float32, 16)):
+    print(rmsnorm.explain(torch.ones(2, N, dtype=dtype)))
+"""
+
+
+def test_explain_says_why_the_very_kernel_of_the_call_cannot_be_compiled(package, tmp_path) -> None:  # noqa: F811
+    out = finish(start(package, _FAILS_WITH_ITS_SIGNATURE, NUMBA_CACHE_DIR=str(tmp_path)))
+    of_float, of_bfloat, of_float_again = (line.partition("RuntimeError")[2] for line in out.splitlines())
+    assert of_float_again == of_float != of_bfloat
+
+
 def test_the_reference_computes_the_backward_pass_if_only_forward_kernels_were_compiled(package, tmp_path) -> None:  # noqa: F811
     forward = "import torch, rmsnorm\nrmsnorm.rms_norm(torch.randn(3, 8))\n"
     finish(start(package, forward, NUMBA_CACHE_DIR=str(tmp_path)))
@@ -256,6 +272,7 @@ rmsnorm.rms_norm(x, w).sum().backward()
 print(rmsnorm.explain(x, w))
 """
 _RUNS = "cpu, float32: cpu kernel (Numba)"
+_NOT_KEPT = "each process compiles the kernel, because it cannot be kept"
 _NOBODY = 65534
 
 
@@ -267,7 +284,7 @@ def as_root() -> None:
 @pytest.fixture(scope="module")
 def cache(package, tmp_path_factory) -> Path:  # noqa: F811
     folder = tmp_path_factory.mktemp("small")
-    finish(start(package, _SMALL, NUMBA_CACHE_DIR=str(folder)))
+    assert _NOT_KEPT not in finish(start(package, _SMALL, NUMBA_CACHE_DIR=str(folder)))
     return folder
 
 
@@ -393,3 +410,4 @@ def test_an_unusable_cache_folder_does_not_prevent_compiling(what, package, tmp_
         if what == "read-only":
             subprocess.run(["chattr", "-i", str(place)], check=True)
     assert _RUNS in out
+    assert f"{_NOT_KEPT}: {place}" in out

@@ -28,6 +28,7 @@ from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from concurrency import in_threads
 from planned import planning
 from rmsnorm import add_rms_norm, explain, functional, rms_norm
 from rmsnorm.functional import wait_for_host
@@ -531,27 +532,17 @@ def test_concurrent_calls_from_many_threads_are_right(cpp, randn) -> None:
         leaf, weight = x[:M].clone().requires_grad_(), w.clone().requires_grad_()
         expected.append(gradients(rms_norm(leaf, weight), [leaf, weight], [dy[:M]]))
     host.forget()
-    wrong: list[str] = []
 
     def work(seed: int) -> None:
-        try:
-            for turn in range(200):
-                M = 1 + (turn * 7 + seed * 13) % 64
-                leaf, weight = x[:M].clone().requires_grad_(), w.clone().requires_grad_()
-                got = gradients(rms_norm(leaf, weight), [leaf, weight], [dy[:M]])
-                if not all(torch.equal(a, b) for a, b in zip(got, expected[M - 1], strict=True)):
-                    wrong.append(f"{M} rows")
-                if turn == 100 and seed == 0:
-                    host.forget()
-        except Exception as error:
-            wrong.append(repr(error))
+        for turn in range(200):
+            M = 1 + (turn * 7 + seed * 13) % 64
+            leaf, weight = x[:M].clone().requires_grad_(), w.clone().requires_grad_()
+            got = gradients(rms_norm(leaf, weight), [leaf, weight], [dy[:M]])
+            assert all(torch.equal(a, b) for a, b in zip(got, expected[M - 1], strict=True)), f"{M} rows"
+            if turn == 100 and seed == 0:
+                host.forget()
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    in_threads(8, work)
 
 
 def test_no_tensor_of_a_call_is_kept_alive(cpp, randn) -> None:
@@ -888,6 +879,20 @@ def test_a_compiler_that_takes_too_long_is_killed(cpp, tmp_path, monkeypatch) ->
     assert not build.compiled(str(tmp_path / "out" / "made.so"), shlex.split(slow(tmp_path)))
     until(lambda: all(gone(pid) for pid in pids(tmp_path)))
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["made.so.failed"]
+
+
+def test_a_new_library_replaces_those_of_versions_that_nobody_used_for_30_days(tmp_path) -> None:
+    new, unused, used = (tmp_path / f"rmsnorm_host_{digit * 16}" for digit in "abc")
+    others = tmp_path / f"another_host_{'d' * 16}"
+    for folder in (new, unused, used, others):
+        folder.mkdir()
+        (folder / "rmsnorm_host.so").write_text("")
+        for path in (folder / "rmsnorm_host.so", folder):
+            os.utime(path, (time.time() - 40 * 24 * 60 * 60,) * 2)
+    build.mark_used(used)
+    compiler = script(tmp_path / "cxx", 'while [ "$1" != -o ]; do shift; done; echo made > "$2"')
+    assert build.compiled(str(new / "rmsnorm_host.so"), [compiler])
+    assert [unused.exists(), used.exists(), others.exists()] == [False, True, True]
 
 
 @pytest.mark.parametrize("ending", ["SIGINT", "SIGTERM", "SIGKILL"])

@@ -420,6 +420,24 @@ def test_openmp_threads_and_the_pool_give_the_same_bits(randn, threads, monkeypa
     assert len(kernel_threads._pool(os.getpid())[1]) == 2
 
 
+@pytest.mark.skipif(kernel_threads._team_of_openmp() is None, reason="torch has no OpenMP here: there is only a pool")
+@pytest.mark.parametrize(("M", "forward", "backward"), [(16, 0, 0), (102, 0, 0), (103, 0, 1), (204, 0, 1), (205, 1, 1)])
+def test_threads_share_no_call_that_one_makes_in_30_microseconds(
+    M, forward, backward, randn, threads, monkeypatch
+) -> None:
+    """One makes a forward pass of 2^18 elements and a backward pass of 2^17. 1: threads share the pass."""
+    monkeypatch.setattr(host, "norm", lambda *arguments: None)
+    teams: list[int] = []
+    team = kernel_threads._team_of_openmp()
+    monkeypatch.setattr(kernel_threads, "_team_of_openmp", lambda: lambda *call: (teams.append(call[2]), team(*call)))
+    threads(2)
+    x, w = randn(M, 1280).requires_grad_(), randn(1280)
+    y = rms_norm(x, w)
+    assert teams == [2] * forward
+    torch.autograd.grad(y, x, randn(M, 1280))
+    assert teams == [2] * (forward + backward)
+
+
 def test_pairs_and_single_numbers_of_bf16_have_the_same_bits(randn, monkeypatch) -> None:
     """Rows that begin or end in the middle of a 4-byte word are read one number at a time."""
     from rmsnorm.kernels.cpu import planner as cpu

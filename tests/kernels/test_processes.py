@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,59 @@ def test_kernels_work_without_a_cache_folder(package, tmp_path) -> None:
     nowhere = str(file / "folder")
     environment = {"NUMBA_CACHE_DIR": nowhere, "HOME": nowhere, "XDG_CACHE_HOME": nowhere}
     assert finish(start(package, COMPUTE, **environment)) == "right"
+
+
+NO_HOOK = """
+import sys, numba.core
+del numba.core.sigutils
+sys.modules["numba.core.sigutils"] = None
+"""
+
+
+def test_kernels_work_if_numba_has_no_longer_the_names_that_the_cache_needs(package, tmp_path) -> None:
+    code = NO_HOOK + COMPUTE + "print(explain(x, w))"
+    right, said = finish(start(package, code, NUMBA_CACHE_DIR=str(tmp_path))).splitlines()
+    assert right == "right"
+    assert "cannot be kept: this Numba does not let others keep what it compiles" in said
+    assert not files(tmp_path)
+
+
+def test_a_new_cache_folder_replaces_only_those_that_were_not_used_for_30_days(package, tmp_path) -> None:
+    """One of them stays if it holds a file that is not ours, or another process compiles into it, or is a link."""
+    import fcntl
+
+    base, elsewhere = tmp_path / "cache", tmp_path / "elsewhere"
+    now, day = time.time(), 24 * 60 * 60
+
+    def made(folder: Path, days: float, *more: str) -> Path:
+        folder.mkdir(parents=True)
+        for name in ("forward.0.nbc", "rmsnorm.compiling", "scratch.1", *more):
+            (folder / name).write_text("")
+            os.utime(folder / name, (now - 40 * day,) * 2)
+        os.utime(folder, (now - days * day,) * 2)
+        return folder
+
+    unused, used, foreign, held = (base / f"numba-{digit * 16}" for digit in "abcd")
+    stay = [made(used, 20), made(foreign, 40, "mine.txt"), made(held, 40), made(base / "numba-kernels", 40)]
+    read = made(base / f"numba-{'1' * 16}", 40)
+    os.utime(read / "forward.0.nbc", (now - 20 * day, now - 40 * day))
+    link = base / f"numba-{'e' * 16}"
+    link.symlink_to(made(elsewhere, 40))
+    os.utime(link, (now - 40 * day,) * 2, follow_symlinks=False)
+    stay += [read, link, elsewhere]
+    made(unused, 40)
+    with open(held / "rmsnorm.compiling", "a") as lock:
+        os.utime(held / "rmsnorm.compiling", (now - 40 * day,) * 2)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code = "import torch, rmsnorm; rmsnorm.rms_norm(torch.ones(2, 8))"
+        finish(start(package, code, RMSNORM_CACHE_DIR=str(base), RMSNORM_CXX=""))
+    assert not unused.exists()
+    assert [folder for folder in stay if not folder.exists()] == []
+    assert all((folder / "forward.0.nbc").exists() for folder in stay)
+    (new,) = set(base.iterdir()) - set(stay)
+    os.utime(new, (now - 40 * day,) * 2)
+    finish(start(package, code, RMSNORM_CACHE_DIR=str(base), RMSNORM_CXX=""))
+    assert new.stat().st_mtime > now - day, "the folder in use does not look so"
 
 
 def test_import_loads_no_compiler_and_no_transformers(package) -> None:

@@ -1,7 +1,6 @@
 """The operators, called directly as compiled graphs do: C++ runs them on plain tensors, Python on anything else."""
 
 import itertools
-import threading
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from concurrency import in_threads
 from rmsnorm import add_rms_norm, reference, rms_norm
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
@@ -136,6 +136,7 @@ def test_inference_tensors_and_autocast_need_no_python(by_python, randn) -> None
     assert by_python == []
 
 
+@pytest.mark.short
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_a_compiled_graph_runs_the_operators_in_cpp(by_python, randn) -> None:
     """Forward and backward: the profiler shows C++'s own event inside the operator's."""
@@ -179,23 +180,13 @@ def test_concurrent_operator_calls_are_right(by_python, randn) -> None:
 
     expected = [call(M) for M in range(1, 65)]
     host.forget()
-    wrong: list[str] = []
 
     def work(seed: int) -> None:
-        try:
-            for turn in range(200):
-                M = 1 + (turn * 7 + seed * 13) % 64
-                if not all(torch.equal(a, b) for a, b in zip(call(M), expected[M - 1], strict=True)):
-                    wrong.append(f"{M} rows")
-        except Exception as error:
-            wrong.append(repr(error))
+        for turn in range(200):
+            M = 1 + (turn * 7 + seed * 13) % 64
+            assert all(torch.equal(a, b) for a, b in zip(call(M), expected[M - 1], strict=True)), f"{M} rows"
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    in_threads(8, work)
 
 
 def test_outputs_that_were_not_requested_are_ordinary_empty_tensors(by_python, randn) -> None:

@@ -117,6 +117,7 @@ def around(f: Callable[..., Any]) -> Callable[..., Any]:
     return g
 
 
+@pytest.mark.short
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
 def test_compiled_code_gives_the_same_bits(backend, randn) -> None:

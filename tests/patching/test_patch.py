@@ -132,6 +132,7 @@ class CoarseRMSNorm(EarlyRMSNorm):
         return reference.normalize(x, self.weight, rstd, "early", 0.0)
 
 
+@pytest.mark.short
 @pytest.mark.parametrize(
     ("norm", "spec"),
     [
@@ -255,6 +256,7 @@ def test_the_report_has_a_line_for_each_group_and_expanded_for_each_norm() -> No
     )
 
 
+@pytest.mark.short
 def test_nothing_but_the_class_changes_and_unpatch_restores_it() -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({"norm": DeepseekV2RMSNorm(N), "linear": nn.Linear(N, N)})
@@ -349,6 +351,7 @@ def test_a_norm_whose_weight_is_a_submodule_is_not_replaced() -> None:
     assert [v.name for v in report.replaced] == ["1"]
 
 
+@pytest.mark.short
 def test_a_whole_model_of_transformers() -> None:
     torch.manual_seed(0)
     config = DeepseekV3Config(

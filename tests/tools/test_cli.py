@@ -23,6 +23,7 @@ import rmsnorm.tools.verify.printing
 import rmsnorm.tools.verify.ranks
 from rmsnorm.errors import CommandError, one_line
 from rmsnorm.tools import cli
+from rmsnorm.tools.bench.cases import cases
 from rmsnorm.tools.cli import main
 from rmsnorm.tools.display import Block
 
@@ -103,12 +104,43 @@ def test_every_option_reaches_its_verb(arguments, verb, given, monkeypatch) -> N
 
     def work(*positional: object, **named: object) -> SimpleNamespace:
         calls.append((*(value for value in positional if not callable(value)), named))
-        return SimpleNamespace(ok=True, to_json=dict)
+        return SimpleNamespace(ok=True, to_json=dict, facts={"device": "cpu"})
 
     monkeypatch.setattr(f"rmsnorm.tools.{verb}", work)
     monkeypatch.setattr(f"rmsnorm.tools.{verb.partition('.')[0]}.printing.blocks", lambda *_: [])
     assert call(*arguments.split()) == 0
     assert calls == [given]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "verb", "wrote"),
+    [
+        ("report", "report", "report.json"),
+        ("report --out out", "report", "out/report.json"),
+        ("bench --out out", "bench", "out/bench-cpu.json"),
+        ("report --json -", "report", None),
+        ("bench --json x.json", "bench", None),
+    ],
+)
+def test_the_last_line_names_the_file_that_no_argument_names(
+    arguments, verb, wrote, monkeypatch, capsys, tmp_path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = SimpleNamespace(ok=True, to_json=dict, facts={"device": "cpu"})
+    monkeypatch.setattr(f"rmsnorm.tools.{verb}.command.{verb}", lambda *_, **__: result)
+    monkeypatch.setattr(f"rmsnorm.tools.{verb}.printing.blocks", lambda *_: ["a table"])
+    assert call(*arguments.split()) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == (f"wrote {wrote}" if wrote else "{}" if "-" in arguments.split() else "a table")
+
+
+def test_the_help_of_bench_names_the_modes_of_each_device(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")  # otherwise lines break within names
+    assert call("bench", "--help") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for device in ("cpu", "cuda"):
+        modes = list(dict.fromkeys(case.mode.slug for case in cases(device, quick=False)))
+        assert f"on a {device.upper().replace('CUDA', 'GPU')} {', '.join(modes)}" in said
 
 
 def test_a_command_error_prints_one_line_and_exits_with_2(monkeypatch, capsys) -> None:
@@ -159,7 +191,7 @@ def no_work(monkeypatch) -> None:
         monkeypatch.setattr(module, name, work)
 
 
-DEVICES = [(verb, "--device", "nowhere", "give cpu or cuda") for verb in ("report", "verify", "bench")]
+DEVICES = [(verb, "--device", "nowhere", "give cpu") for verb in ("report", "verify", "bench")]
 WHOLE = "expected a whole number from 1 to 1,000,000,000"
 NUMBERS = [
     (verb, option, value, takes)
@@ -192,7 +224,7 @@ def test_an_invalid_option_is_refused_before_the_work(verb, option, value, takes
             "unrecognized arguments: --jso",
         ),  # otherwise a new option could change what it means
         (("verify", "--json"), "--json expected one argument"),
-        (("cost",), "required: CONFIG.json|PRESET; see rmsnorm cost --help"),
+        (("cost",), "required: CONFIG.json|FOLDER|PRESET; see rmsnorm cost --help"),
     ],
 )
 @pytest.mark.usefixtures("no_work")

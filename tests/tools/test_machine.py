@@ -43,5 +43,16 @@ def test_an_installed_package_is_named_by_its_version(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("name", ["nonsense", "meta", "cuda:99", "cpu:x"])
 def test_a_device_that_cannot_be_used_is_refused(name: str) -> None:
-    with pytest.raises(CommandError, match="give cpu or cuda"):
+    with pytest.raises(CommandError, match="give cpu"):
+        machine.find_device(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "advice"), [("x", False, "cpu"), ("x", True, "cpu or cuda"), ("cuda:99", False, "cpu")]
+)
+def test_only_what_this_machine_has_is_recommended(
+    name: str, gpu: bool, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    with pytest.raises(CommandError, match=rf"give {advice}(:|$)"):
         machine.find_device(name)

@@ -2,11 +2,9 @@
 
 import argparse
 import dataclasses
-import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,20 +13,15 @@ import torch
 pytest.importorskip("triton", reason="there is no Triton")
 
 from rmsnorm.kernels.gpu import tiling
+from scripts import FOLDER, benchmark_script
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "tiles.py"
+SCRIPT = FOLDER / "tiles.py"
 H200 = tiling.Gpu(227 << 10, 132, 9)
 
 
 @pytest.fixture(scope="module")
 def tiles() -> Any:
-    spec = importlib.util.spec_from_file_location("tiles", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["tiles"] = module  # where dataclasses looks for it
-    spec.loader.exec_module(module)
-    return module
+    return benchmark_script("tiles")
 
 
 @pytest.mark.parametrize(

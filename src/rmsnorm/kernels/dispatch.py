@@ -11,7 +11,7 @@ from torch import Tensor
 from rmsnorm import kernels, reference
 from rmsnorm.kernels.plan import Backward, ByReference, Forward, Plan
 from rmsnorm.kernels.run import run
-from rmsnorm.spec import Spec
+from rmsnorm.spec import KERNEL_DTYPES, Spec, sum_dtype
 
 _KERNELS = {"cpu": ("cpu", "Numba"), "cuda": ("gpu", "Triton")}
 
@@ -74,12 +74,17 @@ def name_of(plan: Plan | ByReference) -> str:
 
 
 @functools.cache
-def _planner(device: torch.device, *dtypes: torch.dtype | None) -> ModuleType | ByReference:
-    """The planner for these dtypes of x, the residual and the weight."""
+def _planner(
+    device: torch.device, x: torch.dtype, residual: torch.dtype | None, w: torch.dtype | None
+) -> ModuleType | ByReference:
+    """The planner of a device for tensors of these dtypes."""
     module = _module(device.type)
     if isinstance(module, ByReference):
         return module
-    refusal = module.refuses(*dtypes)
+    for name, dtype in (("x", x), ("residual", residual), ("weight", w)):
+        if dtype is not None and dtype not in KERNEL_DTYPES:
+            return ByReference(f"{name} is {dtype}: computed in fp32 and returned as {dtype} by plain torch")
+    refusal = module.refuses(sum_dtype(x, residual))
     return module if refusal is None else ByReference(refusal)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rmsnorm.kernels.rows import dense_strides
-from rmsnorm.spec import Spec
+from rmsnorm.spec import Spec, sum_dtype
 
 MOST_PLANS = 4096  # size of each plan cache: one for each pass on each device
 _ALIGNED = 16  # bytes of the widest load; torch aligns new tensors to 64
@@ -207,6 +207,9 @@ class KernelLaunch(Protocol):
     def native(self) -> NativeLaunch | str:
         """Compiles the kernel and returns a launch for C++, or the reason why only Python can launch it."""
 
+    def remark(self) -> str | None:
+        """What `explain` adds about the kernel, if anything."""
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -229,6 +232,11 @@ class Plan:
     def gpu(self) -> int | None:
         """The index of the GPU, or None if the plan is for another device."""
         return self.device.index if self.device.type == "cuda" else None
+
+    @property
+    def remarks(self) -> list[str]:
+        """What `explain` adds about the kernels."""
+        return [remark for launch in self.launches if (remark := launch.remark()) is not None]
 
     @functools.cached_property
     def native(self) -> "Native | str":
@@ -279,7 +287,7 @@ def summands(kind: Forward) -> tuple[str, TensorKind, TensorKind | None, list[Co
     x, residual = kind.x, kind.residual
     if residual is None or residual.dtype is x.dtype:
         return "x", x, residual, []
-    total = TensorKind.dense(x.shape, torch.promote_types(x.dtype, residual.dtype))
+    total = TensorKind.dense(x.shape, sum_dtype(x.dtype, residual.dtype))
     return "s", total, None, [Converted("s", ("x", "residual"), total.dtype)]
 
 

@@ -27,6 +27,7 @@ from rmsnorm.spec import (
     check_tensors,
     result_dtype,
     spec_of,
+    sum_dtype,
     summands_by_name,
 )  # fmt: skip
 
@@ -92,7 +93,7 @@ def _fake_forward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     check_spec(caller(residual), eps, cast, offset)
     check_tensors(caller(residual), x, residual, w, offset, symbolic=True)
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    dtype = sum_dtype(x.dtype, None if residual is None else residual.dtype)
     y_dtype = result_dtype(dtype, None if w is None else w.dtype, cast)
     return (
         x.new_empty(x.shape, dtype=y_dtype),

@@ -21,7 +21,7 @@ from typing import Any, NoReturn, TextIO
 import rmsnorm
 from rmsnorm.errors import CommandError, one_line
 from rmsnorm.tools import display, machine, results
-from rmsnorm.tools.bench.cases import MODES
+from rmsnorm.tools.bench.cases import CPU_MODES, CUDA_MODES
 from rmsnorm.tools.timing import Progress
 
 _USAGE_ERROR, _INTERRUPTED = 2, 130
@@ -121,7 +121,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     device(report)
     report.add_argument(
-        "--out", type=Path, default=Path(), metavar="FOLDER", help="folder for report.json (default: the current one)"
+        "--out",
+        type=Path,
+        default=Path(),
+        metavar="FOLDER",
+        help=f"folder for {results.REPORT_FILE}, which is replaced if there is one (default: the current folder)",
     )
     report.add_argument(
         "--tokens", type=_whole_number, default=2048, metavar="N", help="length of the sequence (default: %(default)s)"
@@ -155,13 +159,16 @@ def _parser() -> argparse.ArgumentParser:
         help="print the stored result in this JSON file instead of measuring",
     )
     several(bench, "--dtype", "measure only this dtype: bfloat16, float32 or float16", "DTYPE")
-    several(bench, "--mode", "measure only this mode: " + ", ".join(MODES), "MODE")
+    on_cpu, on_gpu = (", ".join(mode.slug for mode in modes) for modes in (CPU_MODES, CUDA_MODES))
+    several(bench, "--mode", f"measure only this mode: on a CPU {on_cpu}; on a GPU {on_gpu}", "MODE")
     several(bench, "--provider", "measure only this provider, ours and the copy", "NAME")
     verbose(bench)
 
     cost = verb("cost", _cost, "Count what the norms of a model cost, from its configuration alone.")
     cost.add_argument(
-        "target", metavar="CONFIG.json|PRESET", help="a model's configuration, or a preset such as deepseek-ocr"
+        "target",
+        metavar="CONFIG.json|FOLDER|PRESET",
+        help="a model's configuration, the folder that holds it, or a preset such as deepseek-ocr",
     )
     cost.add_argument(
         "--batch", type=_whole_number, default=1, metavar="N", help="number of sequences (default: %(default)s)"
@@ -186,11 +193,13 @@ class _Finished:
         ok: Whether all checks passed.
         json: The result as JSON.
         blocks: Makes what is printed.
+        wrote: A file that the verb wrote and whose name is not among the arguments.
     """
 
     ok: bool
     json: dict[str, Any]
     blocks: Callable[[], Iterable[display.Block]]
+    wrote: Path | None = None
 
 
 def _report(args: argparse.Namespace, progress: Progress) -> _Finished:
@@ -198,7 +207,7 @@ def _report(args: argparse.Namespace, progress: Progress) -> _Finished:
 
     options = {"device": args.device, "tokens": args.tokens, "seconds": args.seconds, "every_layer": args.all}
     result = command.report(args.target, args.out, progress, **options)
-    return _Finished(result.ok, result.to_json(), lambda: printing.blocks(result))
+    return _Finished(result.ok, result.to_json(), lambda: printing.blocks(result), args.out / results.REPORT_FILE)
 
 
 def _verify(args: argparse.Namespace, progress: Progress) -> _Finished:
@@ -220,7 +229,8 @@ def _bench(args: argparse.Namespace, progress: Progress) -> _Finished:
 
     only = {"dtypes": args.dtype, "modes": args.mode, "names": args.provider}
     result = command.bench(args.device, args.quick, args.out, progress, drawing=args.plot, stored=args.stored, **only)
-    return _Finished(result.ok, result.to_json(), lambda: printing.blocks(result, args.verbose))
+    wrote = None if args.out is None else args.out / results.bench_file(result.facts["device"])
+    return _Finished(result.ok, result.to_json(), lambda: printing.blocks(result, args.verbose), wrote)
 
 
 def _cost(args: argparse.Namespace, progress: Progress) -> _Finished:
@@ -257,14 +267,15 @@ def _run(args: argparse.Namespace) -> int:
     if to_screen:
         _print(text)
     else:
-        _print(_drawn(finished.blocks()))
+        wrote = [] if finished.wrote is None else [display.Text(f"wrote {finished.wrote}", "note", fold=False)]
+        _print(_drawn([*finished.blocks(), *wrote]))
     return 0 if finished.ok else 1
 
 
 def _files(args: argparse.Namespace) -> list[tuple[str, Path]]:
     """Return the options of the verb that write files besides --json, each with its file."""
     out, plot = getattr(args, "out", None), getattr(args, "plot", None)
-    names = ("report.json",) if args.work is _report else ("bench-cpu.json", "bench-cuda.json")
+    names = (results.REPORT_FILE,) if args.work is _report else tuple(map(results.bench_file, ("cpu", "cuda")))
     return [("--out", out / name) for name in names if out is not None] + ([("--plot", plot)] if plot else [])
 
 

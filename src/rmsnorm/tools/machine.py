@@ -31,13 +31,17 @@ def find_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError):  # torch's message lists every kind of device that exists
-        raise CommandError(f"--device {name}: give cpu or cuda") from None
+        raise CommandError(f"--device {name}: give {_usable()}") from None
     try:
         torch.ones(1, dtype=torch.float64, device=device).sum().item()
     except (RuntimeError, AssertionError, NotImplementedError, TypeError, IndexError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CommandError(f"--device {name} cannot be used here, give cpu or cuda: {reason}"[:300]) from None
+        raise CommandError(f"--device {name} cannot be used here, give {_usable()}: {reason}"[:300]) from None
     return device
+
+
+def _usable() -> str:
+    return "cpu or cuda" if torch.cuda.is_available() else "cpu"
 
 
 def describe(device: str | torch.device = "cpu") -> dict[str, Any]:

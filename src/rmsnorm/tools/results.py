@@ -12,6 +12,14 @@ from rmsnorm.errors import CommandError, one_line
 # More than a command writes: the check before the work tries whether so much fits.
 _LARGEST_RESULT = 1 << 18
 
+# What `rmsnorm report` writes into its folder.
+REPORT_FILE = "report.json"
+
+
+def bench_file(device_type: str) -> str:
+    """Return the name of the file that `rmsnorm bench` writes into its folder."""
+    return f"bench-{device_type}.json"
+
 
 def check_folder(out: Path, argument: str = "--out") -> None:
     """Check that a file could be written into a folder.

@@ -1,6 +1,7 @@
 """bench: what is measured, what is reported if our bits are wrong, and the figures that are derived."""
 
 import dataclasses
+import importlib.metadata
 import json
 import random
 import subprocess
@@ -217,6 +218,17 @@ def test_a_run_on_the_cpu_measures_every_provider_and_writes_json(tmp_path: Path
     assert written["machine"]["cpu"]
     assert {case["check"] for case in written["cases"]} == {"green"}
     assert "PASSED: ours has the exact bits in all" in shown(result, verbose=False)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_result_has_the_versions_of_the_packages_that_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    packages = iter(("yaml", "", "no_such_package"))  # pip calls the first PyYAML
+    others = tuple(dataclasses.replace(p, package=next(packages, "")) for p in EAGER)
+    monkeypatch.setattr(peers, "providers", lambda *_: others)
+    versions = command.bench("cpu", True, None, silent, dtypes=["float32"], modes=["forward"]).facts["versions"]
+    assert versions["PyYAML"] == importlib.metadata.version("PyYAML")
+    assert versions["no_such_package"] == "unknown"
+    assert versions["torch"] == torch.__version__
 
 
 @pytest.mark.parametrize("wrong", ["y", "dx"])

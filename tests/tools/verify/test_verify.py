@@ -38,6 +38,7 @@ def test_the_bounds_are_those_of_the_other_tests() -> None:
     assert (bounds.EAGER_SHARE, bounds.EAGER_ULP) == (DEFINITION_SHARE, DEFINITION_ULP)
 
 
+@pytest.mark.short
 def test_the_code_passes() -> None:
     rows = command.verify_rows(smallest_rows(), CPU)
     assert all(row.ok for row in rows), [(row.name, row.faults) for row in rows if not row.ok]
@@ -224,6 +225,19 @@ def test_verbose_prints_every_row() -> None:
         assert f"{row.name}  " in wide
     assert wide.count("passed") == len(rows)
     assert "so some numbers may differ" in " ".join(full.split())
+
+
+def test_a_ratio_of_too_few_elements_or_rows_is_not_printed() -> None:
+    """With --only a sample may be too small to be judged."""
+    for elements, rows, printed_ratio in ((1 << 16, 256, True), ((1 << 16) - 1, 256, False), (1 << 16, 255, False)):
+        error = GradientError(elements, 9.0, 1.0)
+        tally = Tally(outputs=elements, rows=rows, dx=error, dw=error)
+        result = result_of([RowResult("all", "fp32, together", tally, ())], "cpu")
+        for verbose in (False, True):
+            text = printed.check(printing.blocks(result, verbose=verbose))
+            assert ("3 ×" in text) == printed_ratio
+            assert printed_ratio or "too few" in text
+        assert printed_ratio or "too few: fewer than 65,536 elements or 256 rows" in " ".join(text.split())
 
 
 @pytest.mark.parametrize("quick", [True, False])

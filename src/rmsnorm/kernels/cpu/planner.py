@@ -13,9 +13,9 @@ import llvmlite.binding
 import torch
 from llvmlite import ir
 from numba import types
-from numba.core.registry import cpu_target
 
-from rmsnorm.kernels.cpu.compiling import ELEMENT, FAILURES, PAIR, compiled, compiled_drain, compiled_wait
+from rmsnorm import compat
+from rmsnorm.kernels.cpu.compiling import ELEMENT, PAIR, compiled, compiled_drain, compiled_wait
 from rmsnorm.kernels.cpu.kernels import backward, forward, sum_chunks
 from rmsnorm.kernels.cpu.threads import MachineCode, Team
 from rmsnorm.kernels.plan import (
@@ -75,22 +75,25 @@ def _sum_kernel(x: torch.dtype, read: _Types, even: bool) -> Any:
     return compiled(sum_chunks, types.float64, _elements(x, read, even)[1])
 
 
-# The fewest elements that a thread takes at once: 4 us of work, about the cost of starting torch's threads.
+# The most elements that one thread takes alone, 22 to 34 us. Two threads take 0.58 to 0.89 of that time and gain less
+# with fewer elements; but where one gets no core, the call takes 10 to 25 ms (LOG.md, "On a CPU one thread alone").
+_FORWARD_ALONE, _BACKWARD_ALONE = 1 << 18, 1 << 17
+# The fewest elements of a piece of a shared call, 2 us of work. Measured only together with the change to torch's
+# threads: fp32 of 512 x 1280 132 to 63 us on two threads.
 _GRAIN = 1 << 14
-# The fewest elements and rows of a partial sum of dw, and the most such sums: each takes 8 bytes a column.
+# The fewest elements and rows of a partial sum of dw, and the most such sums: each takes 8 bytes a column. Not measured
+# alone; dw has other bits with others.
 _CHUNK, _MOST_CHUNKS, _FEWEST_ROWS = 1 << 16, 256, 32
-# Bytes from which the C library maps new memory for each tensor; 42 MB cause 10,000 page faults, or 20 with huge pages.
+# Bytes from which the C library maps new memory for each tensor; 42 MB cause 10,000 page faults, or 20 with huge pages:
+# fp32 of 8192 x 1280 15.1 to 4.8 ms.
 _MAPPED = 32 << 20
 _PAIR_BYTES = 4
 _MOST_INPUTS = 5  # tensors of rows that a kernel reads
 
 
-def refuses(x: torch.dtype, residual: torch.dtype | None, w: torch.dtype | None) -> str | None:
-    """Why tensors of these dtypes must run the reference; None if the kernels take them."""
-    for name, dtype in (("x", x), ("residual", residual), ("weight", w)):
-        if dtype is not None and dtype not in ELEMENT:
-            return f"{name} is {dtype}: computed in fp32 and returned as {dtype} by plain torch"
-    if torch.promote_types(x, residual or x) == torch.float16 and not _has_fp16():
+def refuses(x: torch.dtype) -> str | None:
+    """Why rows of this dtype must run the reference here; None if the kernels take them."""
+    if x == torch.float16 and not _has_fp16():
         return "the processor that Numba compiles for has no instructions for fp16: computed by plain torch"
     return None
 
@@ -98,7 +101,7 @@ def refuses(x: torch.dtype, residual: torch.dtype | None, w: torch.dtype | None)
 @functools.cache
 def _has_fp16() -> bool:
     """Whether the processor converts fp16 in hardware: otherwise LLVM calls library functions that may be missing."""
-    triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()
+    triple, cpu, features = compat.numba_processor()
     half, single = ir.HalfType(), ir.FloatType()
     module = ir.Module()
     module.triple = triple
@@ -124,10 +127,11 @@ def plan_forward(kind: Forward) -> Plan | ByReference:
     scale = _scale(kind.w, types, rows.N)
     even = rows.even and _paired(*kinds.values(), scale.kind)
     kernel = _forward_kernel(x.dtype, types, even)
-    if kernel is None:
-        return ByReference(FAILURES[-1])
+    if isinstance(kernel, str):
+        return ByReference(kernel)
     y, s = _like_rows("y", kind.x, types.y), _like_rows("s", kind.x, x.dtype)
     rstd = Fresh("rstd", torch.float32, tuple(kind.x.shape[:-1]))
+    words = _spec(spec.eps, spec.offset, spec.cast)
     tensors = (
         row, None if residual is None else "residual", scale.name, "y", None if residual is None else "s",
         "rstd" if kind.with_rstd else None,
@@ -137,7 +141,7 @@ def plan_forward(kind: Forward) -> Plan | ByReference:
         inputs=("x", "residual", "w"),
         before=(*before, *converted, *scale.before),
         fresh=(y, *([] if residual is None else [s]), *([rstd] if kind.with_rstd else []), *scale.fresh),
-        launches=(_over_rows(kernel, tensors, rows, _spec(spec.eps, spec.offset, spec.cast), rows.grain),),
+        launches=(_over_rows(kernel, tensors, rows, words, rows.grain, _FORWARD_ALONE),),
         outputs=("y", None if kind.residual is None else "s", "rstd" if kind.with_rstd else None),
     )
 
@@ -165,8 +169,9 @@ def plan_backward(kind: Backward) -> Plan | ByReference:
     need_dw = kind.need_dw and w is not None
     sums = need_dw and rows.chunks > 0
     of_sum = _sum_kernel(x.dtype, types, even) if sums else None
-    if kernel is None or (sums and of_sum is None):
-        return ByReference(FAILURES[-1])
+    for code in (kernel, of_sum):
+        if isinstance(code, str):
+            return ByReference(code)
     fresh, after = list(scale.fresh), []
     if need_dx:
         fresh.append(_like_rows("dx", x, x.dtype))
@@ -174,7 +179,7 @@ def plan_backward(kind: Backward) -> Plan | ByReference:
         "dy", "dy2" if "dy2" in dys else None, "dy3" if "dy3" in dys else None, None if kind.ds is None else "ds", "x",
         scale.name, "rstd", "dx" if need_dx else None, "partials" if sums else None,
     )  # fmt: skip
-    launches = [_over_rows(kernel, tensors, rows, _spec(0.0, spec.offset, spec.cast), rows.chunk)]
+    launches = [_over_rows(kernel, tensors, rows, _spec(0.0, spec.offset, spec.cast), rows.chunk, _BACKWARD_ALONE)]
     if sums:
         fresh += [
             Fresh("partials", torch.float64, (rows.chunks, rows.N)),
@@ -259,11 +264,14 @@ def _like_rows(name: str, x: TensorKind, dtype: torch.dtype) -> Fresh:
     return Fresh(name, dtype, tuple(x.shape), huge_pages=nbytes >= _MAPPED)
 
 
-def _over_rows(kernel: Any, tensors: tuple[str | None, ...], rows: _Rows, spec: Any, at_once: int) -> MachineCode:
-    """A launch over all rows, on several threads if there are more than `at_once` of them."""
+def _over_rows(
+    kernel: Any, tensors: tuple[str | None, ...], rows: _Rows, spec: Any, at_once: int, alone: int
+) -> MachineCode:
+    """A launch over all rows. Several threads share more than `alone` elements, in pieces of `at_once` rows."""
     words = ctypes.addressof(rows.layout), ctypes.addressof(spec)
-    drain = compiled_drain(len(tensors) + len(words)) if at_once < rows.M else None
-    if drain is None:
+    shared = alone < rows.M * rows.N and at_once < rows.M
+    drain = compiled_drain(len(tensors) + len(words)) if shared else None
+    if drain is None or isinstance(drain, str):
         return MachineCode(kernel, tensors, (*words, 0, rows.M), keeps=(rows, spec))
     return MachineCode(kernel, tensors, words, Team(rows.M, at_once, drain, compiled_wait), keeps=(rows, spec))
 

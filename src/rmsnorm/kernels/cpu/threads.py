@@ -27,7 +27,8 @@ from torch import Tensor
 from rmsnorm import kernels
 from rmsnorm.kernels.plan import NativeLaunch, NativeTeam
 
-_PIECES = 8  # pieces of work for each thread, so that the others can take over if one is delayed
+# Pieces of work for each thread, so that the others can take over if one is delayed. Not measured alone.
+_PIECES = 8
 _WORD = ctypes.c_int64
 
 Task = Callable[[int], None]  # a ctypes function
@@ -39,14 +40,14 @@ class Team:
     """How several threads share M rows; each takes at least `rows` at once.
 
     drain: machine code that processes pieces until none is left; its argument is the address of the array that
-    `MachineCode.run` makes. wait: returns machine code that waits until all pieces are done, or None if that cannot be
+    `MachineCode.run` makes. wait: returns machine code that waits until all pieces are done, or why that cannot be
     compiled.
     """
 
     M: int
     rows: int
     drain: Any
-    wait: Callable[[], Task | None]
+    wait: Callable[[], Task | str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +56,8 @@ class MachineCode:
 
     Absent tensors pass a null pointer.
 
-    function: the ctypes function, with its `address`. team: None if one thread makes the whole call; otherwise the
-    function takes two more words, the first row and the end of the range. keeps: the memory that the words point to.
+    function: what `compiling.compiled` returns. team: None if one thread makes the whole call; otherwise the function
+    takes two more words, the first row and the end of the range. keeps: the memory that the words point to.
     """
 
     function: Any
@@ -76,6 +77,10 @@ class MachineCode:
         call = (_WORD * len(words))(*words)
         run(team.drain, team.wait, ctypes.addressof(call), -(-team.M // rows), call)
 
+    def remark(self) -> str | None:
+        why = self.function.not_kept
+        return None if why is None else f"each process compiles the kernel, because it cannot be kept: {why}"
+
     def native(self) -> NativeLaunch | str:
         arguments = (*(name or 0 for name in self.tensors), *self.words)
         if self.team is None:
@@ -91,7 +96,7 @@ class MachineCode:
         return NativeLaunch(self.function.address, arguments, team)
 
 
-def run(task: Task, wait: Callable[[], Task | None], argument: int, pieces: int, keeps: Any) -> None:
+def run(task: Task, wait: Callable[[], Task | str], argument: int, pieces: int, keeps: Any) -> None:
     """Runs task(argument) on the calling thread and others, at most `pieces` at once, and returns when all is done.
 
     Each thread processes pieces until none is left; the task must not need the GIL. wait()(argument) returns when all
@@ -106,7 +111,7 @@ def run(task: Task, wait: Callable[[], Task | None], argument: int, pieces: int,
     else:
         until_done = wait()
         jobs, helpers = _helpers(min(count, pieces) - 1)
-        if until_done is None or helpers == 0:
+        if isinstance(until_done, str) or helpers == 0:
             task(argument)
             return
         functions: tuple[Any, ...] = (*[jobs.put] * helpers, task, until_done)

@@ -65,6 +65,9 @@ class TritonLaunch:
         arguments = [tensors[a.tensor] if isinstance(a, Slot) else a for a in self.arguments]
         self.kernel[self.grid](*arguments, **self._options)
 
+    def remark(self) -> str | None:
+        return None
+
     def native(self) -> NativeLaunch | str:
         if not self.aligned:
             return "16 does not divide an address"

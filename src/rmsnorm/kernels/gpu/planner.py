@@ -22,7 +22,7 @@ from rmsnorm.kernels.plan import (
     summands,
 )
 from rmsnorm.kernels.rows import Walk, walk
-from rmsnorm.spec import KERNEL_DTYPES, result_dtype
+from rmsnorm.spec import result_dtype
 
 try:
     from rmsnorm.kernels.gpu import staged
@@ -33,16 +33,13 @@ NAME = "gpu kernel (Triton)"
 _SUMMED = "summed"  # the sum of several gradients of y
 
 
-def refuses(x: torch.dtype, residual: torch.dtype | None, w: torch.dtype | None) -> str | None:
-    """Why tensors of these dtypes must run the reference; None if the kernels take them."""
+def refuses(x: torch.dtype) -> str | None:
+    """Why rows of this dtype must run the reference here; None if the kernels take them."""
     if torch.version.hip is not None:
         return "the kernels are proven on NVIDIA GPUs only"
     capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
     if min(capabilities, default=(8, 0)) < (8, 0):
         return f"compute capability {min(capabilities)} is below 8.0, the first to round to bf16"
-    for name, dtype in (("x", x), ("residual", residual), ("weight", w)):
-        if dtype is not None and dtype not in KERNEL_DTYPES:
-            return f"{name} is {dtype}: computed in fp32 and returned as {dtype} by plain torch"
     return None
 
 

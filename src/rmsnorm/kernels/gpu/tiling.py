@@ -4,7 +4,7 @@ The choice does not change any bit of y or dx, because every sum over a row is i
 sums depends on M, N, the dtypes and whether a gradient arrives through s. So dw is the same on every GPU that has room
 for programs that share rows (`ROOM`).
 
-Measured thresholds are the best of those tried on an H200 (benchmarks/LOG.md).
+The figures beside tables and thresholds are of an H200; "1.16 to 1.06" is before and after (benchmarks/LOG.md).
 """
 
 import functools
@@ -12,26 +12,29 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 # The most columns that one program holds in registers; ptxas reports no spills except a few bytes in a few tiles.
+# Shared between programs instead: add and norm of 16,384 columns 324 to 268 us; fp32 backward of 10,240 columns 1.25 to
+# 1.05 of a copy's time. Not shared: 16 bits backward of 9216 columns 1.16 to 1.06; of 12,288 it would be 1.4.
 FORWARD_WIDEST, ADD_WIDEST = 16384, 12288
 BACKWARD_WIDEST = {2: 10240, 4: 8192}  # by itemsize
-UNALIGNED_WIDEST = 8192  # backward, if N is not a multiple of 16: narrow loads take more registers
+UNALIGNED_WIDEST = 8192  # backward, if 16 does not divide N: narrow loads take more registers. Not measured alone
 # Wider rows are shared between programs, which wait for each other and so must all run at once, even beside other
 # kernels that do the same. That requires a GPU with at least ROOM times as many multiprocessors as a row has programs.
-# On a smaller GPU one program loops over the row.
+# On a smaller GPU one program loops over the row. Neither is measured alone.
 ROOM = 4
 PIECE = 8192  # columns of one step of that loop, 16 elements a thread
 # Elements of a tile of `dw_alone`, and the most rows of any tile: with more rows, the values held for each row (an fp64
-# quotient, a 64-bit address) fill the registers. 256 rows of 4 columns spill.
+# quotient, a 64-bit address) fill the registers. 256 rows of 4 columns spill. Not measured alone.
 TILE, MOST_ROWS = 2048, 64
 # Of an H200. The number of programs of a backward kernel is a multiple of it on every GPU, so that dw is the same.
 MULTIPROCESSORS = 132
 # The most numbers in one fp32 partial sum of dw, by the itemsize of dw; the partial sums are added in fp64. With random
 # rounding errors the error grows with the square root of this, far below the rounding of a 16-bit result. At worst it
-# grows in proportion, to half of that rounding in fp16.
+# grows in proportion, to half of that rounding in fp16. 1024 and not 64: 16384 x 7168 1.106 to 1.070 of a copy's time.
 LONGEST_SUM = {2: 1024, 4: 64}
-# The most columns of a tile of `dw_alone`.
+# The most columns of a tile of `dw_alone`. Not measured alone.
 COLUMNS = 1024
 # The most programs that share a row: in `sum_of_shares` one lane of a warp reads each share.
+# 262,144 columns backward, read once: 498 to 420 us in bf16, 944 to 557 in fp32.
 MOST_PARTS = 32
 
 
@@ -81,55 +84,112 @@ class Shared(NamedTuple):
         return -(-N // (self.pieces * self.block_n))
 
 
-# The tables below are keyed by itemsize and then by the most columns.
+# The tables below are keyed by itemsize and then by the most columns. The comment on a row is the time of the pass as a
+# multiple of that of a copy of as many bytes, at the widths that the row serves, each in the latest run of
+# benchmarks/results/tiles-cuda.json that timed this launch.
 _FORWARD = {
     2: {
-        768: WholeRows(2, 256, 1), 1024: WholeRows(1, 512, 2), 2048: WholeRows(1, 512, 2), 4096: WholeRows(1, 1024, 4),
-        5120: WholeRows(1, 2048, 4), 8192: WholeRows(1, 2048, 8), 12288: WholeRows(1, 4096, 8),
-        16384: WholeRows(1, 8192, 16),
+        768: WholeRows(2, 256, 1),  # 0.99 to 1.03
+        2048: WholeRows(1, 512, 2),  # 0.99 to 1.01
+        4096: WholeRows(1, 1024, 4),  # 1.00 to 1.04
+        5120: WholeRows(1, 2048, 4),  # 1.00 to 1.02
+        8192: WholeRows(1, 2048, 8),  # 0.99 to 1.04
+        12288: WholeRows(1, 4096, 8),  # 1.00 to 1.04
+        16384: WholeRows(1, 8192, 16),  # 1.02 to 1.07
     },
     4: {
-        512: WholeRows(2, 256, 1), 1024: WholeRows(1, 256, 2), 2048: WholeRows(1, 512, 4), 4096: WholeRows(1, 1024, 8),
-        8192: WholeRows(1, 2048, 16), 12288: WholeRows(1, 4096, 16), 16384: WholeRows(1, 4096, 8),
+        512: WholeRows(2, 256, 1),  # 1.01
+        1024: WholeRows(1, 256, 2),  # 0.98 to 1.00
+        2048: WholeRows(1, 512, 4),  # 0.99 to 1.02
+        4096: WholeRows(1, 1024, 8),  # 1.00 to 1.03
+        8192: WholeRows(1, 2048, 16),  # 0.99 to 1.03
+        12288: WholeRows(1, 4096, 16),  # 1.00 to 1.04
+        16384: WholeRows(1, 4096, 8),  # 1.01 to 1.04
     },
-}  # fmt: skip
+}
 # Rows of up to 256 columns; a program of one warp takes several.
 _BACKWARD_NARROW = {
-    2: {64: NarrowRows(256, 20), 256: NarrowRows(512, 16)},
-    4: {64: NarrowRows(256, 16), 256: NarrowRows(512, 8)},
+    2: {
+        64: NarrowRows(256, 20),  # 1.13 to 1.91
+        256: NarrowRows(512, 16),  # 1.12 to 1.59
+    },
+    4: {
+        64: NarrowRows(256, 16),  # 1.15 to 1.49
+        256: NarrowRows(512, 8),  # 1.08 to 1.25
+    },
 }
 _BACKWARD = {
     2: {
-        512: Tile(2, 512, 2, 4, 5), 640: Tile(2, 256, 1, 8), 768: Tile(2, 256, 1, 6, alone=True),
-        1024: Tile(2, 512, 2, 4), 1280: Tile(2, 256, 2, 4), 1536: Tile(2, 512, 4, 3, 3, 2),
-        2560: Tile(1, 512, 2, 4), 3072: Tile(1, 1024, 4, 3, 3, 2), 5120: Tile(1, 1024, 4, 2),
-        7680: Tile(1, 2048, 8, 1, 4), 10240: Tile(1, 2048, 8, 1),
+        512: Tile(2, 512, 2, 4, 5),  # 1.07
+        640: Tile(2, 256, 1, 8),  # 1.07 to 1.09
+        768: Tile(2, 256, 1, 6, alone=True),  # 1.07
+        1024: Tile(2, 512, 2, 4),  # 1.03
+        1280: Tile(2, 256, 2, 4),  # 1.05
+        1536: Tile(2, 512, 4, 3, 3, 2),  # 1.03
+        2560: Tile(1, 512, 2, 4),  # 1.04 to 1.06
+        3072: Tile(1, 1024, 4, 3, 3, 2),  # 1.04 to 1.05
+        5120: Tile(1, 1024, 4, 2),  # 1.04 to 1.08
+        7680: Tile(1, 2048, 8, 1, 4),  # 1.04 to 1.06
+        10240: Tile(1, 2048, 8, 1),  # 1.03 to 1.05
     },
     4: {
-        512: Tile(2, 512, 2, 2, alone=True), 768: Tile(2, 256, 2, 4, alone=True), 1024: Tile(2, 512, 2, 2, alone=True),
-        1280: Tile(2, 256, 2, 4, alone=True), 1536: Tile(2, 512, 4, 3, 2, alone=True), 3072: Tile(2, 1024, 8, 1),
-        4096: Tile(1, 2048, 16, 1, alone=True), 5120: Tile(1, 1024, 8, 1, alone=True), 8192: Tile(1, 2048, 16, 1),
+        512: Tile(2, 512, 2, 2, alone=True),  # 1.07
+        768: Tile(2, 256, 2, 4, alone=True),  # 1.05 to 1.08
+        1024: Tile(2, 512, 2, 2, alone=True),  # 1.06
+        1280: Tile(2, 256, 2, 4, alone=True),  # 1.04
+        1536: Tile(2, 512, 4, 3, 2, alone=True),  # 1.04
+        3072: Tile(2, 1024, 8, 1),  # 1.05 to 1.07
+        4096: Tile(1, 2048, 16, 1, alone=True),  # 1.06 to 1.07
+        5120: Tile(1, 1024, 8, 1, alone=True),  # 1.06
+        8192: Tile(1, 2048, 16, 1),  # 1.07 to 1.10
     },
-}  # fmt: skip
+}
 # Rows that programs share. The staged kernels hold a row in shared memory, the others in registers. In the backward
 # pass both take the number of programs from the staged table.
 _FORWARD_STAGED = {
-    2: {20480: Shared(2, 2048, 4), 131072: Shared(2, 4096, 4), 204800: Shared(3, 4096, 4), 262144: Shared(2, 8192, 4)},
-    4: {262144: Shared(2, 4096, 4)},
+    2: {
+        20480: Shared(2, 2048, 4),  # 1.07
+        131072: Shared(2, 4096, 4),  # 1.06 to 1.12
+        204800: Shared(3, 4096, 4),  # 1.09 to 1.10
+        262144: Shared(2, 8192, 4),  # 1.09
+    },
+    4: {
+        262144: Shared(2, 4096, 4),  # 1.06 to 1.11
+    },
 }
 _BACKWARD_STAGED = {
-    2: {65536: Shared(4, 512, 2, 8, 6), 131072: Shared(4, 1024, 4, 4, 3), 262144: Shared(8, 1024, 4, 2)},
-    4: {131072: Shared(4, 1024, 8, 2), 262144: Shared(8, 1024, 8, 1)},
+    2: {
+        65536: Shared(4, 512, 2, 8, 6),  # 1.05 to 1.18
+        131072: Shared(4, 1024, 4, 4, 3),  # 1.11 to 1.13
+        262144: Shared(8, 1024, 4, 2),  # 1.27 to 1.29
+    },
+    4: {
+        131072: Shared(4, 1024, 8, 2),  # 1.04 to 1.07
+        262144: Shared(8, 1024, 8, 1),  # 1.04
+    },
 }
+# These serve only rows that the staged kernels do not take. Backward, 2.3 to 4.6 times a copy if 16 does not divide N.
 _FORWARD_SHARED = {
-    2: {65536: Shared(4, 1024, 4), 524288: Shared(16, 1024, 4)},
-    4: {65536: Shared(4, 1024, 4), 262144: Shared(8, 1024, 4)},
+    2: {
+        65536: Shared(4, 1024, 4),  # not measured alone
+        524288: Shared(16, 1024, 4),  # 262,144 columns 196 us with less of a row a program, 179 so
+    },
+    4: {
+        65536: Shared(4, 1024, 4),  # not measured alone
+        262144: Shared(8, 1024, 4),  # not measured alone
+    },
 }
 _BACKWARD_SHARED = {
-    2: {65536: Shared(4, 1024, 4), 262144: Shared(4, 2048, 8)},
-    4: {131072: Shared(4, 1024, 4), 262144: Shared(8, 1024, 8)},
+    2: {
+        65536: Shared(4, 1024, 4),  # not measured alone
+        262144: Shared(4, 2048, 8),  # not measured alone
+    },
+    4: {
+        131072: Shared(4, 1024, 4),  # not measured alone
+        262144: Shared(8, 1024, 8),  # not measured alone
+    },
 }
-STAGES = 3  # rows that a staged backward program has in shared memory
+STAGES = 3  # rows that a staged backward program has in shared memory; with four or five 1.6 to 1.7 of a copy's time
 
 AnyTile = TypeVar("AnyTile")
 
@@ -186,6 +246,8 @@ def forward(N: int, itemsize: int, with_residual: bool, aligned: bool, gpu: Gpu)
         return replace(config, overlap=config.parts > 0 and gpu.capability >= 9)
     if N <= 256:
         block_n, rows = _narrow(N, 4096 // itemsize)
+        # 4096 bytes for two warps, not 2048 numbers for four: 128 columns 1.07 to 1.02 of a copy's time, fp32 1.04 to
+        # 1.01.
         narrow_loads = itemsize == 2 and N % 16 != 0  # which take more registers
         warps = max(1, rows * block_n * itemsize // (1024 if narrow_loads else 2048))
         return Launch(block_n, warps, rows)
@@ -271,6 +333,8 @@ def sum_partials(programs: int, N: int, gpu: Gpu) -> Launch:
 
     The more shares there are, the fewer columns a program takes, so that enough programs read them.
     """
+    # 1024 numbers and 4 warps, not 4096 and 8: 512 shares 0.3 us less of 3, 256 0.7, 66 to 175 2 to 3. For few wide
+    # shares 4096 and 8: 262,144 columns 414 to 377 us.
     rows = min(max(power_of_two(max(1, programs)) // 4, 8), 128)
     size, warps = (4096, 8) if rows == 8 else (1024, 4)
     return Launch(min(power_of_two(N), size // rows), warps, rows, overlap=gpu.capability >= 9)

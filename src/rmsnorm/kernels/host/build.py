@@ -11,8 +11,10 @@ process starts fast and needs nothing that is installed.
 
 import contextlib
 import ctypes
+import fnmatch
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -20,6 +22,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from typing import Any
 
 _SECONDS = 600
@@ -81,6 +84,72 @@ def write(path: str, whole: bytes, mode: int = 0o600) -> None:
             os.unlink(scratch)
 
 
+# --- folders of machine code ---------------------------------------------------------------------------------
+
+# What these folders hold. Each version of the package has its own, with a hash at the end of its name.
+_OURS, _NAME = ("*.nbc", "rmsnorm*", f"{_SCRATCH}*"), "(.+[-_])[0-9a-f]{16}"
+_DAY = 24 * 60 * 60
+_UNUSED = 30 * _DAY
+
+
+def mark_used(folder: str | os.PathLike[str]) -> None:
+    """Sets the time of a folder to now, unless it was used today: `remove_unused_beside` leaves it then."""
+    with contextlib.suppress(OSError):  # code can be loaded from a folder that cannot be written, too
+        if time.time() - os.stat(folder).st_mtime > _DAY:
+            os.utime(folder)
+
+
+def remove_unused_beside(folder: str | os.PathLike[str]) -> None:
+    """Removes the folders of other versions beside this one that nobody has used for 30 days.
+
+    Processes that have loaded code from one of them keep it. A folder stays if it is another user's, if it holds
+    anything that is not ours, or while another process compiles into it.
+    """
+    around, name = os.path.split(os.path.abspath(folder))
+    kind = re.fullmatch(_NAME, name)
+    with contextlib.suppress(OSError):
+        for other in os.listdir(around):
+            found = re.fullmatch(_NAME, other)
+            if other != name and kind and found and found[1] == kind[1]:
+                with contextlib.suppress(OSError):
+                    _remove_if_unused(os.path.join(around, other))
+
+
+def _remove_if_unused(folder: str) -> None:
+    found = os.lstat(folder)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        return
+    names = os.listdir(folder)
+    if not all(any(fnmatch.fnmatchcase(name, pattern) for pattern in _OURS) for name in names):
+        return
+    paths = [os.path.join(folder, name) for name in names]
+    times = [max(info.st_mtime, info.st_atime) for info in map(os.lstat, paths)]
+    if time.time() - max(found.st_mtime, *times, 0) < _UNUSED:
+        return
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            if path.endswith((".lock", ".compiling")):
+                _hold(path, stack)  # fails if another process holds it
+        for path in paths:
+            _remove(path)
+        os.rmdir(folder)
+
+
+def _hold(lock: str, stack: contextlib.ExitStack) -> None:
+    import fcntl  # Unix only
+
+    file = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    stack.callback(os.close, file)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _remove(path: str) -> None:
+    """Removes a file, a symbolic link or a folder, if possible."""
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
 # --- compiling -----------------------------------------------------------------------------------------------
 
 
@@ -114,6 +183,7 @@ def compiled(target: str, command: list[str], unblock: Any = ()) -> bool:
             shutil.rmtree(scratch, ignore_errors=True)
     with contextlib.suppress(OSError):
         os.unlink(f"{target}.failed")
+    remove_unused_beside(folder)
     return True
 
 
@@ -121,10 +191,7 @@ def _sweep(folder: str) -> None:
     """Deletes the scratch files of killed compilations. The caller holds the lock, so nobody else uses them."""
     for name in os.listdir(folder):
         if name.startswith(_SCRATCH):
-            path = os.path.join(folder, name)
-            shutil.rmtree(path, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+            _remove(os.path.join(folder, name))
 
 
 def _run(command: list[str], scratch: str, log: str, unblock: Any) -> None:

@@ -337,6 +337,7 @@ def _found(target: Path) -> int | None:
         raise _Replaceable(f"{target} cannot be opened: {error.strerror or error}{_WARMUP_RECOMPILES}") from None
     fault = build.distrust(os.fstat(file))
     if fault is None and build.unsealed(build.content(file)) is not None:
+        build.mark_used(target.parent)
         return file
     os.close(file)
     if fault is not None:

@@ -40,7 +40,10 @@ ADD_BACKWARD = Mode("add-backward", "add + norm, backward", 4, ("backward",), ba
 # The rows of x are columns of wider rows, as those that DeepSeek's kv_a_layernorm gets: 512 of 576 columns.
 STRIDED_FORWARD = Mode("strided-forward", "forward, of rows 64 columns apart", 2, ("inference",))
 GAP = 64  # columns between the rows
-MODES = {mode.slug: mode for mode in (FORWARD, STRIDED_FORWARD, BACKWARD, TRAINING, ADD_FORWARD, ADD_BACKWARD)}
+# What is measured on each device.
+CPU_MODES = (FORWARD, TRAINING)
+CUDA_MODES = (FORWARD, STRIDED_FORWARD, BACKWARD, ADD_FORWARD, ADD_BACKWARD)
+MODES = {mode.slug: mode for mode in dict.fromkeys((*CPU_MODES, *CUDA_MODES))}
 
 
 @dataclass(frozen=True)
@@ -94,10 +97,10 @@ def cases(device_type: str, quick: bool) -> Iterator[BenchCase]:
     dtypes = (torch.bfloat16, torch.float32) if quick else (torch.bfloat16, torch.float32, torch.float16)
     if device_type != "cuda":
         shapes = _CPU_SHAPES_QUICK if quick else _CPU_SHAPES
-        for dtype, mode, (M, N) in itertools.product(dtypes, (FORWARD, TRAINING), shapes):
+        for dtype, mode, (M, N) in itertools.product(dtypes, CPU_MODES, shapes):
             yield BenchCase(M, N, dtype, mode)
         return
-    for dtype, mode in itertools.product(dtypes, (FORWARD, STRIDED_FORWARD, BACKWARD, ADD_FORWARD, ADD_BACKWARD)):
+    for dtype, mode in itertools.product(dtypes, CUDA_MODES):
         few = quick or mode.adds or dtype == torch.float16
         shapes = _CUDA_SLICES if mode == STRIDED_FORWARD else _CUDA_SHAPES_QUICK if few else _CUDA_SHAPES
         for M, N in shapes:

@@ -102,7 +102,7 @@ def _measure_all(
     names: Sequence[str],
 ) -> BenchResult:
     where = machine.find_device(device)
-    file = None if out is None else out / f"bench-{where.type}.json"
+    file = None if out is None else out / results.bench_file(where.type)
     if file is not None:
         results.check_file(file, "--out")
     selected = list(cases(where.type, quick))
@@ -112,6 +112,7 @@ def _measure_all(
         plot.panels(case.to_json() for case in selected)
     start = time.perf_counter()
     facts = machine.describe(where)
+    facts["versions"] |= peers.versions(measured)
     overall = any((case.mode, case.dtype) == (FORWARD, torch.bfloat16) for case in selected)
     cuda = overall and where.type == "cuda"
     wait_for_host()

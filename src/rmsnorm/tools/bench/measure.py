@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rmsnorm import bits, memory, reference
+from rmsnorm import bits, compat, memory, reference
 from rmsnorm.tools import timing
 from rmsnorm.tools.bench import peers
 from rmsnorm.tools.bench.cases import GAP, STRIDED_FORWARD, TRAINING, BenchCase
@@ -127,10 +127,8 @@ def runner(provider: Provider, case: BenchCase) -> Run:
 
 
 def _compile(run: Run) -> Run:
-    torch._dynamo.reset()  # compile for the shape of this case alone, as a model with fixed shapes would
-    from torch._functorch import config
-
-    config.donated_buffer = False  # the graph is kept to run its backward pass repeatedly
+    torch.compiler.reset()  # compile for the shape of this case alone, as a model with fixed shapes would
+    compat.keep_compiled_graphs()
     return torch.compile(run, fullgraph=True, dynamic=False)
 
 

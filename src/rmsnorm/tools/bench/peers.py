@@ -1,7 +1,8 @@
 """The providers that `rmsnorm bench` measures. To measure another norm, add a line to PROVIDERS."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 
 import torch
@@ -112,6 +113,24 @@ PROVIDERS = (
     Provider("FlashInfer", _flashinfer, package="flashinfer"),
     Provider("fla", _fla, add=_fla_add, package="fla"),
 )
+
+
+def versions(measured: Iterable[Provider]) -> dict[str, str]:
+    """Return the versions of the packages that these providers need.
+
+    Args:
+        measured: The providers.
+
+    Returns:
+        Versions by the name under which pip knows a package; "unknown" if pip does not know it.
+    """
+    found: dict[str, str] = {}
+    known = packages_distributions()
+    for provider in measured:
+        if provider.package:
+            names = dict.fromkeys(known.get(provider.package, ()))
+            found |= {name: version(name) for name in names} or {provider.package: "unknown"}
+    return found
 
 
 def providers(device_type: str, only: Sequence[str] = ()) -> tuple[Provider, ...]:

@@ -7,10 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# FakeTensorMode has no public name, but torch documents it: operators then compute shapes only. transformers recognizes
-# its tensors and does not read their values, as it would with tensors on the meta device.
-from torch._subclasses.fake_tensor import FakeTensorMode
-
+from rmsnorm import compat
 from rmsnorm.errors import CommandError
 from rmsnorm.tools.cost.result import NormCall
 from rmsnorm.tools.cost.sizes import head_dim, size_of
@@ -97,7 +94,7 @@ def _observed(
         model.set_experts_implementation("batched_mm")  # type: ignore[operator]
     model.eval()
     try:
-        with torch.no_grad(), CallLimit(most), FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.no_grad(), CallLimit(most), compat.tensors_without_data():
             library.run_on_tokens(model, torch.zeros(batch, seq, dtype=torch.long, device="meta"))
     finally:
         for handle in hooks:

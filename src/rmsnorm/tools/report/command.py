@@ -41,7 +41,7 @@ def report(
     budget = Budget(seconds)
     _check_options(tokens, seconds)
     where = machine.find_device(device)
-    results.check_file(out / "report.json", "--out")
+    results.check_file(out / results.REPORT_FILE, "--out")
     build = loading.builder(target)
     library.import_transformers("the report")
     say = Announcer(progress, budget)
@@ -51,7 +51,7 @@ def report(
         built = build(where)
         budget.finish("loading")
         result = ReportRun(target, where, built, tokens, budget, say, every_layer).result()
-    results.write_json(out / "report.json", result.to_json())
+    results.write_json(out / results.REPORT_FILE, result.to_json())
     return result
 
 

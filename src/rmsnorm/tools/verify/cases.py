@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from rmsnorm.errors import CommandError
-from rmsnorm.spec import Cast
+from rmsnorm.spec import Cast, sum_dtype
 from rmsnorm.tools.verify.bounds import NARROW
 from rmsnorm.tools.verify.layouts import LAYOUTS, ORTHOGONAL, ROUNDING_BOUNDARY, SPECIAL_VALUES
 
@@ -51,7 +51,7 @@ class VerifyCase:
     @property
     def s(self) -> torch.dtype:
         """The dtype of the tensor that is normalized: x, or x + residual."""
-        return self.x if self.residual is None else torch.promote_types(self.x, self.residual)
+        return sum_dtype(self.x, self.residual)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rmsnorm.spec import result_dtype
 from rmsnorm.tools.verify.cases import VerifyCase
 from rmsnorm.tools.verify.layouts import LAYOUTS, ORTHOGONAL, ROUNDING_BOUNDARY, SPECIAL_VALUES
 
@@ -68,7 +69,7 @@ def draw(case: VerifyCase, seed: int) -> Inputs:
     elif case.form == ORTHOGONAL and w is not None:
         _orthogonalize(x, w, dy, generator)
     residual = None if case.residual is None else (normal() * size).to(case.residual)
-    y_dtype = torch.promote_types(case.s, case.w) if case.w is not None and case.cast == "early" else case.s
+    y_dtype = result_dtype(case.s, case.w, case.cast)
     return Inputs(
         x.to(case.x),
         residual,

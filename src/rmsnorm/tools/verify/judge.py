@@ -74,13 +74,18 @@ def judge(row: SweepRow, tally: Tally) -> RowResult:
             faults.append(f"outputs differ from eager's by up to {tally.eager_ulp:.3g} ulp")
     narrow = max(c.N for c in row.cases) < NARROW
     for name, error, dtype in (("dx", tally.dx, case.x), ("dw", tally.dw, case.w)):
-        if dtype is None or error.ratio is None or error.elements < GRADIENT_ELEMENTS or tally.rows < GRADIENT_ROWS:
+        if dtype is None or error.ratio is None or not is_large_enough(error, tally):
             continue
         limit = _ratio_allowed(row, name, dtype)
         # The comparison is negated so that a NaN counts as a fault.
         if not (error.ratio <= limit or (narrow and error.size <= NARROW_ERROR)):
             faults.append(f"the error of {name} is {error.ratio:.5f} of eager's, more than {limit:.5f}")
     return RowResult(row.section, row.name, tally, tuple(faults))
+
+
+def is_large_enough(error: GradientError, tally: Tally) -> bool:
+    """Whether the sample of a gradient is large enough for its error to be judged."""
+    return error.elements >= GRADIENT_ELEMENTS and tally.rows >= GRADIENT_ROWS
 
 
 def _differences_allowed(row: SweepRow) -> float:

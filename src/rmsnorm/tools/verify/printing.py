@@ -7,11 +7,18 @@ import torch
 
 from rmsnorm.tools import display, machine
 from rmsnorm.tools.display import Block, Column, Table, Text
-from rmsnorm.tools.verify.bounds import CONSTRUCTED_ULP, EAGER_SHARE, EAGER_ULP, GRADIENT_RATIO
+from rmsnorm.tools.verify.bounds import (
+    CONSTRUCTED_ULP,
+    EAGER_SHARE,
+    EAGER_ULP,
+    GRADIENT_ELEMENTS,
+    GRADIENT_RATIO,
+    GRADIENT_ROWS,
+)
 from rmsnorm.tools.verify.cases import FLOATS, short_name
-from rmsnorm.tools.verify.judge import RowResult
+from rmsnorm.tools.verify.judge import RowResult, is_large_enough
 from rmsnorm.tools.verify.result import VerifyResult
-from rmsnorm.tools.verify.tally import Tally
+from rmsnorm.tools.verify.tally import GradientError, Tally
 
 
 def blocks(result: VerifyResult, verbose: bool = False) -> list[Block]:
@@ -78,7 +85,7 @@ def _totals(result: VerifyResult) -> list[Block]:
     numbers = ("outputs", "differ", "by ulp", "may differ", "may by ulp")
     columns = (Column("compared with", words=True), *map(Column, numbers))
     gradients = tuple(
-        (short_name(dtype), *(display.factor(e.ratio) for e in (t.dx, t.dw)), display.factor(GRADIENT_RATIO[dtype]))
+        (short_name(dtype), *(_ratio(e, t) for e in (t.dx, t.dw)), display.factor(GRADIENT_RATIO[dtype]))
         for dtype, t in _by_dtype(result).items()
     )
     of_gradients = (Column("dtype", words=True), Column("dx"), Column("dw"), Column("at most"))
@@ -99,7 +106,17 @@ def _totals(result: VerifyResult) -> list[Block]:
             if gradients
             else []
         ),
+        *([_TOO_FEW] if any(_FEW in row for row in gradients) else []),
     ]
+
+
+_FEW = "too few"
+_TOO_FEW = f"{_FEW}: fewer than {GRADIENT_ELEMENTS:,} elements or {GRADIENT_ROWS} rows, of which no ratio is judged."
+
+
+def _ratio(error: GradientError, tally: Tally) -> str:
+    """Return our error of a gradient divided by eager's, if the sample is large enough to judge it."""
+    return display.factor(error.ratio) if error.ratio is None or is_large_enough(error, tally) else _FEW
 
 
 def _by_dtype(result: VerifyResult) -> dict[torch.dtype, Tally]:
@@ -152,7 +169,7 @@ def _details(result: VerifyResult) -> list[Block]:
         "not exact, not the CPU's: numbers of y, dx and x + residual whose bits differ from the exact arithmetic's, or "
         "from those of the same call on the CPU.",
         "not eager's: the share of outputs that differ from the published class's; by ulp: by how many at most.",
-        "dx, dw: the L2 error of a gradient against fp64, ours divided by eager's.",
+        f"dx, dw: the L2 error of a gradient against fp64, ours divided by eager's. {_TOO_FEW}",
         "close: rows for which the order of an fp64 sum could matter.",
     ]
     return printed
@@ -171,7 +188,7 @@ def _cells(row: RowResult, on_gpu: bool) -> dict[str, str | Text]:
         "may be off by": f"{CONSTRUCTED_ULP} ulp" if constructed else "",
         "not eager's": display.share(tally.eager_differing / tally.outputs, 2) if against_eager else "",
         "by ulp": display.number(tally.eager_ulp, digits=2) if against_eager else "",
-        "dx": "" if tally.dx.ratio is None else display.factor(tally.dx.ratio),
-        "dw": "" if tally.dw.ratio is None else display.factor(tally.dw.ratio),
+        "dx": "" if tally.dx.ratio is None else _ratio(tally.dx, tally),
+        "dw": "" if tally.dw.ratio is None else _ratio(tally.dw, tally),
         "close": display.count(tally.close),
     }
