@@ -4,15 +4,17 @@ Its rule is written down here instead of proven; a test compares it with what th
 """
 
 import functools
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rmsnorm.errors import complaint, type_name
 from rmsnorm.patching.replacement import explain_norm, forward_by_rule
 from rmsnorm.patching.rule import LEADING_DIMS, Rule
-from rmsnorm.spec import DTYPES
+from rmsnorm.spec import DTYPES, as_int, check_bool
 
 
 class TorchRMSNorm(nn.RMSNorm):
@@ -34,7 +36,8 @@ class TorchRMSNorm(nn.RMSNorm):
         dtype: The dtype of the weight.
 
     Raises:
-        TypeError: If an argument has the wrong type, as `torch.nn.RMSNorm` raises it.
+        TypeError: If an argument has the wrong type.
+        ValueError: If there is no dimension to normalize over.
 
     Example:
         >>> norm = rmsnorm.TorchRMSNorm(1280, eps=1e-6)
@@ -43,6 +46,21 @@ class TorchRMSNorm(nn.RMSNorm):
         >>> norm(torch.randn(2, 1280, dtype=torch.bfloat16)).dtype
         torch.bfloat16
     """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        where = type(self).__name__
+        shape = _checked_shape(where, normalized_shape)
+        if eps is not None and (isinstance(eps, bool) or not isinstance(eps, numbers.Real)):
+            raise TypeError(complaint(where, "eps", f"is {type_name(eps)}", "a number or None"))
+        check_bool(where, "elementwise_affine", elementwise_affine)
+        super().__init__(shape, None if eps is None else float(eps), elementwise_affine, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x.
@@ -68,6 +86,16 @@ class TorchRMSNorm(nn.RMSNorm):
         plain = nn.RMSNorm.__new__(nn.RMSNorm)
         plain.__dict__ = self.__dict__
         return plain
+
+
+def _checked_shape(where: str, given: object) -> tuple[int, ...]:
+    sizes = given if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+    shape = tuple(n for n in map(as_int, sizes) if n is not None)
+    if len(shape) != len(sizes):
+        raise TypeError(complaint(where, "normalized_shape", f"is {given!r}", "an int or a sequence of ints"))
+    if not shape or min(shape) < 1:
+        raise ValueError(complaint(where, "normalized_shape", f"is {shape}", "sizes of at least 1, and at least one"))
+    return shape
 
 
 @functools.cache
