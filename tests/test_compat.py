@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rmsnorm import compat, rms_norm
+from rmsnorm import TorchRMSNorm, compat, explain, rms_norm
 
 # On torch 2.11 and 2.13 each of these was seen.
 NAMES = (
@@ -51,3 +51,17 @@ def test_private_names_of_torch_stand_in_compat_alone() -> None:
     allowed = {"compat", "patching.calls", "patching.bytecode"}
     found = {module_of(file) for file in FILES if "torch._C" in file.read_text()}
     assert found <= allowed
+
+
+def test_the_devices_whose_autocast_leaves_torchs_norm_as_it_is_are_found() -> None:
+    assert hasattr(torch._C, "_dispatch_has_kernel_for_dispatch_key")
+    assert "cpu" in compat.RMS_NORM_UNCHANGED_BY_AUTOCAST
+
+
+def test_where_they_are_not_found_torchs_own_forward_runs_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm, x = TorchRMSNorm(8), torch.ones(3, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "own forward" not in explain(x, norm)
+        monkeypatch.delattr(torch._C, "_dispatch_has_kernel_for_dispatch_key")
+        monkeypatch.setattr(compat, "RMS_NORM_UNCHANGED_BY_AUTOCAST", compat._rms_norm_unchanged_by_autocast())
+        assert "own forward, because autocast may cast its input" in explain(x, norm)

@@ -24,9 +24,10 @@ class TorchRMSNorm(nn.RMSNorm):
     as in `F.rms_norm` (`cast="late"`). The outputs are the same, bit for bit, as those of a `torch.nn.RMSNorm` that
     `patch` has replaced: the same for every batch size and device, and in 16 bits within 1 ulp of torch's own.
 
-    torch's own forward runs where x or the weight is float64 (torch computes in fp64 then), under autocast, for more
-    than four dimensions in front of the normalized ones, under torch.jit and ONNX export, and for inputs that do not
-    fit, so that the errors are torch's too. `rmsnorm.explain(x, norm)` says which of the two runs, and why.
+    torch's own forward runs where x or the weight is float64 (torch computes in fp64 then), where autocast casts x or
+    the weight to fp32 (on GPUs), for more than four dimensions in front of the normalized ones, under torch.jit and
+    ONNX export, and for inputs that do not fit, so that the errors are torch's too. `rmsnorm.explain(x, norm)` says
+    which of the two runs, and why.
 
     Args:
         normalized_shape: The sizes of the last dimensions, over which it normalizes; an int for one dimension.
@@ -109,5 +110,5 @@ def torch_rule(shape: tuple[int, ...], weighted: bool) -> Rule:
     return Rule(
         "late" if weighted else "early", 0.0, "eps", weighted, none_is_torch_eps=True,
         own_dtypes=frozenset((x, w) for x in DTYPES for w in weights if torch.float64 in (x, w)),
-        own_under_autocast=True, ranks=frozenset(len(shape) + k for k in LEADING_DIMS), normalized_shape=shape,
+        calls_rms_norm=True, ranks=frozenset(len(shape) + k for k in LEADING_DIMS), normalized_shape=shape,
     )  # fmt: skip
