@@ -166,7 +166,8 @@ def explain(
     given: list[Any] = [x, residual, weight]
     x_, residual_, weight_ = given if plain else map(_without_memory, given)
     kind = Forward.of(x_, residual_, weight_, spec, needs_gradient(x, residual, weight))._replace(device=x.device)
-    plan = dispatch.plan_forward(kind)
+    by_columns = None if plain else _is_sharded_by_columns(x, residual, weight)
+    plan = ByReference(_BY_COLUMNS) if by_columns else dispatch.plan_forward(kind)
     by_kernel = isinstance(plan, Plan)
     reason = plan.why if isinstance(plan, ByReference) else ""
     if isinstance(plan, Plan) and plain:
@@ -185,11 +186,19 @@ def explain(
         lines.append("the sum is taken before the kernel, because x and residual differ in dtype")
     if not plain:
         lines.append("reached through torch.ops.rmsnorm, because not every argument is a plain tensor")
-        load_sharding()
-        distributed = sys.modules.get("rmsnorm.ops.sharding")
-        sharding = None if distributed is None else distributed.explained(x, residual, weight)
-        lines.extend([] if sharding is None else [sharding])
+    if by_columns is False:
+        lines.append("each rank takes its own rows, without communication")
     return "; ".join(lines)
+
+
+_BY_COLUMNS = "in two parts around an all-reduce, because the last dimension is sharded"
+
+
+def _is_sharded_by_columns(x: Any, residual: Any, w: Any) -> bool | None:
+    """Whether the rows of DTensors are spread over ranks; None if there is no DTensor."""
+    load_sharding()
+    sharding = sys.modules.get("rmsnorm.ops.sharding")
+    return None if sharding is None else sharding.is_sharded_by_columns(x, residual, w)
 
 
 def warmup(
