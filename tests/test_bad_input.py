@@ -8,11 +8,13 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
 import rmsnorm
 from rmsnorm import add_rms_norm, explain, rms_norm
+from rmsnorm.errors import type_name, with_article
 
 N = 8
 
@@ -49,7 +51,7 @@ def of_tensor(name: str, make: Callable[..., Any]) -> list[Bad]:
         *(bad(f"has dtype {dtype}", wanted, lambda dtype=dtype: make(dtype=dtype)) for dtype in refused),
         bad("has layout torch.sparse_coo", "a dense tensor", lambda: make().to_sparse()),
         bad("is a list", "a torch.Tensor", lambda: make().tolist()),
-        bad("is a ndarray", "a torch.Tensor", lambda: make().numpy()),
+        bad("is an ndarray", "a torch.Tensor", lambda: make().numpy()),
         bad("is a float", "a torch.Tensor", lambda: 1.0),
     ]
 
@@ -151,12 +153,12 @@ def test_a_short_weight_raises_the_message_of_the_contract() -> None:
 
 
 def test_the_argument_order_of_f_rms_norm_raises_an_error_that_says_so() -> None:
-    order = "expected a torch.Tensor: this is the argument order of F.rms_norm; write rms_norm(x, weight, eps, "
+    order = "expected a torch.Tensor: this is the argument order of F.rms_norm; write rms_norm(x, weight, eps=eps, "
     for shape in ((N,), [N], N, torch.Size((N,))):
         for more in ((), (x(N),), (x(N), 1e-6), (None, 1e-6)):
             with pytest.raises(TypeError, match=re.escape(order)) as raised:
                 rms_norm(x(), shape, *more)
-            assert str(raised.value).startswith(f"[rms_norm] weight is a {type(shape).__name__}, ")
+            assert str(raised.value).startswith(f"[rms_norm] weight is {type_name(shape)}, ")
     with pytest.raises(
         TypeError, match=re.escape("eps is a NoneType, expected a number; F.rms_norm's None is torch.f")
     ):
@@ -169,6 +171,33 @@ def test_the_argument_order_of_f_rms_norm_raises_an_error_that_says_so() -> None
             rms_norm(x(), x(N), 1e-6, given)
 
 
+@pytest.mark.parametrize("shape", [N, (N,), [N]])
+def test_torchs_arguments_by_name_or_in_the_other_functions_raise_an_error_that_says_so(shape: Any) -> None:
+    rms_norm(x(), x(N))  # so that C++ makes the next calls of this kind
+    add_rms_norm(x(), x(), x(N))
+    for where, call in (
+        ("rms_norm", lambda: rms_norm(x(), normalized_shape=shape)),
+        ("rms_norm", lambda: rms_norm(x(), normalized_shape=shape, weight=x(N), eps=1e-6)),
+        ("add_rms_norm", lambda: add_rms_norm(x(), x(), normalized_shape=shape, weight=x(N))),
+    ):
+        with pytest.raises(TypeError) as raised:
+            call()
+        assert str(raised.value).startswith(f"[{where}] normalized_shape is {shape!r}, expected no such argument")
+        assert str(raised.value).endswith(f'write {where}(x, weight, eps=eps, cast="late")')
+    for where, call in (
+        ("add_rms_norm", lambda: add_rms_norm(x(), x(), shape, x(N))),
+        ("explain", lambda: explain(x(), shape)),
+    ):
+        with pytest.raises(
+            TypeError, match=rf"^\[{where}\] weight is .*the argument order of F.rms_norm; write {where}"
+        ):
+            call()
+    with pytest.raises(
+        TypeError, match=r"^\[add_rms_norm\] the argument after eps is 'late', expected cast and offset"
+    ):
+        add_rms_norm(x(), x(), x(N), 1e-6, "late")
+
+
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 def test_weight_and_residual_are_never_broadcast(grad, residual) -> None:
@@ -179,8 +208,6 @@ def test_weight_and_residual_are_never_broadcast(grad, residual) -> None:
 
 
 def test_numbers_of_numpy_integers_and_zero_rows_are_accepted() -> None:
-    import numpy as np
-
     expected = rms_norm(x(), x(N), 0.0)
     for eps in (0, np.float32(0), np.float64(0), np.int64(0)):
         assert torch.equal(rms_norm(x(), x(N), eps), expected)
@@ -233,6 +260,12 @@ def test_compiled_add_rms_norm_names_the_bad_argument(bad) -> None:
         ({"weight_dtypes": (torch.int8,)}, TypeError, r"\[warmup\] weight_dtypes is \(torch.int8,\), expected a"),
         ({"hidden_size": 0}, ValueError, r"\[warmup\] hidden_size is 0, expected at least 1"),
         ({"hidden_size": 2.0}, TypeError, r"\[warmup\] hidden_size is 2.0, expected an int"),
+        ({"hidden_size": True}, TypeError, r"\[warmup\] hidden_size is True, expected an int"),
+        ({"device": "gpu"}, ValueError, r"\[warmup\] device is 'gpu', expected a device that torch finds here: 'cpu'"),
+        ({"device": "cuda:99"}, ValueError, r"\[warmup\] device is 'cuda:99', expected a device that torch finds here"),
+        ({"device": torch.device("cuda:99")}, ValueError, r"\[warmup\] device is 'cuda:99', expected a device that"),
+        ({"device": None}, TypeError, r"\[warmup\] device is a NoneType, expected a str or a torch.device"),
+        ({"device": 0}, TypeError, r"\[warmup\] device is an int, expected a str or a torch.device"),
     ],
 )
 def test_warmup_names_the_argument_that_is_wrong(
@@ -240,3 +273,73 @@ def test_warmup_names_the_argument_that_is_wrong(
 ) -> None:
     with pytest.raises(error, match=message):
         rmsnorm.warmup(**arguments)
+
+
+LAYERS = ("RMSNorm", "DeepseekV2RMSNorm", "TorchRMSNorm")
+SIZE = {"RMSNorm": "hidden_size", "DeepseekV2RMSNorm": "hidden_size", "TorchRMSNorm": "normalized_shape"}
+
+
+def wrong_types() -> list[tuple[str, tuple[Any, ...], str, Any]]:
+    """(function, its arguments by position, an argument by name, a value of a wrong type)"""
+    found: list[tuple[str, tuple[Any, ...], str, Any]] = [
+        *((name, (), SIZE[name], value) for name in LAYERS for value in (True, 2.0, "8", None)),
+        *((name, (8,), "eps", value) for name in LAYERS for value in (True, "1e-6", 1j)),
+        *((name, (8,), "elementwise_affine", v) for name in LAYERS[::2] for v in ("no", 0, None)),
+        *(("RMSNorm", (8,), "offset", value) for value in (True, "1", None)),
+        *(("patch", (torch.nn.Linear(2, 2),), "strict", value) for value in ("no", 0, None)),
+        *(("cost", ((4, 8),), name, value) for name in ("elementwise_affine", "master") for value in ("no", 0)),
+        *(("cost", ((4, 8),), "threads", value) for value in (True, 2.0, "2")),
+        *(("cost", (), "shape", value) for value in ((2, True), (2.0, 8), "28", 8)),
+        *((name, (x(), x(), x(N)), "offset", "1") for name in ("add_rms_norm", "explain")),
+        *((name, (x(), x(), x(N)), "eps", True) for name in ("add_rms_norm",)),
+    ]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "name", "value"),
+    wrong_types(),
+    ids=lambda value: repr(value) if isinstance(value, (str, int, float)) else type(value).__name__,
+)
+def test_an_argument_of_a_wrong_type_raises_with_the_name_of_the_function_or_class(
+    function: str, arguments: tuple[Any, ...], name: str, value: Any
+) -> None:
+    with pytest.raises(TypeError) as raised:
+        getattr(rmsnorm, function)(*arguments, **{name: value})
+    assert re.match(rf"\[{function}\] {name} is [^,]", str(raised.value)), raised.value
+    assert ", expected " in str(raised.value)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_wrong_value_raises_with_the_name_of_the_class_that_was_called(name: str) -> None:
+    cls = getattr(rmsnorm, name)
+    for value in (0, -1):
+        with pytest.raises(ValueError, match=rf"^\[{name}\] {SIZE[name]} is .*, expected "):
+            cls(value)
+    named = type("NamedNorm", (cls,), {})
+    with pytest.raises(TypeError, match=r"^\[NamedNorm\] "):
+        named("8")
+
+
+def test_integers_of_numpy_are_sizes() -> None:
+    n = np.int64(N)
+    layers = (rmsnorm.RMSNorm(n), rmsnorm.DeepseekV2RMSNorm(n), rmsnorm.TorchRMSNorm(n), rmsnorm.TorchRMSNorm([n]))
+    for layer in layers:
+        assert layer.weight.shape == (N,)
+        assert explain(x(), layer) == explain(x(), x(N))
+    assert type(layers[0].hidden_size) is int
+    assert rmsnorm.cost((np.int32(4), n), threads=np.int64(1)) == rmsnorm.cost((4, N), threads=1)
+    rmsnorm.warmup(dtypes=(torch.float32,), hidden_size=n)
+
+
+def test_a_layer_keeps_eps_and_offset_as_floats() -> None:
+    layer = rmsnorm.RMSNorm(N, np.float32(1), cast="late", offset=1)
+    assert (type(layer.eps), type(layer.offset)) == (float, float)
+    assert type(rmsnorm.DeepseekV2RMSNorm(N, 0).variance_epsilon) is float
+    assert type(rmsnorm.TorchRMSNorm(N, 0).eps) is float
+
+
+def test_messages_choose_the_indefinite_article() -> None:
+    assert [with_article(noun) for noun in ("int", "ndarray", "RMSNorm", "str", "NoneType", "uint8")] == [
+        "an int", "an ndarray", "an RMSNorm", "a str", "a NoneType", "a uint8",
+    ]  # fmt: skip

@@ -239,7 +239,7 @@ def test_the_cost_document_states_the_presets_counts_that_are_tested() -> None:
 EXPLAINED = {
     "explain", "explain_norm", "refuses", "_module", "_planner", "described", "remark", "made_by", "native", "why_own_forward",
     "_why_changed", "_why_unproven", "_why_unsupported", "_unsupported_tensor", "_why_exported",
-    "_why_inference_tensor", "_rmsnorm_explain",
+    "_why_inference_tensor", "_why_autocast", "_rmsnorm_explain",
 }  # fmt: skip
 # the classes whose methods of these names count,
 EXPLAINED_CLASSES = {"_Replacement", "MachineCode", "TritonLaunch"}

@@ -94,7 +94,7 @@ def test_a_layer_on_the_meta_device_allocates_nothing_and_can_be_materialized() 
     [
         ({"hidden_size": 0}, ValueError, "[RMSNorm] hidden_size is 0, expected at least 1"),
         ({"hidden_size": -3}, ValueError, "hidden_size is -3"),
-        ({"hidden_size": 4.0}, TypeError, "hidden_size is a float, expected an int"),
+        ({"hidden_size": 4.0}, TypeError, "hidden_size is 4.0, expected an int"),
         ({"hidden_size": 4, "eps": -1.0}, ValueError, "eps is -1.0"),
         ({"hidden_size": 4, "eps": float("nan")}, ValueError, "eps is nan"),
         ({"hidden_size": 4, "cast": "middle"}, ValueError, "cast is 'middle', expected 'early' or 'late'"),

@@ -44,6 +44,17 @@ empty_on_gpu: Callable[..., Tensor] | None = getattr(
 )
 
 
+def _rms_norm_unchanged_by_autocast() -> frozenset[str]:
+    """The devices whose autocast leaves F.rms_norm as it is; elsewhere it may cast the input to fp32, or does."""
+    has_kernel = getattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", assume_true)
+    keys = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+    return frozenset(device for device, key in keys.items() if not has_kernel("aten::rms_norm", key))
+
+
+# Of "cpu" and "cuda". It depends on the version of torch. There is no public equivalent.
+RMS_NORM_UNCHANGED_BY_AUTOCAST = _rms_norm_unchanged_by_autocast()
+
+
 def in_forward_ad() -> bool:
     """Whether forward-mode differentiation is active. There is no public equivalent."""
     return getattr(forward_ad, "_current_level", 0) >= 0

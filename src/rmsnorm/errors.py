@@ -24,12 +24,14 @@ def complaint(where: str, argument: str, was: object, expected: str) -> str:
 
 def with_article(noun: str) -> str:
     """`a Tensor`, `an int`: a noun, such as the name of a type, after its indefinite article."""
-    return f"{'an' if noun.lower().startswith(('a', 'e', 'i', 'o', 'u', 'nd')) else 'a'} {noun}"
+    sound = noun.lower()
+    vowel = sound.startswith(("a", "e", "i", "o", "u", "nd", "rms")) and not sound.startswith(("uint", "use"))
+    return f"{'an' if vowel else 'a'} {noun}"
 
 
 def type_name(value: object) -> str:
     """The name of the value's type after its indefinite article: `an int`."""
-    return with_article(type(value).__name__)
+    return with_article(f"{type(value).__name__}")  # formatted, because torch.compile traces the methods of such a str
 
 
 def one_line(error: object) -> str:

@@ -9,27 +9,27 @@ from typing import Any, Never, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from rmsnorm.errors import complaint
+from rmsnorm.errors import complaint, one_line, type_name
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
 from rmsnorm.kernels.plan import ByReference, Forward, Plan
 from rmsnorm.ops.autograd import needs_gradient, norm
 from rmsnorm.ops.dispatch import is_plain, load_sharding
-from rmsnorm.spec import DTYPES, Cast, check_order, check_tensors, spec_of
+from rmsnorm.spec import DTYPES, Cast, check_int, check_order, check_tensors, spec_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _without_more(function: Callable[P, T]) -> Callable[P, T]:
-    """Leave the parameter `more` out of the signature that help and editors show: it is there for its error alone."""
+def _as_documented(function: Callable[P, T]) -> Callable[P, T]:
+    """Leave the parameters that are there for their errors alone out of the signature that help and editors show."""
     signature = inspect.signature(function)
-    shown = [p for p in signature.parameters.values() if p.name != "more"]
+    shown = [p for p in signature.parameters.values() if p.name not in ("more", "normalized_shape")]
     function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
     return function
 
 
-@_without_more
+@_as_documented
 def rms_norm(
     x: Tensor,
     weight: Tensor | None = None,
@@ -37,6 +37,7 @@ def rms_norm(
     *more: Never,
     cast: Cast = "early",
     offset: float = 0.0,
+    normalized_shape: None = None,
 ) -> Tensor:
     """Normalize the rows of x: x / sqrt(mean(x²) + eps) · weight over the last dimension.
 
@@ -65,22 +66,24 @@ def rms_norm(
         >>> rmsnorm.rms_norm(x, weight, eps=1e-6).shape
         torch.Size([2, 8])
     """
-    if not more and not torch.compiler.is_compiling():
+    if not more and normalized_shape is None and not torch.compiler.is_compiling():
         y = host.norm(x, None, weight, eps, cast, offset)
         if y is not None:
             return y  # type: ignore[no-any-return]
-    check_order("rms_norm", weight, more)
+    check_order("rms_norm", weight, more, normalized_shape)
     return norm(x, None, weight, eps, cast, offset)[0]  # type: ignore[no-any-return]
 
 
+@_as_documented
 def add_rms_norm(
     x: Tensor,
     residual: Tensor,
     weight: Tensor | None = None,
     eps: float = 1e-6,
-    *,
+    *more: Never,
     cast: Cast = "early",
     offset: float = 0.0,
+    normalized_shape: None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add the residual to x and normalize the sum, in one pass over memory.
 
@@ -107,11 +110,12 @@ def add_rms_norm(
         tensor(2.)
     """
     if residual is None:
-        raise TypeError(complaint("add_rms_norm", "residual", "is a NoneType", "a torch.Tensor"))
-    if not torch.compiler.is_compiling():
+        raise TypeError(complaint("add_rms_norm", "residual", f"is {type_name(residual)}", "a torch.Tensor"))
+    if not more and normalized_shape is None and not torch.compiler.is_compiling():
         outputs = host.norm(x, residual, weight, eps, cast, offset)
         if outputs is not None:
             return outputs  # type: ignore[no-any-return]
+    check_order("add_rms_norm", weight, more, normalized_shape)
     y, s = norm(x, residual, weight, eps, cast, offset)[:2]
     return y, s
 
@@ -154,14 +158,16 @@ def explain(
         return own(x)  # type: ignore[no-any-return]
     if isinstance(weight, torch.nn.Module):
         expected = "a torch.Tensor, a layer of rmsnorm or a norm that patch replaced: pass norm.weight"
-        raise TypeError(complaint("explain", "weight", f"is a {type(weight).__name__} that was not patched", expected))
+        raise TypeError(complaint("explain", "weight", f"is {type_name(weight)} that was not patched", expected))
+    check_order("explain", weight)
     spec = spec_of("explain", eps, cast, offset)
     check_tensors("explain", x, residual, weight, offset)
     plain = is_plain(x, residual, weight)
     given: list[Any] = [x, residual, weight]
     x_, residual_, weight_ = given if plain else map(_without_memory, given)
     kind = Forward.of(x_, residual_, weight_, spec, needs_gradient(x, residual, weight))._replace(device=x.device)
-    plan = dispatch.plan_forward(kind)
+    by_columns = None if plain else _is_sharded_by_columns(x, residual, weight)
+    plan = ByReference(_BY_COLUMNS) if by_columns else dispatch.plan_forward(kind)
     by_kernel = isinstance(plan, Plan)
     reason = plan.why if isinstance(plan, ByReference) else ""
     if isinstance(plan, Plan) and plain:
@@ -181,11 +187,19 @@ def explain(
         lines.append("the sum is taken before the kernel, because x and residual differ in dtype")
     if not plain:
         lines.append("reached through torch.ops.rmsnorm, because not every argument is a plain tensor")
-        load_sharding()
-        distributed = sys.modules.get("rmsnorm.ops.sharding")
-        sharding = None if distributed is None else distributed.explained(x, residual, weight)
-        lines.extend([] if sharding is None else [sharding])
+    if by_columns is False:
+        lines.append("each rank takes its own rows, without communication")
     return "; ".join(lines)
+
+
+_BY_COLUMNS = "in two parts around an all-reduce, because the last dimension is sharded"
+
+
+def _is_sharded_by_columns(x: Any, residual: Any, w: Any) -> bool | None:
+    """Whether the rows of DTensors are spread over ranks; None if there is no DTensor."""
+    load_sharding()
+    sharding = sys.modules.get("rmsnorm.ops.sharding")
+    return None if sharding is None else sharding.is_sharded_by_columns(x, residual, w)
 
 
 def warmup(
@@ -203,9 +217,9 @@ def warmup(
         hidden_size: N, the width of the rows. GPU kernels are compiled for a range of widths, CPU kernels for all.
 
     Raises:
-        TypeError: If dtypes or weight_dtypes is no sequence of float32, bfloat16, float16 and float64, or hidden_size
-            is no int.
-        ValueError: If hidden_size is less than 1.
+        TypeError: If device is neither a str nor a `torch.device`, dtypes or weight_dtypes is no sequence of float32,
+            bfloat16, float16 and float64, or hidden_size is no int.
+        ValueError: If torch has no such device here, or hidden_size is less than 1.
 
     Example:
         >>> rmsnorm.warmup(dtypes=(torch.bfloat16,))
@@ -214,10 +228,8 @@ def warmup(
         if not isinstance(given, (tuple, list)) or any(dtype not in DTYPES for dtype in given):
             expected = "a tuple of float32, bfloat16, float16 or float64"
             raise TypeError(complaint("warmup", name, f"is {given!r}", expected))
-    if not isinstance(hidden_size, int) or isinstance(hidden_size, bool):
-        raise TypeError(complaint("warmup", "hidden_size", f"is {hidden_size!r}", "an int"))
-    if hidden_size < 1:
-        raise ValueError(complaint("warmup", "hidden_size", f"is {hidden_size}", "at least 1"))
+    hidden_size = check_int("warmup", "hidden_size", hidden_size, 1)
+    _check_present("warmup", device)
     wait_for_host()
     for dtype in dtypes:
         for weight_dtype in dict.fromkeys(weight_dtypes or (dtype, torch.float32)):
@@ -225,6 +237,20 @@ def warmup(
                 x = torch.ones(1, hidden_size, dtype=dtype, device=device, requires_grad=True)
                 w = torch.ones(hidden_size, dtype=weight_dtype, device=device, requires_grad=True)
                 rms_norm(x, w, cast=cast).sum().backward()
+
+
+def _check_present(where: str, device: object) -> None:
+    """Raise TypeError if it is no device, and ValueError if torch cannot make a tensor on it here."""
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(complaint(where, "device", f"is {type_name(device)}", "a str or a torch.device"))
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # the first where torch was built without CUDA
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        count = torch.accelerator.device_count() if accelerator else 0
+        found = ["'cpu'", *(f"'{accelerator}:{i}'" for i in range(count))]
+        words = complaint(where, "device", f"is '{device}'", f"a device that torch finds here: {' or '.join(found)}")
+        raise ValueError(f"{words} ({one_line(str(error).partition('. ')[0])})") from None
 
 
 def wait_for_host(seconds: float | None = None) -> bool:

@@ -7,9 +7,9 @@ from typing import Any, Concatenate, ParamSpec
 import torch
 from torch import Tensor, nn
 
-from rmsnorm.errors import complaint, type_name
+from rmsnorm.errors import complaint
 from rmsnorm.functional import explain, rms_norm
-from rmsnorm.spec import DTYPES, Cast, check_spec, is_torchs_shape
+from rmsnorm.spec import DTYPES, Cast, check_bool, check_int, check_spec, is_torchs_shape
 
 P = ParamSpec("P")
 _TORCHS = "rmsnorm.TorchRMSNorm takes the arguments of torch.nn.RMSNorm"
@@ -32,6 +32,10 @@ def _not_torchs(init: Callable[Concatenate[Any, P], None]) -> Callable[Concatena
     return checked  # type: ignore[return-value]  # mypy has a type of its own for what is wrapped
 
 
+def _checked_size(where: str, hidden_size: object) -> int:
+    return check_int(where, "hidden_size", hidden_size, 1, f"; {_TORCHS}" if is_torchs_shape(hidden_size) else "")
+
+
 class RMSNorm(nn.Module):
     """The layer of `rms_norm`: normalizes over the last dimension and multiplies by a weight of shape (hidden_size,).
 
@@ -49,8 +53,8 @@ class RMSNorm(nn.Module):
         dtype: The dtype of the weight: float32, bfloat16, float16 or float64. None for torch's default.
 
     Raises:
-        TypeError: If hidden_size is no int, eps or offset no number, dtype none of the four, or the arguments are those
-            of `torch.nn.RMSNorm`.
+        TypeError: If hidden_size is no int, eps or offset no number, elementwise_affine no bool, dtype none of the
+            four, or the arguments are those of `torch.nn.RMSNorm`.
         ValueError: If hidden_size, eps, cast or offset has another value than these, or the offset is 1 without "late"
             or without a weight.
 
@@ -78,20 +82,17 @@ class RMSNorm(nn.Module):
     ) -> None:
         super().__init__()
         where = type(self).__name__
-        if not isinstance(hidden_size, int) or isinstance(hidden_size, bool):
-            expected = f"an int; {_TORCHS}" if is_torchs_shape(hidden_size) else "an int"
-            raise TypeError(complaint(where, "hidden_size", f"is {type_name(hidden_size)}", expected))
-        if hidden_size <= 0:
-            raise ValueError(complaint(where, "hidden_size", f"is {hidden_size}", "at least 1"))
+        hidden_size = _checked_size(where, hidden_size)
+        check_bool(where, "elementwise_affine", elementwise_affine)
         if dtype is not None and dtype not in DTYPES:
             raise TypeError(complaint(where, "dtype", f"is {dtype}", "float32, bfloat16, float16 or float64"))
         check_spec(where, eps, cast, offset)
         if offset != 0 and not elementwise_affine:
             raise ValueError(complaint(where, "elementwise_affine", "is False with an offset", "True"))
         self.hidden_size = hidden_size
-        self.eps = eps
+        self.eps = float(eps)
         self.cast = cast
-        self.offset = offset
+        self.offset = float(offset)
         weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype)) if elementwise_affine else None
         self.register_parameter("weight", weight)
         self.reset_parameters()
@@ -158,8 +159,11 @@ class DeepseekV2RMSNorm(nn.Module):
     @_not_torchs
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
-        self.register_parameter("weight", RMSNorm(hidden_size, eps).weight)
-        self.variance_epsilon = eps
+        where = type(self).__name__
+        hidden_size = _checked_size(where, hidden_size)
+        check_spec(where, eps, "early", 0.0)
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = float(eps)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalize over the last dimension.

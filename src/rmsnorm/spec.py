@@ -6,13 +6,14 @@ that was called (`where`), the argument, what it was and what it should be.
 
 import functools
 import numbers
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NoReturn
 
 import torch
 
-from rmsnorm.errors import complaint
+from rmsnorm.errors import complaint, type_name
 
 Cast = Literal["early", "late"]
 
@@ -133,7 +134,7 @@ def check_spec(where: str, eps: float, cast: str, offset: float) -> None:
     for name, value in (("eps", eps), ("offset", offset)):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             torchs = "; F.rms_norm's None is torch.finfo(torch.float32).eps" if name == "eps" and value is None else ""
-            raise TypeError(complaint(where, name, f"is a {type(value).__name__}", f"a number{torchs}"))
+            raise TypeError(complaint(where, name, f"is {type_name(value)}", f"a number{torchs}"))
     if not 0.0 <= eps <= LARGEST_EPS:
         raise ValueError(complaint(where, "eps", f"is {eps}", "a number of at least 0 that fp32 can hold"))
     if cast not in ("early", "late"):
@@ -144,23 +145,81 @@ def check_spec(where: str, eps: float, cast: str, offset: float) -> None:
         raise ValueError(complaint(where, "offset", "is 1 with cast='early'", "cast='late' when there is an offset"))
 
 
-def check_order(where: str, weight: object, more: tuple[object, ...]) -> None:
-    """Check that `rms_norm` was not called with the arguments of F.rms_norm, or with cast or offset by position.
+def check_bool(where: str, name: str, value: object) -> None:
+    """Check an argument that is True or False.
+
+    Args:
+        where: The function that was called, for the message.
+        name: The argument.
+        value: What was given.
+
+    Raises:
+        TypeError: If it is anything else.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(complaint(where, name, f"is {_shown(value)}", "True or False"))
+
+
+def check_int(where: str, name: str, value: object, least: int, more: str = "") -> int:
+    """Check an argument that is an integer, such as an int or an integer of NumPy.
+
+    Args:
+        where: The function that was called, for the message.
+        name: The argument.
+        value: What was given.
+        least: The smallest value that is allowed.
+        more: What the message of the TypeError says after "an int".
+
+    Returns:
+        The value as an int.
+
+    Raises:
+        TypeError: If it is no integer, or a bool.
+        ValueError: If it is smaller.
+    """
+    n = as_int(value)
+    if n is None:
+        raise TypeError(complaint(where, name, f"is {_shown(value)}", f"an int{more}"))
+    if n < least:
+        raise ValueError(complaint(where, name, f"is {n}", f"at least {least}"))
+    return n
+
+
+def as_int(value: object) -> int | None:
+    """The value of an int or of an integer of NumPy; None for a bool and anything else."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _shown(value: object) -> str:
+    """A short value as it is written, anything else by its type."""
+    return repr(value) if isinstance(value, (str, int, float)) or value is None else type_name(value)
+
+
+def check_order(where: str, weight: object, more: tuple[object, ...] = (), normalized_shape: object = None) -> None:
+    """Check that a function was not called with the arguments of F.rms_norm, or with cast or offset by position.
 
     Args:
         where: The function that was called, for the message.
         weight: What was given as the weight.
         more: What was given by position after eps.
+        normalized_shape: What was given under the name that F.rms_norm has for its second argument.
 
     Raises:
-        TypeError: If the weight is the `normalized_shape` of F.rms_norm, or there are arguments after eps.
+        TypeError: If there is a `normalized_shape`, also in place of the weight, or there are arguments after eps.
     """
+    fix = f'{where}(x, weight, eps=eps, cast="late")'
+    if normalized_shape is not None:
+        expected = f"no such argument, which is one of F.rms_norm: write {fix}"
+        raise TypeError(complaint(where, "normalized_shape", f"is {normalized_shape!r}", expected))
     if is_torchs_shape(weight):
-        fix = f'this is the argument order of F.rms_norm; write {where}(x, weight, eps, cast="late")'
-        raise TypeError(complaint(where, "weight", f"is a {type(weight).__name__}", f"a torch.Tensor: {fix}"))
+        expected = f"a torch.Tensor: this is the argument order of F.rms_norm; write {fix}"
+        raise TypeError(complaint(where, "weight", f"is {type_name(weight)}", expected))
     if more:
-        given = f"is {more[0]!r}" if isinstance(more[0], (str, int, float)) else f"is a {type(more[0]).__name__}"
-        raise TypeError(complaint(where, "the argument after eps", given, "cast and offset by name: cast='late'"))
+        expected = "cast and offset by name: cast='late'"
+        raise TypeError(complaint(where, "the argument after eps", f"is {_shown(more[0])}", expected))
 
 
 def is_torchs_shape(value: object) -> bool:
@@ -409,7 +468,7 @@ def _is_dense(value: object) -> bool:
 
 def _refuse(where: str, name: str, value: object) -> NoReturn:
     if not isinstance(value, torch.Tensor):
-        raise TypeError(complaint(where, name, f"is a {type(value).__name__}", "a torch.Tensor"))
+        raise TypeError(complaint(where, name, f"is {type_name(value)}", "a torch.Tensor"))
     if value.layout is not torch.strided:
         raise TypeError(complaint(where, name, f"has layout {value.layout}", "a dense tensor"))
     if value.is_nested:

@@ -359,7 +359,7 @@ def test_no_rows_cost_nothing_but_the_parameters(implementation, device, phase) 
         (((4, 8), F, B), {"implementation": "LayerNorm"}, ValueError, "LayerNorm refuses"),
         (((4, 8), B, F), {"implementation": "LayerNorm", "device": "cuda"}, ValueError, "LayerNorm refuses"),
         (((4, 8),), {"threads": 0}, ValueError, "threads is 0"),
-        (((4, 8),), {"threads": "4"}, TypeError, "threads is a str, expected an int"),
+        (((4, 8),), {"threads": "4"}, TypeError, "threads is '4', expected an int"),
     ],
 )
 def test_invalid_arguments_raise_an_error_that_names_them(arguments, options, error, text) -> None:

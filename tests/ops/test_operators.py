@@ -206,3 +206,24 @@ def test_outputs_that_were_not_requested_are_ordinary_empty_tensors(by_python, r
                 assert absent[1].untyped_storage().nbytes() == 0
         (absent[0].clone().requires_grad_() * 2).sum().backward()
     assert by_python == []
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "jacrev", "jacfwd", "vjp"])
+def test_torch_func_over_the_operator_itself_raises_an_error_that_names_the_function(transform: str, randn) -> None:
+    x, w = randn(3, 8), randn(8)
+
+    def y(x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.rmsnorm.forward(x, None, w, 1e-6, "early", 0.0, True)[0]
+
+    calls = {
+        "grad": lambda: torch.func.grad(lambda x: y(x).sum())(x),
+        "jvp": lambda: torch.func.jvp(y, (x,), (x,)),
+        "jacrev": lambda: torch.func.jacrev(y)(x),
+        "jacfwd": lambda: torch.func.jacfwd(y)(x),
+        "vjp": lambda: torch.func.vjp(y, x),
+    }
+    with pytest.raises(
+        RuntimeError, match=r"^\[torch.ops.rmsnorm.forward\] .*: call rmsnorm.rms_norm or .* in its place$"
+    ):
+        calls[transform]()
+    assert torch.equal(torch.func.vmap(y)(x.requires_grad_()), rms_norm(x, w))

@@ -62,7 +62,7 @@ def test_explain_takes_a_layer_of_this_package(layer: nn.Module) -> None:
 
 
 def test_explain_says_of_another_norm_that_it_was_not_patched() -> None:
-    with pytest.raises(TypeError, match=r"weight is a RMSNorm that was not patched, .*: pass norm\.weight"):
+    with pytest.raises(TypeError, match=r"weight is an RMSNorm that was not patched, .*: pass norm\.weight"):
         rmsnorm.explain(torch.randn(2, 8), nn.RMSNorm(8))  # type: ignore[arg-type]
 
 

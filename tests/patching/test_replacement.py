@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import itertools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from torch.masked import as_masked_tensor
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2RMSNorm
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
-from rmsnorm import patch, unpatch
+from rmsnorm import TorchRMSNorm, patch, unpatch
 from rmsnorm.patching import replacement
 from tolerance import assert_same_bits
 
@@ -149,6 +150,77 @@ def test_compiled_as_one_graph_it_has_the_bits_of_eager(backend: str, cls: type[
     if backend == "aot_eager":
         seven = draw(1, 2, 1, 2, 1, 3, N)  # runs its own forward
         assert_same_bits(compiled(seven), own(seven))
+
+
+class ReshapingRMSNorm(nn.Module):
+    """Its output is contiguous unless its input's rows can be viewed as one dimension."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).float()
+        h = rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (self.weight * h.to(x.dtype)).view(*x.shape)
+
+
+def strides(t: Tensor) -> list[int]:
+    return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
+
+
+@pytest.mark.parametrize("cls", [DeepseekV2RMSNorm, Gemma2RMSNorm, nn.RMSNorm, TorchRMSNorm])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_output_of_a_permuted_input_has_the_strides_of_its_own_class(cls: Any, dtype: torch.dtype) -> None:
+    """So that what works after the norm works after the replaced norm, such as view."""
+    if cls is TorchRMSNorm:
+        norm, own = TorchRMSNorm(N), nn.RMSNorm(N)
+    else:
+        norm, own = norms(cls)
+    norm.to(dtype)
+    own.to(dtype)
+    for shape in ((5, N), (3, 5, N), (2, 3, 5, N), (2, 1, 5, N)):
+        x = draw(*shape, dtype=dtype)
+        expected, dy = norm(x), draw(*shape, dtype=dtype)
+        for order in itertools.permutations(range(x.dim())):
+            permuted = x.permute(order).contiguous().permute([order.index(axis) for axis in range(x.dim())])
+            leaf = permuted.detach().requires_grad_()
+            y = norm(leaf)
+            assert strides(y) == strides(own(permuted)), (shape, order)
+            assert_same_bits(y.detach(), expected.detach())
+            if order == tuple(range(x.dim()))[::-1]:
+                contiguous = x.clone().requires_grad_()
+                assert_same_bits(
+                    *torch.autograd.grad(y, leaf, dy), *torch.autograd.grad(norm(contiguous), contiguous, dy)
+                )
+        if len(shape) > 2:
+            sliced = torch.cat([x, x], 0).transpose(0, 1)[1:]
+            assert strides(norm(sliced)) == strides(own(sliced))
+
+
+def test_the_output_is_contiguous_where_that_of_its_own_class_is() -> None:
+    norm, own = norms(ReshapingRMSNorm)
+    for x in (draw(3, 5, N).transpose(0, 1), draw(2, N, 3, 5).permute(0, 2, 3, 1), draw(2, 3, N, 5).transpose(2, 3)):
+        assert own(x).is_contiguous()
+        assert norm(x).is_contiguous()
+        assert_same_bits(norm(x), norm(x.contiguous()))
+
+
+def test_several_normalized_dimensions_keep_channels_last() -> None:
+    norm, own = nn.RMSNorm((4, 6, 5)), nn.RMSNorm((4, 6, 5))
+    patch(nn.Sequential(norm))
+    x = draw(3, 4, 6, 5).to(memory_format=torch.channels_last)
+    assert norm(x).stride() == own(x).stride() == x.stride()
+    assert_same_bits(norm(x), norm(x.contiguous()))
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_compiled_norm_keeps_the_memory_layout() -> None:
+    norm, _ = norms()
+    x = draw(2, N, 3, 5).permute(0, 2, 3, 1)
+    y = torch.compile(norm, backend="aot_eager", fullgraph=True)(x)
+    assert y.stride() == x.stride()
+    assert_same_bits(y, norm(x))
 
 
 @pytest.mark.parametrize("shape", [(4, 8, N), (2, 3, 5, N)])

@@ -10,9 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
-from rmsnorm import TorchRMSNorm, explain, patch, unpatch
+from rmsnorm import TorchRMSNorm, compat, explain, patch, unpatch
 from rmsnorm.patching.proof import prove
+from rmsnorm.patching.replacement import why_own_forward
 from rmsnorm.patching.torch_norm import torch_rule
 from rmsnorm.spec import DTYPES
 
@@ -61,12 +63,47 @@ def test_it_computes_what_patch_makes_of_the_class_of_torch(shape, eps, affine) 
                     y = norm(leaves[0])
                     own.append("own forward" in explain(x, norm))
                 results.append((y.detach(), *torch.autograd.grad(y, leaves, dy)))
-            assert own[-2] == own[-1] == (autocast or len(leading) == 5 or torch.float64 in (of_x, of_w))
+            assert own[-2] == own[-1] == (len(leading) == 5 or torch.float64 in (of_x, of_w))
             assert results[0][0].dtype == of_x
             for a, b in zip(*results, strict=True):
                 assert a.dtype == b.dtype
                 assert torch.equal(a, b)
     assert set(own) == {True, False}
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+def test_autocast_on_a_cpu_changes_no_bit(autocast: torch.dtype) -> None:
+    """torch's list of what autocast casts on a CPU has no rms_norm."""
+    theirs, ours = pair(64)
+    patch(nn.Sequential(theirs))
+    for norm, dtype in itertools.product((theirs, ours), (torch.float32, torch.bfloat16, torch.float16)):
+        x = rows(ours, (200,), dtype)
+        expected, own = norm(x), nn.RMSNorm.forward(norm, x)
+        with torch.autocast("cpu", autocast):
+            y = norm(x)
+            assert torch.equal(nn.RMSNorm.forward(norm, x), own)
+        assert y.dtype == own.dtype
+        assert torch.equal(y, expected)
+        assert dtype != torch.float32 or not torch.equal(y, own)  # so ours ran
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("w_dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_the_output_has_torchs_dtype_under_autocast(x_dtype: torch.dtype, w_dtype: torch.dtype) -> None:
+    """Fake tensors know what autocast does on a GPU: it casts F.rms_norm to fp32, in the versions of torch that do."""
+    with torch.no_grad(), FakeTensorMode(), torch.device("cuda"):
+        theirs, ours = nn.RMSNorm(64, dtype=w_dtype), TorchRMSNorm(64, dtype=w_dtype)
+        x = torch.empty(3, 64, dtype=x_dtype)
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            expected, y = theirs(x), ours(x)
+            own = why_own_forward(ours, x, torch_rule((64,), True)) is not None
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+        without = theirs(x)
+    assert y.dtype == expected.dtype
+    assert own or expected.dtype == without.dtype  # a cast is left to torch
+    assert own is not (x_dtype == w_dtype == torch.float32 or "cuda" in compat.RMS_NORM_UNCHANGED_BY_AUTOCAST)
 
 
 def test_our_kernel_runs() -> None:
@@ -81,7 +118,9 @@ def test_our_kernel_runs() -> None:
 def test_it_is_a_torch_rms_norm() -> None:
     theirs, ours = pair((4, 16), 1e-5, dtype=torch.bfloat16)
     assert isinstance(ours, nn.RMSNorm)
-    assert inspect.signature(TorchRMSNorm) == inspect.signature(nn.RMSNorm)
+    shown = [[(p.name, p.kind, p.default) for p in inspect.signature(cls).parameters.values()]
+             for cls in (TorchRMSNorm, nn.RMSNorm)]  # fmt: skip
+    assert shown[0] == shown[1]
     assert repr(ours) == f"Torch{theirs!r}"
     assert ours.normalized_shape == (4, 16)
     assert list(ours.state_dict()) == list(theirs.state_dict()) == ["weight"]

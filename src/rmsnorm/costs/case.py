@@ -9,7 +9,7 @@ import torch
 
 from rmsnorm.costs.tape import F32, Array, given
 from rmsnorm.errors import complaint
-from rmsnorm.spec import KERNEL_DTYPES, check_spec, result_dtype
+from rmsnorm.spec import KERNEL_DTYPES, as_int, check_bool, check_int, check_spec, result_dtype
 
 Implementation = Literal["ours", "ours+residual", "eager", "F.rms_norm", "LayerNorm"]
 Phase = Literal["inference", "forward", "backward"]
@@ -92,6 +92,7 @@ def check_case(
     cast: str,
     offset: float,
     elementwise_affine: bool,
+    master: bool,
     threads: int | None,
 ) -> Case:
     """The case that these arguments of `cost` describe.
@@ -101,9 +102,11 @@ def check_case(
         ValueError: If an argument has a value that is not allowed; the message names it.
     """
     check_spec("cost", 0.0, cast, offset)
-    if not isinstance(shape, Sequence) or any(isinstance(size, bool) or not isinstance(size, int) for size in shape):
+    sizes = tuple(n for n in map(as_int, shape) if n is not None) if isinstance(shape, Sequence) else None
+    if sizes is None or len(sizes) != len(shape):
         raise TypeError(complaint("cost", "shape", f"is {shape!r}", "a sequence of integers"))
-    sizes = tuple(shape)
+    check_bool("cost", "elementwise_affine", elementwise_affine)
+    check_bool("cost", "master", master)
     if not sizes or min(sizes) < 0 or sizes[-1] == 0:
         raise ValueError(complaint("cost", "shape", f"is {sizes}", "(..., N) with N of at least 1, nothing negative"))
     for name, value, allowed in (
@@ -121,10 +124,7 @@ def check_case(
         raise ValueError(complaint("cost", "elementwise_affine", "is False with an offset", "True"))
     if implementation == "LayerNorm" and elementwise_affine:
         _check_layer_norm(dtype, weight_dtype, device)
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
-        raise TypeError(complaint("cost", "threads", f"is a {type(threads).__name__}", "an int"))
-    if threads is not None and threads < 1:
-        raise ValueError(complaint("cost", "threads", f"is {threads}", "at least 1"))
+    threads = None if threads is None else check_int("cost", "threads", threads, 1)
     return Case(
         M=math.prod(sizes[:-1]),
         N=sizes[-1],

@@ -134,8 +134,8 @@ def cost(
         The counts of that phase.
 
     Raises:
-        TypeError: If `shape` is no sequence of integers, or a dtype is none of the three; the message names the
-            argument.
+        TypeError: If `shape` is no sequence of integers, a dtype is none of the three, or `elementwise_affine`,
+            `master` or `threads` has another type; the message names the argument.
         ValueError: If another argument has a value that is not allowed, or LayerNorm refuses the weight's dtype; the
             message names the argument.
 
@@ -146,7 +146,7 @@ def cost(
     """
     case = check_case(
         shape, dtype, weight_dtype, implementation=implementation, phase=phase, device=device, cast=cast, offset=offset,
-        elementwise_affine=elementwise_affine, threads=threads,
+        elementwise_affine=elementwise_affine, master=master, threads=threads,
     )  # fmt: skip
     tape, saved = _record(case)
     parameters = _parameter_bytes(case)

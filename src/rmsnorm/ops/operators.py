@@ -187,6 +187,15 @@ def _differentiated(*args: Any) -> bool:
     return compat.in_forward_ad() and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
+def _refuse_transforms(name: str) -> None:
+    """Raise RuntimeError under torch.func, which does not let an operator call an autograd function of Python."""
+    if compat.transforms_active():
+        raise RuntimeError(
+            f"[torch.ops.rmsnorm.{name}] torch.func cannot differentiate the operator itself: "
+            "call rmsnorm.rms_norm or rmsnorm.add_rms_norm in its place"
+        )
+
+
 def _autograd_forward(
     x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: Cast, offset: float, with_rstd: bool,
     fuse_residual: bool = False,
@@ -197,6 +206,7 @@ def _autograd_forward(
             return torch.ops.rmsnorm.forward.default(  # type: ignore[no-any-return]
                 x, residual, w, eps, cast, offset, with_rstd, fuse_residual=fuse_residual
             )
+    _refuse_transforms("forward")
     spec = spec_of(caller(residual), eps, cast, offset)  # from here the call bypasses the operator's checks
     check_tensors(caller(residual), x, residual, w, offset, symbolic=not is_plain(x, residual, w))
     y, *s, rstd = TransformedNorm.apply(x, residual, w, spec, fuse_residual)  # type: ignore[no-untyped-call]
@@ -208,6 +218,7 @@ def _autograd_backward(*args: Any) -> tuple[Tensor, ...]:
     if not _differentiated(*args):
         with compat.below_autograd():
             return torch.ops.rmsnorm.backward.default(*args)  # type: ignore[no-any-return]
+    _refuse_transforms("backward")
     return BackwardOnce.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -33,13 +33,11 @@ Layout = tuple[Placement, ...]
 # --- the rules -----------------------------------------------------------------------------------------------
 
 
-def explained(x: Any, residual: Any, w: Any) -> str | None:
-    """What `rmsnorm.explain` says about the placements of DTensors; None if there is no DTensor."""
+def is_sharded_by_columns(x: Any, residual: Any, w: Any) -> bool | None:
+    """Whether the rows of these DTensors are spread over ranks, for `rmsnorm.explain`; None if there is no DTensor."""
     if not any(isinstance(t, DTensor) for t in (x, residual, w)):
         return None
-    if Shard(x.dim() - 1) in _layout("explain", x, residual, w):
-        return "the last dimension is sharded: the reference instead, in two parts around the all-reduce"
-    return "each rank takes its own rows, without communication"
+    return Shard(x.dim() - 1) in _layout("explain", x, residual, w)
 
 
 @torch.no_grad()

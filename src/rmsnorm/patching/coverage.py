@@ -8,7 +8,7 @@ import torch
 from rmsnorm.patching.probe import ForwardRaised, NotProven, Probe
 from rmsnorm.patching.rule import TRAINING_DTYPES, DtypePair
 from rmsnorm.patching.spec_search import mismatch
-from rmsnorm.patching.states import GRAD_MODES, State, all_autocasts, all_modes, all_shapes, one_dtype
+from rmsnorm.patching.states import GRAD_MODES, PERMUTED_LAYOUTS, State, all_autocasts, all_modes, all_shapes, one_dtype
 from rmsnorm.patching.tensor_queries import DECISIVE
 from rmsnorm.spec import DTYPES, Spec
 
@@ -20,6 +20,7 @@ class Coverage:
     ranks: frozenset[int]
     own_dtypes: frozenset[DtypePair]
     own_under_autocast: bool
+    keeps_memory_order: bool
 
 
 def find_coverage(probe: Probe, spec: Spec) -> Coverage:
@@ -29,7 +30,8 @@ def find_coverage(probe: Probe, spec: Spec) -> Coverage:
     if probe.queries & DECISIVE:
         failing = _all_combinations(probe, spec, ranks)
     own_dtypes = _own_dtypes(probe, spec, failing.dtypes)
-    return Coverage(ranks, own_dtypes, failing.under_autocast or _changes_under_autocast(probe, spec))
+    own_under_autocast = failing.under_autocast or _changes_under_autocast(probe, spec)
+    return Coverage(ranks, own_dtypes, own_under_autocast, _keeps_memory_order(probe, ranks))
 
 
 def _proven_ranks(probe: Probe, spec: Spec) -> frozenset[int]:
@@ -89,8 +91,17 @@ def _own_dtypes(probe: Probe, spec: Spec, failing: frozenset[DtypePair]) -> froz
 
 
 def _changes_under_autocast(probe: Probe, spec: Spec) -> bool:
-    """Whether autocast changes what the norm computes, on this device or on another."""
-    if "rms_norm" in probe.queries:
-        return True
+    """Whether autocast changes what the norm computes: on the CPU, or where it asks whether autocast is on."""
     states = [state for dtype in TRAINING_DTYPES for state in all_autocasts(probe.same_dtypes(dtype))]
     return not all(probe.holds(spec, state, shape) for state in states for shape in probe.shapes)
+
+
+def _keeps_memory_order(probe: Probe, ranks: frozenset[int]) -> bool:
+    """Whether the output has its dimensions in memory in the order of the input's, wherever that is not the usual."""
+    kept = set()
+    for dtype, layout, leading in itertools.product(TRAINING_DTYPES, PERMUTED_LAYOUTS, ((3, 2), (2, 3, 4))):
+        if probe.normalized_dims + len(leading) not in ranks:
+            continue
+        seen, x, _ = probe.run(State(probe.same_dtypes(dtype), leading, layout=layout), probe.shapes[0])
+        kept.add(seen.y.stride() == x.stride())
+    return kept == {True}

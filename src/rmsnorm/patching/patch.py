@@ -27,6 +27,7 @@ from rmsnorm.patching.replacement import (
 )
 from rmsnorm.patching.rule import Proof
 from rmsnorm.patching.torch_norm import TorchRMSNorm
+from rmsnorm.spec import check_bool
 
 _OURS = RMSNorm, DeepseekV2RMSNorm, TorchRMSNorm
 _EPS_NAME = re.compile(r"(^|_)eps(ilon)?(_|$)", re.IGNORECASE)  # but not "steps"
@@ -54,7 +55,7 @@ def patch(model: nn.Module, *, strict: bool = True, fuse_residual: bool = True) 
         What was replaced and what it changes, and what was not replaced and why. Print it.
 
     Raises:
-        TypeError: If `model` is not a torch.nn.Module.
+        TypeError: If `model` is not a torch.nn.Module, or `strict` no bool.
         RuntimeError: If FSDP or tensor parallelism has sharded a norm already, or if another library has replaced the
             forward of a norm (accelerate may). The model is not changed then.
 
@@ -67,6 +68,7 @@ def patch(model: nn.Module, *, strict: bool = True, fuse_residual: bool = True) 
         RMSNorm((64,), eps=1e-06, elementwise_affine=True, rmsnorm: late)
     """
     _check_module("patch", model)
+    check_bool("patch", "strict", strict)
     check_not_fsdp1(model)
     proofs: dict[Any, Proof] = {}
     norms: list[tuple[str, nn.Module, Proof]] = []

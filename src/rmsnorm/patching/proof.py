@@ -60,7 +60,8 @@ def _prove(probe: Probe, strict: bool) -> Proof:
     eps_attribute = find_eps_attribute(probe, found.spec)
     rule = Rule(
         found.spec.cast, found.spec.offset, eps_attribute.name, probe.weighted, eps_attribute.none_is_torch_eps,
-        coverage.own_dtypes, coverage.own_under_autocast, coverage.ranks, (), probe.normalized_shape,
+        coverage.own_dtypes, coverage.own_under_autocast, calls_rms_norm="rms_norm" in probe.queries,
+        keeps_memory_order=coverage.keeps_memory_order, ranks=coverage.ranks, normalized_shape=probe.normalized_shape,
     )  # fmt: skip
     eps = rule.eps(vars(probe.module)[rule.eps_attribute])  # the operators have rounded it to fp32
     spec = found.spec if eps is None else replace(found.spec, eps=eps)

@@ -135,7 +135,7 @@ def forward_by_rule(
     cast, offset, eps_attribute = rule.cast, rule.offset, rule.eps_attribute
     weighted, shape, ranks, attributes = rule.weighted, rule.normalized_shape, rule.ranks, rule.attributes
     # Whether more than the rank decides; asking for less takes a fraction of the time.
-    limited = bool(rule.own_dtypes) or rule.own_under_autocast
+    limited = bool(rule.own_dtypes) or rule.own_under_autocast or rule.calls_rms_norm
     k = rule.normalized_dims
 
     def forward(self: Any, *args: Tensor, **named: Tensor) -> Tensor:
@@ -150,9 +150,16 @@ def forward_by_rule(
             return own_forward(self, x)
         if not isinstance(x, Tensor) or x.dim() not in ranks or (limited and _why_unproven(rule, x, w) is not None):
             return own_forward(self, x)
-        if not x.is_contiguous() and (order := _memory_order(x, k)) is not None:
-            y = forward(self, x.permute(order))
-            return y.permute([order.index(axis) for axis in range(x.dim())])
+        if x.is_contiguous() or (order := _memory_order(x, rule)) is None:
+            return by_kernel(self, x, w, eps)
+        usual = list(range(x.dim()))
+        if order[-k:] == usual[-k:]:  # the kernel reads and writes the rows where they lie
+            y = by_kernel(self, x.permute(order), w, eps)
+        else:
+            y = by_kernel(self, x, w, eps).permute(order).contiguous()
+        return y.permute([order.index(axis) for axis in usual])
+
+    def by_kernel(self: Any, x: Tensor, w: Tensor | None, eps: float) -> Tensor:
         if k == 1 and not torch.compiler.is_compiling() and (shape is None or _has_size(x, shape)):
             y = host.norm(x, None, w, eps, cast, offset)
             if y is not None:
@@ -182,17 +189,25 @@ def weight_of(module: Any) -> Any:
         return getattr(module, "weight", None)
 
 
-def _memory_order(x: Tensor, k: int) -> list[int] | None:
-    """The dimensions of x in the order in which they lie in memory, which torch's own operators keep for y.
+def _memory_order(x: Tensor, rule: Rule) -> list[int] | None:
+    """The dimensions of x in the order in which they lie in memory, if the norm's own forward keeps it for y.
 
-    None if it is the usual order, in which our kernels write y, or if torch does not keep it.
+    None if it does not, or if it is the usual order, in which our kernels write y.
     """
-    rows, strides = range(x.dim() - k), x.stride()
-    order = sorted(rows, key=lambda axis: -strides[axis] if x.shape[axis] > 1 else 0)
-    moved = [axis for axis in order if x.shape[axis] > 1]
-    if moved == sorted(moved) or any(x.stride(axis) == 0 for axis in moved):
+    if not rule.keeps_memory_order and not (rule.calls_rms_norm and _is_channels_last(x)):
+        return None  # F.rms_norm keeps only this one
+    strides = x.stride()
+    axes = [axis for axis in range(x.dim()) if x.shape[axis] != 1]  # the others have no place in memory
+    moved = sorted(axes, key=lambda axis: -strides[axis])
+    if moved == axes or any(strides[axis] == 0 for axis in axes):
         return None
-    return [*order, *range(x.dim() - k, x.dim())]
+    places = dict(zip(axes, moved, strict=True))
+    return [places.get(axis, axis) for axis in range(x.dim())]
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    return memory_format is not None and x.is_contiguous(memory_format=memory_format)
 
 
 # --- which of the two runs -----------------------------------------------------------------------------------
@@ -272,10 +287,21 @@ def _why_unproven(rule: Rule, x: Any, w: Any) -> str | None:
         return f"it was not proven for {dtypes_in_words(dtypes)}"
     if x.dim() not in rule.ranks:
         return f"it was not proven for {x.dim()}-D inputs"
+    return _why_autocast(rule, x, w)
+
+
+def _why_autocast(rule: Rule, x: Tensor, w: Tensor | None) -> str | None:
+    """Why the proof does not cover this input under autocast; None if autocast is off."""
     device = x.device.type
-    if rule.own_under_autocast and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return "autocast may cast its input"
-    return None
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return None
+    if rule.own_under_autocast:
+        return "it was not proven under autocast"
+    if not rule.calls_rms_norm or device in compat.RMS_NORM_UNCHANGED_BY_AUTOCAST:
+        return None
+    if device == "cuda" and x.dtype is torch.float32 and (w is None or w.dtype is torch.float32):
+        return None  # its autocast casts to fp32 and to nothing else
+    return "autocast may cast its input"
 
 
 # Tensor subclasses that decompose our operators themselves, or that our operators handle.

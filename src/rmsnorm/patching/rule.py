@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from rmsnorm import compat
 from rmsnorm.spec import LARGEST_EPS, Cast, Spec
 
 # The dtypes in which a norm must be proven where input and weight share one. For other pairs of dtypes, and in fp64,
@@ -39,8 +40,11 @@ class Rule:
         weighted: Whether the norm has a weight.
         none_is_torch_eps: Whether an eps of None means fp32's machine epsilon, as in torch.nn.RMSNorm.
         own_dtypes: The dtypes of input and weight for which its own forward runs.
-        own_under_autocast: Whether its own forward runs under autocast, which casts the input of F.rms_norm to fp32 on
-            some devices.
+        own_under_autocast: Whether its own forward runs under autocast.
+        calls_rms_norm: Whether it calls F.rms_norm, whose input and weight autocast casts to fp32 on some devices.
+            There its own forward runs, unless both are fp32 already.
+        keeps_memory_order: Whether its own output has its dimensions in memory in the order in which its input has
+            them, as torch's elementwise operators do. Otherwise it is contiguous; F.rms_norm keeps channels last.
         ranks: The numbers of dimensions of an input for which it was proven; for others its own forward runs.
         attributes: The attributes that its forward reads, and their values when it was proven. If one has changed, its
             own forward runs.
@@ -55,6 +59,8 @@ class Rule:
     none_is_torch_eps: bool = False
     own_dtypes: frozenset[DtypePair] = frozenset()
     own_under_autocast: bool = False
+    calls_rms_norm: bool = False
+    keeps_memory_order: bool = False
     ranks: frozenset[int] = frozenset()
     attributes: tuple[tuple[str, object], ...] = ()
     normalized_shape: tuple[int, ...] | None = None
@@ -83,6 +89,8 @@ class Rule:
             parts.append("for " + ", ".join(sorted(dtypes_in_words((x, w)) for x, w in pairs if w)))
         if self.own_under_autocast:
             parts.append("under autocast")
+        elif self.calls_rms_norm and "cuda" not in compat.RMS_NORM_UNCHANGED_BY_AUTOCAST:
+            parts.append("under autocast on GPUs unless input and weight are float32")
         missing = [f"{n}-D" for n in (self.normalized_dims + k for k in LEADING_DIMS) if n not in self.ranks]
         if missing:
             parts.append(f"for {', '.join(missing)} inputs")

@@ -11,7 +11,8 @@ from rmsnorm.patching.rule import TRAINING_DTYPES, DtypePair, dtypes_in_words
 
 # What requires a gradient; or that gradients are off.
 GRAD_MODES = ("no_grad", "both", "input", "weight", "neither", "inference")
-_LAYOUTS = ("sliced", "every second element", "transposed", "expanded")
+PERMUTED_LAYOUTS = ("transposed", "columns first")
+_LAYOUTS = ("sliced", "every second element", "expanded", *PERMUTED_LAYOUTS)
 _VALUES = ("zero", "tiny", "huge", "infinite", "NaN", "spiky")
 _DEVICES = ("cuda:0", "cuda:1", "mps", "xpu:0", "meta")
 

@@ -4,15 +4,17 @@ Its rule is written down here instead of proven; a test compares it with what th
 """
 
 import functools
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rmsnorm.errors import complaint, type_name
 from rmsnorm.patching.replacement import explain_norm, forward_by_rule
 from rmsnorm.patching.rule import LEADING_DIMS, Rule
-from rmsnorm.spec import DTYPES
+from rmsnorm.spec import DTYPES, as_int, check_bool
 
 
 class TorchRMSNorm(nn.RMSNorm):
@@ -22,9 +24,10 @@ class TorchRMSNorm(nn.RMSNorm):
     as in `F.rms_norm` (`cast="late"`). The outputs are the same, bit for bit, as those of a `torch.nn.RMSNorm` that
     `patch` has replaced: the same for every batch size and device, and in 16 bits within 1 ulp of torch's own.
 
-    torch's own forward runs where x or the weight is float64 (torch computes in fp64 then), under autocast, for more
-    than four dimensions in front of the normalized ones, under torch.jit and ONNX export, and for inputs that do not
-    fit, so that the errors are torch's too. `rmsnorm.explain(x, norm)` says which of the two runs, and why.
+    torch's own forward runs where x or the weight is float64 (torch computes in fp64 then), where autocast casts x or
+    the weight to fp32 (on GPUs), for more than four dimensions in front of the normalized ones, under torch.jit and
+    ONNX export, and for inputs that do not fit, so that the errors are torch's too. `rmsnorm.explain(x, norm)` says
+    which of the two runs, and why.
 
     Args:
         normalized_shape: The sizes of the last dimensions, over which it normalizes; an int for one dimension.
@@ -34,7 +37,8 @@ class TorchRMSNorm(nn.RMSNorm):
         dtype: The dtype of the weight.
 
     Raises:
-        TypeError: If an argument has the wrong type, as `torch.nn.RMSNorm` raises it.
+        TypeError: If an argument has the wrong type.
+        ValueError: If there is no dimension to normalize over.
 
     Example:
         >>> norm = rmsnorm.TorchRMSNorm(1280, eps=1e-6)
@@ -43,6 +47,21 @@ class TorchRMSNorm(nn.RMSNorm):
         >>> norm(torch.randn(2, 1280, dtype=torch.bfloat16)).dtype
         torch.bfloat16
     """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        where = type(self).__name__
+        shape = _checked_shape(where, normalized_shape)
+        if eps is not None and (isinstance(eps, bool) or not isinstance(eps, numbers.Real)):
+            raise TypeError(complaint(where, "eps", f"is {type_name(eps)}", "a number or None"))
+        check_bool(where, "elementwise_affine", elementwise_affine)
+        super().__init__(shape, None if eps is None else float(eps), elementwise_affine, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x.
@@ -70,6 +89,16 @@ class TorchRMSNorm(nn.RMSNorm):
         return plain
 
 
+def _checked_shape(where: str, given: object) -> tuple[int, ...]:
+    sizes = given if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+    shape = tuple(n for n in map(as_int, sizes) if n is not None)
+    if len(shape) != len(sizes):
+        raise TypeError(complaint(where, "normalized_shape", f"is {given!r}", "an int or a sequence of ints"))
+    if not shape or min(shape) < 1:
+        raise ValueError(complaint(where, "normalized_shape", f"is {shape}", "sizes of at least 1, and at least one"))
+    return shape
+
+
 @functools.cache
 def _forward(shape: tuple[int, ...], weighted: bool) -> Callable[..., Tensor]:
     return forward_by_rule(torch_rule(shape, weighted), nn.RMSNorm.forward, "x")
@@ -81,5 +110,5 @@ def torch_rule(shape: tuple[int, ...], weighted: bool) -> Rule:
     return Rule(
         "late" if weighted else "early", 0.0, "eps", weighted, none_is_torch_eps=True,
         own_dtypes=frozenset((x, w) for x in DTYPES for w in weights if torch.float64 in (x, w)),
-        own_under_autocast=True, ranks=frozenset(len(shape) + k for k in LEADING_DIMS), normalized_shape=shape,
+        calls_rms_norm=True, ranks=frozenset(len(shape) + k for k in LEADING_DIMS), normalized_shape=shape,
     )  # fmt: skip

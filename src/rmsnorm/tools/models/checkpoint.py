@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rmsnorm.errors import CommandError, one_line
+from rmsnorm.errors import CommandError, one_line, type_name
 
 _LARGEST_CONFIG = 8 << 20
 _LARGEST_INDEX = 128 << 20
@@ -116,7 +116,7 @@ def _object(data: bytes, where: str) -> dict[str, Any]:
     except ValueError as error:
         raise CommandError(f"{where} is not a JSON object: {one_line(error)}") from None
     if not isinstance(content, dict):
-        raise CommandError(f"{where} is not a JSON object but a {type(content).__name__}")
+        raise CommandError(f"{where} is not a JSON object but {type_name(content)}")
     level: list[Any] = [content]
     for _ in range(_DEEPEST):
         level = [v for outer in level for v in _values(outer) if isinstance(v, (dict, list))]
@@ -283,7 +283,7 @@ def _check_safetensors(file: Path) -> dict[str, Any]:
 def _extent(tensor: Any) -> tuple[int, int]:
     """Where a tensor begins and ends. Raises ValueError unless that fits its dtype and shape."""
     if not isinstance(tensor, dict):
-        raise ValueError(f"is a {type(tensor).__name__}, expected an object")
+        raise ValueError(f"is {type_name(tensor)}, expected an object")
     dtype = tensor.get("dtype")
     if not isinstance(dtype, str) or dtype not in _BITS:
         raise ValueError(f"has dtype {json.dumps(dtype)}, expected one of {', '.join(_BITS)}")
