@@ -13,7 +13,8 @@ _PLAIN_TYPES = (Tensor, Parameter)
 
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether these tensors may bypass torch's dispatcher: ordinary tensors that no mode or transform intercepts."""
-    if compat.dispatch_modes() or compat.transforms_active() or compat.is_tracing() or is_compiling():
+    # is_compiling comes first, because compilers cannot ask the other questions
+    if is_compiling() or compat.dispatch_modes() or compat.transforms_active() or compat.is_tracing():
         return False
     for t in tensors:
         if t is not None and (type(t) not in _PLAIN_TYPES or t.is_meta or t.is_neg() or t._is_zerotensor()):
