@@ -14,7 +14,8 @@ from torch import Tensor
 from rmsnorm import compat
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
-from rmsnorm.ops.dispatch import is_plain, load_sharding
+from rmsnorm.ops.dispatch import exported_to_onnx, is_plain, load_sharding
+from rmsnorm.ops.plain import plain_forward
 from rmsnorm.spec import (
     Cast,
     Spec,
@@ -76,6 +77,10 @@ def norm(
     fuse_residual: whether torch.compile may fuse the call with an addition that computes x.
     """
     where = caller(residual)
+    if exported_to_onnx():
+        check_spec(where, eps, cast, offset)
+        check_tensors(where, x, residual, w, offset, symbolic=torch.compiler.is_compiling())
+        return plain_forward(x, residual, w, eps, cast, offset, with_rstd=False)
     if torch.compiler.is_compiling():  # the compiler traces the operator, which has its own autograd rule
         check_spec(where, eps, cast, offset)
         check_tensors(where, x, residual, w, offset, symbolic=True)

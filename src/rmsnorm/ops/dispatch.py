@@ -2,6 +2,7 @@
 
 import sys
 
+import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import Parameter
@@ -29,3 +30,10 @@ def load_sharding() -> None:
     """
     if "torch.distributed.tensor" in sys.modules:
         import rmsnorm.ops.sharding  # noqa: F401
+
+
+def exported_to_onnx() -> bool:
+    """Whether torch.onnx.export is tracing: its graph is for programs that do not have our operators."""
+    if not (is_compiling() or compat.is_tracing()):
+        return False
+    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
