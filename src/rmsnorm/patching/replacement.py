@@ -314,7 +314,8 @@ def _why_exported() -> str | None:
     """Says so if a graph is made for other programs, which do not have our operators."""
     if exported_to_onnx():
         return "it is being exported to ONNX"
-    return "it is being traced by torch.jit" if compat.is_tracing() else None
+    traced = not torch.compiler.is_compiling() and compat.is_tracing()
+    return "it is being traced by torch.jit" if traced else None
 
 
 def _why_inference_tensor(x: Tensor, w: Tensor | None) -> str | None:
