@@ -325,6 +325,26 @@ def test_policies_of_selective_checkpointing_may_name_the_operators(
     assert backward.count(FORWARD) == recomputed
 
 
+# --- torch.fx and torch.jit.script ---------------------------------------------------------------------------
+
+
+def test_torch_fx_traces_functions_and_layers_as_one_node_each(x) -> None:
+    layer = OwnLayer()
+    graph = torch.fx.symbolic_trace(layer)
+    targets = [node.target for node in graph.graph.nodes]
+    assert targets.count(rmsnorm.rms_norm) == 2
+    assert targets.count(rmsnorm.add_rms_norm) == 1
+    expected = trained(layer, layer, x)
+    assert_all_same(trained(graph, graph, x), expected)
+    assert_all_same(trained(torch.compile(graph, backend="aot_eager", fullgraph=True), graph, x), expected)
+
+
+@pytest.mark.parametrize("cls", [rmsnorm.RMSNorm, rmsnorm.DeepseekV2RMSNorm])
+def test_torch_jit_script_is_refused_and_the_error_names_the_way_out(cls: type[nn.Module]) -> None:
+    with pytest.raises(NotImplementedError, match=r"use torch\.export or torch\.jit\.trace"):
+        torch.jit.script(nn.Sequential(cls(N)))
+
+
 # --- programs for other processes ----------------------------------------------------------------------------
 
 
