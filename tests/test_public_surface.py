@@ -18,6 +18,7 @@ SIGNATURES = {
     "TorchRMSNorm": "normalized_shape, eps=None, elementwise_affine=True, device=None, dtype=None",
     "patch": "model, *, strict=True, fuse_residual=True",
     "register": "",
+    "decompositions": "",
     "cost": "shape, dtype=torch.bfloat16, weight_dtype=None, *, implementation='ours', phase='inference', device='cpu', "
     "cast='early', offset=0.0, elementwise_affine=True, master=False, threads=None",
     "Cost": "flops, read, written, kernels, saved, peak, least, parameters, gradients, optimizer, derived, terms",

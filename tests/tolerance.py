@@ -75,6 +75,15 @@ def late_bound(dtype: torch.dtype) -> tuple[float, float]:
     return Y + limits.eps / 2 * (1 + Y), limits.smallest_normal * limits.eps / 2
 
 
+def published_y(N: int) -> float:
+    """The relative error of an element of y in fp32 whose statistic is *published*, summed in any order.
+
+    The mean: the squares (1u), N − 1 additions of terms that are not negative (1u each), the division and eps (2u),
+    halved by the root. Then the root, its reciprocal, x·rstd, the product with the weight, and 1 + w: 5u.
+    """
+    return ((N + 2) / 2 + 5) * U
+
+
 def ordered(t: Tensor) -> Tensor:
     """The numbers as integers in the same order: neighbours differ by one, and the two zeros are equal."""
     bits = t.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]).long()

@@ -70,6 +70,9 @@ def rms_norm(
         y = host.norm(x, None, weight, eps, cast, offset)
         if y is not None:
             return y  # type: ignore[no-any-return]
+    if not more and normalized_shape is None and _stands_for_tensors(x, weight):
+        handle = torch.overrides.handle_torch_function
+        return handle(rms_norm, (x, weight), x, weight, eps, cast=cast, offset=offset)
     check_order("rms_norm", weight, more, normalized_shape)
     return norm(x, None, weight, eps, cast, offset)[0]  # type: ignore[no-any-return]
 
@@ -115,6 +118,9 @@ def add_rms_norm(
         outputs = host.norm(x, residual, weight, eps, cast, offset)
         if outputs is not None:
             return outputs  # type: ignore[no-any-return]
+    if _stands_for_tensors(x, residual, weight):
+        handle = torch.overrides.handle_torch_function
+        return handle(add_rms_norm, (x, residual, weight), x, residual, weight, eps, cast=cast, offset=offset)
     check_order("add_rms_norm", weight, more, normalized_shape)
     y, s = norm(x, residual, weight, eps, cast, offset)[:2]
     return y, s
@@ -267,6 +273,12 @@ def wait_for_host(seconds: float | None = None) -> bool:
     with contextlib.suppress(host.Unusable):
         host.load()
     return True
+
+
+def _stands_for_tensors(*given: Any) -> bool:
+    """Whether an argument is no tensor but takes calls of torch's functions itself, as a Proxy of torch.fx does."""
+    others = [t for t in given if t is not None and not isinstance(t, Tensor)]
+    return bool(others) and torch.overrides.has_torch_function(others)
 
 
 def _without_memory(t: Any) -> Any:

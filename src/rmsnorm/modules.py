@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, Concatenate, NoReturn, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,11 @@ def _not_torchs(init: Callable[Concatenate[Any, P], None]) -> Callable[Concatena
 
 def _checked_size(where: str, hidden_size: object) -> int:
     return check_int(where, "hidden_size", hidden_size, 1, f"; {_TORCHS}" if is_torchs_shape(hidden_size) else "")
+
+
+def _refuse_script(layer: nn.Module) -> NoReturn:
+    words = "torch.jit.script cannot compile this layer: use torch.export or torch.jit.trace"
+    raise NotImplementedError(f"[{type(layer).__name__}] {words}")
 
 
 class RMSNorm(nn.Module):
@@ -118,6 +123,8 @@ class RMSNorm(nn.Module):
         """
         return rms_norm(x, self.weight, self.eps, cast=self.cast, offset=self.offset)
 
+    __prepare_scriptable__ = _refuse_script  # torch.jit.script calls it
+
     def _rmsnorm_explain(self, x: Any) -> str:
         """For `rmsnorm.explain`."""
         return explain(x, self.weight, eps=self.eps, cast=self.cast, offset=self.offset)
@@ -179,6 +186,8 @@ class DeepseekV2RMSNorm(nn.Module):
             ValueError: If its last dimension is not hidden_size, or it is on another device than the weight.
         """
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+    __prepare_scriptable__ = _refuse_script  # torch.jit.script calls it
 
     def _rmsnorm_explain(self, x: Any) -> str:
         """For `rmsnorm.explain`."""

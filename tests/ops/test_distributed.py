@@ -552,6 +552,33 @@ def fully_sharded(mesh: DeviceMesh) -> None:
                 close(gradients(model), mixed_gradients(xs))
 
 
+@on(2)
+def fully_sharded_and_compiled(mesh: DeviceMesh) -> None:
+    """FSDP2 of a patched model whose layers, or the whole of it, are compiled: the bits of eager FSDP2."""
+    x = randn(3, 8, N, seed=mesh.get_local_rank())
+
+    def trained(compile_layers: bool, compile_whole: bool) -> dict[str, Tensor]:
+        torch._dynamo.reset()
+        model = nn.Sequential(strange_block(), strange_block())
+        for layer in model:
+            layer.middle = rmsnorm.RMSNorm(HIDDEN, cast="late")
+        assert len(rmsnorm.patch(model).replaced) == 4
+        for layer in model:
+            if compile_layers:
+                layer.compile(backend="inductor", fullgraph=True)
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        y = (torch.compile(model, backend="aot_eager") if compile_whole else model)(x)
+        y.square().sum().backward()
+        return gradients(model) | {"y": y.detach()}
+
+    eager = trained(False, False)
+    for compiled in (trained(True, False), trained(False, True)):
+        assert compiled.keys() == eager.keys()
+        for name, t in eager.items():
+            assert_same_bits(compiled[name], t, name)
+
+
 def mixed_gradients(xs: list[Tensor]) -> dict[str, Tensor]:
     """The fp32 mean of the gradients of a bf16 model for each batch."""
     total: dict[str, Tensor] = {}
@@ -660,23 +687,25 @@ class StrangersRMSNorm(nn.Module):
         return reference.published(x, self.weight, self.eps, "early", 0.0)
 
 
+def strange_block() -> nn.Module:
+    """A model whose norms `patch` replaces."""
+    model = Block()
+    model.norm, model.middle, model.final = StrangersRMSNorm(N), StrangersRMSNorm(HIDDEN), StrangersRMSNorm(N)
+    return model
+
+
 @on(2)
 def patched_before_sharding(mesh: DeviceMesh) -> None:
     """Patching before sharding works. After sharding nothing is replaced, and the message says what to do."""
 
-    def strange() -> nn.Module:
-        model = Block()
-        model.norm, model.middle, model.final = StrangersRMSNorm(N), StrangersRMSNorm(HIDDEN), StrangersRMSNorm(N)
-        return model
-
     x = randn(3, 8, N, seed=1)
-    model = strange()
+    model = strange_block()
     assert len(rmsnorm.patch(model).replaced) == 3
     in_parallel(model, mesh)
     with checked_norms(model):
         model(x.chunk(2, 1)[mesh.get_local_rank()])
     for own in (False, True):
-        model = strange()
+        model = strange_block()
         rmsnorm.patch(model)
         if own:
             fully_shard(model.norm, mesh=mesh)
@@ -684,7 +713,7 @@ def patched_before_sharding(mesh: DeviceMesh) -> None:
         with checked_norms(model):
             model(x).sum().backward()
     for shard in (lambda model: in_parallel(model, mesh), lambda model: fully_shard(model, mesh=mesh)):
-        model = strange()
+        model = strange_block()
         shard(model)
         norms = [model.norm, model.middle, model.final]
         with pytest.raises(RuntimeError, match=r"sharded weight \(a DTensor\); patch the model first, then"):

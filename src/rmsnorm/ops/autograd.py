@@ -14,7 +14,8 @@ from torch import Tensor
 from rmsnorm import compat
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
-from rmsnorm.ops.dispatch import is_plain, load_sharding
+from rmsnorm.ops.dispatch import exported_to_onnx, is_plain, load_sharding
+from rmsnorm.ops.plain import plain_forward
 from rmsnorm.spec import (
     Cast,
     Spec,
@@ -56,8 +57,8 @@ def _backward(
     # Grad mode is on here if create_graph=True: then the gradient is recorded, so that differentiating it raises.
     if torch.is_grad_enabled() or compat.in_forward_ad():
         return _tied_backward(dy, ds, x, w, rstd, spec, need_dx, need_dw)
-    batched = compat.is_batched_cotangent  # a cotangent under is_grads_batched=True
-    if not (batched(dy) or (ds is not None and batched(ds))) and is_plain(dy, ds, x, w, rstd):
+    batched = compat.is_batched_cotangent  # a cotangent under is_grads_batched=True; compilers cannot ask this
+    if is_plain(dy, ds, x, w, rstd) and not (batched(dy) or (ds is not None and batched(ds))):
         check_backward(dy, ds, x, w, rstd, spec.offset, need_dw)
         return dispatch.backward(dy, ds, x, w, rstd, spec, need_dx, need_dw)
     dx, dw = torch.ops.rmsnorm.backward.default(dy, ds, x, w, rstd, spec.cast, spec.offset, need_dx, need_dw)
@@ -76,6 +77,10 @@ def norm(
     fuse_residual: whether torch.compile may fuse the call with an addition that computes x.
     """
     where = caller(residual)
+    if exported_to_onnx():
+        check_spec(where, eps, cast, offset)
+        check_tensors(where, x, residual, w, offset, symbolic=torch.compiler.is_compiling())
+        return plain_forward(x, residual, w, eps, cast, offset, with_rstd=False)
     if torch.compiler.is_compiling():  # the compiler traces the operator, which has its own autograd rule
         check_spec(where, eps, cast, offset)
         check_tensors(where, x, residual, w, offset, symbolic=True)

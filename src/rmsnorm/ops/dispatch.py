@@ -2,6 +2,7 @@
 
 import sys
 
+import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import Parameter
@@ -13,7 +14,8 @@ _PLAIN_TYPES = (Tensor, Parameter)
 
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether these tensors may bypass torch's dispatcher: ordinary tensors that no mode or transform intercepts."""
-    if compat.dispatch_modes() or compat.transforms_active() or compat.is_tracing() or is_compiling():
+    # is_compiling comes first, because compilers cannot ask the other questions
+    if is_compiling() or compat.dispatch_modes() or compat.transforms_active() or compat.is_tracing():
         return False
     for t in tensors:
         if t is not None and (type(t) not in _PLAIN_TYPES or t.is_meta or t.is_neg() or t._is_zerotensor()):
@@ -28,3 +30,10 @@ def load_sharding() -> None:
     """
     if "torch.distributed.tensor" in sys.modules:
         import rmsnorm.ops.sharding  # noqa: F401
+
+
+def exported_to_onnx() -> bool:
+    """Whether torch.onnx.export is tracing: its graph is for programs that do not have our operators."""
+    if not (is_compiling() or compat.is_tracing()):
+        return False
+    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()

@@ -5,7 +5,6 @@ A replaced norm has a class of ours, made from the rule and put in front of the 
 
 import functools
 import inspect
-import sys
 import warnings
 from collections.abc import Callable
 from types import MethodType
@@ -19,6 +18,7 @@ from rmsnorm.errors import type_name, with_article
 from rmsnorm.functional import explain, rms_norm
 from rmsnorm.kernels.host import loader as host
 from rmsnorm.ops.autograd import norm
+from rmsnorm.ops.dispatch import exported_to_onnx
 from rmsnorm.patching.eligibility import forward_parameters
 from rmsnorm.patching.rule import Rule, dtype_name, dtypes_in_words
 from rmsnorm.patching.stand_in import Absent, InFront, Method, identity, is_plain, put_in_front
@@ -171,7 +171,7 @@ def forward_by_rule(
             y = norm(rows, None, w, eps, cast, offset, fuse_residual)[0]
         else:
             y = rms_norm(rows, w, eps, cast=cast, offset=offset)
-        return y if k == 1 else y.view(x.shape)
+        return y if k == 1 else y.view(x.shape)  # type: ignore[no-any-return]
 
     return forward
 
@@ -338,10 +338,10 @@ def _unsupported_tensor(t: Tensor) -> str | None:
 
 def _why_exported() -> str | None:
     """Says so if a graph is made for other programs, which do not have our operators."""
-    if torch.compiler.is_compiling():
-        onnx = "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
-        return "it is being exported to ONNX" if onnx else None
-    return "it is being traced by torch.jit" if compat.is_tracing() else None
+    if exported_to_onnx():
+        return "it is being exported to ONNX"
+    traced = not torch.compiler.is_compiling() and compat.is_tracing()
+    return "it is being traced by torch.jit" if traced else None
 
 
 def _why_inference_tensor(x: Tensor, w: Tensor | None) -> str | None:

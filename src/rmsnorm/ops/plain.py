@@ -1,0 +1,57 @@
+"""The operators in plain torch, for programs that run without this package: ONNX, and what `decompositions` is for.
+
+The statistic is *published* (see `Spec`): the programs compute what the published classes compute.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rmsnorm import reference
+from rmsnorm.spec import Cast
+
+
+def plain_forward(
+    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: Cast, offset: float, with_rstd: bool,
+    fuse_residual: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As the operator `forward`, but with the statistic *published* and in operators of torch that keep autograd."""
+    s = None if residual is None else (x + residual).contiguous()
+    rows = x if s is None else s
+    rstd = reference.published_rstd(rows, eps)
+    y = reference.normalize(rows, w, rstd, cast, offset).contiguous()
+    return y, x.new_empty(0) if s is None else s, rstd if with_rstd else x.new_empty(0)
+
+
+def _plain_backward(
+    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, cast: Cast, offset: float, need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dx, dw = reference.backward(dy, ds, x, w, rstd, cast, offset, need_dx, need_dw)
+    return x.new_empty(0) if dx is None else dx, x.new_empty(0) if dw is None else dw
+
+
+def decompositions() -> dict[Any, Callable[..., tuple[Tensor, ...]]]:
+    """The table that replaces this package's operators by operators of torch, for programs that run without it.
+
+    An exported program holds each norm as one operator of this package. Where the package cannot be imported (a C++
+    server, another runtime), decompose the program first. It then computes what the published classes compute: the
+    mean in fp32, wherever that program's compiler rounds, and no longer the same bits on every device.
+
+    Returns:
+        A new dict from operator to function, for `torch.export.ExportedProgram.run_decompositions`, which you may
+        merge with others, and for any other `decomposition_table` of torch.
+
+    Example:
+        >>> layer = rmsnorm.RMSNorm(8)
+        >>> program = torch.export.export(layer, (torch.randn(2, 8),))
+        >>> plain = program.run_decompositions(rmsnorm.decompositions())
+        >>> "rmsnorm" in program.graph_module.code, "rmsnorm" in plain.graph_module.code
+        (True, False)
+    """
+    return {
+        torch.ops.rmsnorm.forward.default: plain_forward,
+        torch.ops.rmsnorm.backward.default: _plain_backward,
+    }
