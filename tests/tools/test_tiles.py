@@ -2,11 +2,9 @@
 
 import argparse
 import dataclasses
-import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,20 +13,14 @@ import torch
 pytest.importorskip("triton", reason="there is no Triton")
 
 from rmsnorm.kernels.gpu import tiling
+from scripts import BENCHMARKS, load_script
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "tiles.py"
 H200 = tiling.Gpu(227 << 10, 132, 9)
 
 
 @pytest.fixture(scope="module")
 def tiles() -> Any:
-    spec = importlib.util.spec_from_file_location("tiles", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["tiles"] = module  # where dataclasses looks for it
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tiles")
 
 
 @pytest.mark.parametrize(
@@ -86,7 +78,7 @@ def test_parts_decides_whether_programs_share_a_row(tiles: Any) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_message_says_so() -> None:
-    command = [sys.executable, str(SCRIPT), "forward 64x64 bfloat16"]
+    command = [sys.executable, str(BENCHMARKS / "tiles.py"), "forward 64x64 bfloat16"]
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
     assert run.returncode == 2
     assert "there is no GPU" in run.stderr
