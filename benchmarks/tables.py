@@ -449,6 +449,66 @@ def model() -> str:
     return f"{head}\n\n{table(['', 'model as it is', 'patched'], rows)}"
 
 
+def _milliseconds(found: dict[str, Any] | None) -> str:
+    return "–" if found is None or "no_time" in found else f"{found['median_us'] / 1e3:.2f}"
+
+
+def _ratio(found: dict[str, Any] | None) -> str:
+    ratio = found and found["over_as_is"]
+    if not ratio:
+        return "–"
+    interval = "" if ratio["low"] is None else f" ({ratio['low']:.3f} to {ratio['high']:.3f})"
+    return f"{ratio['ratio']:.3f}{interval}"
+
+
+@part
+def whole_models() -> str:
+    """Nothing until benchmarks/models.py has been run."""
+    if not (RESULTS / "models-cuda.json").exists():
+        return ""
+    r = stored("models-cuda")
+    variants = list(dict.fromkeys(v["variant"] for case in r["cases"] for v in case["variants"]))
+    aims = {(a["model"], a["mode"], a["compiled"], a["of"]): a for a in r["bounds"]}
+    rows, sizes = [], {}
+    for case in r["cases"]:
+        sizes[case["model"]] = f"{case['model']}: {case['what']}, {count(case['layers'], 'layer')}"
+        for compiled in (False, True):
+            by_name = {v["variant"]: v for v in case["variants"] if v["compiled"] == compiled}
+            if not by_name:
+                continue
+            shares = [aims.get((case["model"], case["mode"], compiled, of)) for of in ("compilation", "kept memory")]
+            rows.append(
+                [
+                    f"{case['model']}, {case['title']}, {'compiled' if compiled else 'eager'}",
+                    *(_milliseconds(by_name.get(name)) for name in variants),
+                    _ratio(by_name.get("patched")),
+                    *("–" if share is None else f"{share['measured']:.2f}" for share in shares),
+                ]
+            )
+    header = ["ms, bf16", *variants, "patched / as is", "compilation", "kept memory"]
+    missed = [
+        [f"{a['model']}, {a['mode']}, {'compiled' if a['compiled'] else 'eager'}: {a['of']}", f"{a['measured']:.3f}",
+         f"{a['at_most']:.2f}", "yes" if a["inside_spread"] else "no"]
+        for a in r["bounds"] if not a["met"]
+    ]  # fmt: skip
+    versions = {k: v for k, v in r["machine"]["versions"].items() if k == "transformers" or k.endswith("-kernel")}
+    used = "".join(f", {name} {version}" for name, version in versions.items())
+    parts = [
+        f"Machine: {machine(r['machine'])}{used}.",
+        bullets(sizes.values()),
+        table(header, rows),
+        f"{len(r['bounds']) - len(missed)} of {len(r['bounds'])} aims for patched / as is are met"
+        + ("." if not missed else ". The others:"),
+    ]
+    if missed:
+        parts.append(table(["aim that is not met", "patched / as is", "aim: at most", "within the spread"], missed))
+    return "\n\n".join(parts)
+
+
+def count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
 @part
 def first_call() -> str:
     def row(name: str, label: str) -> list[str]:

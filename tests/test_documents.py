@@ -188,8 +188,10 @@ def test_every_table_is_in_one_document_and_a_changed_figure_is_noticed(tables: 
         marked = f"<!-- results: {part} -->\n"
         (holder,) = (text for text in texts if marked in text)
         start = holder.index(marked) + len(marked)
-        digit = re.compile(r"\d").search(holder, start)
-        assert digit is not None
+        digit = re.compile(r"\d").search(holder, start, holder.index("<!-- end of results -->", start))
+        if digit is None:  # its results have not been measured
+            assert tables.PARTS[part]() == ""
+            continue
         changed = holder[: digit.start()] + str((int(digit[0]) + 1) % 10) + holder[digit.end() :]
         assert tables.filled(changed) == holder
     with pytest.raises(KeyError):

@@ -68,11 +68,11 @@ OUT = Path("out")
 @pytest.mark.parametrize(
     ("arguments", "verb", "given"),
     [
-        ("report", "report.command.report", ("deepseek-ocr", Path(), {"device": None, "tokens": 2048, "seconds": 90.0, "every_layer": False})),
+        ("report", "report.command.report", ("deepseek-ocr", Path(), {"device": None, "tokens": 2048, "seconds": 90.0, "every_layer": False, "compiled": False})),
         (
-            "report folder --out out --device cpu --tokens 5 --seconds 2.5 --all",
+            "report folder --out out --device cpu --tokens 5 --seconds 2.5 --all --compile",
             "report.command.report",
-            ("folder", OUT, {"device": "cpu", "tokens": 5, "seconds": 2.5, "every_layer": True}),
+            ("folder", OUT, {"device": "cpu", "tokens": 5, "seconds": 2.5, "every_layer": True, "compiled": True}),
         ),
         ("verify", "verify.command.verify", (None, False, {"only": []})),
         ("verify --device cpu --quick --only a --only b", "verify.command.verify", ("cpu", True, {"only": ["a", "b"]})),

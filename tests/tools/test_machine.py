@@ -22,6 +22,16 @@ def test_the_description_has_the_commit_and_the_versions(monkeypatch: pytest.Mon
     assert "abc123" in machine.headline(facts)
 
 
+def test_a_peer_that_is_installed_is_among_the_versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, version in (("liger_kernel", "1.2"), ("quack_kernels", "3.4")):
+        (tmp_path / f"{name}-{version}.dist-info").mkdir()
+        content = f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {version}\n"
+        (tmp_path / f"{name}-{version}.dist-info" / "METADATA").write_text(content)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    found = machine.versions()
+    assert (found["liger-kernel"], found["quack-kernels"]) == ("1.2", "3.4")
+
+
 def test_an_installed_package_is_named_by_its_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("RMSNORM_COMMIT", raising=False)
     package = tmp_path / "rmsnorm"

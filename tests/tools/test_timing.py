@@ -113,3 +113,27 @@ def test_the_interval_covers_the_median_with_its_stated_probability() -> None:
         assert found is not None
         inside += found.low <= 0.0 <= found.high
     assert inside / tried == pytest.approx(1 - 20 / 512, abs=0.012)  # four standard deviations
+
+
+def test_rounds_have_one_sample_of_every_call(clock: Clock) -> None:
+    calls = {name: clock.takes(seconds) for name, seconds in (("a", 1.0), ("b", 2.0), ("c", 4.0))}
+    taken = timing.sample_rounds(calls, CPU, fewest=3, most=100, seconds=70.0)
+    assert taken == {"a": [1.0] * 10, "b": [2.0] * 10, "c": [4.0] * 10}
+    few = timing.sample_rounds(calls, CPU, fewest=3, most=100, seconds=1.0)
+    assert [len(samples) for samples in few.values()] == [3, 3, 3]
+    most = timing.sample_rounds(calls, CPU, fewest=3, most=5, seconds=1e6)
+    assert [len(samples) for samples in most.values()] == [5, 5, 5]
+
+
+def test_the_order_within_rounds_changes() -> None:
+    log: list[str] = []
+
+    def busy(name: str) -> None:
+        log.append(name)
+        time.sleep(2e-4)  # longer than the shortest sample, so that one call is one sample
+
+    calls: dict[str, Callable[[], None]] = {name: lambda name=name: busy(name) for name in "abc"}  # type: ignore[misc]
+    timing.sample_rounds(calls, CPU, fewest=20, most=20, seconds=0.0)
+    rounds = {"".join(log[-60:][i : i + 3]) for i in range(0, 60, 3)}
+    assert {"".join(sorted(r)) for r in rounds} == {"abc"}
+    assert len(rounds) > 3

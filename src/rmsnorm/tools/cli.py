@@ -133,6 +133,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--seconds", type=_seconds, default=90.0, metavar="S", help="about how long it may take (default: %(default)g)"
     )
+    report.add_argument(
+        "--compile", action="store_true", help="compile the steps of the whole model, which takes longer than --seconds"
+    )
     report.add_argument("--all", action="store_true", help="print a row for each norm, not for each kind of norm")
 
     verify = verb("verify", _verify, "Check the contract on more than 10⁸ outputs.")
@@ -205,7 +208,8 @@ class _Finished:
 def _report(args: argparse.Namespace, progress: Progress) -> _Finished:
     from rmsnorm.tools.report import command, printing
 
-    options = {"device": args.device, "tokens": args.tokens, "seconds": args.seconds, "every_layer": args.all}
+    options = {"device": args.device, "tokens": args.tokens, "seconds": args.seconds, "every_layer": args.all,
+               "compiled": args.compile}  # fmt: skip
     result = command.report(args.target, args.out, progress, **options)
     return _Finished(result.ok, result.to_json(), lambda: printing.blocks(result), args.out / results.REPORT_FILE)
 

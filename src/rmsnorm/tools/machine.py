@@ -12,7 +12,8 @@ import torch
 
 from rmsnorm.errors import CommandError
 
-_PACKAGES = ("torch", "numba", "triton", "transformers", "numpy")
+_PEERS = ("liger-kernel", "quack-kernels", "flashinfer-python", "flash-linear-attention")
+_PACKAGES = ("torch", "numba", "triton", "transformers", "numpy", *_PEERS)
 
 
 def find_device(name: str | None) -> torch.device:

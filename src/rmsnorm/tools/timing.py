@@ -127,19 +127,10 @@ def interleave(
     Returns:
         The seconds for one call, by name.
     """
-    on_gpu = device.type == "cuda"
-    stopwatch: Callable[[Callable[[], object], int], float]
-    if not on_gpu:
-        stopwatch, shortest = _cpu_stopwatch, _SHORTEST_SAMPLE
-    elif with_host:
-        stopwatch, shortest = _stopwatch_of_both(device), _SHORTEST_SAMPLE_OF_BOTH
-    else:
-        stopwatch, shortest = _cuda_stopwatch(device), 0.0
+    stopwatch, shortest = _stopwatch(device, with_host)
     repeats, counts = {}, {}
     for name, call in calls.items():
-        stopwatch(call, 1)
-        probe = max(min(stopwatch(call, 1) for _ in range(2)), 1e-9)
-        repeats[name] = max(1, min(_MOST_REPEATS, int(shortest / probe)))
+        probe, repeats[name] = _probe(call, stopwatch, shortest)
         affordable = samples if seconds is None else int(seconds / (probe * repeats[name]))
         counts[name] = max(min(fewest, samples), min(samples, affordable))
     taken: dict[str, list[float]] = {name: [] for name in calls}
@@ -155,6 +146,39 @@ def interleave(
         for name in due:
             taken[name].append(stopwatch(calls[name], repeats[name]))
     return {name: summarize(times, repeats[name]) for name, times in taken.items()}
+
+
+def sample_rounds(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, *, fewest: int, most: int, seconds: float
+) -> dict[str, list[float]]:
+    """Time every call once in every round, in a shuffled order, so that samples of one round can be compared in pairs.
+
+    A sample lasts until both the host and the GPU have finished, and is several calls in a row if they are short.
+
+    Args:
+        calls: What to time, by name.
+        device: Where it runs.
+        fewest: How many rounds there are at least, even if they take longer than `seconds`.
+        most: How many rounds there are at most.
+        seconds: The time limit for all rounds together.
+
+    Returns:
+        The seconds for one call, by name: a list with one sample a round.
+    """
+    stopwatch, shortest = _stopwatch(device, with_host=True)
+    repeats = {name: _probe(call, stopwatch, shortest)[1] for name, call in calls.items()}
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    order, names = random.Random(0), list(calls)
+    start, longest = now(), 0.0
+    for i in range(most):
+        began = now()
+        if i >= fewest and began - start + longest > seconds:
+            break
+        order.shuffle(names)
+        for name in names:
+            taken[name].append(stopwatch(calls[name], repeats[name]))
+        longest = max(longest, now() - began)
+    return taken
 
 
 def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -176,6 +200,25 @@ def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return (u * vv - v * uv) / determinant, (v * uu - u * uv) / determinant
 
 
+_Stopwatch = Callable[[Callable[[], object], int], float]
+
+
+def _stopwatch(device: torch.device, with_host: bool) -> tuple[_Stopwatch, float]:
+    """Return what times a number of calls in a row, and how long a sample must at least be."""
+    if device.type != "cuda":
+        return _cpu_stopwatch, _SHORTEST_SAMPLE
+    if with_host:
+        return _stopwatch_of_both(device), _SHORTEST_SAMPLE_OF_BOTH
+    return _cuda_stopwatch(device), 0.0
+
+
+def _probe(call: Callable[[], object], stopwatch: _Stopwatch, shortest: float) -> tuple[float, int]:
+    """Return about how many seconds a call takes, and how many calls in a row make a sample."""
+    stopwatch(call, 1)
+    probe = max(min(stopwatch(call, 1) for _ in range(2)), 1e-9)
+    return probe, max(1, min(_MOST_REPEATS, int(shortest / probe)))
+
+
 def _cpu_stopwatch(call: Callable[[], object], repeats: int) -> float:
     start = now()
     for _ in range(repeats):
@@ -183,7 +226,7 @@ def _cpu_stopwatch(call: Callable[[], object], repeats: int) -> float:
     return (now() - start) / repeats
 
 
-def _stopwatch_of_both(device: torch.device) -> Callable[[Callable[[], object], int], float]:
+def _stopwatch_of_both(device: torch.device) -> _Stopwatch:
     def sample(call: Callable[[], object], repeats: int) -> float:
         torch.cuda.synchronize(device)
         start = now()
@@ -195,7 +238,7 @@ def _stopwatch_of_both(device: torch.device) -> Callable[[Callable[[], object], 
     return sample
 
 
-def _cuda_stopwatch(device: torch.device) -> Callable[[Callable[[], object], int], float]:
+def _cuda_stopwatch(device: torch.device) -> _Stopwatch:
     # Four times the size of the L2 cache, overwritten eight times: that also gives the host time to queue the call.
     size = 4 * getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20)
     scratch = torch.empty(max(size, 1 << 20), dtype=torch.uint8, device=device)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import rmsnorm
 from rmsnorm.errors import CommandError
+from rmsnorm.spec import Spec
 
 EPS = 1e-6
 
@@ -52,10 +53,12 @@ def definition(x: Tensor, w: Tensor) -> Tensor:
     return w * h.to(x.dtype)
 
 
-def _liger(x: Tensor, w: Tensor) -> Tensor:
+def liger(x: Tensor, w: Tensor, spec: Spec) -> Tensor:
+    """Call Liger's kernel for a spec. Its default overwrites the incoming gradient, which a benchmark needs again."""
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-    y: Tensor = LigerRMSNormFunction.apply(x, w, EPS, 0.0, "llama", False)
+    casting = "llama" if spec.cast == "early" else "gemma"
+    y: Tensor = LigerRMSNormFunction.apply(x, w, spec.eps, spec.offset, casting, False)
     return y
 
 
@@ -108,7 +111,7 @@ PROVIDERS = (
     Provider("F.rms_norm", lambda x, w: F.rms_norm(x, (x.shape[-1],), w, EPS)),
     Provider("LayerNorm", lambda x, w: F.layer_norm(x, (x.shape[-1],), w, None, EPS), equal=False),
     Provider("torch.compile", definition, compiled=True),
-    Provider("Liger", _liger, add=_liger_add, package="liger_kernel"),
+    Provider("Liger", lambda x, w: liger(x, w, Spec(EPS)), add=_liger_add, package="liger_kernel"),
     Provider("QuACK", _quack, add=_quack_add, package="quack"),
     Provider("FlashInfer", _flashinfer, package="flashinfer"),
     Provider("fla", _fla, add=_fla_add, package="fla"),

@@ -93,15 +93,12 @@ class CallLimit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def run_on_tokens(model: nn.Module, ids: Tensor) -> Any:
-    """Run a model on token ids alone.
+def token_arguments(model: nn.Module, ids: Tensor) -> dict[str, Any]:
+    """Return the arguments for a call of a model on token ids alone.
 
     Args:
         model: A model of transformers.
         ids: (batch, tokens). A separate decoder gets the same ids.
-
-    Returns:
-        What the model returns.
     """
     taken = inspect.signature(model.forward).parameters
     named: dict[str, Any] = {"input_ids": ids}
@@ -109,7 +106,17 @@ def run_on_tokens(model: nn.Module, ids: Tensor) -> Any:
         named["decoder_input_ids"] = ids
     if "use_cache" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values()):
         named["use_cache"] = False
-    return model(**named)
+    return named
+
+
+def run_on_tokens(model: nn.Module, ids: Tensor) -> Any:
+    """Run a model on token ids alone, and return what it returns.
+
+    Args:
+        model: A model of transformers.
+        ids: (batch, tokens).
+    """
+    return model(**token_arguments(model, ids))
 
 
 def norm_width(module: nn.Module) -> int | None:

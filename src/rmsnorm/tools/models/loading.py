@@ -76,20 +76,34 @@ def _deepseek_ocr(device: torch.device) -> Built:
         notes += ("4 experts with top-2 instead of 64 with top-6, and a vocabulary of 4096 instead of 129,280: "
                   "this does not affect the norms, but a step is shorter than the real one",)  # fmt: skip
     config = presets.deepseek_ocr(transformers, **smaller)
+    return Built(random_model(config, transformers, device), (25, 32_000), notes)
+
+
+def random_model(config: Any, transformers: Any, device: torch.device) -> Any:
+    """Build a model in bf16 with random weights, the same every time.
+
+    Args:
+        config: A configuration of transformers.
+        transformers: The library.
+        device: Where it is to be.
+
+    Returns:
+        The model. The weights of its RMSNorms are between 0.5 and 1.5, so that early and late differ.
+    """
     cls = architecture.model_class(config, transformers)
     default = torch.get_default_dtype()
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
         torch.set_default_dtype(torch.bfloat16)
         try:
-            model = cls(config)
+            model = cls.from_config(config) if cls is transformers.AutoModel else cls(config)
         finally:
             torch.set_default_dtype(default)
         with torch.no_grad():
             for module in model.modules():
                 if type(module).__name__.endswith("RMSNorm"):
                     module.get_parameter("weight").uniform_(0.5, 1.5)
-    return Built(model, (25, 32_000), notes)
+    return model
 
 
 PRESETS: dict[str, Builder] = {"deepseek-ocr": _deepseek_ocr}

@@ -1,6 +1,7 @@
 """A budget of wall time, and predictions of how many tokens fit into it."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 from rmsnorm.tools import timing
 from rmsnorm.tools.timing import Progress
@@ -15,17 +16,32 @@ class Budget:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.start = self.last = timing.now()
+        self.unlimited = 0.0  # seconds that do not count
+        self.stopped: float | None = None  # since when the time does not count
         self.phases: dict[str, float] = {}
 
     @property
     def spent(self) -> float:
-        """Seconds since the start."""
-        return timing.now() - self.start
+        """Seconds since the start that count."""
+        now = timing.now() if self.stopped is None else self.stopped
+        return now - self.start - self.unlimited
 
     @property
     def left(self) -> float:
         """Seconds that remain; negative when the budget is exceeded."""
         return self.seconds - self.spent
+
+    @contextlib.contextmanager
+    def without_limit(self, phase: str) -> Iterator[None]:
+        """Make what runs in the context a phase whose time does not count."""
+        self.stopped = timing.now()
+        try:
+            yield
+        finally:
+            seconds, self.stopped = timing.now() - self.stopped, None
+            self.phases[phase] = self.phases.get(phase, 0.0) + seconds
+            self.unlimited += seconds
+            self.last += seconds
 
     def finish(self, phase: str) -> None:
         """Add the time since the last call, or since the start, to a phase."""

@@ -18,7 +18,7 @@ from rmsnorm.tools.timing import Progress
 
 def report(
     target: str, out: Path, progress: Progress, *, device: str | None = None, tokens: int = 2048, seconds: float = 90.0,
-    every_layer: bool = False,
+    every_layer: bool = False, compiled: bool = False,
 ) -> ReportResult:  # fmt: skip
     """Measure what replacing the norms of a model changes and gains, and write out/report.json.
 
@@ -28,8 +28,10 @@ def report(
         progress: Called before each step with the percentage of the budget that is spent, 100, and what comes next.
         device: "cpu" or "cuda"; by default the GPU if there is one.
         tokens: The length of the sequence; shorter if the model has fewer positions or the time does not suffice.
-        seconds: The budget of wall time. Only loading the model and proving its norms can exceed it.
+        seconds: The budget of wall time. Only loading the model, proving its norms and compiling can exceed it.
         every_layer: Whether to print a row for each norm instead of each kind of norm.
+        compiled: Whether whole-model steps are compiled with torch.compile. The compilation itself can exceed the
+            budget.
 
     Returns:
         What was found; its `notes` say what was left out and why.
@@ -50,7 +52,7 @@ def report(
         wait_for_host(0.0)  # starts compiling the host's code in the background
         built = build(where)
         budget.finish("loading")
-        result = ReportRun(target, where, built, tokens, budget, say, every_layer).result()
+        result = ReportRun(target, where, built, tokens, budget, say, every_layer, compiled).result()
     results.write_json(out / results.REPORT_FILE, result.to_json())
     return result
 

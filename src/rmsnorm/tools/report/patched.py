@@ -1,45 +1,80 @@
-"""A model whose norms `patch` replaced, which can run with its own norms or with ours."""
+"""A model that can run with its own norms or with those that `patch` puts in their place, eagerly or compiled."""
 
+import abc
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rmsnorm import memory
-from rmsnorm.errors import CommandError
 from rmsnorm.patching.patch import patch
 from rmsnorm.patching.replacement import set_class
+from rmsnorm.tools import timing
 from rmsnorm.tools.models import library
-from rmsnorm.tools.report.norms import NormResult
-from rmsnorm.tools.report.result import SavedBytes
+from rmsnorm.tools.models.steps import Steps, copy_sharing_tensors, graphs_compiled
+from rmsnorm.tools.report.norms import Mode, NormResult
+from rmsnorm.tools.report.result import CompiledStep, SavedBytes
 
-Side = Literal["before", "after"]  # with the model's own norms, with ours
+# With the model's own norms; with ours; with ours, of which torch.compile fuses none with a residual addition.
+Side = Literal["before", "after", "unfused"]
 
 
-class PatchedModel:
-    """A language model with proven norms.
+_COMPILED: dict[str, Any] = {}  # the arguments of torch.compile
+
+
+class Sides(abc.ABC):
+    """A model that can run with its own norms or with ours.
+
+    Attributes:
+        sides: What it can run with.
+        steps: Its steps with what is in use.
+    """
+
+    sides: tuple[Side, ...]
+    steps: Steps
+
+    @abc.abstractmethod
+    def use(self, side: Side) -> None:
+        """Switch to the model's own norms or to ours."""
+
+    def forward(self, tokens: int) -> None:
+        """Run a forward step, and wait for the GPU."""
+        self.steps.forward(tokens)
+        wait_for(self.steps.device)
+
+    def train(self, tokens: int) -> None:
+        """Run forward and backward of one batch, from a random cotangent, without an optimizer; wait for the GPU."""
+        self.steps.train(tokens)
+        wait_for(self.steps.device)
+
+    def saved_bytes(self, tokens: int) -> SavedBytes:
+        """Count what the model saves for the backward pass, with its own norms and with ours."""
+        kept = []
+        for side in ("before", "after"):
+            self.use(side)
+            with memory.saved_for_backward(self.steps.model.parameters()) as saved:
+                y = self.steps.training_outputs(tokens)
+                kept.append(saved())
+            del y
+        return SavedBytes(tokens, *kept)
+
+
+class PatchedModel(Sides):
+    """A language model with proven norms, run eagerly.
 
     Attributes:
         model: The model.
-        device: Where it is.
-        vocabulary: How many token ids there are.
-        positions: The longest sequence; None if the configuration does not limit it.
         verdicts: What `patch` decided about each norm.
         modules: The norms, by name.
         own: Their own classes, by name.
         ours: The classes that `patch` gave them, by name.
     """
 
+    sides = ("before", "after")
+
     def __init__(self, model: Any, device: torch.device) -> None:
-        self.model, self.device = model, device
-        with library.command_errors(f"the configuration of {type(model).__name__} is not that of a language model"):
-            text = model.config.get_text_config()
-        vocabulary, positions = (getattr(text, key, None) for key in ("vocab_size", "max_position_embeddings"))
-        if not isinstance(vocabulary, int) or vocabulary < 1:
-            raise CommandError(f"{type(model).__name__} takes no token ids: give the folder of a language model")
-        self.vocabulary = vocabulary
-        self.positions = positions if isinstance(positions, int) and positions > 0 else None
-        self._dy: Tensor | None = None  # the cotangent, kept so that a timed step does not draw it
+        self.model = model
+        self.steps = Steps(model, device)
 
     def prove(self) -> None:
         """Prove and replace the norms. Raises CommandError if the model does not allow that."""
@@ -71,44 +106,45 @@ class PatchedModel:
         for name, module in self.modules.items():
             set_class(module, (self.own if side == "before" else self.ours)[name])
 
-    def forward(self, tokens: int) -> None:
-        """Run a forward step, and wait for the GPU."""
-        self.model.eval()
-        with torch.no_grad():
-            self._run(tokens)
-            self._wait()
 
-    def train(self, tokens: int) -> None:
-        """Run forward and backward of one batch, from a random cotangent, without an optimizer; wait for the GPU."""
-        self.model.train()
-        y = self._run(tokens)
-        if self._dy is None or self._dy.shape != y.shape:
-            self._dy = torch.randn(y.shape, dtype=y.dtype, device=y.device)
-        torch.autograd.backward(y, self._dy)
-        self.model.zero_grad(set_to_none=True)
-        self._wait()
+class CompiledModel(Sides):
+    """Compiled copies of a model, one for each side, which share its weights.
 
-    def saved_bytes(self, tokens: int) -> SavedBytes:
-        """Count what the model saves for the backward pass, with its own norms and with ours."""
-        self.model.train()
-        kept = []
-        for side in ("before", "after"):
+    Args:
+        patched: The model.
+
+    Attributes:
+        first_calls: The calls that compiled it.
+    """
+
+    sides = ("before", "after", "unfused")
+
+    def __init__(self, patched: PatchedModel) -> None:
+        patched.use("before")
+        self._steps: dict[Side, Steps] = {}
+        for side in self.sides:
+            model = copy_sharing_tensors(patched.model)
+            if side != "before":
+                patch(model, fuse_residual=side == "after")
+            self._steps[side] = Steps(model, patched.steps.device, _COMPILED)
+        self.steps = self._steps["before"]
+        self.first_calls: list[CompiledStep] = []
+
+    def use(self, side: Side) -> None:
+        """Switch to the model's own norms or to ours."""
+        self.steps = self._steps[side]
+
+    def compile(self, mode: Mode, tokens: int) -> None:
+        """Compile a step for every side, by running it."""
+        for side in self.sides:
             self.use(side)
-            with memory.saved_for_backward(self.model.parameters()) as saved:
-                y = self._run(tokens)
-                kept.append(saved())
-            del y
-        return SavedBytes(tokens, *kept)
+            start, graphs = timing.now(), graphs_compiled()
+            (self.train if mode == "training" else self.forward)(tokens)
+            seconds = timing.now() - start
+            self.first_calls.append(CompiledStep(mode, side, seconds, graphs_compiled() - graphs))
 
-    def _run(self, tokens: int) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, self.vocabulary, (1, tokens), generator=generator).to(self.device)
-        with library.command_errors(f"{type(self.model).__name__} cannot be run on token ids alone"):
-            output = library.run_on_tokens(self.model, ids)
-            y: Tensor | None = getattr(output, "last_hidden_state", None)
-            first: Tensor = output[0] if y is None else y
-        return first
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+def wait_for(device: torch.device) -> None:
+    """Wait until the GPU has finished; on a CPU do nothing."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -24,6 +24,7 @@ def blocks(result: ReportResult) -> tuple[Block, ...]:
         *([_norms_table(result) if result.every_layer else _kinds_table(result)] if result.norms else []),
         *_model_table(result),
         "",
+        *_compilation(result),
         *_verdicts(result),
         *(f"Note: {note}" for note in result.notes),
         *(Text(line, "note") for line in last),
@@ -145,7 +146,13 @@ def _model_table(result: ReportResult) -> Iterator[Table]:
         pair = result.total(mode)
         if pair is not None and pair.gain is not None:
             rows.append((label, duration(pair.before), duration(pair.after), f"{factor(pair.gain, 3)} as fast"))
-    for label, step in (("forward step", result.forward), ("training step", result.training)):
+    unfused = {} if result.compilation is None else result.compilation.unfused
+    how = "" if result.compilation is None else ", compiled"
+    steps = (
+        (f"forward step{how}", result.forward), (f"forward step{how}, additions not fused", unfused.get("forward")),
+        (f"training step{how}", result.training), (f"training step{how}, additions not fused", unfused.get("training")),
+    )  # fmt: skip
+    for label, step in steps:
         if step is not None:
             where = f"{label}, {step.tokens:,} tokens, {len(step.rounds)} pairs"
             rows.append((where, duration(step.before.median), duration(step.after.median), step.summary()))
@@ -159,6 +166,26 @@ def _model_table(result: ReportResult) -> Iterator[Table]:
             columns,
             tuple(rows),
         )
+
+
+_NORMS = {
+    "before": "its own norms",
+    "after": "our norms",
+    "unfused": "our norms without fused additions",
+}
+
+
+def _compilation(result: ReportResult) -> Iterator[str]:
+    """Yield what was compiled and how long that took."""
+    if result.compilation is None:
+        return
+    yield (
+        "The steps of the whole model were compiled with torch.compile (Inductor). The first call of each, which "
+        "compiles it, took:"
+    )
+    for step in result.compilation.steps:
+        graphs = f", {step.graphs} graph{'s' if step.graphs > 1 else ''}" if step.graphs else ""
+        yield f"  {step.mode} step with {_NORMS[step.side]}: {duration(step.seconds, 3)}{graphs}"
 
 
 def _verdicts(result: ReportResult) -> Iterator[str]:

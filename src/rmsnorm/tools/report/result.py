@@ -17,6 +17,48 @@ class SavedBytes:
 
 
 @dataclass(frozen=True)
+class CompiledStep:
+    """The first call of a compiled step, which compiles it.
+
+    Attributes:
+        mode: "forward" or "training".
+        side: "before" with the model's own norms, "after" with ours, "unfused" with ours and without fused additions.
+        seconds: How long the call took.
+        graphs: How many graphs torch.compile made; 0 if this release of torch does not count them.
+    """
+
+    mode: Mode
+    side: str
+    seconds: float
+    graphs: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything, in types that `json.dumps` takes."""
+        return {"step": self.mode, "norms": self.side, "seconds": round(self.seconds, 3), "graphs": self.graphs}
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """What was compiled for whole-model steps.
+
+    Attributes:
+        steps: The steps.
+        unfused: Steps as they are against steps with our norms without fused additions.
+    """
+
+    steps: tuple[CompiledStep, ...]
+    unfused: dict[Mode, StepResult]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything, in types that `json.dumps` takes."""
+        return {
+            "with": "torch.compile, backend inductor",
+            "first_calls": [step.to_json() for step in self.steps],
+            "without_fusion": {f"{mode}_step": step.to_json() for mode, step in self.unfused.items()},
+        }
+
+
+@dataclass(frozen=True)
 class ReportResult:
     """What `rmsnorm report` found.
 
@@ -33,6 +75,7 @@ class ReportResult:
         phases: The seconds that each phase took.
         peak_bytes: The most memory that the process used.
         every_layer: Whether to print a row for each norm.
+        compilation: What was compiled; None if whole-model steps ran eagerly or were not timed.
     """
 
     target: str
@@ -47,6 +90,7 @@ class ReportResult:
     phases: dict[str, float]
     peak_bytes: int
     every_layer: bool = False
+    compilation: Compilation | None = None
 
     @property
     def ok(self) -> bool:
@@ -78,6 +122,7 @@ class ReportResult:
             "sum_one_token": pair_to_json(self.total("token")),
             "forward_step": self.forward and self.forward.to_json(),
             "training_step": self.training and self.training.to_json(),
+            "compiled": self.compilation and self.compilation.to_json(),
             "saved_for_backward": saved and {
                 "tokens": saved.tokens,
                 "before_bytes": saved.before,

@@ -22,8 +22,8 @@ from rmsnorm.tools.models.loading import Built
 from rmsnorm.tools.report.budget import FEWEST_TOKENS, MARGIN, Announcer, Budget, TimeModel, most_tokens, probe
 from rmsnorm.tools.report.norm_timer import OUTLIER, NormTimer, examine
 from rmsnorm.tools.report.norms import WITH_BACKWARD, Mode, total
-from rmsnorm.tools.report.patched import PatchedModel, Side
-from rmsnorm.tools.report.result import ReportResult, SavedBytes
+from rmsnorm.tools.report.patched import CompiledModel, PatchedModel, Side, Sides
+from rmsnorm.tools.report.result import Compilation, ReportResult, SavedBytes
 from rmsnorm.tools.report.steps import FEWEST_PAIRS, StepResult
 
 _MOST_PAIRS = 200
@@ -47,18 +47,22 @@ class ReportRun:
         budget: The budget, running since the command started.
         say: Announces what comes next.
         every_layer: Whether to print a row for each norm.
+        compiled: Whether whole-model steps are compiled.
     """
 
     def __init__(
         self, target: str, device: torch.device, built: Built, tokens: int, budget: Budget, say: Announcer,
-        every_layer: bool,
+        every_layer: bool, compiled: bool = False,
     ) -> None:  # fmt: skip
         self.target, self.device, self.budget, self.say, self.every_layer = target, device, budget, say, every_layer
         self.expected, self.notes = built.expected, list(built.notes)
         self.patched = PatchedModel(built.model, device)
-        self.asked = self.tokens = min(tokens, self.patched.positions or tokens)
+        self.asked = self.tokens = min(tokens, self.patched.steps.positions or tokens)
         self.steps: dict[Mode, StepResult] = {}
         self.saved: SavedBytes | None = None
+        self.compiled = compiled
+        self.compilation: Compilation | None = None
+        self.sides = len((CompiledModel if compiled else PatchedModel).sides)
 
     def result(self) -> ReportResult:
         """Measure, and return what was found."""
@@ -85,7 +89,7 @@ class ReportRun:
         return ReportResult(
             self.target, facts, self._model_facts(), tuple(self.notes), self.norms, self.steps.get("forward"),
             self.steps.get("training"), self.saved, self.budget.seconds, self.budget.phases, _peak_bytes(),
-            self.every_layer,
+            self.every_layer, self.compilation,
         )  # fmt: skip
 
     def _model_facts(self) -> dict[str, object]:
@@ -150,12 +154,31 @@ class ReportRun:
         seconds = min(_NORM_SECONDS, self.budget.left * _FOR_NORMS / 2)
         timer = NormTimer(self.patched, self.say, seconds, WITH_BACKWARD, _OF_A_KIND, with_host=True)
         alone = examine(self.patched, tokens, timer)
+        model: Sides = self.patched
+        if self.compiled:
+            model = compiled = self._compile(tokens, runs)
         if "training" in runs:
-            self.saved = self.patched.saved_bytes(tokens)
-        for name, taken in self._rounds(tokens, runs).items():
+            self.saved = model.saved_bytes(tokens)
+        unfused = {}
+        for name, rounds in self._rounds(model, tokens, runs).items():
             norms = total(alone, name)
             assert norms is not None  # the first of each kind is always timed
-            self.steps[name] = StepResult(tokens, tuple(taken), norms)
+            self.steps[name] = StepResult(tokens, tuple((r["before"], r["after"]) for r in rounds), norms)
+            if "unfused" in model.sides:
+                unfused[name] = StepResult(tokens, tuple((r["before"], r["unfused"]) for r in rounds), norms)
+        if self.compiled:
+            self.compilation = Compilation(tuple(compiled.first_calls), unfused)
+
+    def _compile(self, tokens: int, runs: Runs) -> CompiledModel:
+        """Compile the steps, however long that takes, and make `runs` run them."""
+        with self.budget.without_limit("compiling"):
+            compiled = CompiledModel(self.patched)
+            for name in list(runs):
+                self.say(f"compiling the {name} step with the model's own norms and with ours")
+                with self._or_left_out(name, runs):
+                    compiled.compile(name, tokens)
+                    runs[name] = compiled.train if name == "training" else compiled.forward
+        return compiled
 
     def _plan_steps(self) -> tuple[int, Runs] | None:
         """Decide which steps run, and on how many tokens, so that the fewest pairs fit into what is left.
@@ -175,12 +198,12 @@ class ReportRun:
         costs: dict[Mode, TimeModel] = {"forward": probe(self.patched.forward, self.tokens, self._seconds_per_call(2))}
         forward = costs["forward"].predict(fewest)
         if self.budget.left > 4 * forward:
-            with self._training(runs):
+            with self._or_left_out("training", runs):
                 self.saved = self.patched.saved_bytes(fewest)
         if "training" in runs and self._seconds_per_call(1) < 3 * forward:
             self._leave_out(runs, ["training"], 4 * forward)
         if "training" in runs:
-            with self._training(runs):
+            with self._or_left_out("training", runs):
                 costs["training"] = probe(self.patched.train, self.tokens, self._seconds_per_call(1))
 
         def predict(tokens: int) -> float:
@@ -200,20 +223,20 @@ class ReportRun:
             else:
                 self.say(f"running the whole-model steps once on {tokens:,} tokens")
                 for name, run in list(runs.items()):
-                    with self._training(runs) if name == "training" else contextlib.nullcontext():
+                    with self._or_left_out(name, runs) if name == "training" else contextlib.nullcontext():
                         costs[name].time(run, tokens)
         return None
 
     def _seconds_per_call(self, parts: float) -> float:
         """Return how long a call may take for the fewest pairs to fit into 1 / parts of what is left."""
-        return self.budget.left * 0.9 / (2 * FEWEST_PAIRS * parts)
+        return self.budget.left * 0.9 / (self.sides * FEWEST_PAIRS * parts)
 
     def _leave_out(self, runs: Runs, names: list[Mode], seconds: float) -> None:
         """Leave out steps and note it. `seconds`: the least that one call of each of the runs is expected to take."""
         for name in names:
             del runs[name]
         # After proving, examining and timing the norms take their shares of what is left.
-        steps = 2 * (FEWEST_PAIRS + 2) * seconds * MARGIN / (1 - 1.5 * _FOR_EXAMINING - _FOR_NORMS)
+        steps = self.sides * (FEWEST_PAIRS + 2) * seconds * MARGIN / (1 - 1.5 * _FOR_EXAMINING - _FOR_NORMS)
         needs = self.budget.phases["loading"] + self.budget.phases["proving"] + steps
         self.notes.append(
             f"no {' or '.join(names)} step is timed: {FEWEST_PAIRS} pairs of it do not fit into "
@@ -222,22 +245,22 @@ class ReportRun:
         )
 
     @contextlib.contextmanager
-    def _training(self, runs: Runs) -> Iterator[None]:
-        """Continue without training if the model raises an exception in it."""
+    def _or_left_out(self, name: Mode, runs: Runs) -> Iterator[None]:
+        """Continue without a step if the model raises an exception in it."""
         try:
             yield
         except Exception as error:  # noqa: BLE001  # the code of a model can raise anything
             reason = str(error) if isinstance(error, CommandError) else one_line(error)
-            self.notes.append(f"no training step is timed: {reason}")
+            self.notes.append(f"no {name} step is timed: {reason}")
             self.patched.model.zero_grad(set_to_none=True)
-            del runs["training"]
+            del runs[name]
 
-    def _rounds(self, tokens: int, runs: Runs) -> dict[Mode, list[tuple[float, float]]]:
-        """Time each step in pairs until the time is spent.
+    def _rounds(self, model: Sides, tokens: int, runs: Runs) -> dict[Mode, list[dict[Side, float]]]:
+        """Time each step with all sides, directly after each other, until the time is spent.
 
-        Which side of a pair comes first alternates, so that a machine that gets slower over time favours neither.
+        Which side comes first alternates, so that a machine that gets slower over time favours neither.
         """
-        taken: dict[Mode, list[tuple[float, float]]] = {name: [] for name in runs}
+        taken: dict[Mode, list[dict[Side, float]]] = {name: [] for name in runs}
         longest = 0.0
         for i in range(_MOST_PAIRS):
             grace = _GRACE * self.budget.seconds if i < FEWEST_PAIRS else 0.0
@@ -247,13 +270,12 @@ class ReportRun:
             for name, run in runs.items():
                 self.say(f"timing the {name} step, pair {i + 1}")
                 seconds: dict[Side, float] = {}
-                sides: tuple[Side, ...] = ("before", "after") if i % 2 == 0 else ("after", "before")
-                for side in sides:
-                    self.patched.use(side)
+                for side in model.sides if i % 2 == 0 else reversed(model.sides):
+                    model.use(side)
                     began = timing.now()
                     run(tokens)
                     seconds[side] = timing.now() - began
-                taken[name].append((seconds["before"], seconds["after"]))
+                taken[name].append(seconds)
             longest = max(timing.now() - start, 0.5 * longest)
         return taken
 

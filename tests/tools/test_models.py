@@ -1,0 +1,312 @@
+"""benchmarks/models.py: whole models with different norms. Its models are as small as can be here."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="there is no transformers")
+
+from rmsnorm.errors import CommandError
+from scripts import benchmark_script
+
+
+@pytest.fixture(scope="module")
+def models() -> Any:
+    return benchmark_script("models")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: Callable[[int], None], fresh_dynamo: None) -> None:
+    threads(1)  # with several, small models spend most of their time on waking threads
+
+
+def run(models: Any, out: Path, *arguments: str) -> Any:
+    """Run the script; torch.compile traces, but translates nothing, which would take long."""
+    models.main(
+        ["--tiny", "--device", "cpu", "--backend", "eager", "--repetitions", "7", "--out", str(out), *arguments]
+    )
+    return json.loads((out / "models-cpu.json").read_text())
+
+
+def test_every_variant_of_a_step_is_checked_and_timed(
+    models: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "MOST_ROUNDS", 7)
+    result = run(models, tmp_path, "--models", "llama", "--modes", "training")
+    (case,) = result["cases"]
+    assert (case["model"], case["mode"], case["layers"]) == ("llama", "training", 1)
+    compiled = [v.name for v in models.VARIANTS if v.name not in result["missing"]]
+    eager = [name for name in compiled if name != models.NOT_FUSED]
+    assert [(v["variant"], v["compiled"]) for v in case["variants"]] == [
+        *((name, False) for name in eager), *((name, True) for name in compiled)
+    ]  # fmt: skip
+    for found in case["variants"]:
+        assert found["low_us"] <= found["median_us"] <= found["high_us"]
+        assert len(found["samples_us"]) == 7
+        assert found["first_call_s"] > 0
+        assert found["kept_bytes"] is found["peak_bytes"] is None  # only a GPU's allocator counts them
+        ratio = found["over_as_is"]
+        assert ratio["low"] <= ratio["ratio"] <= ratio["high"]
+        if found["variant"] == models.NO_NORMS:
+            assert found["errors"]["outputs"] > models._FAR_OFF
+        else:
+            assert set(found["errors"]) == {"outputs", "gradients"}
+            assert max(found["errors"].values()) < models._FAR_OFF
+        if found["variant"] == models.AS_IS:
+            assert (ratio["ratio"], ratio["low"], ratio["high"]) == (1, 1, 1)
+    assert [(b["of"], b["compiled"]) for b in result["bounds"]] == [
+        ("time", False),
+        ("time", True),
+        ("compilation", True),
+    ]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "training step, 2 × 8 tokens" in printed
+    assert "Liger was not measured: liger_kernel is not installed" in printed or "Liger" in eager
+    assert "aims for patched / as is are met" in printed
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "deepseek-v3", "deepseek-ocr"])
+def test_every_model_is_patched_as_a_whole_and_compiled_in_one_graph(
+    models: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "MOST_ROUNDS", 7)
+    compiled = models.Steps
+
+    def in_one_graph(model: Any, device: Any, options: Any) -> Any:
+        return compiled(model, device, None if options is None else options | {"fullgraph": True})
+
+    monkeypatch.setattr(models, "Steps", in_one_graph)
+    result = run(models, tmp_path, "--models", name, "--modes", "token", "--variants", "patched")
+    (case,) = result["cases"]
+    assert [(v["variant"], v.get("no_time")) for v in case["variants"]] == [("as is", None), ("patched", None)] * 2
+
+
+def test_a_variant_replaces_every_norm_of_a_copy(models: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    (model,) = (m for m in models.MODELS if m.name == "gemma2")
+    config = model.config(transformers, tiny=True, layers=2)
+    built = models.loading.random_model(config, transformers, torch.device("cpu"))
+    norms = [name for name, module in built.named_modules() if "RMSNorm" in type(module).__name__]
+    assert len(norms) == 2 * 4 + 1
+    for variant in models.VARIANTS:
+        if variant.missing():
+            continue
+        copied = variant.applied(built)
+        kinds = {type(copied.get_submodule(name)).__name__ for name in norms}
+        own = {type(built.get_submodule(name)).__name__ for name in norms}
+        if variant.name == models.NO_NORMS:
+            assert kinds == {"Identity"}
+        elif variant.norm is not None:
+            assert kinds == {"ReplacedNorm"}
+            assert copied.norm.weight is built.norm.weight
+            assert copied.norm.spec.offset == 1
+        else:
+            assert all(isinstance(copied.get_submodule(name), type(built.get_submodule(name))) for name in norms)
+            patched = [
+                name for name in norms if type(copied.get_submodule(name)) is not type(built.get_submodule(name))
+            ]
+            assert patched == ([] if variant.name == models.AS_IS else norms)
+        assert {type(built.get_submodule(name)).__name__ for name in norms} == own
+
+
+def test_a_wrong_variant_and_one_that_raises_get_no_time(
+    models: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(x: Any, w: Any, spec: Any) -> Any:
+        raise ValueError("this kernel needs a GPU")
+
+    wrong = models.Variant("wrong", norm=lambda x, w, spec: x * w)
+    broken = models.Variant("broken", norm=refuses)
+    monkeypatch.setattr(models, "VARIANTS", (models.VARIANTS[0], wrong, broken))
+    monkeypatch.setattr(models, "MOST_ROUNDS", 7)
+    result = run(models, tmp_path, "--models", "llama", "--modes", "forward")
+    found = {(v["variant"], v["compiled"]): v for v in result["cases"][0]["variants"]}
+    for compiled in (False, True):
+        assert "no_time" not in found["as is", compiled]
+        assert "its outputs differ by" in found["wrong", compiled]["no_time"]
+        assert found["wrong", compiled]["over_as_is"] is None
+        assert found["broken", compiled]["no_time"]
+    assert "this kernel needs a GPU" in found["broken", False]["no_time"]
+    assert "broken, eager: not timed: " in capsys.readouterr().out
+    assert result["bounds"] == []
+
+
+def test_what_does_not_fit_into_the_time_is_left_out_and_said(
+    models: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    models.main(["--tiny", "--device", "cpu", "--backend", "eager", "--models", "llama", "--seconds", "0"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "no time was left for: llama, training step, 2 × 8 tokens; llama, forward, 2 × 8 tokens" in printed
+
+
+def test_the_next_case_is_expected_to_take_as_long_as_those_of_its_mode(models: Any) -> None:
+    training, forward, token = models.MODES
+    assert models._expected_seconds({}, training) == 0
+    assert models._expected_seconds({"training": 90.0, "forward": 30.0}, training) == 90
+    assert models._expected_seconds({"training": 90.0, "forward": 30.0}, token) == 30
+
+
+def test_compilers_find_an_empty_folder_for_every_variant(models: Any, tmp_path: Path) -> None:
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    folders = set()
+    for _ in range(2):
+        with models._empty_caches(tmp_path):
+            for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+                folder = Path(os.environ[name])
+                assert tmp_path in folder.parents
+                assert not folder.exists()
+                folders.add(folder)
+    assert len(folders) == 4
+    assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == before
+
+
+# --- stored results ------------------------------------------------------------------------------------------
+
+
+def a_variant(name: str, compiled: bool, ratio: tuple[float, float, float], first: float, kept: int) -> dict[str, Any]:
+    return {
+        "variant": name, "compiled": compiled, "median_us": 1e3, "low_us": 9e2, "high_us": 2e3, "first_call_s": first,
+        "kept_bytes": kept, "peak_bytes": 5, "over_as_is": dict(zip(("ratio", "low", "high"), ratio, strict=True)),
+    }  # fmt: skip
+
+
+def a_case(mode: str = "training", ratio: tuple[float, float, float] = (0.9, 0.8, 0.95), **other: Any) -> Any:
+    rows = [
+        a_variant(name, True, of, first, kept)
+        for name, of, first, kept in (
+            ("as is", (1, 1, 1), 10.0, 100),
+            ("patched", ratio, *other.pop("rest", (10.5, 90))),
+        )
+    ]
+    return {
+        "model": "llama", "what": "a model", "mode": mode, "title": "a step", "at_most": 1.0, "layers": 2,
+        "variants": rows,
+    } | other  # fmt: skip
+
+
+def a_result(*cases: Any, **changes: Any) -> dict[str, Any]:
+    facts = {
+        "device": "cuda", "gpu": {"name": "H200", "driver": "1"}, "cpu": "x", "versions": {"torch": "2.13"},
+        "commit": "c" * 40,
+    }  # fmt: skip
+    return {
+        "verb": "models", "machine": facts, "tiny": False, "compiled_with": {"backend": "inductor"}, "missing": {},
+        "left_out": ["llama, forward"], "cases": list(cases), "bounds": [], "seconds": 10.0,
+    } | changes  # fmt: skip
+
+
+def test_an_aim_is_met_missed_or_missed_inside_the_spread(models: Any) -> None:
+    for ratio, expected in (
+        ((0.9, 0.8, 0.95), (True, False)),
+        ((1.0, 0.9, 1.1), (True, False)),
+        ((1.02, 0.99, 1.05), (False, True)),
+        ((1.02, 1.01, 1.05), (False, False)),
+    ):
+        bound = models.bounds([a_case(ratio=ratio)])[0]
+        assert (bound["of"], bound["met"], bound["inside_spread"]) == ("time", *expected)
+    of = {b["of"]: b["met"] for b in models.bounds([a_case(rest=(11.5, 101))])}
+    assert of == {"time": True, "compilation": False, "kept memory": False}
+    assert models.bounds([a_case()])[1]["measured"] == pytest.approx(1.05)
+
+
+def test_a_difference_inside_the_spread_is_called_so(models: Any) -> None:
+    assert models._ratio_in_words(a_case(ratio=(1.01, 0.99, 1.02))["variants"][1]) == (
+        "1.010 (0.990 to 1.020; inside the spread)"
+    )
+    assert models._ratio_in_words(a_case(ratio=(1.03, 1.01, 1.05))["variants"][1]) == "1.030 (1.010 to 1.050)"
+
+
+def test_runs_are_merged_and_the_later_one_of_a_case_counts(
+    models: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(a_result(a_case(), a_case("forward"))))
+    (tmp_path / "b.json").write_text(json.dumps(a_result(a_case(ratio=(1.2, 1.1, 1.3)), a_case("token"))))
+    out = tmp_path / "out"
+    models.main(["--merge", str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--out", str(out)])
+    merged = json.loads((out / "models-cuda.json").read_text())
+    assert [case["mode"] for case in merged["cases"]] == ["training", "forward", "token"]
+    assert merged["cases"][0]["variants"][1]["over_as_is"]["ratio"] == 1.2
+    assert [b["met"] for b in merged["bounds"] if b["of"] == "time"] == [False, True, True]
+    assert (merged["seconds"], merged["left_out"]) == (20, [])
+    assert "8 of 9 aims" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["commit", "versions", "gpu"])
+def test_runs_of_different_code_or_machines_are_not_merged(models: Any, what: str, tmp_path: Path) -> None:
+    other = a_result(a_case())
+    other["machine"] = other["machine"] | {what: "another"}
+    for name, result in (("a", a_result(a_case())), ("b", other)):
+        (tmp_path / name).write_text(json.dumps(result))
+    with pytest.raises(CommandError, match=f"--merge: the runs differ in {what} "):
+        models.main(["--merge", str(tmp_path / "a"), str(tmp_path / "b")])
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"verb": "bench"}', "[]"])
+def test_a_file_that_is_no_result_is_refused(models: Any, content: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(CommandError, match=r"--merge .*a\.json: "):
+        models.main(["--merge", str(file)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--models", "lama"), "'lama' is not a model: give one of llama, qwen3, gemma2, deepseek-v3, deepseek-ocr"),
+        (("--modes", "backward"), "'backward' is not a mode: give one of training, forward, token"),
+        (("--variants", "patched,ligre"), "'ligre' is not a variant: give one of as is, patched, not fused, Liger"),
+        (("--repetitions", "0"), "--repetitions 0: give at least 1"),
+        (("--layers", "0"), "--layers 0: give at least 1"),
+    ],
+)
+def test_invalid_arguments_are_told_what_is_expected(
+    models: Any, arguments: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        models.main(list(arguments))
+    assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_sizes_of_models_are_those_of_their_modes(models: Any) -> None:
+    assert [(mode.name, mode.batch, mode.tokens, mode.at_most) for mode in models.MODES] == [
+        ("training", 4, 4096, 1.0), ("forward", 4, 4096, 1.0), ("token", 16, 1, 1.05),
+    ]  # fmt: skip
+    assert dataclasses.replace(models.MODES[0], batch=1).title == "training step, 1 × 4096 tokens"
+
+
+# --- the table -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """benchmarks/tables.py, reading another folder."""
+    module = benchmark_script("tables")
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return module
+
+
+def test_without_a_result_there_is_no_table(tables: Any) -> None:
+    assert tables.whole_models() == ""
+
+
+def test_the_table_has_every_case_and_says_which_aims_are_met(models: Any, tables: Any, tmp_path: Path) -> None:
+    slower = a_case("token", ratio=(1.02, 0.99, 1.05), rest=(12.0, 100), title="a small step")
+    result = a_result(a_case(), slower)
+    result["bounds"] = models.bounds(result["cases"])
+    result["machine"] |= {"date": "2026-01-02T03:04:05", "versions": {"torch": "2.13", "triton": "3.6"}}
+    (tmp_path / "models-cuda.json").write_text(json.dumps(result))
+    text = tables.whole_models()
+    assert text.startswith("Machine: H200; torch 2.13, Triton 3.6; 2026-01-02, commit ccccccc.")
+    assert "- llama: a model, 2 layers" in text
+    assert "| llama, a step, compiled | 1.00 | 1.00 | 0.900 (0.800 to 0.950) | 1.05 | 0.90 |" in text
+    assert "| llama, a small step, compiled | 1.00 | 1.00 | 1.020 (0.990 to 1.050) | 1.20 | 1.00 |" in text
+    assert "4 of 6 aims for patched / as is are met. The others:" in text
+    assert "| llama, token, compiled: time | 1.020 | 1.00 | yes |" in text
+    assert "| llama, token, compiled: compilation | 1.200 | 1.10 | no |" in text
