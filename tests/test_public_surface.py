@@ -12,7 +12,7 @@ SIGNATURES = {
     "RMSNorm": "hidden_size, eps=1e-06, *, cast='early', offset=0.0, elementwise_affine=True, device=None, dtype=None",
     "DeepseekV2RMSNorm": "hidden_size, eps=1e-06",
     "TorchRMSNorm": "normalized_shape, eps=None, elementwise_affine=True, device=None, dtype=None",
-    "patch": "model, *, strict=True",
+    "patch": "model, *, strict=True, fuse_residual=True",
     "register": "",
     "cost": "shape, dtype=torch.bfloat16, weight_dtype=None, *, implementation='ours', phase='inference', device='cpu', "
     "cast='early', offset=0.0, elementwise_affine=True, master=False, threads=None",

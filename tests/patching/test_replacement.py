@@ -158,7 +158,7 @@ def test_the_output_has_the_memory_layout_of_its_own_class(shape: tuple[int, ...
     for y in (x.transpose(0, 1), x[:, ::2], x.transpose(0, 1)[1:], x[..., :1, :].expand(shape), x.flip(0)):
         z = y.detach().clone(memory_format=torch.preserve_format).requires_grad_() if y.is_contiguous() else y
         assert norm(z).stride() == own(z).stride()
-        expected = replacement.replacement_class(DeepseekV2RMSNorm, type(norm)._rmsnorm_rule).forward(
+        expected = replacement.replacement_class(DeepseekV2RMSNorm, type(norm)._rmsnorm_rule, True).forward(
             norm, z.contiguous()
         )
         assert_same_bits(norm(z), expected)

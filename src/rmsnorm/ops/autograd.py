@@ -37,13 +37,16 @@ def check_backward(
 
 
 def _forward(
-    x: Tensor, residual: Tensor | None, w: Tensor | None, spec: Spec, with_rstd: bool, plain: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    x: Tensor, residual: Tensor | None, w: Tensor | None, spec: Spec, with_rstd: bool, plain: bool,
+    fuse_residual: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     if plain:
         check_memory(caller(residual), x=x, residual=residual, weight=w)
         return dispatch.forward(x, residual, w, spec, with_rstd)
     load_sharding()
-    y, s, rstd = torch.ops.rmsnorm.forward.default(x, residual, w, spec.eps, spec.cast, spec.offset, with_rstd)
+    y, s, rstd = torch.ops.rmsnorm.forward.default(
+        x, residual, w, spec.eps, spec.cast, spec.offset, with_rstd, fuse_residual=fuse_residual
+    )
     return y, None if residual is None else s, rstd if with_rstd else None
 
 
@@ -65,23 +68,33 @@ _SECOND = "a second derivative of rms_norm is not implemented; differentiate rms
 
 
 def norm(
-    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: Cast, offset: float
-) -> tuple[Any, ...]:
-    """Computes (y, s, …) and records it for autograd, forward mode or torch.func if necessary."""
+    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: Cast, offset: float,
+    fuse_residual: bool = False,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Computes (y, s, …) and records it for autograd, forward mode or torch.func if necessary.
+
+    fuse_residual: whether torch.compile may fuse the call with an addition that computes x.
+    """
     where = caller(residual)
     if torch.compiler.is_compiling():  # the compiler traces the operator, which has its own autograd rule
         check_spec(where, eps, cast, offset)
         check_tensors(where, x, residual, w, offset, symbolic=True)
         load_sharding()
+        if fuse_residual:
+            from rmsnorm.ops import inductor  # only here, because it imports Inductor, which takes seconds
+
+            inductor.install_pass()
         with_rstd = torch.is_grad_enabled()
-        return torch.ops.rmsnorm.forward.default(x, residual, w, eps, cast, offset, with_rstd)  # type: ignore[no-any-return]
+        return torch.ops.rmsnorm.forward.default(  # type: ignore[no-any-return]
+            x, residual, w, eps, cast, offset, with_rstd, fuse_residual=fuse_residual
+        )
     spec = spec_of(where, eps, cast, offset)
     check_tensors(where, x, residual, w, offset)
     plain = is_plain(x, residual, w)
     if plain:
         host.look()
     if compat.in_forward_ad() or (not plain and compat.transforms_active()):
-        return TransformedNorm.apply(x, residual, w, spec)  # type: ignore[no-any-return, no-untyped-call]
+        return TransformedNorm.apply(x, residual, w, spec, fuse_residual)  # type: ignore[no-any-return, no-untyped-call]
     if needs_gradient(x, residual, w):
         apply = _apply_norm if plain and not _leaked(x, residual, w) else _Norm.apply
         outputs = apply(x, residual, w, spec, plain)
@@ -165,13 +178,15 @@ class TransformedNorm(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, residual: Tensor | None, w: Tensor | None, spec: Spec) -> tuple[Any, ...]:
-        y, s, rstd = _forward(x, residual, w, spec, True, is_plain(x, residual, w))
+    def forward(
+        x: Tensor, residual: Tensor | None, w: Tensor | None, spec: Spec, fuse_residual: bool
+    ) -> tuple[Any, ...]:
+        y, s, rstd = _forward(x, residual, w, spec, True, is_plain(x, residual, w), fuse_residual)
         return (y, rstd) if s is None else (y, s, rstd)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        x, residual, w, ctx.spec = inputs
+        x, residual, w, ctx.spec, _ = inputs
         rstd = output[-1]
         ctx.mark_non_differentiable(rstd)
         rows = x if residual is None else output[1]
@@ -184,7 +199,7 @@ class TransformedNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, dy, others[0] if len(others) > 1 else None, _tied_backward), None
+        return *_gradients(ctx, dy, others[0] if len(others) > 1 else None, _tied_backward), None, None
 
     @staticmethod
     def jvp(

@@ -31,11 +31,12 @@ from rmsnorm.spec import (
 )  # fmt: skip
 
 # An output that was not requested is an empty tensor, because a schema cannot declare an optional output.
+# fuse_residual is for residual_fusion.py alone: whether it may fuse the call with an addition that computes x.
 
 _LIB = torch.library.Library("rmsnorm", "DEF")
 _LIB.define(
-    "forward(Tensor x, Tensor? residual, Tensor? weight, float eps, str cast, float offset, bool with_rstd)"
-    " -> (Tensor y, Tensor s, Tensor rstd)"
+    "forward(Tensor x, Tensor? residual, Tensor? weight, float eps, str cast, float offset, bool with_rstd, *,"
+    " bool fuse_residual=False) -> (Tensor y, Tensor s, Tensor rstd)"
 )
 _LIB.define(
     "backward(Tensor dy, Tensor? ds, Tensor x, Tensor? weight, Tensor rstd, str cast, float offset,"
@@ -49,8 +50,9 @@ _LIB.define(
 
 
 def _run_forward(
-    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: Cast, offset: float, with_rstd: bool
-) -> tuple[Tensor, ...]:
+    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: Cast, offset: float, with_rstd: bool,
+    fuse_residual: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
     host.look()
     where = caller(residual)
     spec = spec_of(where, eps, cast, offset)
@@ -85,8 +87,9 @@ def _run_backward_of_sum(
 
 
 def _fake_forward(
-    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float, with_rstd: bool
-) -> tuple[Tensor, ...]:
+    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float, with_rstd: bool,
+    fuse_residual: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
     check_spec(caller(residual), eps, cast, offset)
     check_tensors(caller(residual), x, residual, w, offset, symbolic=True)
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
@@ -140,7 +143,7 @@ def _vmap_rule(name: str, tensors: int) -> Any:
     op = getattr(torch.ops.rmsnorm, name).default
 
     def rule(
-        info: Any, in_dims: tuple[int | None, ...], *args: Any
+        info: Any, in_dims: tuple[int | None, ...], *args: Any, **hints: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
         front = [
             a.movedim(d, 0) if d is not None else a for a, d in zip(args[:tensors], in_dims[:tensors], strict=True)
@@ -155,7 +158,7 @@ def _vmap_rule(name: str, tensors: int) -> Any:
                 a if a is None or is_batched else a.expand(info.batch_size, *a.shape)
                 for a, is_batched in zip(front[:2], batched[:2], strict=True)
             ]
-            outputs = op(*rows, front[2], *args[tensors:])
+            outputs = op(*rows, front[2], *args[tensors:], **hints)
             with_s, with_rstd = front[1] is not None, args[-1]
             return outputs, (0, 0 if with_s else None, 0 if with_rstd else None)
         if info.batch_size == 0:  # take the shapes from a call with a made-up sample
@@ -184,15 +187,18 @@ def _differentiated(*args: Any) -> bool:
 
 
 def _autograd_forward(
-    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: Cast, offset: float, with_rstd: bool
-) -> tuple[Tensor, ...]:
+    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: Cast, offset: float, with_rstd: bool,
+    fuse_residual: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
     load_sharding()
     if not _differentiated(x, residual, w):
         with compat.below_autograd():
-            return torch.ops.rmsnorm.forward.default(x, residual, w, eps, cast, offset, with_rstd)  # type: ignore[no-any-return]
+            return torch.ops.rmsnorm.forward.default(  # type: ignore[no-any-return]
+                x, residual, w, eps, cast, offset, with_rstd, fuse_residual=fuse_residual
+            )
     spec = spec_of(caller(residual), eps, cast, offset)  # from here the call bypasses the operator's checks
     check_tensors(caller(residual), x, residual, w, offset, symbolic=not is_plain(x, residual, w))
-    y, *s, rstd = TransformedNorm.apply(x, residual, w, spec)  # type: ignore[no-untyped-call]
+    y, *s, rstd = TransformedNorm.apply(x, residual, w, spec, fuse_residual)  # type: ignore[no-untyped-call]
     return y, s[0] if s else x.new_empty(0), rstd if with_rstd else x.new_empty(0)
 
 

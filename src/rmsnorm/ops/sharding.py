@@ -44,7 +44,7 @@ def explained(x: Any, residual: Any, w: Any) -> str | None:
 
 @torch.no_grad()
 def _forward(
-    x: Any, residual: Any, w: Any, eps: float, cast: str, offset: float, with_rstd: bool
+    x: Any, residual: Any, w: Any, eps: float, cast: str, offset: float, with_rstd: bool, fuse_residual: bool = False
 ) -> tuple[DTensor, DTensor, DTensor]:
     where = caller(residual)
     layout = _layout(where, x, residual, w)
@@ -58,7 +58,9 @@ def _forward(
         S = _over_ranks(S, mesh, layout, shape)
         y, rstd = _finish_forward(x if residual is None else s, w, S, shape[-1], eps, cast, offset)
     else:
-        y, s, rstd = torch.ops.rmsnorm.forward.default(x, residual, w, eps, cast, offset, with_rstd)
+        y, s, rstd = torch.ops.rmsnorm.forward.default(
+            x, residual, w, eps, cast, offset, with_rstd, fuse_residual=fuse_residual
+        )
     nothing = (Replicate(),) * mesh.ndim
     return (
         as_whole(y, mesh, layout, shape),

@@ -6,6 +6,7 @@ RMSNorm, in every state in which it can be called (proof.py). It then gets a cla
 """
 
 import re
+import sys
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +18,13 @@ from rmsnorm.patching.eligibility import fingerprint, why_ineligible
 from rmsnorm.patching.other_libraries import check_not_fsdp1, why_class_is_fixed, why_too_late
 from rmsnorm.patching.patch_report import PatchReport, SkippedModule, UnpatchReport, Verdict
 from rmsnorm.patching.proof import prove
-from rmsnorm.patching.replacement import original_class, replacement_class, rule_of, set_class
+from rmsnorm.patching.replacement import (
+    fuses_residual,
+    original_class,
+    replacement_class,
+    rule_of,
+    set_class,
+)
 from rmsnorm.patching.rule import Proof
 from rmsnorm.patching.torch_norm import TorchRMSNorm
 
@@ -25,7 +32,7 @@ _OURS = RMSNorm, DeepseekV2RMSNorm, TorchRMSNorm
 _EPS_NAME = re.compile(r"(^|_)eps(ilon)?(_|$)", re.IGNORECASE)  # but not "steps"
 
 
-def patch(model: nn.Module, *, strict: bool = True) -> PatchReport:
+def patch(model: nn.Module, *, strict: bool = True, fuse_residual: bool = True) -> PatchReport:
     """Replace, in place, every norm of a model that is proven to compute an RMSNorm of ours.
 
     `patch` considers the modules with "norm" in the name of their class. It runs each norm's own forward on stand-ins
@@ -39,6 +46,9 @@ def patch(model: nn.Module, *, strict: bool = True) -> PatchReport:
         model: The model, or any part of it.
         strict: If False, `patch` also replaces norms that compute the mean or the rsqrt in another way than the
             published classes do, such as with `1 / sqrt`. Some more of their outputs change.
+        fuse_residual: Whether torch.compile fuses an addition whose result a norm of the model normalizes, such as
+            `hidden = residual + hidden`, with that norm, in the forward and in the backward pass; the bits stay. It
+            has no effect in eager mode, where the addition and the norm are separate calls of the model's own code.
 
     Returns:
         What was replaced and what it changes, and what was not replaced and why. Print it.
@@ -75,11 +85,11 @@ def patch(model: nn.Module, *, strict: bool = True) -> PatchReport:
             resembles_rmsnorm = not isinstance(module, _OURS) and _name_of_eps(module) is not None
             skipped.append(SkippedModule(name, cls.__name__, reason, resembles_rmsnorm))
     for name, module, proof in norms:
-        late = why_too_late(module) if _class_for(module, proof) is not type(module) else None
+        late = why_too_late(module) if _class_for(module, proof, fuse_residual) is not type(module) else None
         if late is not None:
             raise RuntimeError(f"[patch] {name} {late}")
-    verdicts = [_replace(name, module, proof) for name, module, proof in norms]
-    return PatchReport.of_modules(verdicts, skipped, [module for _, module, _ in norms])
+    verdicts = [_replace(name, module, proof, fuse_residual) for name, module, proof in norms]
+    return PatchReport.of_modules(verdicts, skipped, fuse_residual, [module for _, module, _ in norms])
 
 
 def unpatch(model: nn.Module) -> UnpatchReport:
@@ -110,6 +120,9 @@ def unpatch(model: nn.Module) -> UnpatchReport:
             raise RuntimeError(f"[unpatch] {name} {why}; call unpatch before that, or rebuild the model")
     for _, module in patched:
         set_class(module, original_class(module))
+    inductor = sys.modules.get("rmsnorm.ops.inductor")  # imported when a patched norm is compiled
+    if inductor is not None:
+        inductor.remove_pass()  # another patched model installs it again when it is compiled
     return UnpatchReport(tuple(name for name, _ in patched))
 
 
@@ -132,7 +145,7 @@ def _proof_of(module: nn.Module, strict: bool, proofs: dict[Any, Proof]) -> Proo
         if key not in proofs:
             proof = prove(cls, module, strict)
             if proof.rule is not None:
-                replacement_class(cls, proof.rule)  # which must not fail later, when other norms are replaced
+                replacement_class(cls, proof.rule, True)  # which must not fail later, when other norms are replaced
             proofs[key] = proof
         return proofs[key]
     except Exception as error:  # noqa: BLE001  # one unusual class must not end patch for the other norms
@@ -146,11 +159,11 @@ def _in_words(error: Exception) -> str:
         return type(error).__name__
 
 
-def _replace(name: str, module: nn.Module, proof: Proof) -> Verdict:
+def _replace(name: str, module: nn.Module, proof: Proof, fuse_residual: bool) -> Verdict:
     """Give the module the class for what was proven. If that fails it keeps its class, and the verdict says so."""
     before = type(module)
     try:
-        set_class(module, _class_for(module, proof))
+        set_class(module, _class_for(module, proof, fuse_residual))
     except Exception as error:  # noqa: BLE001
         if type(module) is not before:
             object.__setattr__(module, "__class__", before)
@@ -164,12 +177,12 @@ def _replace(name: str, module: nn.Module, proof: Proof) -> Verdict:
     )  # fmt: skip
 
 
-def _class_for(module: nn.Module, proof: Proof) -> type[nn.Module]:
+def _class_for(module: nn.Module, proof: Proof, fuse_residual: bool) -> type[nn.Module]:
     if proof.rule is None:
         return original_class(module)
-    if proof.rule == rule_of(module):
+    if proof.rule == rule_of(module) and fuse_residual == fuses_residual(module):
         return type(module)  # ours, or FSDP's subclass of ours
-    return replacement_class(original_class(module), proof.rule)
+    return replacement_class(original_class(module), proof.rule, fuse_residual)
 
 
 # --- which modules are considered ----------------------------------------------------------------------------

@@ -85,6 +85,7 @@ class PatchReport:
     Attributes:
         verdicts: One `Verdict` for each norm, in the order of `named_modules`.
         skipped: The modules that resemble norms but were not considered. The string names them if there is no verdict.
+        fuse_residual: Whether torch.compile fuses these norms with additions before them; eager mode does not.
 
     Example:
         >>> report = rmsnorm.patch(torch.nn.Sequential(torch.nn.RMSNorm(64, eps=1e-6)))
@@ -98,19 +99,24 @@ class PatchReport:
 
     verdicts: tuple[Verdict, ...]
     skipped: tuple[SkippedModule, ...] = ()
+    fuse_residual: bool = True
     _modules: tuple[Any, ...] = field(default=(), init=False, compare=False, repr=False)  # weak references
 
     @classmethod
     def of_modules(
-        cls, verdicts: Sequence[Verdict], skipped: Sequence[SkippedModule], modules: Sequence[nn.Module]
+        cls,
+        verdicts: Sequence[Verdict],
+        skipped: Sequence[SkippedModule],
+        fuse_residual: bool,
+        modules: Sequence[nn.Module],
     ) -> "PatchReport":
         """A report whose `check` can look at the norms; it does not keep them alive."""
-        report = cls(tuple(verdicts), tuple(skipped))
+        report = cls(tuple(verdicts), tuple(skipped), fuse_residual)
         object.__setattr__(report, "_modules", tuple(map(weakref.ref, modules)))
         return report
 
     def __reduce__(self) -> Any:
-        return PatchReport, (self.verdicts, self.skipped)
+        return PatchReport, (self.verdicts, self.skipped, self.fuse_residual)
 
     @property
     def replaced(self) -> tuple[Verdict, ...]:
@@ -153,6 +159,8 @@ class PatchReport:
             lines += [f"  {_line(group)}", *(f"    {v.name}{_figures([v], ': ')}" for v in group)]
         if self.replaced:
             lines.append("  autograd keeps a norm's input itself: write x = x + f(norm(x)), not x += f(norm(x))")
+            compiled = "fuses additions before these norms with them" if self.fuse_residual else "fuses no additions"
+            lines.append(f"  torch.compile {compiled} (fuse_residual={self.fuse_residual}); eager mode adds separately")
         return "\n".join(lines)
 
     def _head(self) -> list[str]:

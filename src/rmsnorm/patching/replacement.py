@@ -18,6 +18,7 @@ from rmsnorm import compat, reference
 from rmsnorm.errors import type_name, with_article
 from rmsnorm.functional import explain, rms_norm
 from rmsnorm.kernels.host import loader as host
+from rmsnorm.ops.autograd import norm
 from rmsnorm.patching.eligibility import forward_parameters
 from rmsnorm.patching.rule import Rule, dtype_name, dtypes_in_words
 from rmsnorm.patching.stand_in import Absent, InFront, Method, identity, is_plain, put_in_front
@@ -31,6 +32,11 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), "_rmsnorm_original", type(module))
 
 
+def fuses_residual(module: nn.Module) -> bool:
+    """Whether torch.compile may fuse a replaced norm with an addition that computes its input."""
+    return getattr(type(module), "_rmsnorm_fuse_residual", False)
+
+
 def rule_of(module: nn.Module) -> Rule | None:
     """The rule of a replaced norm; None for any other module."""
     return getattr(type(module), "_rmsnorm_rule", None)
@@ -40,6 +46,7 @@ class _Replacement(InFront):
     """Put in front of the class of a replaced norm. It adds no attribute to any instance."""
 
     _rmsnorm_rule: Rule
+    _rmsnorm_fuse_residual: bool
     _rmsnorm_original: type[nn.Module]
     # Keeps the `kernels` library of Hugging Face, which finds classes by their name, from replacing our forward.
     kernel_condition = staticmethod(lambda module: False)
@@ -48,7 +55,8 @@ class _Replacement(InFront):
         """Pickles the original class and the rule, because the class made here cannot be found by its name."""
         if "_rmsnorm_rule" not in vars(type(self)):
             return super().__reduce_ex__(protocol)  # another library's subclass of ours, which _rebuild would drop
-        return _rebuild, (self._rmsnorm_original, self._rmsnorm_rule), self.__getstate__()
+        arguments = self._rmsnorm_original, self._rmsnorm_rule, self._rmsnorm_fuse_residual
+        return _rebuild, arguments, self.__getstate__()
 
     def extra_repr(self) -> str:
         """Adds what our kernel computes, so that the repr of a model shows which norms are replaced."""
@@ -69,23 +77,28 @@ class _Replacement(InFront):
         return norm  # type: ignore[no-any-return]
 
 
-def replacement_class(cls: type[nn.Module], rule: Rule) -> type[nn.Module]:
+def replacement_class(cls: type[nn.Module], rule: Rule, fuse_residual: bool) -> type[nn.Module]:
     """A subclass of the class with the same name, since users of transformers match on names."""
-    return _make_class(cls, rule, cls.forward)  # type: ignore[arg-type]  # classes hash by identity
+    return _make_class(cls, rule, fuse_residual, cls.forward)  # type: ignore[arg-type]  # classes hash by identity
 
 
 @functools.cache
-def _make_class(cls: type[nn.Module], rule: Rule, own_forward: Callable[..., Tensor]) -> type[nn.Module]:
+def _make_class(
+    cls: type[nn.Module], rule: Rule, fuse_residual: bool, own_forward: Callable[..., Tensor]
+) -> type[nn.Module]:
     (parameter,) = forward_parameters(cls)
-    forward = forward_by_rule(rule, own_forward, parameter.name)
+    forward = forward_by_rule(rule, own_forward, parameter.name, fuse_residual)
     # Not functools.wraps: code that follows __wrapped__ would find the norm's own forward.
     forward.__name__, forward.__qualname__, forward.__doc__ = "forward", own_forward.__qualname__, own_forward.__doc__
     forward.__signature__ = inspect.signature(own_forward)  # type: ignore[attr-defined]
-    return put_in_front(_Replacement, cls, _rmsnorm_rule=rule, _rmsnorm_original=cls, forward=forward)
+    return put_in_front(
+        _Replacement, cls, _rmsnorm_rule=rule, _rmsnorm_fuse_residual=fuse_residual, _rmsnorm_original=cls,
+        forward=forward,
+    )  # fmt: skip
 
 
-def _rebuild(cls: type[nn.Module], rule: Rule) -> nn.Module:
-    made = replacement_class(cls, rule)
+def _rebuild(cls: type[nn.Module], rule: Rule, fuse_residual: bool = True) -> nn.Module:
+    made = replacement_class(cls, rule, fuse_residual)
     return made.__new__(made)
 
 
@@ -108,13 +121,16 @@ def is_method(module: nn.Module, value: object, function: object) -> bool:
 # --- its forward ---------------------------------------------------------------------------------------------
 
 
-def forward_by_rule(rule: Rule, own_forward: Callable[..., Tensor], input_name: str) -> Callable[..., Tensor]:
+def forward_by_rule(
+    rule: Rule, own_forward: Callable[..., Tensor], input_name: str, fuse_residual: bool = False
+) -> Callable[..., Tensor]:
     """A forward that runs our kernel where the rule holds, and the norm's own forward elsewhere.
 
     Args:
         rule: What was proven of the norm.
         own_forward: The norm's own forward.
         input_name: What the own forward calls its input.
+        fuse_residual: Whether torch.compile may fuse our kernel with an addition that computes its input.
     """
     cast, offset, eps_attribute = rule.cast, rule.offset, rule.eps_attribute
     weighted, shape, ranks, attributes = rule.weighted, rule.normalized_shape, rule.ranks, rule.attributes
@@ -143,10 +159,12 @@ def forward_by_rule(rule: Rule, own_forward: Callable[..., Tensor], input_name: 
                 return y  # type: ignore[no-any-return]
         if _why_unsupported(x, w, shape) is not None:
             return own_forward(self, x)
-        if k == 1:
-            return rms_norm(x, w, eps, cast=cast, offset=offset)
-        w = None if w is None else w.flatten()
-        return rms_norm(x.flatten(-k), w, eps, cast=cast, offset=offset).view(x.shape)
+        rows, w = (x, w) if k == 1 else (x.flatten(-k), None if w is None else w.flatten())
+        if torch.compiler.is_compiling():
+            y = norm(rows, None, w, eps, cast, offset, fuse_residual)[0]
+        else:
+            y = rms_norm(rows, w, eps, cast=cast, offset=offset)
+        return y if k == 1 else y.view(x.shape)
 
     return forward
 

@@ -576,10 +576,13 @@ struct Registered {
 
 Registered *python_forward = nullptr, *python_backward = nullptr;
 
+// How many arguments the operators have; the last of forward, fuse_residual, is for compilers only.
+constexpr size_t FORWARD_ARGUMENTS = 8, BACKWARD_ARGUMENTS = 9;
+
 // The call that the operator's arguments on the stack describe; nothing if its spec is unusual (see known_spec).
 std::optional<Call> call_of(bool backward, torch::jit::Stack& stack) {
-  const size_t tensors = backward ? 5 : 3, count = backward ? 9 : 7;
-  const auto given = torch::jit::last(stack, count);
+  const size_t tensors = backward ? 5 : 3;
+  const auto given = torch::jit::last(stack, backward ? BACKWARD_ARGUMENTS : FORWARD_ARGUMENTS);
   const auto* next = given.begin();
   Call call{backward, {}, {}, {}};
   for (size_t i = 0; i < tensors; i++, next++) {
@@ -606,7 +609,7 @@ bool run_operator(bool backward, bool autograd, torch::jit::Stack* stack) {
   if (!found) {
     return false;
   }
-  torch::jit::drop(*stack, backward ? 9 : 7);
+  torch::jit::drop(*stack, backward ? BACKWARD_ARGUMENTS : FORWARD_ARGUMENTS);
   for (const auto& t : *found) { // a schema cannot declare an optional output, so an empty tensor stands for none
     stack->emplace_back(t.defined() ? t : at::empty({0}, call->rows().options()));
   }
