@@ -20,12 +20,12 @@ from torch._dynamo.backends.common import aot_autograd
 from rmsnorm import bits
 
 FORWARD = torch.ops.rmsnorm.forward.default
-BACKWARD = torch.ops.rmsnorm.backward.default
-ADD = torch.ops.aten.add.Tensor
+# Which leave a tensor as it is; Inductor removes them before the pass.
+NO_OPERATION = torch.ops.aten.clone.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default
 
 
 class Sites(NamedTuple):
-    """How many fused operators a graph contains, or how many fusable additions."""
+    """How many fused operators a graph contains."""
 
     forward: int
     backward: int
@@ -68,11 +68,6 @@ class Capture:
         """The fused operators of all graphs that the pass has added."""
         return _total([_minus(sites(graph.after), sites(graph.before)) for graph in self.graphs])
 
-    @property
-    def fusable(self) -> Sites:
-        """The additions of all graphs that the pass is to fuse, counted independently of it."""
-        return _total([fusable(graph.before) for graph in self.graphs])
-
     def _inference(self, gm: fx.GraphModule, inputs: Any) -> Any:
         return _by_operator(self._passed(gm), inputs)
 
@@ -86,6 +81,7 @@ class Capture:
         return halves
 
     def _passed(self, gm: fx.GraphModule) -> fx.GraphModule:
+        _remove_no_operations(gm)
         before = copy.deepcopy(gm)
         passes = inductor_config.joint_custom_post_pass
         for each in passes if isinstance(passes, (list, tuple)) else [passes]:
@@ -99,6 +95,16 @@ class Capture:
 
 def _by_operator(gm: fx.GraphModule, inputs: Any) -> Any:
     return make_boxed_func(gm.forward)
+
+
+def _remove_no_operations(gm: fx.GraphModule) -> None:
+    for node in (node for target in NO_OPERATION for node in calls(gm, target)):
+        (read,) = node.args
+        same = node.meta["val"].stride() == read.meta["val"].stride()
+        if same and not any(user.op == "output" for user in node.users):
+            node.replace_all_uses_with(read)
+            gm.graph.erase_node(node)
+    gm.recompile()
 
 
 def _total(counts: list[Sites]) -> Sites:
@@ -134,29 +140,6 @@ def sites(gm: fx.GraphModule) -> Sites:
     )
 
 
-def fusable(gm: fx.GraphModule) -> Sites:
-    """The norms whose rows are a sum of two tensors of their shape and dtype, and the sums of a norm's dx."""
-    forward = [n for n in calls(gm, FORWARD) if n.args[1] is None and _is_plain_sum(n.args[0])]
-    sums = [n for n in calls(gm, ADD) if _is_plain_sum(n) and n.args[0] is not n.args[1]]
-    backward = [n for n in sums if any(map(_is_dx, n.args))]
-    return Sites(len({n.args[0] for n in forward}), len(backward))
-
-
-def _is_plain_sum(node: Any) -> bool:
-    if not isinstance(node, fx.Node) or node.target is not ADD or node.kwargs:
-        return False
-    if not all(isinstance(arg, fx.Node) and isinstance(arg.meta["val"], Tensor) for arg in node.args):
-        return False
-    values = [node.meta["val"], *(arg.meta["val"] for arg in node.args)]
-    return all(v.shape == values[0].shape and v.dtype == values[0].dtype for v in values)
-
-
-def _is_dx(node: Any) -> bool:
-    """Whether the node is the dx of a norm, needed for nothing but one sum."""
-    own = node.op == "call_function" and node.args[1:] == (0,) and node.args[0].target is BACKWARD
-    return own and len(node.users) == 1
-
-
 # --- computing -----------------------------------------------------------------------------------------------
 
 
@@ -170,7 +153,7 @@ class _Recorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n.target is FORWARD:
-            self.norms.append(result[0].clone())
+            self.norms.append(result[0].flatten().clone())
         return result
 
 
