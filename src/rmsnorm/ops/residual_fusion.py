@@ -65,7 +65,7 @@ class _Fusion:
         total = _source(x)
         if residual is not None or not _may_fuse(norm) or not _is_sum(total) or not _are_rows_of(x, total):
             return False
-        if any(_is_fused_by_inductor(operand) for operand in _args(total)):
+        if any(map(_is_fused_by_inductor, _args(total))):
             return False
         first = self._first(total.users)
         if not self._precedes([w], first) or any(total.meta.get(k) != norm.meta.get(k) for k in _CHECKPOINTING):
@@ -167,14 +167,15 @@ def _addition_after(outputs: Sequence[tuple[int, Node]], x: Node) -> _Addition |
 
 
 def _summands(dy: Node) -> list[Node]:
-    """The tensors whose sum is dy: three, two, or dy alone."""
+    """The tensors whose sum is dy: three, two, or dy alone, if it is no sum or better stays with its summands."""
     if not _is_sum_used_once(dy):
         return [dy]
-    a, b = _args(dy)
+    a, b = summands = list(_args(dy))
     for inner, outer in ((a, b), (b, a)):
         if inner is not outer and _is_sum_used_once(inner):
-            return [*_args(inner), outer]
-    return [a, b]
+            summands = [*_args(inner), outer]
+            break
+    return [dy] if any(map(_is_fused_by_inductor, summands)) else summands
 
 
 def _args(node: Node) -> tuple[Any, ...]:
