@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from captured import Capture, Sites, assert_equal, assert_pass_keeps_bits, outputs
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import rmsnorm
+from captured import Capture, Sites, assert_equal, assert_pass_keeps_bits
 from rmsnorm import rms_norm
 
 N = 32
