@@ -25,7 +25,7 @@ SIGNATURES = {
     "unpatch": "model",
     "explain": "x, weight=None, residual=None, *, eps=1e-06, cast='early', offset=0.0",
     "warmup": "device='cpu', dtypes=(torch.float32, torch.bfloat16, torch.float16), weight_dtypes=None, hidden_size=128",
-    "PatchReport": "verdicts, skipped=()",
+    "PatchReport": "verdicts, skipped=(), fuse_residual=True",
 }
 
 
