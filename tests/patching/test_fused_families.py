@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from captured import Capture, Sites, assert_equal, assert_pass_keeps_bits
 from torch import Tensor, nn
 from torch._inductor.decomposition import select_decomp_table
 
 import rmsnorm
+from captured import Capture, Sites, assert_equal, assert_pass_keeps_bits
 
 LAYERS = 2
 SMALL: dict[str, Any] = {
