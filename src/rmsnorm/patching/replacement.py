@@ -8,7 +8,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -77,11 +77,24 @@ def replacement_class(cls: type[nn.Module], rule: Rule) -> type[nn.Module]:
 @functools.cache
 def _make_class(cls: type[nn.Module], rule: Rule, own_forward: Callable[..., Tensor]) -> type[nn.Module]:
     (parameter,) = forward_parameters(cls)
-    forward = forward_by_rule(rule, own_forward, parameter.name)
+    forward = _with_parameter(forward_by_rule(rule, own_forward), parameter, own_forward.__defaults__)
     # Not functools.wraps: code that follows __wrapped__ would find the norm's own forward.
     forward.__name__, forward.__qualname__, forward.__doc__ = "forward", own_forward.__qualname__, own_forward.__doc__
     forward.__signature__ = inspect.signature(own_forward)  # type: ignore[attr-defined]
     return put_in_front(_Replacement, cls, _rmsnorm_rule=rule, _rmsnorm_original=cls, forward=forward)
+
+
+def _with_parameter(
+    by_rule: Callable[..., Tensor], parameter: inspect.Parameter, defaults: tuple[Any, ...] | None
+) -> Callable[..., Tensor]:
+    """The function with the norm's own name for its input, which callers may pass by name and torch.fx reads."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return by_rule(self, x)
+
+    positional = 2 if parameter.kind is parameter.POSITIONAL_ONLY else 0
+    code = forward.__code__.replace(co_varnames=("self", parameter.name), co_posonlyargcount=positional)
+    return FunctionType(code, globals(), "forward", defaults, forward.__closure__)
 
 
 def _rebuild(cls: type[nn.Module], rule: Rule) -> nn.Module:
@@ -108,13 +121,12 @@ def is_method(module: nn.Module, value: object, function: object) -> bool:
 # --- its forward ---------------------------------------------------------------------------------------------
 
 
-def forward_by_rule(rule: Rule, own_forward: Callable[..., Tensor], input_name: str) -> Callable[..., Tensor]:
+def forward_by_rule(rule: Rule, own_forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A forward that runs our kernel where the rule holds, and the norm's own forward elsewhere.
 
     Args:
         rule: What was proven of the norm.
         own_forward: The norm's own forward.
-        input_name: What the own forward calls its input.
     """
     cast, offset, eps_attribute = rule.cast, rule.offset, rule.eps_attribute
     weighted, shape, ranks, attributes = rule.weighted, rule.normalized_shape, rule.ranks, rule.attributes
@@ -122,10 +134,7 @@ def forward_by_rule(rule: Rule, own_forward: Callable[..., Tensor], input_name: 
     limited = bool(rule.own_dtypes) or rule.own_under_autocast or rule.calls_rms_norm
     k = rule.normalized_dims
 
-    def forward(self: Any, *args: Tensor, **named: Tensor) -> Tensor:
-        if len(args) + len(named) != 1 or (named and input_name not in named):
-            return own_forward(self, *args, **named)  # raises the usual error
-        x = args[0] if args else named[input_name]
+    def forward(self: Any, x: Tensor) -> Tensor:
         w = weight_of(self) if weighted else None
         eps = getattr(self, eps_attribute, Absent)
         if type(eps) is not float or not 0.0 <= eps <= LARGEST_EPS:
