@@ -36,10 +36,10 @@ _EPS_NAME = re.compile(r"(^|_)eps(ilon)?(_|$)", re.IGNORECASE)  # but not "steps
 def patch(model: nn.Module, *, strict: bool = True, fuse_residual: bool = True) -> PatchReport:
     """Replace, in place, every norm of a model that is proven to compute an RMSNorm of ours.
 
-    `patch` considers the modules with "norm" in the name of their class. It runs each norm's own forward on stand-ins
-    and proves from the operators what it computes. A replaced norm keeps its parameters, name, hooks and `isinstance`;
-    where our kernels cannot serve a call, it runs its own forward. All other norms stay as they are. Patching a model
-    again proves its norms again.
+    `patch` considers the modules with "norm" in the name of their class, and those that have the attributes of an
+    RMSNorm: one 1-D parameter and an eps. It runs each norm's own forward on stand-ins and proves from the operators
+    what it computes. A replaced norm keeps its parameters, name, hooks and `isinstance`; where our kernels cannot serve
+    a call, it runs its own forward. All other norms stay as they are. Patching a model again proves its norms again.
 
     Patch a model first, then apply PEFT, torch.compile, FSDP, tensor parallelism or accelerate.
 
@@ -191,7 +191,10 @@ def _class_for(module: nn.Module, proof: Proof, fuse_residual: bool) -> type[nn.
 
 
 def _is_candidate(module: nn.Module) -> bool:
-    return _is_named_norm(module) and not _is_other_torch_module(module) and not isinstance(module, _OURS)
+    """Whether to prove it: a cheap test, since a model has thousands of modules."""
+    if isinstance(module, _OURS) or _is_other_torch_module(module):
+        return False
+    return _is_named_norm(module) or _name_of_eps(module) is not None
 
 
 def _is_named_norm(module: nn.Module) -> bool:
@@ -205,15 +208,10 @@ def _is_other_torch_module(module: nn.Module) -> bool:
 
 
 def _why_skipped(module: nn.Module) -> str | None:
-    """Why a module that resembles a norm is not considered; None if it does not resemble one."""
+    """Why a module that is no candidate is not considered; None if it does not resemble a norm."""
     if isinstance(module, _OURS):
         return "it is a layer of rmsnorm already"
-    if _is_other_torch_module(module):
-        return "it is a module of torch.nn other than RMSNorm" if _is_named_norm(module) else None
-    eps = _name_of_eps(module)
-    if eps is None:
-        return None
-    return f'it has one 1-D parameter and an attribute {eps}, but the name of its class does not contain "norm"'
+    return "it is a module of torch.nn other than RMSNorm" if _is_named_norm(module) else None
 
 
 def _name_of_eps(module: nn.Module) -> str | None:

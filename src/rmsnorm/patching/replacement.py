@@ -7,7 +7,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ def _make_class(
     cls: type[nn.Module], rule: Rule, fuse_residual: bool, own_forward: Callable[..., Tensor]
 ) -> type[nn.Module]:
     (parameter,) = forward_parameters(cls)
-    forward = forward_by_rule(rule, own_forward, parameter.name, fuse_residual)
+    forward = _with_parameter(forward_by_rule(rule, own_forward, fuse_residual), parameter, own_forward.__defaults__)
     # Not functools.wraps: code that follows __wrapped__ would find the norm's own forward.
     forward.__name__, forward.__qualname__, forward.__doc__ = "forward", own_forward.__qualname__, own_forward.__doc__
     forward.__signature__ = inspect.signature(own_forward)  # type: ignore[attr-defined]
@@ -95,6 +95,19 @@ def _make_class(
         _Replacement, cls, _rmsnorm_rule=rule, _rmsnorm_fuse_residual=fuse_residual, _rmsnorm_original=cls,
         forward=forward,
     )  # fmt: skip
+
+
+def _with_parameter(
+    by_rule: Callable[..., Tensor], parameter: inspect.Parameter, defaults: tuple[Any, ...] | None
+) -> Callable[..., Tensor]:
+    """The function with the norm's own name for its input, which callers may pass by name and torch.fx reads."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return by_rule(self, x)
+
+    positional = 2 if parameter.kind is parameter.POSITIONAL_ONLY else 0
+    code = forward.__code__.replace(co_varnames=("self", parameter.name), co_posonlyargcount=positional)
+    return FunctionType(code, globals(), "forward", defaults, forward.__closure__)
 
 
 def _rebuild(cls: type[nn.Module], rule: Rule, fuse_residual: bool = True) -> nn.Module:
@@ -122,14 +135,13 @@ def is_method(module: nn.Module, value: object, function: object) -> bool:
 
 
 def forward_by_rule(
-    rule: Rule, own_forward: Callable[..., Tensor], input_name: str, fuse_residual: bool = False
+    rule: Rule, own_forward: Callable[..., Tensor], fuse_residual: bool = False
 ) -> Callable[..., Tensor]:
     """A forward that runs our kernel where the rule holds, and the norm's own forward elsewhere.
 
     Args:
         rule: What was proven of the norm.
         own_forward: The norm's own forward.
-        input_name: What the own forward calls its input.
         fuse_residual: Whether torch.compile may fuse our kernel with an addition that computes its input.
     """
     cast, offset, eps_attribute = rule.cast, rule.offset, rule.eps_attribute
@@ -138,10 +150,7 @@ def forward_by_rule(
     limited = bool(rule.own_dtypes) or rule.own_under_autocast or rule.calls_rms_norm
     k = rule.normalized_dims
 
-    def forward(self: Any, *args: Tensor, **named: Tensor) -> Tensor:
-        if len(args) + len(named) != 1 or (named and input_name not in named):
-            return own_forward(self, *args, **named)  # raises the usual error
-        x = args[0] if args else named[input_name]
+    def forward(self: Any, x: Tensor) -> Tensor:
         w = weight_of(self) if weighted else None
         eps = getattr(self, eps_attribute, Absent)
         if type(eps) is not float or not 0.0 <= eps <= LARGEST_EPS:

@@ -101,7 +101,7 @@ def _checked_shape(where: str, given: object) -> tuple[int, ...]:
 
 @functools.cache
 def _forward(shape: tuple[int, ...], weighted: bool) -> Callable[..., Tensor]:
-    return forward_by_rule(torch_rule(shape, weighted), nn.RMSNorm.forward, "x")
+    return forward_by_rule(torch_rule(shape, weighted), nn.RMSNorm.forward)
 
 
 def torch_rule(shape: tuple[int, ...], weighted: bool) -> Rule:
