@@ -22,7 +22,7 @@ from rmsnorm.ops.dispatch import exported_to_onnx
 from rmsnorm.patching.eligibility import forward_parameters
 from rmsnorm.patching.rule import Rule, dtype_name, dtypes_in_words
 from rmsnorm.patching.stand_in import Absent, InFront, Method, identity, is_plain, put_in_front
-from rmsnorm.spec import DTYPES, LARGEST_EPS, Spec
+from rmsnorm.spec import DTYPES, LARGEST_EPS, Hints, Spec
 
 # --- the class of a replaced norm ----------------------------------------------------------------------------
 
@@ -177,7 +177,7 @@ def forward_by_rule(
             return own_forward(self, x)
         rows, w = (x, w) if k == 1 else (x.flatten(-k), None if w is None else w.flatten())
         if torch.compiler.is_compiling():
-            y = norm(rows, None, w, eps, cast, offset, fuse_residual)[0]
+            y = norm(rows, None, w, eps, cast, offset, Hints(fuse_residual))[0]
         else:
             y = rms_norm(rows, w, eps, cast=cast, offset=offset)
         return y if k == 1 else y.view(x.shape)  # type: ignore[no-any-return]

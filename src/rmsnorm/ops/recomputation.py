@@ -1,0 +1,83 @@
+"""Lets the backward pass of a graph that torch.compile has made compute the outputs of norms again.
+
+    y = forward(x);  y @ a;  dz @ y              ->  y = forward(x);  y @ a;  again = forward(x);  dz @ again
+
+The backward pass then reads y from a second call instead of keeping it. The call needs x and the weight, which the
+norm's own backward pass keeps anyway, and gives the same bits. It carries the mark by which activation checkpointing
+tells torch's partitioner to run a node in the backward pass. inductor.py runs this.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch.fx import Graph, Node
+from torch.utils.checkpoint import CheckpointPolicy
+
+from rmsnorm.ops.graphs import FORWARD, Edit, arguments, outputs
+
+# Operators that return a view of their first argument.
+_VIEWS = {
+    torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default,
+    torch.ops.aten.permute.default, torch.ops.aten.transpose.int, torch.ops.aten.t.default,
+    torch.ops.aten.unsqueeze.default, torch.ops.aten.squeeze.dim, torch.ops.aten.expand.default,
+    torch.ops.aten.slice.Tensor, torch.ops.aten.select.int,
+}  # fmt: skip
+
+
+def recompute_outputs(graph: Graph) -> int:
+    """Recompute the outputs of norms that were traced with `recompute`, where the backward pass reads them.
+
+    Returns:
+        How many outputs the backward pass computes again.
+    """
+    norms = [node for node in graph.find_nodes(op="call_function", target=FORWARD) if node.kwargs.get("recompute")]
+    backward = _reachable(node for node in graph.nodes if node.op == "placeholder" and "tangents" in str(node.target))
+    edit = Edit(graph)
+    return sum(_recompute(edit, norm, backward) for norm in norms)
+
+
+def _recompute(edit: Edit, norm: Node, backward: set[Node]) -> bool:
+    """Give the readers of y in the backward pass the output of a second call. Returns whether there are any."""
+    if norm in backward or "recompute" in norm.meta:  # activation checkpointing decides about this norm
+        return False
+    x, residual, w, eps, cast, offset, _ = arguments(norm)
+    found = dict(outputs(norm))
+    if 0 not in found or (residual is not None and 1 not in found):
+        return False
+    y, rows = found[0], x if residual is None else found[1]
+    views = [y, *_views_of(y, backward)]
+    readers = [(view, user) for view in views for user in view.users if user in backward]
+    if not readers or any(user.op == "output" for view in views for user in view.users):
+        return False  # the graph returns y, so that something else keeps it
+    place = edit.first(user for _, user in readers)
+    again = edit.call(place, FORWARD, (rows, None, w, eps, cast, offset, False), norm)
+    copies = {y: edit.output(place, again, 0, y)}
+    for view in views[1:]:
+        source, *rest = arguments(view)
+        copies[view] = edit.call(place, view.target, (copies[source], *rest), view)
+    for node in (again, *copies.values()):
+        node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+    for view, user in readers:
+        user.replace_input_with(view, copies[view])
+    edit.erase(*reversed(copies.values()))
+    return True
+
+
+def _views_of(node: Node, backward: set[Node]) -> Iterator[Node]:
+    """The views of a node that the forward pass makes, each after the one that it views."""
+    for user in node.users:
+        if user.target in _VIEWS and user not in backward and user.args[0] is node:
+            yield user
+            yield from _views_of(user, backward)
+
+
+def _reachable(nodes: Iterable[Node]) -> set[Node]:
+    """The nodes that depend on these, without the graph's output."""
+    found: set[Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in found and node.op != "output":
+            found.add(node)
+            waiting.extend(node.users)
+    return found
