@@ -294,11 +294,6 @@ def unused_norm(m, a, b, c):
     return s * c
 
 
-def weight_from_the_sum(m, a, b, c):
-    s = a + b
-    return rms_norm(s, s.mean((0, 1))), s
-
-
 def residual_of_add_rms_norm(m, a, b, c):
     y, s = rmsnorm.add_rms_norm(a, b + c, m.norm.weight)
     return y, s
@@ -337,17 +332,28 @@ def across_a_permute(m, a, b, c):
     return m.norm(s.transpose(0, 1)), s
 
 
-def weight_computed_after_the_sum(m, a, b, c):
+def weight_computed_after_a_use_of_the_sum(m, a, b, c):
+    """The norm cannot move before the first use of the sum, nor can its dx wait for the gradient of that use."""
     s = a + b
-    early = s.sin()
-    w = c[0, 0].exp() + early.mean()
-    return rms_norm(s, w), early
+    early = s.sin() * c
+    return torch.func.functional_call(m.norm, {"weight": early.mean((0, 1)).exp()}, (s,)), early
 
 
-def weight_of_others_after_the_sum(m, a, b, c):
+def weight_computed_between(m, a, b, c):
     s = a + b
+    early = -s
+    return torch.func.functional_call(m.norm, {"weight": c[0, 0].exp()}, (s,)), early
+
+
+def weight_computed_from_the_sum(m, a, b, c):
+    s = a + b
+    return torch.func.functional_call(m.norm, {"weight": s.mean((0, 1))}, (s,)), s
+
+
+def weight_computed_before_the_sum(m, a, b, c):
     w = c[0, 0].exp()
-    return rms_norm(s, w), s
+    s = a + b
+    return torch.func.functional_call(m.norm, {"weight": w}, (s,)), s
 
 
 def mixed_dtypes(m, a, b, c):
@@ -434,14 +440,15 @@ CASES = [
     Case("gradients that Inductor adds where it computes them", three_gradients_of_a_norm_alone, NONE),
     Case("sum of weights", sum_of_weights, NONE),
     Case("unused norm", unused_norm, NONE),
-    Case("weight computed from the sum", weight_from_the_sum, None),
+    Case("weight computed from the sum", weight_computed_from_the_sum, None),
     Case("residual of add_rms_norm", residual_of_add_rms_norm, None),
     Case("rows of add_rms_norm", rows_of_add_rms_norm, None),
     Case("across a view", across_a_view, None),
     Case("across a reshape of the columns", across_a_reshape_of_columns, None),
     Case("across a permute", across_a_permute, None),
-    Case("weight computed from what uses the sum", weight_computed_after_the_sum, None),
-    Case("weight computed after the sum", weight_of_others_after_the_sum, None),
+    Case("weight computed from a use of the sum", weight_computed_after_a_use_of_the_sum, None),
+    Case("weight computed before the sum", weight_computed_before_the_sum, ONE),
+    Case("weight computed between", weight_computed_between, None),
     Case("fp64 and a narrower dtype", mixed_dtypes, None),
     Case("bf16 and fp32", bf16_and_fp32, None, (FP32,)),
     Case("autocast", autocast, None, (FP32,), like_eager=False),
