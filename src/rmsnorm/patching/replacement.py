@@ -8,7 +8,7 @@ import inspect
 import warnings
 from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from rmsnorm import compat, reference
 from rmsnorm.errors import type_name, with_article
 from rmsnorm.functional import explain, rms_norm
 from rmsnorm.kernels.host import loader as host
+from rmsnorm.ops import recomputation
 from rmsnorm.ops.autograd import norm
 from rmsnorm.ops.dispatch import exported_to_onnx
 from rmsnorm.patching.eligibility import forward_parameters
@@ -32,9 +33,21 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), "_rmsnorm_original", type(module))
 
 
-def fuses_residual(module: nn.Module) -> bool:
-    """Whether torch.compile may fuse a replaced norm with an addition that computes its input."""
-    return getattr(type(module), "_rmsnorm_fuse_residual", False)
+class Options(NamedTuple):
+    """What `patch` was asked to do with the calls of the norms that it replaces.
+
+    Attributes:
+        fuse_residual: Whether torch.compile may fuse a norm with an addition that computes its input.
+        recompute: Whether the backward pass computes the norm's outputs again instead of keeping them.
+    """
+
+    fuse_residual: bool
+    recompute: bool
+
+
+def options_of(module: nn.Module) -> Options | None:
+    """The options of a replaced norm; None for any other module."""
+    return getattr(type(module), "_rmsnorm_options", None)
 
 
 def rule_of(module: nn.Module) -> Rule | None:
@@ -42,12 +55,25 @@ def rule_of(module: nn.Module) -> Rule | None:
     return getattr(type(module), "_rmsnorm_rule", None)
 
 
-class _Replacement(InFront):
-    """Put in front of the class of a replaced norm. It adds no attribute to any instance."""
+class ReplacedClass(InFront):
+    """Put in front of the class of a module that `patch` changes. It adds no attribute to any instance."""
+
+    _rmsnorm_original: type[nn.Module]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Restores the module's own class for torch.jit.script, which compiles the source code of a forward."""
+        module: Any = self
+        set_class(module, self._rmsnorm_original)
+        words = f"torch.jit.script restored the own class of {type(module).__name__}"
+        warnings.warn(f"[patch] {words}: patch the model again to use it in Python", stacklevel=2)
+        return module  # type: ignore[no-any-return]
+
+
+class _Replacement(ReplacedClass):
+    """Put in front of the class of a replaced norm."""
 
     _rmsnorm_rule: Rule
-    _rmsnorm_fuse_residual: bool
-    _rmsnorm_original: type[nn.Module]
+    _rmsnorm_options: Options
     # Keeps the `kernels` library of Hugging Face, which finds classes by their name, from replacing our forward.
     kernel_condition = staticmethod(lambda module: False)
 
@@ -55,7 +81,7 @@ class _Replacement(InFront):
         """Pickles the original class and the rule, because the class made here cannot be found by its name."""
         if "_rmsnorm_rule" not in vars(type(self)):
             return super().__reduce_ex__(protocol)  # another library's subclass of ours, which _rebuild would drop
-        arguments = self._rmsnorm_original, self._rmsnorm_rule, self._rmsnorm_fuse_residual
+        arguments = self._rmsnorm_original, self._rmsnorm_rule, self._rmsnorm_options
         return _rebuild, arguments, self.__getstate__()
 
     def extra_repr(self) -> str:
@@ -68,38 +94,34 @@ class _Replacement(InFront):
         """What `rmsnorm.explain` says."""
         return explain_norm(self, self._rmsnorm_rule, x)
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        """Restores the norm's own class for torch.jit.script, which compiles the source code of a forward."""
-        norm: Any = self
-        set_class(norm, self._rmsnorm_original)
-        words = "torch.jit.script restored the norm's own class: patch the model again to use it in Python"
-        warnings.warn(f"[patch] {words}", stacklevel=2)
-        return norm  # type: ignore[no-any-return]
 
-
-def replacement_class(cls: type[nn.Module], rule: Rule, fuse_residual: bool) -> type[nn.Module]:
+def replacement_class(cls: type[nn.Module], rule: Rule, options: Options) -> type[nn.Module]:
     """A subclass of the class with the same name, since users of transformers match on names."""
-    return _make_class(cls, rule, fuse_residual, cls.forward)  # type: ignore[arg-type]  # classes hash by identity
+    return _make_class(cls, rule, options, cls.forward)  # type: ignore[arg-type]  # classes hash by identity
 
 
 @functools.cache
 def _make_class(
-    cls: type[nn.Module], rule: Rule, fuse_residual: bool, own_forward: Callable[..., Tensor]
+    cls: type[nn.Module], rule: Rule, options: Options, own_forward: Callable[..., Tensor]
 ) -> type[nn.Module]:
     (parameter,) = forward_parameters(cls)
-    forward = forward_by_rule(rule, own_forward, parameter.name, fuse_residual)
-    # Not functools.wraps: code that follows __wrapped__ would find the norm's own forward.
-    forward.__name__, forward.__qualname__, forward.__doc__ = "forward", own_forward.__qualname__, own_forward.__doc__
-    forward.__signature__ = inspect.signature(own_forward)  # type: ignore[attr-defined]
+    forward = forward_by_rule(rule, own_forward, parameter.name, options)
+    pose_as(forward, own_forward)
     return put_in_front(
-        _Replacement, cls, _rmsnorm_rule=rule, _rmsnorm_fuse_residual=fuse_residual, _rmsnorm_original=cls,
-        forward=forward,
-    )  # fmt: skip
+        _Replacement, cls, _rmsnorm_rule=rule, _rmsnorm_options=options, _rmsnorm_original=cls, forward=forward
+    )
 
 
-def _rebuild(cls: type[nn.Module], rule: Rule, fuse_residual: bool = True) -> nn.Module:
-    made = replacement_class(cls, rule, fuse_residual)
+def _rebuild(cls: type[nn.Module], rule: Rule, options: Options) -> nn.Module:
+    made = replacement_class(cls, rule, options)
     return made.__new__(made)
+
+
+def pose_as(forward: Any, own_forward: Callable[..., Any]) -> None:
+    """Give our forward the name, docstring and signature of the class's own."""
+    # Not functools.wraps: code that follows __wrapped__ would find the own forward.
+    forward.__name__, forward.__qualname__, forward.__doc__ = "forward", own_forward.__qualname__, own_forward.__doc__
+    forward.__signature__ = inspect.signature(own_forward)
 
 
 def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -122,7 +144,7 @@ def is_method(module: nn.Module, value: object, function: object) -> bool:
 
 
 def forward_by_rule(
-    rule: Rule, own_forward: Callable[..., Tensor], input_name: str, fuse_residual: bool = False
+    rule: Rule, own_forward: Callable[..., Tensor], input_name: str, options: Options
 ) -> Callable[..., Tensor]:
     """A forward that runs our kernel where the rule holds, and the norm's own forward elsewhere.
 
@@ -130,7 +152,7 @@ def forward_by_rule(
         rule: What was proven of the norm.
         own_forward: The norm's own forward.
         input_name: What the own forward calls its input.
-        fuse_residual: Whether torch.compile may fuse our kernel with an addition that computes its input.
+        options: What `patch` was asked to do with its calls.
     """
     cast, offset, eps_attribute = rule.cast, rule.offset, rule.eps_attribute
     weighted, shape, ranks, attributes = rule.weighted, rule.normalized_shape, rule.ranks, rule.attributes
@@ -163,12 +185,14 @@ def forward_by_rule(
         if k == 1 and not torch.compiler.is_compiling() and (shape is None or _has_size(x, shape)):
             y = host.norm(x, None, w, eps, cast, offset)
             if y is not None:
+                if recomputation.open_passes:
+                    recomputation.note(y, x, w, eps, cast, offset)
                 return y  # type: ignore[no-any-return]
         if _why_unsupported(x, w, shape) is not None:
             return own_forward(self, x)
         rows, w = (x, w) if k == 1 else (x.flatten(-k), None if w is None else w.flatten())
         if torch.compiler.is_compiling():
-            y = norm(rows, None, w, eps, cast, offset, fuse_residual)[0]
+            y = norm(rows, None, w, eps, cast, offset, options.fuse_residual)[0]
         else:
             y = rms_norm(rows, w, eps, cast=cast, offset=offset)
         return y if k == 1 else y.view(x.shape)  # type: ignore[no-any-return]
