@@ -44,8 +44,14 @@ empty_on_gpu: Callable[..., Tensor] | None = getattr(
     getattr(getattr(torch._C, "_dynamo", None), "guards", None), "_empty_strided_cuda", None
 )
 
-# Identifies the storage of a tensor among those that are alive.
-storage_id: Callable[[Tensor], int] = getattr(torch._C, "_storage_id", lambda t: t.untyped_storage()._cdata)
+
+def slow_storage_id(t: Tensor) -> int:
+    """The fallback for `storage_id`."""
+    return t.untyped_storage()._cdata
+
+
+# Identifies the storage of a tensor among those that are alive. There is no public equivalent.
+storage_id: Callable[[Tensor], int] = getattr(torch._C, "_storage_id", slow_storage_id)
 # A weak reference to a storage, with a method `expired`. It is not documented, but torch uses it in several places.
 StorageWeakRef: Any = reductions.StorageWeakRef
 # What `saved_tensors_hooks` says if torch does not say which hooks are active.
