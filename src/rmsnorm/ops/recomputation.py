@@ -31,7 +31,7 @@ _HOOKS = "checkpointing or other hooks on saved tensors have it"
 _NO_INPUT = "autograd does not keep its input, because neither x nor the weight requires a gradient"
 _NOT_PLAIN = "it is no plain contiguous tensor"
 _MODIFIED = "it was modified in place before it was saved"
-_OTHER_FORM = "what was saved has its memory but another dtype or class"
+_OTHER_FORM = "what was saved has its memory but another dtype or class, or is negated"
 _FREED = "the memory of its weight was freed before it was saved, as FSDP does with a norm that it shards alone"
 _HELD = "something else held it when the forward pass ended"
 
@@ -386,7 +386,7 @@ def note(y: Tensor, rows: Tensor, w: Tensor | None, eps: float, cast: str, offse
         cast: See eps.
         offset: See eps.
     """
-    if not _thread.passes or not torch.is_grad_enabled() or compat.transforms_active() or compat.in_forward_ad():
+    if not _thread.passes or not torch.is_grad_enabled():
         return
     this = _thread.passes[-1]
     result = this.result
