@@ -47,7 +47,7 @@ empty_on_gpu: Callable[..., Tensor] | None = getattr(
 
 def slow_storage_id(t: Tensor) -> int:
     """The fallback for `storage_id`."""
-    return t.untyped_storage()._cdata
+    return int(t.untyped_storage()._cdata)
 
 
 # Identifies the storage of a tensor among those that are alive. There is no public equivalent.
