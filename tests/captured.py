@@ -7,6 +7,7 @@ from seeded inputs, so that two graphs can be compared bit by bit with nothing b
 """
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -72,12 +73,11 @@ class Capture:
         return _by_operator(self._passed(gm), inputs)
 
     def _partition(self, gm: fx.GraphModule, joint_inputs: Any, **keywords: Any) -> tuple[fx.GraphModule, ...]:
-        unfused = copy.deepcopy(gm)
-        graph = self._passed(gm)
-        halves = min_cut_rematerialization_partition(graph, joint_inputs, **keywords)
+        halves = min_cut_rematerialization_partition(self._passed(gm), joint_inputs, **keywords)
+        unfused = copy.deepcopy(self.graphs[-1].before)
         before = min_cut_rematerialization_partition(unfused, joint_inputs, **keywords)
-        kept = keywords["num_fwd_outputs"]
-        self.saved_bytes.append((_bytes_kept(before[0], kept), _bytes_kept(halves[0], kept)))
+        outputs = keywords["num_fwd_outputs"]
+        self.saved_bytes.append((_bytes_kept(before[0], outputs), _bytes_kept(halves[0], outputs)))
         return halves
 
     def _passed(self, gm: fx.GraphModule) -> fx.GraphModule:
@@ -121,7 +121,12 @@ def _bytes_kept(forward: fx.GraphModule, outputs: int) -> int:
     own = set(returned[:outputs])
     kept = {node for node in returned[outputs:] if isinstance(node, fx.Node) and node not in own}
     values = [node.meta["val"] for node in kept if node.op != "placeholder"]
-    return sum(int(value.nbytes) for value in values if isinstance(value, Tensor))
+    return sum(math.prod(map(_size, value.shape)) * value.itemsize for value in values if isinstance(value, Tensor))
+
+
+def _size(n: Any) -> Any:
+    """A size, or the one with which a symbolic size was traced."""
+    return n.node.hint if isinstance(n, torch.SymInt) else n
 
 
 # --- counting ------------------------------------------------------------------------------------------------
@@ -165,8 +170,8 @@ def inputs_of(gm: fx.GraphModule) -> list[Any]:
 
 def _input(value: Any, generator: torch.Generator) -> Any:
     if not isinstance(value, Tensor):
-        return value.node.hint if isinstance(value, torch.SymInt) else value
-    shape, stride = [int(n) for n in value.shape], [int(n) for n in value.stride()]
+        return _size(value)
+    shape, stride = [_size(n) for n in value.shape], [_size(n) for n in value.stride()]
     made = torch.empty_strided(shape, stride, dtype=value.dtype)
     if value.dtype.is_floating_point:
         return made.copy_(torch.randn(shape, generator=generator) * 0.3 + 0.1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rmsnorm import compat, rms_norm
+from rmsnorm import TorchRMSNorm, compat, explain, rms_norm
 from rmsnorm.tools.bench.peers import definition
 
 pytestmark = pytest.mark.short
@@ -85,10 +85,8 @@ def test_tensors_without_data_compute_shapes_only(missing: bool, monkeypatch: py
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_a_kept_graph_runs_its_backward_pass_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kept_graph_runs_its_backward_pass_again() -> None:
     from torch._functorch import config
-
-    monkeypatch.setattr(config, "donated_buffer", True)  # and back afterwards
 
     def twice() -> None:
         compiled = torch.compile(definition, backend="aot_eager")
@@ -98,11 +96,12 @@ def test_a_kept_graph_runs_its_backward_pass_again(monkeypatch: pytest.MonkeyPat
         for _ in range(2):
             torch.autograd.grad(y, leaves, retain_graph=True)
 
-    with pytest.raises(RuntimeError, match="donated"):
+    with config.patch(donated_buffer=True):  # which restores it afterwards
+        with pytest.raises(RuntimeError, match="donated"):
+            twice()
+        torch.compiler.reset()
+        compat.keep_compiled_graphs()
         twice()
-    torch.compiler.reset()
-    compat.keep_compiled_graphs()
-    twice()
 
 
 def test_without_the_setting_for_kept_graphs_nothing_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,4 +130,21 @@ ELSEWHERE = {
 
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_private_names_stand_in_compat_alone(name: str) -> None:
-    pass
+    from test_imports import FILES, module_of
+
+    found = {module_of(file) for file in FILES if name in file.read_text()}
+    assert found - {"compat"} == ELSEWHERE[name]
+
+
+def test_the_devices_whose_autocast_leaves_torchs_norm_as_it_is_are_found() -> None:
+    assert hasattr(torch._C, "_dispatch_has_kernel_for_dispatch_key")
+    assert "cpu" in compat.RMS_NORM_UNCHANGED_BY_AUTOCAST
+
+
+def test_where_they_are_not_found_torchs_own_forward_runs_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm, x = TorchRMSNorm(8), torch.ones(3, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "own forward" not in explain(x, norm)
+        monkeypatch.delattr(torch._C, "_dispatch_has_kernel_for_dispatch_key")
+        monkeypatch.setattr(compat, "RMS_NORM_UNCHANGED_BY_AUTOCAST", compat._rms_norm_unchanged_by_autocast())
+        assert "own forward, because autocast may cast its input" in explain(x, norm)

@@ -13,8 +13,8 @@ register: tell torch's FLOP counter and transformers about this package.
 from rmsnorm.costs.counts import Cost, cost
 from rmsnorm.functional import add_rms_norm, explain, rms_norm, warmup
 from rmsnorm.modules import DeepseekV2RMSNorm, RMSNorm
+from rmsnorm.ops.eager_recomputation import recompute
 from rmsnorm.ops.plain import decompositions
-from rmsnorm.ops.recomputation import recompute
 from rmsnorm.patching.patch import patch, unpatch
 from rmsnorm.patching.patch_report import PatchReport
 from rmsnorm.patching.torch_norm import TorchRMSNorm

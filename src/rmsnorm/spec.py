@@ -9,7 +9,7 @@ import numbers
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NoReturn
+from typing import Literal, NamedTuple, NoReturn
 
 import torch
 
@@ -22,6 +22,19 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*KERNEL_DTYPES, torch.float64)
 MOST_SUMMANDS = 3  # gradients that one backward pass adds: those of the projections to q, k and v
 LARGEST_EPS = torch.finfo(torch.float32).max
+
+
+class Hints(NamedTuple):
+    """What torch.compile may do with a call; see ops/residual_fusion.py and ops/recomputation.py.
+
+    fuse_residual: fuse it with an addition that computes its x. recompute: compute y again in the backward pass.
+    """
+
+    fuse_residual: bool = False
+    recompute: bool = False
+
+
+NO_HINTS = Hints()
 
 
 @dataclass(frozen=True)

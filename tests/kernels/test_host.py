@@ -614,7 +614,7 @@ def test_an_invalid_plan_raises(cpp, randn, monkeypatch) -> None:
     x, w = randn(4, 32), randn(32)
     for launch, said in {
         NativeLaunch(1, (0,) * 49, launcher=1, configuration=bytes(8)): "a launch of another form",
-        NativeLaunch(1, (0,) * 13): "a launch of another form",
+        NativeLaunch(1, (0,) * 14): "a launch of another form",
         NativeLaunch(1, (0,), launcher=1, configuration=bytes(65)): "a launch of another form",
         NativeLaunch(1, (0,), launcher=1, configuration=bytes(8), stream_at=4): "a launch of another form",
         NativeLaunch(1, ("z",)): "no tensor of the plan is called z",

@@ -11,16 +11,16 @@ from rmsnorm import DeepseekV2RMSNorm, RMSNorm, TorchRMSNorm
 
 
 class Scale(nn.Module):
-    """An RMSNorm by its arithmetic and attributes, though not by its name."""
+    """An RMSNorm by its arithmetic, whose weight has another name."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.rand(hidden_size) + 0.5)
+        self.gain = nn.Parameter(torch.rand(hidden_size) + 0.5)
         self.eps = 1e-6
 
     def forward(self, x: Tensor) -> Tensor:
         h = x.float()
-        return self.weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return self.gain * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
 class Renamed(nn.RMSNorm):
@@ -30,7 +30,7 @@ class Renamed(nn.RMSNorm):
 def test_a_near_miss_is_printed_beside_norms_that_were_replaced() -> None:
     report = rmsnorm.patch(nn.Sequential(Scale(8), nn.RMSNorm(8)))
     assert [verdict.name for verdict in report.replaced] == ["1"]
-    assert "1 x Scale (0) skipped: it has one 1-D parameter and an attribute eps" in str(report)
+    assert "1 x Scale (0) skipped: it holds gain, not a weight of that name" in str(report)
     assert "LayerNorm" not in str(rmsnorm.patch(nn.Sequential(nn.LayerNorm(8), nn.RMSNorm(8))))
 
 

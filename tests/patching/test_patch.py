@@ -330,8 +330,8 @@ def test_norms_on_meta_are_proven() -> None:
 def test_models_without_norms_and_arguments_that_are_not_modules() -> None:
     assert patch(nn.Linear(3, 3)).verdicts == ()
     assert patch(nn.Sequential(rmsnorm.RMSNorm(4), nn.LayerNorm(4))).verdicts == ()
-    head = '0 of 0 norms replaced\n  patch looks for modules with "norm" in the name of their class that '
-    assert str(patch(nn.Linear(3, 3))) == f"{head}compute an RMSNorm"
+    head = '0 of 0 norms replaced\n  patch proves modules with "norm" in the name of their class, or with one 1-D '
+    assert str(patch(nn.Linear(3, 3))) == f"{head}parameter and an eps"
     for verb in (patch, unpatch):
         with pytest.raises(TypeError, match=r"model is a dict, expected a torch.nn.Module"):
             verb({})
@@ -380,8 +380,62 @@ def test_a_whole_model_of_transformers() -> None:
     assert torch.equal(model(tokens).last_hidden_state, before)
 
 
-class Scale(nn.Module):
+class Rescale(nn.Module):
     """An RMSNorm without "norm" in its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.epsilon = nn.Parameter(torch.ones(N)), 1e-6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.epsilon)
+        return self.weight * h.to(x.dtype)
+
+
+class Affine(Rescale):
+    """Has the attributes of an RMSNorm and computes something else."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x + self.epsilon
+
+
+def test_an_rmsnorm_that_is_not_named_a_norm_is_replaced_if_it_is_proven() -> None:
+    model = nn.ModuleDict({"a": Rescale(), "b": Affine(), "c": Rescale(), "d": nn.BatchNorm1d(N), "e": nn.Linear(N, N)})
+    own = copy.deepcopy(randomized(model)["a"])
+    report = patch(model)
+    assert [(v.name, v.class_name, v.spec) for v in report.verdicts] == [
+        ("a", "Rescale", Spec(1e-6)), ("c", "Rescale", Spec(1e-6))
+    ]  # fmt: skip
+    assert type(model["b"]) is Affine
+    assert [(s.name, s.resembles_rmsnorm) for s in report.skipped if s.name == "b"] == [("b", True)]
+    lines = str(report).splitlines()
+    assert "1 x Affine (b) skipped: its operators match no supported RMSNorm for " in lines[1]
+    assert "2 x Rescale (a, …) proven although its class is not named a norm: early, eps 1e-06" in lines[2]
+    x = torch.randn(64, N)
+    assert torch.equal(model["a"](x), reference.forward(x, None, own.weight, 1e-6, "early", 0.0, False)[0])
+    unpatch(model)
+    assert torch.equal(model["a"](x), own(x))
+
+
+def test_modules_that_cannot_be_norms_are_not_run() -> None:
+    """A model has thousands of modules."""
+
+    class Watched(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("was run")
+
+    several, none, matrix = Watched(), Watched(), Watched()
+    several.eps = none.eps = matrix.eps = 1e-6
+    several.weight, several.bias = nn.Parameter(torch.ones(N)), nn.Parameter(torch.ones(N))
+    matrix.weight = nn.Parameter(torch.ones(N, N))
+    without_eps = Watched()
+    without_eps.weight = nn.Parameter(torch.ones(N))
+    report = patch(nn.ModuleList([several, none, matrix, without_eps]))
+    assert (report.verdicts, report.skipped) == ((), ())
+
+
+class Scale(nn.Module):
+    """An RMSNorm with neither "norm" in its name nor a parameter that is called weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -428,13 +482,9 @@ def test_the_report_of_a_model_without_norms_names_the_skipped_modules() -> None
     report = patch(model)
     assert report.verdicts == ()
     assert [module.name for module in report.skipped] == ["a", "b", "c", "d", "e"]
-    _, looked_for, layer_norm, scale, ours, channel = str(report).splitlines()
-    assert looked_for == '  patch looks for modules with "norm" in the name of their class that compute an RMSNorm'
+    _, _, layer_norm, scale, ours, channel = str(report).splitlines()
     assert layer_norm == "  2 x LayerNorm (a, …) skipped: it is a module of torch.nn other than RMSNorm"
-    assert scale == (
-        "  1 x Scale (b) skipped: it has one 1-D parameter and an attribute epsilon, but the name of its class does not "
-        'contain "norm"'
-    )
+    assert scale == "  1 x Scale (b) skipped: it holds gain, not a weight of that name"
     assert ours == "  1 x RMSNorm (d) skipped: it is a layer of rmsnorm already"
     assert channel.startswith("  1 x ChannelLayerNorm (e) skipped: its forward runs aten.sub.Tensor")
     assert report.expanded() == str(report)

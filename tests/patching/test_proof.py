@@ -110,6 +110,68 @@ def test_other_arithmetic_is_not_replaced(arithmetic: Callable[..., Tensor]) -> 
     )
 
 
+def rstd(x: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+@pytest.mark.parametrize(
+    ("arithmetic", "reason"),
+    [
+        (lambda x, w, eps: w * (x * rstd(x, eps)), "it takes the mean of squares in bfloat16, not in float32"),
+        (
+            lambda x, w, eps: w * (x.float() * torch.rsqrt(x.float().pow(2).sum(-1, True) + eps)).to(x.dtype),
+            "it takes the sum of the squares, not their mean",
+        ),
+        (
+            lambda x, w, eps: w * (x.float() * torch.rsqrt(x.float().pow(4).mean(-1, True) + eps)).to(x.dtype),
+            "its forward raises to the power 4",
+        ),
+        (
+            lambda x, w, eps: w * (x.float() * torch.rsqrt(x.float().mean(-1, True) + eps)).to(x.dtype),
+            "it takes the mean of something other than the squares of its input",
+        ),
+        (
+            lambda x, w, eps: w * (x.float() / (x.float().pow(2).mean(-1, True).sqrt() + eps)).to(x.dtype),
+            "it adds eps outside of the square root",
+        ),
+        (
+            lambda x, w, eps: w * (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, True))).to(x.dtype),
+            "it adds no eps under the square root",
+        ),
+        (
+            lambda x, w, eps: w * (x.float() * rstd(x.float(), eps).to(x.dtype)).to(x.dtype),
+            "it rounds the inverse root to bfloat16",
+        ),
+        (lambda x, w, eps: w * x, "it takes no square root"),
+        (
+            lambda x, w, eps: w * (x - x.mean(-1, True)) * rstd(x, eps),
+            "sub.Tensor: it subtracts the mean, as LayerNorm",
+        ),
+        (
+            lambda x, w, eps: w * x * torch.rsqrt(x.var(-1, keepdim=True, unbiased=False) + eps),
+            "it takes a variance, as LayerNorm does",
+        ),
+    ],
+    ids=["no upcast", "sum", "power", "mean", "eps outside", "no eps", "statistic", "no root", "centred", "variance"],
+)
+def test_the_reason_names_the_usual_differences(arithmetic: Callable[..., Tensor], reason: str) -> None:
+    norm = changed_norm(lambda plain, self, x: arithmetic(x, self.weight, self.eps))
+    assert_not_replaced(norm, reason)
+
+
+@pytest.mark.parametrize("divided", [lambda x, v: x / v.sqrt(), lambda x, v: x * v.sqrt().reciprocal()])
+def test_the_reason_says_that_a_division_by_a_root_is_accepted_by_strict_false(divided: Any) -> None:
+    def change(plain: Any, self: Any, x: Tensor) -> Tensor:
+        v = x.float().pow(2).mean(-1, keepdim=True) + self.eps
+        return self.weight * divided(x.float(), v).to(x.dtype)
+
+    reason = verdict(changed_norm(change)).reason
+    assert reason.endswith(
+        "; it computes the mean or rsqrt differently (it divides by a square root), which strict=False accepts"
+    )
+    assert verdict(changed_norm(change), strict=False).spec == Spec(1e-6)
+
+
 @pytest.mark.parametrize(
     "arithmetic",
     [

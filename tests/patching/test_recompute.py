@@ -202,6 +202,14 @@ def test_torch_jit_script_gets_the_own_class() -> None:
     assert_same_bits(scripted(x), expected)
 
 
+def test_torch_fx_traces_the_model_with_its_own_parameters() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.RMSNorm(8), nn.Linear(8, 8))
+    rmsnorm.patch(model, recompute=True)
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.target for node in traced.graph.find_nodes(op="placeholder")] == ["input_1"]
+    assert compat.saved_tensors_hooks() is None
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_exception_in_forward_leaves_no_hooks_behind(error: type[BaseException]) -> None:
     class Failing(nn.Module):

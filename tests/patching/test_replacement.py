@@ -122,6 +122,37 @@ def test_jit_script_restores_the_own_class_with_a_warning() -> None:
     assert type(norm) is DeepseekV2RMSNorm
 
 
+@pytest.mark.parametrize("cls", [DeepseekV2RMSNorm, nn.RMSNorm])
+def test_torch_fx_traces_its_own_forward_also_where_the_norm_is_the_root(cls: Any) -> None:
+    norm, own = norms(cls)
+    x = draw(3, N)
+    for root in (norm, nn.Sequential(norm)):
+        assert_same_bits(
+            torch.fx.symbolic_trace(root)(x), norm(x) if cls is nn.RMSNorm and root is not norm else own(x)
+        )
+
+
+def test_it_is_called_as_its_own_class_is() -> None:
+    class OptionalRMSNorm(ReshapingRMSNorm):
+        def forward(self, x: Tensor | None = None, /) -> Any:
+            return None if x is None else super().forward(x)
+
+    norm, own = norms()
+    x = draw(3, N)
+    assert_same_bits(norm(hidden_states=x), norm(x))
+    for arguments, named in (((), {}), ((x, x), {}), ((x,), {"hidden_states": x}), ((), {"x": x})):
+        messages = []
+        for one in (norm, own):
+            with pytest.raises(TypeError) as raised:
+                one(*arguments, **named)
+            messages.append(str(raised.value))
+        assert messages[0] == messages[1]
+    norm, _ = norms(OptionalRMSNorm)
+    assert norm() is None
+    with pytest.raises(TypeError, match="positional-only"):
+        norm(x=x)
+
+
 @pytest.mark.parametrize("dynamo", [False, True])
 @pytest.mark.filterwarnings("ignore:.*")
 def test_onnx_exports_its_own_operators(dynamo: bool) -> None:
@@ -269,6 +300,21 @@ def test_eps_is_read_at_each_call(cls: type[nn.Module], name: str, which: str) -
         assert replacement.why_own_forward(norm, x) is None
         torch.testing.assert_close(norm(x), own(x), rtol=1e-5, atol=1e-7)
         assert norm.extra_repr().startswith(own.extra_repr())
+
+
+def test_eps_may_be_an_attribute_of_the_class() -> None:
+    class ClassEpsRMSNorm(ReshapingRMSNorm):
+        eps = 1e-6
+
+        def __init__(self, width: int) -> None:
+            super().__init__(width)
+            del self.eps
+
+    norm, own = norms(ClassEpsRMSNorm)
+    x = draw(64, N) * 1e-3
+    assert runs_ours(norm, own, x)
+    ClassEpsRMSNorm.eps = 0.5
+    torch.testing.assert_close(norm(x), own(x), rtol=1e-5, atol=1e-7)
 
 
 def test_an_eps_of_none_means_that_of_torch() -> None:

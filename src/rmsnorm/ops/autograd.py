@@ -14,11 +14,13 @@ from torch import Tensor
 from rmsnorm import compat
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
-from rmsnorm.ops import recomputation
+from rmsnorm.ops import eager_recomputation
 from rmsnorm.ops.dispatch import exported_to_onnx, is_plain, load_sharding
 from rmsnorm.ops.plain import plain_forward
 from rmsnorm.spec import (
+    NO_HINTS,
     Cast,
+    Hints,
     Spec,
     caller,
     check_gradients,
@@ -40,14 +42,14 @@ def check_backward(
 
 def _forward(
     x: Tensor, residual: Tensor | None, w: Tensor | None, spec: Spec, with_rstd: bool, plain: bool,
-    fuse_residual: bool = False,
+    hints: Hints = NO_HINTS,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     if plain:
         check_memory(caller(residual), x=x, residual=residual, weight=w)
         return dispatch.forward(x, residual, w, spec, with_rstd)
     load_sharding()
     y, s, rstd = torch.ops.rmsnorm.forward.default(
-        x, residual, w, spec.eps, spec.cast, spec.offset, with_rstd, fuse_residual=fuse_residual
+        x, residual, w, spec.eps, spec.cast, spec.offset, with_rstd, **hints._asdict()
     )
     return y, None if residual is None else s, rstd if with_rstd else None
 
@@ -71,12 +73,9 @@ _SECOND = "a second derivative of rms_norm is not implemented; differentiate rms
 
 def norm(
     x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: Cast, offset: float,
-    fuse_residual: bool = False,
+    hints: Hints = NO_HINTS,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Computes (y, s, …) and records it for autograd, forward mode or torch.func if necessary.
-
-    fuse_residual: whether torch.compile may fuse the call with an addition that computes x.
-    """
+    """Computes (y, s, …) and records it for autograd, forward mode or torch.func if necessary."""
     where = caller(residual)
     if exported_to_onnx():
         check_spec(where, eps, cast, offset)
@@ -86,13 +85,21 @@ def norm(
         check_spec(where, eps, cast, offset)
         check_tensors(where, x, residual, w, offset, symbolic=True)
         load_sharding()
-        if fuse_residual:
+        if any(hints):
             from rmsnorm.ops import inductor  # only here, because it imports Inductor, which takes seconds
 
             inductor.install_pass()
         with_rstd = torch.is_grad_enabled()
         return torch.ops.rmsnorm.forward.default(  # type: ignore[no-any-return]
-            x, residual, w, eps, cast, offset, with_rstd, fuse_residual=fuse_residual
+            x,
+            residual,
+            w,
+            eps,
+            cast,
+            offset,
+            with_rstd,
+            fuse_residual=hints.fuse_residual,
+            recompute=hints.recompute,
         )
     spec = spec_of(where, eps, cast, offset)
     check_tensors(where, x, residual, w, offset)
@@ -100,7 +107,7 @@ def norm(
     if plain:
         host.look()
     if compat.in_forward_ad() or (not plain and compat.transforms_active()):
-        return TransformedNorm.apply(x, residual, w, spec, fuse_residual)  # type: ignore[no-any-return, no-untyped-call]
+        return TransformedNorm.apply(x, residual, w, spec, hints)  # type: ignore[no-any-return, no-untyped-call]
     if needs_gradient(x, residual, w):
         apply = _apply_norm if plain and not _leaked(x, residual, w) else _Norm.apply
         outputs = apply(x, residual, w, spec, plain)
@@ -108,8 +115,8 @@ def norm(
             outputs = (outputs,)
     else:
         outputs = _forward(x, residual, w, spec, False, plain)
-    if recomputation.open_passes:
-        recomputation.note(outputs[0], x if residual is None else outputs[1], w, eps, cast, offset)
+    if eager_recomputation.open_passes:
+        eager_recomputation.note(outputs[0], x if residual is None else outputs[1], w, eps, cast, offset)
     return outputs  # type: ignore[no-any-return]
 
 
@@ -189,10 +196,8 @@ class TransformedNorm(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        x: Tensor, residual: Tensor | None, w: Tensor | None, spec: Spec, fuse_residual: bool
-    ) -> tuple[Any, ...]:
-        y, s, rstd = _forward(x, residual, w, spec, True, is_plain(x, residual, w), fuse_residual)
+    def forward(x: Tensor, residual: Tensor | None, w: Tensor | None, spec: Spec, hints: Hints) -> tuple[Any, ...]:
+        y, s, rstd = _forward(x, residual, w, spec, True, is_plain(x, residual, w), hints)
         return (y, rstd) if s is None else (y, s, rstd)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Lets Inductor run the pass of residual_fusion.py.
+"""Lets Inductor run the rewritings of recomputation.py and residual_fusion.py.
 
 The pass is installed while torch.compile or torch.export traces a norm that asks for it, in the thread that compiles:
 Inductor's configuration belongs to a thread, and anything may have replaced the pass since the last trace. Importing
@@ -15,10 +15,18 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
-from rmsnorm.ops import residual_fusion
+from rmsnorm.ops import graphs, recomputation, residual_fusion
 
 
-class ResidualFusion(CustomGraphPass):
+def rewrite(graph: Graph) -> None:
+    """Rewrite the norms in a graph as the hints of their calls allow, in place."""
+    recomputation.recompute_outputs(graph)
+    residual_fusion.fuse(graph)
+    for node in graph.find_nodes(op="call_function", target=graphs.FORWARD):
+        node.kwargs = {}  # the hints have served, and a call is faster without them
+
+
+class NormPass(CustomGraphPass):
     """The pass, behind what the user or another library had set in Inductor's slot for it.
 
     Args:
@@ -29,10 +37,10 @@ class ResidualFusion(CustomGraphPass):
         self.before = before
 
     def __call__(self, graph: Graph) -> None:
-        """Run the earlier passes, then fuse."""
+        """Run the earlier passes, then ours."""
         for run in self._earlier():
             run(graph)
-        residual_fusion.fuse(graph)
+        rewrite(graph)
 
     def uuid(self) -> Any:
         """Identifies the passes in the keys of Inductor's caches; None, which disables them, if one has no uuid."""
@@ -48,17 +56,18 @@ class ResidualFusion(CustomGraphPass):
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile calls it while it traces
 def install_pass() -> bool:
     """Put the pass in Inductor's slot for this thread, behind what is there, if it is not there yet."""
-    if not isinstance(config.joint_custom_post_pass, ResidualFusion):
-        config.joint_custom_post_pass = ResidualFusion(config.joint_custom_post_pass)
+    if not isinstance(config.joint_custom_post_pass, NormPass):
+        config.joint_custom_post_pass = NormPass(config.joint_custom_post_pass)
     return True
 
 
 def remove_pass() -> None:
     """Restore the earlier value of the slot in this thread, if the pass is there."""
-    if isinstance(config.joint_custom_post_pass, ResidualFusion):
+    if isinstance(config.joint_custom_post_pass, NormPass):
         config.joint_custom_post_pass = config.joint_custom_post_pass.before
 
 
 @functools.cache
 def _hash_of_source() -> str:
-    return hashlib.sha256(Path(residual_fusion.__file__).read_bytes()).hexdigest()
+    files = graphs.__file__, recomputation.__file__, residual_fusion.__file__
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()

@@ -19,6 +19,7 @@ from rmsnorm.ops.autograd import BackwardOnce, TransformedNorm, check_backward
 from rmsnorm.ops.dispatch import is_plain, load_sharding
 from rmsnorm.spec import (
     Cast,
+    Hints,
     caller,
     check_gradients,
     check_memory,
@@ -32,12 +33,12 @@ from rmsnorm.spec import (
 )  # fmt: skip
 
 # An output that was not requested is an empty tensor, because a schema cannot declare an optional output.
-# fuse_residual is for residual_fusion.py alone: whether it may fuse the call with an addition that computes x.
+# fuse_residual and recompute are for compilers only; see Hints in spec.py.
 
 _LIB = torch.library.Library("rmsnorm", "DEF")
 _LIB.define(
     "forward(Tensor x, Tensor? residual, Tensor? weight, float eps, str cast, float offset, bool with_rstd, *,"
-    " bool fuse_residual=False) -> (Tensor y, Tensor s, Tensor rstd)"
+    " bool fuse_residual=False, bool recompute=False) -> (Tensor y, Tensor s, Tensor rstd)"
 )
 _LIB.define(
     "backward(Tensor dy, Tensor? ds, Tensor x, Tensor? weight, Tensor rstd, str cast, float offset,"
@@ -52,7 +53,7 @@ _LIB.define(
 
 def _run_forward(
     x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: Cast, offset: float, with_rstd: bool,
-    fuse_residual: bool = False,
+    **hints: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     host.look()
     where = caller(residual)
@@ -89,7 +90,7 @@ def _run_backward_of_sum(
 
 def _fake_forward(
     x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float, with_rstd: bool,
-    fuse_residual: bool = False,
+    **hints: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     check_spec(caller(residual), eps, cast, offset)
     check_tensors(caller(residual), x, residual, w, offset, symbolic=True)
@@ -198,18 +199,18 @@ def _refuse_transforms(name: str) -> None:
 
 def _autograd_forward(
     x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: Cast, offset: float, with_rstd: bool,
-    fuse_residual: bool = False,
+    **hints: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     load_sharding()
     if not _differentiated(x, residual, w):
         with compat.below_autograd():
             return torch.ops.rmsnorm.forward.default(  # type: ignore[no-any-return]
-                x, residual, w, eps, cast, offset, with_rstd, fuse_residual=fuse_residual
+                x, residual, w, eps, cast, offset, with_rstd, **hints
             )
     _refuse_transforms("forward")
     spec = spec_of(caller(residual), eps, cast, offset)  # from here the call bypasses the operator's checks
     check_tensors(caller(residual), x, residual, w, offset, symbolic=not is_plain(x, residual, w))
-    y, *s, rstd = TransformedNorm.apply(x, residual, w, spec, fuse_residual)  # type: ignore[no-untyped-call]
+    y, *s, rstd = TransformedNorm.apply(x, residual, w, spec, Hints(**hints))  # type: ignore[no-untyped-call]
     return y, s[0] if s else x.new_empty(0), rstd if with_rstd else x.new_empty(0)
 
 

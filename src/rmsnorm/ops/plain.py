@@ -15,7 +15,7 @@ from rmsnorm.spec import Cast
 
 def plain_forward(
     x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: Cast, offset: float, with_rstd: bool,
-    fuse_residual: bool = False,
+    **hints: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As the operator `forward`, but with the statistic *published* and in operators of torch that keep autograd."""
     s = None if residual is None else (x + residual).contiguous()

@@ -42,7 +42,7 @@ def is_sharded_by_columns(x: Any, residual: Any, w: Any) -> bool | None:
 
 @torch.no_grad()
 def _forward(
-    x: Any, residual: Any, w: Any, eps: float, cast: str, offset: float, with_rstd: bool, fuse_residual: bool = False
+    x: Any, residual: Any, w: Any, eps: float, cast: str, offset: float, with_rstd: bool, **hints: bool
 ) -> tuple[DTensor, DTensor, DTensor]:
     where = caller(residual)
     layout = _layout(where, x, residual, w)
@@ -56,9 +56,7 @@ def _forward(
         S = _over_ranks(S, mesh, layout, shape)
         y, rstd = _finish_forward(x if residual is None else s, w, S, shape[-1], eps, cast, offset)
     else:
-        y, s, rstd = torch.ops.rmsnorm.forward.default(
-            x, residual, w, eps, cast, offset, with_rstd, fuse_residual=fuse_residual
-        )
+        y, s, rstd = torch.ops.rmsnorm.forward.default(x, residual, w, eps, cast, offset, with_rstd, **hints)
     nothing = (Replicate(),) * mesh.ndim
     return (
         as_whole(y, mesh, layout, shape),

@@ -33,6 +33,8 @@ def why_ineligible(cls: type[nn.Module], module: nn.Module) -> str | None:
         return f"its forward takes ({', '.join(map(str, parameters))}), not one tensor"
     held = {name for name, value in {**module._parameters, **module._modules}.items() if value is not None}
     if others := sorted(held - {"weight"}):
+        if len(held) == 1:
+            return f"it holds {others[0]}, not a weight of that name"
         return f"it holds more than a weight: {', '.join(others)}"
     if module._modules.get("weight") is not None:
         return "its weight is a submodule"

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from rmsnorm.patching.probe import NotProven, Probe
-from rmsnorm.patching.stand_in import Absent
 from rmsnorm.patching.states import State
 from rmsnorm.spec import LARGEST_EPS, Spec
 
@@ -21,11 +20,10 @@ class EpsAttribute:
 
 def find_eps_attribute(probe: Probe, spec: Spec) -> EpsAttribute:
     """The attribute that holds eps. Raises NotProven if there is none."""
-    for name in probe.attributes:
-        value = vars(probe.module).get(name, Absent)
+    for name, value in probe.attributes.items():  # of the instance or of its class
         if type(value) not in (int, float) and not (value is None and name == "eps"):
             continue
-        doubled = 0.0 if value is None else float(value) * 2
+        doubled = 0.0 if value is None else float(value) * 2  # type: ignore[arg-type]
         in_code = {n for n in probe.constants if 0 <= n <= LARGEST_EPS}
         others = {0.0, 1.0, 0.0078125, 3.3e-9, doubled + 0.0078125, *in_code}
         with contextlib.suppress(NotProven):

@@ -114,7 +114,7 @@ def _narrowed(e: Term) -> Term:
 
 def epsilon(e: Term) -> float | None:
     """The number that is added under the root of the expression; None if there is no root or more than one."""
-    found = {_added(node) for node in _nodes(e) if node.op in ("rsqrt", "sqrt")}
+    found = {_added(node) for node in nodes(e) if node.op in ("rsqrt", "sqrt")}
     return found.pop() if len(found) == 1 else None
 
 
@@ -127,11 +127,12 @@ def _added(root: Node) -> float | None:
     return None
 
 
-def _nodes(e: Term) -> Iterator[Node]:
+def nodes(e: Term) -> Iterator[Node]:
+    """The node and all nodes below it."""
     if isinstance(e, Node):
         yield e
         for a in e.args:
-            yield from _nodes(a)
+            yield from nodes(a)
 
 
 # --- recording operators ------------------------------------------------------------------------------------------
@@ -172,7 +173,7 @@ class Operators(TorchDispatchMode):
         try:
             self._check_written(func, args)
             if name not in _RULES:
-                raise Refusal(f"its forward runs {func}")
+                raise Refusal(f"its forward runs {func}{self._as_layer_norm(name, args)}")
             term = _RULES[name](self, [self._argument(a, func) for a in args], args, kwargs)
         except Refusal as refusal:
             self.refusal = self.refusal or str(refusal)
@@ -195,6 +196,13 @@ class Operators(TorchDispatchMode):
         if id(t) not in self._terms:
             raise Refusal(f"its forward {what} that comes from neither its input nor its weight")
         return self._terms[id(t)]
+
+    def _as_layer_norm(self, name: str, args: tuple[Any, ...]) -> str:
+        """Says so if the operator is one by which LayerNorm differs from RMSNorm."""
+        terms = [self._terms.get(id(a)) for a in args]
+        if name.startswith("sub") and any(term is not None and term.op == "mean" for term in terms[1:]):
+            return ": it subtracts the mean, as LayerNorm does"
+        return ": it takes a variance, as LayerNorm does" if name.startswith(("var", "std")) else ""
 
     def _check_written(self, func: Any, args: tuple[Any, ...]) -> None:
         """Refuse to overwrite a tensor unless the forward made it and it shares memory with no other."""

@@ -20,8 +20,7 @@ from rmsnorm.patching.patch_report import PatchReport, SkippedModule, UnpatchRep
 from rmsnorm.patching.proof import prove
 from rmsnorm.patching.recomputing import is_recomputing, set_recomputing, whole_model
 from rmsnorm.patching.replacement import (
-    Options,
-    options_of,
+    hints_of,
     original_class,
     replacement_class,
     rule_of,
@@ -29,7 +28,7 @@ from rmsnorm.patching.replacement import (
 )
 from rmsnorm.patching.rule import Proof
 from rmsnorm.patching.torch_norm import TorchRMSNorm
-from rmsnorm.spec import check_bool
+from rmsnorm.spec import Hints, check_bool
 
 _OURS = RMSNorm, DeepseekV2RMSNorm, TorchRMSNorm
 _EPS_NAME = re.compile(r"(^|_)eps(ilon)?(_|$)", re.IGNORECASE)  # but not "steps"
@@ -38,10 +37,10 @@ _EPS_NAME = re.compile(r"(^|_)eps(ilon)?(_|$)", re.IGNORECASE)  # but not "steps
 def patch(model: nn.Module, *, strict: bool = True, fuse_residual: bool = True, recompute: bool = False) -> PatchReport:
     """Replace, in place, every norm of a model that is proven to compute an RMSNorm of ours.
 
-    `patch` considers the modules with "norm" in the name of their class. It runs each norm's own forward on stand-ins
-    and proves from the operators what it computes. A replaced norm keeps its parameters, name, hooks and `isinstance`;
-    where our kernels cannot serve a call, it runs its own forward. All other norms stay as they are. Patching a model
-    again proves its norms again.
+    `patch` considers the modules with "norm" in the name of their class, and those that have the attributes of an
+    RMSNorm: one 1-D parameter and an eps. It runs each norm's own forward on stand-ins and proves from the operators
+    what it computes. A replaced norm keeps its parameters, name, hooks and `isinstance`; where our kernels cannot serve
+    a call, it runs its own forward. All other norms stay as they are. Patching a model again proves its norms again.
 
     Patch a model first, then apply PEFT, torch.compile, FSDP, tensor parallelism or accelerate.
 
@@ -76,7 +75,7 @@ def patch(model: nn.Module, *, strict: bool = True, fuse_residual: bool = True, 
     for argument, value in (("strict", strict), ("fuse_residual", fuse_residual), ("recompute", recompute)):
         check_bool("patch", argument, value)
     check_not_fsdp1(model)
-    options = Options(fuse_residual, recompute)
+    hints = Hints(fuse_residual, recompute)
     proofs: dict[Any, Proof] = {}
     norms: list[tuple[str, nn.Module, Proof]] = []
     skipped: list[SkippedModule] = []
@@ -85,7 +84,7 @@ def patch(model: nn.Module, *, strict: bool = True, fuse_residual: bool = True, 
         if not _is_candidate(module):
             reason = _why_skipped(module)
         else:
-            proof = _proof_of(module, strict, options, proofs)
+            proof = _proof_of(module, strict, hints, proofs)
             if proof.rule is not None or "rmsnorm" in cls.__name__.lower() or rule_of(module) is not None:
                 norms.append((name, module, proof))
                 continue
@@ -94,17 +93,17 @@ def patch(model: nn.Module, *, strict: bool = True, fuse_residual: bool = True, 
             resembles_rmsnorm = not isinstance(module, _OURS) and _name_of_eps(module) is not None
             skipped.append(SkippedModule(name, cls.__name__, reason, resembles_rmsnorm))
     for name, module, proof in norms:
-        late = why_too_late(module) if _class_for(module, proof, options) is not type(module) else None
+        late = why_too_late(module) if _class_for(module, proof, hints) is not type(module) else None
         if late is not None:
             raise RuntimeError(f"[patch] {name} {late}")
     whole = whole_model(model)
     late = why_model_is_too_late(whole) if is_recomputing(whole) != recompute else None
     if late is not None:
         raise RuntimeError(f"[patch] with recompute={recompute}, the model {late}")
-    verdicts = [_replace(name, module, proof, options) for name, module, proof in norms]
+    verdicts = [_replace(name, module, proof, hints) for name, module, proof in norms]
     if rule_of(whole) is None:  # a norm alone has no part that saves its output
         set_recomputing(whole, recompute)
-    return PatchReport.of_model(verdicts, skipped, options, whole, [module for _, module, _ in norms])
+    return PatchReport.of_model(verdicts, skipped, hints, whole, [module for _, module, _ in norms])
 
 
 def unpatch(model: nn.Module) -> UnpatchReport:
@@ -150,7 +149,7 @@ def _check_module(where: str, model: object) -> None:
 # --- proving and replacing one norm --------------------------------------------------------------------------
 
 
-def _proof_of(module: nn.Module, strict: bool, options: Options, proofs: dict[Any, Proof]) -> Proof:
+def _proof_of(module: nn.Module, strict: bool, hints: Hints, proofs: dict[Any, Proof]) -> Proof:
     """The proof of a norm, shared by norms that it cannot tell apart. An error becomes the reason not to replace it."""
     cls = original_class(module)
     try:
@@ -161,7 +160,7 @@ def _proof_of(module: nn.Module, strict: bool, options: Options, proofs: dict[An
         if key not in proofs:
             proof = prove(cls, module, strict)
             if proof.rule is not None:
-                replacement_class(cls, proof.rule, options)  # which must not fail later, when other norms are replaced
+                replacement_class(cls, proof.rule, hints)  # which must not fail later, when other norms are replaced
             proofs[key] = proof
         return proofs[key]
     except Exception as error:  # noqa: BLE001  # one unusual class must not end patch for the other norms
@@ -175,11 +174,11 @@ def _in_words(error: Exception) -> str:
         return type(error).__name__
 
 
-def _replace(name: str, module: nn.Module, proof: Proof, options: Options) -> Verdict:
+def _replace(name: str, module: nn.Module, proof: Proof, hints: Hints) -> Verdict:
     """Give the module the class for what was proven. If that fails it keeps its class, and the verdict says so."""
     before = type(module)
     try:
-        set_class(module, _class_for(module, proof, options))
+        set_class(module, _class_for(module, proof, hints))
     except Exception as error:  # noqa: BLE001
         if type(module) is not before:
             object.__setattr__(module, "__class__", before)
@@ -193,19 +192,22 @@ def _replace(name: str, module: nn.Module, proof: Proof, options: Options) -> Ve
     )  # fmt: skip
 
 
-def _class_for(module: nn.Module, proof: Proof, options: Options) -> type[nn.Module]:
+def _class_for(module: nn.Module, proof: Proof, hints: Hints) -> type[nn.Module]:
     if proof.rule is None:
         return original_class(module)
-    if proof.rule == rule_of(module) and options == options_of(module):
+    if proof.rule == rule_of(module) and hints == hints_of(module):
         return type(module)  # ours, or FSDP's subclass of ours
-    return replacement_class(original_class(module), proof.rule, options)
+    return replacement_class(original_class(module), proof.rule, hints)
 
 
 # --- which modules are considered ----------------------------------------------------------------------------
 
 
 def _is_candidate(module: nn.Module) -> bool:
-    return _is_named_norm(module) and not _is_other_torch_module(module) and not isinstance(module, _OURS)
+    """Whether to prove it: a cheap test, since a model has thousands of modules."""
+    if isinstance(module, _OURS) or _is_other_torch_module(module):
+        return False
+    return _is_named_norm(module) or _name_of_eps(module) is not None
 
 
 def _is_named_norm(module: nn.Module) -> bool:
@@ -219,15 +221,10 @@ def _is_other_torch_module(module: nn.Module) -> bool:
 
 
 def _why_skipped(module: nn.Module) -> str | None:
-    """Why a module that resembles a norm is not considered; None if it does not resemble one."""
+    """Why a module that is no candidate is not considered; None if it does not resemble a norm."""
     if isinstance(module, _OURS):
         return "it is a layer of rmsnorm already"
-    if _is_other_torch_module(module):
-        return "it is a module of torch.nn other than RMSNorm" if _is_named_norm(module) else None
-    eps = _name_of_eps(module)
-    if eps is None:
-        return None
-    return f'it has one 1-D parameter and an attribute {eps}, but the name of its class does not contain "norm"'
+    return "it is a module of torch.nn other than RMSNorm" if _is_named_norm(module) else None
 
 
 def _name_of_eps(module: nn.Module) -> str | None:

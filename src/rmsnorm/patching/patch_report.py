@@ -7,12 +7,11 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from rmsnorm.ops.recomputation import Recomputation
+from rmsnorm.ops.eager_recomputation import Recomputation
 from rmsnorm.patching.other_libraries import why_inactive
 from rmsnorm.patching.recomputing import last_recomputation
-from rmsnorm.patching.replacement import Options
 from rmsnorm.patching.rule import OutputChange
-from rmsnorm.spec import Spec
+from rmsnorm.spec import Hints, Spec
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,8 @@ class Verdict:
         offset = f", offset {self.spec.offset:g}" if self.spec.offset else ""
         how = "proven" if self.matches_published_bits else _ACCEPTED
         own = f"; its own forward runs {self.own_forward_when}" if self.own_forward_when else ""
+        if "norm" not in self.class_name.lower():
+            how += " although its class is not named a norm"
         return f"{how}: {self.spec.cast}, eps {self.spec.eps:g}{offset}{own}"
 
 
@@ -113,12 +114,12 @@ class PatchReport:
         cls,
         verdicts: Sequence[Verdict],
         skipped: Sequence[SkippedModule],
-        options: Options,
+        hints: Hints,
         model: nn.Module,
         modules: Sequence[nn.Module],
     ) -> "PatchReport":
         """A report that can look at the model, and `check` at the norms; it does not keep them alive."""
-        report = cls(tuple(verdicts), tuple(skipped), *options)
+        report = cls(tuple(verdicts), tuple(skipped), *hints)
         object.__setattr__(report, "_model", weakref.ref(model))
         object.__setattr__(report, "_modules", tuple(map(weakref.ref, modules)))
         return report
@@ -185,7 +186,7 @@ class PatchReport:
     def _head(self) -> list[str]:
         lines = [f"{len(self.replaced)} of {len(self.verdicts)} norms replaced"]
         if not self.verdicts:
-            lines.append('  patch looks for modules with "norm" in the name of their class that compute an RMSNorm')
+            lines.append(f"  {_LOOKED_FOR}")
         skipped = [module for module in self.skipped if module.resembles_rmsnorm or not self.verdicts]
         for group in _grouped(skipped, lambda module: module.reason):
             lines.append(f"  {_members(group)} skipped: {group[0].reason}")
@@ -208,6 +209,8 @@ class UnpatchReport:
         norms = "1 norm has its" if len(self.names) == 1 else f"{len(self.names)} norms have their"
         return f"{norms} own class again: {_first(self.names)}"
 
+
+_LOOKED_FOR = 'patch proves modules with "norm" in the name of their class, or with one 1-D parameter and an eps'
 
 _Of = TypeVar("_Of", Verdict, SkippedModule)
 

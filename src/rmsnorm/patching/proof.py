@@ -63,7 +63,7 @@ def _prove(probe: Probe, strict: bool) -> Proof:
         coverage.own_dtypes, coverage.own_under_autocast, calls_rms_norm="rms_norm" in probe.queries,
         keeps_memory_order=coverage.keeps_memory_order, ranks=coverage.ranks, normalized_shape=probe.normalized_shape,
     )  # fmt: skip
-    eps = rule.eps(vars(probe.module)[rule.eps_attribute])  # the operators have rounded it to fp32
+    eps = rule.eps(probe.attributes[rule.eps_attribute])  # the operators have rounded it to fp32
     spec = found.spec if eps is None else replace(found.spec, eps=eps)
     memory_saved = check_gradients(probe, spec, rule.own_dtypes)
     read = {name: value for name, value in probe.attributes.items() if name != rule.eps_attribute}

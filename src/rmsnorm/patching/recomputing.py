@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rmsnorm.ops.recomputation import Recomputation, recompute
-from rmsnorm.patching.replacement import ReplacedClass, original_class, pose_as, set_class
+from rmsnorm.ops.eager_recomputation import Recomputation, recompute
+from rmsnorm.patching.replacement import ReplacedClass, original_class, set_class
 from rmsnorm.patching.stand_in import put_in_front
 
 # Of the last forward pass of each model. Not attributes of the models, which could be copied and saved.
@@ -56,6 +56,7 @@ def last_recomputation(module: nn.Module) -> Recomputation:
 
 @functools.cache
 def _recomputing_class(cls: type[nn.Module], own_forward: Callable[..., Any]) -> type[nn.Module]:
+    @functools.wraps(own_forward)  # torch.fx reads the parameters of what this wraps
     def forward(self: Any, *args: Any, **named: Any) -> Any:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return own_forward(self, *args, **named)
@@ -63,7 +64,6 @@ def _recomputing_class(cls: type[nn.Module], own_forward: Callable[..., Any]) ->
             _last[self] = recomputation
             return own_forward(self, *args, **named)
 
-    pose_as(forward, own_forward)
     return put_in_front(_Recomputing, cls, _rmsnorm_recomputing=True, _rmsnorm_original=cls, forward=forward)
 
 

@@ -7,8 +7,8 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
-from types import MethodType
-from typing import Any, NamedTuple
+from types import FunctionType, MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,13 @@ from rmsnorm import compat, reference
 from rmsnorm.errors import type_name, with_article
 from rmsnorm.functional import explain, rms_norm
 from rmsnorm.kernels.host import loader as host
-from rmsnorm.ops import recomputation
+from rmsnorm.ops import eager_recomputation
 from rmsnorm.ops.autograd import norm
 from rmsnorm.ops.dispatch import exported_to_onnx
 from rmsnorm.patching.eligibility import forward_parameters
 from rmsnorm.patching.rule import Rule, dtype_name, dtypes_in_words
 from rmsnorm.patching.stand_in import Absent, InFront, Method, identity, is_plain, put_in_front
-from rmsnorm.spec import DTYPES, LARGEST_EPS, Spec
+from rmsnorm.spec import DTYPES, LARGEST_EPS, NO_HINTS, Hints, Spec
 
 # --- the class of a replaced norm ----------------------------------------------------------------------------
 
@@ -33,21 +33,9 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), "_rmsnorm_original", type(module))
 
 
-class Options(NamedTuple):
-    """What `patch` was asked to do with the calls of the norms that it replaces.
-
-    Attributes:
-        fuse_residual: Whether torch.compile may fuse a norm with an addition that computes its input.
-        recompute: Whether the backward pass computes the norm's outputs again instead of keeping them.
-    """
-
-    fuse_residual: bool
-    recompute: bool
-
-
-def options_of(module: nn.Module) -> Options | None:
-    """The options of a replaced norm; None for any other module."""
-    return getattr(type(module), "_rmsnorm_options", None)
+def hints_of(module: nn.Module) -> Hints:
+    """What torch.compile may do with the calls of a replaced norm."""
+    return getattr(type(module), "_rmsnorm_hints", NO_HINTS)
 
 
 def rule_of(module: nn.Module) -> Rule | None:
@@ -73,7 +61,7 @@ class _Replacement(ReplacedClass):
     """Put in front of the class of a replaced norm."""
 
     _rmsnorm_rule: Rule
-    _rmsnorm_options: Options
+    _rmsnorm_hints: Hints
     # Keeps the `kernels` library of Hugging Face, which finds classes by their name, from replacing our forward.
     kernel_condition = staticmethod(lambda module: False)
 
@@ -81,7 +69,7 @@ class _Replacement(ReplacedClass):
         """Pickles the original class and the rule, because the class made here cannot be found by its name."""
         if "_rmsnorm_rule" not in vars(type(self)):
             return super().__reduce_ex__(protocol)  # another library's subclass of ours, which _rebuild would drop
-        arguments = self._rmsnorm_original, self._rmsnorm_rule, self._rmsnorm_options
+        arguments = self._rmsnorm_original, self._rmsnorm_rule, self._rmsnorm_hints
         return _rebuild, arguments, self.__getstate__()
 
     def extra_repr(self) -> str:
@@ -95,33 +83,39 @@ class _Replacement(ReplacedClass):
         return explain_norm(self, self._rmsnorm_rule, x)
 
 
-def replacement_class(cls: type[nn.Module], rule: Rule, options: Options) -> type[nn.Module]:
+def replacement_class(cls: type[nn.Module], rule: Rule, hints: Hints) -> type[nn.Module]:
     """A subclass of the class with the same name, since users of transformers match on names."""
-    return _make_class(cls, rule, options, cls.forward)  # type: ignore[arg-type]  # classes hash by identity
+    return _make_class(cls, rule, hints, cls.forward)  # type: ignore[arg-type]  # classes hash by identity
 
 
 @functools.cache
-def _make_class(
-    cls: type[nn.Module], rule: Rule, options: Options, own_forward: Callable[..., Tensor]
-) -> type[nn.Module]:
+def _make_class(cls: type[nn.Module], rule: Rule, hints: Hints, own_forward: Callable[..., Tensor]) -> type[nn.Module]:
     (parameter,) = forward_parameters(cls)
-    forward = forward_by_rule(rule, own_forward, parameter.name, options)
-    pose_as(forward, own_forward)
+    forward = _with_parameter(forward_by_rule(rule, own_forward, hints), parameter, own_forward.__defaults__)
+    # Not functools.wraps: code that follows __wrapped__ would find the norm's own forward.
+    forward.__name__, forward.__qualname__, forward.__doc__ = "forward", own_forward.__qualname__, own_forward.__doc__
+    forward.__signature__ = inspect.signature(own_forward)  # type: ignore[attr-defined]
     return put_in_front(
-        _Replacement, cls, _rmsnorm_rule=rule, _rmsnorm_options=options, _rmsnorm_original=cls, forward=forward
+        _Replacement, cls, _rmsnorm_rule=rule, _rmsnorm_hints=hints, _rmsnorm_original=cls, forward=forward
     )
 
 
-def _rebuild(cls: type[nn.Module], rule: Rule, options: Options) -> nn.Module:
-    made = replacement_class(cls, rule, options)
+def _with_parameter(
+    by_rule: Callable[..., Tensor], parameter: inspect.Parameter, defaults: tuple[Any, ...] | None
+) -> Callable[..., Tensor]:
+    """The function with the norm's own name for its input, which callers may pass by name and torch.fx reads."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return by_rule(self, x)
+
+    positional = 2 if parameter.kind is parameter.POSITIONAL_ONLY else 0
+    code = forward.__code__.replace(co_varnames=("self", parameter.name), co_posonlyargcount=positional)
+    return FunctionType(code, globals(), "forward", defaults, forward.__closure__)
+
+
+def _rebuild(cls: type[nn.Module], rule: Rule, hints: Hints) -> nn.Module:
+    made = replacement_class(cls, rule, hints)
     return made.__new__(made)
-
-
-def pose_as(forward: Any, own_forward: Callable[..., Any]) -> None:
-    """Give our forward the name, docstring and signature of the class's own."""
-    # Not functools.wraps: code that follows __wrapped__ would find the own forward.
-    forward.__name__, forward.__qualname__, forward.__doc__ = "forward", own_forward.__qualname__, own_forward.__doc__
-    forward.__signature__ = inspect.signature(own_forward)
 
 
 def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -143,16 +137,13 @@ def is_method(module: nn.Module, value: object, function: object) -> bool:
 # --- its forward ---------------------------------------------------------------------------------------------
 
 
-def forward_by_rule(
-    rule: Rule, own_forward: Callable[..., Tensor], input_name: str, options: Options
-) -> Callable[..., Tensor]:
+def forward_by_rule(rule: Rule, own_forward: Callable[..., Tensor], hints: Hints = NO_HINTS) -> Callable[..., Tensor]:
     """A forward that runs our kernel where the rule holds, and the norm's own forward elsewhere.
 
     Args:
         rule: What was proven of the norm.
         own_forward: The norm's own forward.
-        input_name: What the own forward calls its input.
-        options: What `patch` was asked to do with its calls.
+        hints: What torch.compile may do with its calls.
     """
     cast, offset, eps_attribute = rule.cast, rule.offset, rule.eps_attribute
     weighted, shape, ranks, attributes = rule.weighted, rule.normalized_shape, rule.ranks, rule.attributes
@@ -160,10 +151,7 @@ def forward_by_rule(
     limited = bool(rule.own_dtypes) or rule.own_under_autocast or rule.calls_rms_norm
     k = rule.normalized_dims
 
-    def forward(self: Any, *args: Tensor, **named: Tensor) -> Tensor:
-        if len(args) + len(named) != 1 or (named and input_name not in named):
-            return own_forward(self, *args, **named)  # raises the usual error
-        x = args[0] if args else named[input_name]
+    def forward(self: Any, x: Tensor) -> Tensor:
         w = weight_of(self) if weighted else None
         eps = getattr(self, eps_attribute, Absent)
         if type(eps) is not float or not 0.0 <= eps <= LARGEST_EPS:
@@ -185,14 +173,14 @@ def forward_by_rule(
         if k == 1 and not torch.compiler.is_compiling() and (shape is None or _has_size(x, shape)):
             y = host.norm(x, None, w, eps, cast, offset)
             if y is not None:
-                if recomputation.open_passes:
-                    recomputation.note(y, x, w, eps, cast, offset)
+                if eager_recomputation.open_passes:
+                    eager_recomputation.note(y, x, w, eps, cast, offset)
                 return y  # type: ignore[no-any-return]
         if _why_unsupported(x, w, shape) is not None:
             return own_forward(self, x)
         rows, w = (x, w) if k == 1 else (x.flatten(-k), None if w is None else w.flatten())
         if torch.compiler.is_compiling():
-            y = norm(rows, None, w, eps, cast, offset, options.fuse_residual)[0]
+            y = norm(rows, None, w, eps, cast, offset, hints)[0]
         else:
             y = rms_norm(rows, w, eps, cast=cast, offset=offset)
         return y if k == 1 else y.view(x.shape)  # type: ignore[no-any-return]

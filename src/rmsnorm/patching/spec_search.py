@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rmsnorm.bits import differing
-from rmsnorm.patching.expression import Refusal, epsilon, loosened
+from rmsnorm.patching.difference import difference
+from rmsnorm.patching.expression import Refusal, epsilon, loosened, nodes
 from rmsnorm.patching.observe import Observation
 from rmsnorm.patching.probe import NotProven, Probe
 from rmsnorm.patching.rule import TRAINING_DTYPES
@@ -51,8 +52,7 @@ def _matching_specs(probe: Probe, loosely: bool) -> tuple[list[Spec], str]:
                     candidates = _candidates(probe, _observed_eps(seen, shape))
                 before, candidates = candidates, [c for c in candidates if probe.matches(seen, x, w, c, loosely)]
                 if not candidates:
-                    more = _nearest(probe, state, shape) if loosely else _hint(probe, seen, x, w, before)
-                    return [], mismatch(state) + more
+                    return [], mismatch(state) + _more(probe, loosely, state, shape, seen, x, w, before)
     return candidates or [], ""
 
 
@@ -68,11 +68,24 @@ def _candidates(probe: Probe, eps: float | None) -> list[Spec]:
     return [*early, *(Spec(eps, "late", offset) for offset in (0.0, 1.0))] if probe.weighted else early
 
 
+def _more(
+    probe: Probe, loosely: bool, state: State, shape: tuple[int, ...], seen: Observation, x: Tensor, w: Tensor | None,
+    candidates: list[Spec],
+) -> str:  # fmt: skip
+    """What else is known of a norm that matches none of the candidates in a state."""
+    hint = "" if loosely else _hint(probe, seen, x, w, candidates)
+    if hint:
+        return hint
+    why = difference(seen.expression)
+    return (f": {why}" if why else "") + (_nearest(probe, state, shape) if loosely else "")
+
+
 def _hint(probe: Probe, seen: Observation, x: Tensor, w: Tensor | None, candidates: list[Spec]) -> str:
     """Says so if strict=False would accept the norm in this state."""
     candidates = candidates or _candidates(probe, _observed_eps(seen, probe.shapes[0]))
     if any(probe.matches(seen, x, w, c, loosely=True) for c in candidates):
-        return "; it computes the mean or rsqrt differently, which strict=False accepts"
+        how = " (it divides by a square root)" if any(n.op == "sqrt" for n in nodes(seen.expression)) else ""
+        return f"; it computes the mean or rsqrt differently{how}, which strict=False accepts"
     return ""
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rmsnorm.errors import complaint, type_name
-from rmsnorm.patching.replacement import Options, explain_norm, forward_by_rule
+from rmsnorm.patching.replacement import explain_norm, forward_by_rule
 from rmsnorm.patching.rule import LEADING_DIMS, Rule
 from rmsnorm.spec import DTYPES, as_int, check_bool
 
@@ -101,7 +101,7 @@ def _checked_shape(where: str, given: object) -> tuple[int, ...]:
 
 @functools.cache
 def _forward(shape: tuple[int, ...], weighted: bool) -> Callable[..., Tensor]:
-    return forward_by_rule(torch_rule(shape, weighted), nn.RMSNorm.forward, "x", Options(False, False))
+    return forward_by_rule(torch_rule(shape, weighted), nn.RMSNorm.forward)
 
 
 def torch_rule(shape: tuple[int, ...], weighted: bool) -> Rule:

@@ -603,15 +603,12 @@ struct Registered {
 
 std::array<Registered*, PASSES> python{};
 
-// How many arguments the operator has; the last of forward, fuse_residual, is for compilers only.
-constexpr size_t arguments_of(Pass pass) {
-  return pass == Pass::FORWARD ? 8 : 9;
-}
+constexpr size_t ARGUMENTS = 9; // of each operator; the last two of forward are for compilers only
 
 // The call that the operator's arguments on the stack describe; nothing if its spec is unusual (see known_spec), or the
 // number of gradients to add is wrong.
 std::optional<Call> call_of(Pass pass, torch::jit::Stack& stack) {
-  const auto given = torch::jit::last(stack, arguments_of(pass));
+  const auto given = torch::jit::last(stack, ARGUMENTS);
   const auto* next = given.begin();
   Call call{pass, {}, {}, {}};
   std::vector<Tensor> summands;
@@ -660,7 +657,7 @@ bool run_operator(Pass pass, bool autograd, torch::jit::Stack* stack) {
   if (!found) {
     return false;
   }
-  torch::jit::drop(*stack, arguments_of(pass));
+  torch::jit::drop(*stack, ARGUMENTS);
   for (const auto& t : *found) {
     stack->emplace_back(t.defined() ? t : no_output(call->rows()));
   }

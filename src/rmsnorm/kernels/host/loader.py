@@ -415,6 +415,11 @@ def _open(file: int, target: Path) -> None:
         raise _Replaceable(f"{target} cannot be loaded: {error}{_WARMUP_RECOMPILES}") from None
     finally:
         os.close(file)
+    # This registers kernels for the operators; a call in another thread reads the dispatcher's table without a lock.
+    # The Python kernels stay registered for all devices, so none is freed while a call uses it. But an entry is several
+    # words: a call that reads it in the nanoseconds in which it is written can see a mix of both kernels and crash.
+    # Calls of rms_norm and add_rms_norm with plain tensors bypass the dispatcher. To exclude it for compiled graphs and
+    # DTensors, call rmsnorm.warmup() before other threads run them, as docs/first-call.md says.
     module.begin(_native_forward, _native_backward, _native_backward_of_sum, _check_saved)
     _State.module, norm = module, module.norm
 

@@ -99,12 +99,6 @@ def copy_sharing_tensors(model: nn.Module) -> Any:
     return copy.deepcopy(model, {id(t): t for t in tensors})
 
 
-def graphs_compiled() -> int:
-    """Return how many graphs torch.compile has made in this process; 0 if this release of torch does not count them."""
-    counters: Any = getattr(getattr(torch._dynamo, "utils", None), "counters", {})
-    return int(counters.get("stats", {}).get("unique_graphs", 0))
-
-
 def _first_output_of(model: Any) -> Callable[[dict[str, Any]], Tensor]:
     def first_output(arguments: dict[str, Any]) -> Tensor:
         output = model(**arguments)

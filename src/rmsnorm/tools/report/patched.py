@@ -6,12 +6,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from rmsnorm import memory
+from rmsnorm import compat, memory
 from rmsnorm.patching.patch import patch
 from rmsnorm.patching.replacement import set_class
 from rmsnorm.tools import timing
 from rmsnorm.tools.models import library
-from rmsnorm.tools.models.steps import Steps, copy_sharing_tensors, graphs_compiled
+from rmsnorm.tools.models.steps import Steps, copy_sharing_tensors
 from rmsnorm.tools.report.norms import Mode, NormResult
 from rmsnorm.tools.report.result import CompiledStep, SavedBytes
 
@@ -138,10 +138,10 @@ class CompiledModel(Sides):
         """Compile a step for every side, by running it."""
         for side in self.sides:
             self.use(side)
-            start, graphs = timing.now(), graphs_compiled()
+            start, graphs = timing.now(), compat.compiled_graphs()
             (self.train if mode == "training" else self.forward)(tokens)
             seconds = timing.now() - start
-            self.first_calls.append(CompiledStep(mode, side, seconds, graphs_compiled() - graphs))
+            self.first_calls.append(CompiledStep(mode, side, seconds, compat.compiled_graphs() - graphs))
 
 
 def wait_for(device: torch.device) -> None:

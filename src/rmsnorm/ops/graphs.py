@@ -1,0 +1,63 @@
+"""Reading and rewriting graphs of torch.fx that hold the operators of this package."""
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+FORWARD = torch.ops.rmsnorm.forward.default
+BACKWARD = torch.ops.rmsnorm.backward.default
+BACKWARD_OF_SUM = torch.ops.rmsnorm.backward_of_sum.default
+
+# Metadata of a node that describes the values it computed or read, which are others after it was replaced.
+_OF_OTHER_VALUES = "tensor_meta", "eager_input_vals"
+
+
+class Edit:
+    """Rewrites a graph and knows the order of its nodes: a new call must follow all that it reads."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._place: dict[Node, float] = {node: i for i, node in enumerate(graph.nodes)}
+
+    def call(self, before: Node, target: Any, args: tuple[Any, ...], of: Node) -> Node:
+        """Insert a call before a node, with the metadata of the node `of`."""
+        with self._graph.inserting_before(before):
+            node: Node = self._graph.call_function(target, args)
+        self._place[node] = self._place[before] - 0.5
+        node.meta = dict(of.meta)
+        node.meta["val"] = target(*torch.fx.map_arg(args, lambda n: n.meta["val"]))
+        for key in _OF_OTHER_VALUES:
+            node.meta.pop(key, None)
+        return node
+
+    def output(self, before: Node, call: Node, number: int, of: Node) -> Node:
+        """Insert a node that takes one output of a call."""
+        return self.call(before, operator.getitem, (call, number), of)
+
+    def erase(self, *nodes: Any) -> None:
+        """Erase those of the nodes that nothing uses."""
+        for node in nodes:
+            if isinstance(node, Node) and node.op == "call_function" and not node.users and node in self._place:
+                del self._place[node]
+                self._graph.erase_node(node)
+
+    def first(self, nodes: Iterable[Node]) -> Node:
+        """The node that comes first in the graph."""
+        return min(nodes, key=self._place.__getitem__)
+
+    def precedes(self, nodes: Iterable[Node | None], later: Node) -> bool:
+        """Whether all of the nodes come before another."""
+        return all(node is None or self._place[node] < self._place[later] for node in nodes)
+
+
+def arguments(node: Node) -> tuple[Any, ...]:
+    """The arguments of a node, without the union of all types that they could have."""
+    return node.args
+
+
+def outputs(call: Node) -> list[tuple[int, Node]]:
+    """The nodes that take single outputs of a call, each with the output's number."""
+    return [(arguments(user)[1], user) for user in call.users]

@@ -1,0 +1,74 @@
+"""Says in words how an expression differs from every RMSNorm that is supported, for the usual differences."""
+
+from collections.abc import Iterator
+
+import torch
+
+from rmsnorm.patching.expression import Node, Term, nodes
+from rmsnorm.patching.rule import dtype_name
+
+_ROOTS = ("rsqrt", "sqrt")
+_IN_16_BITS = (torch.bfloat16, torch.float16)
+
+
+def difference(found: Node) -> str | None:
+    """The difference of a norm's expression; None if it is not a usual one."""
+    every = list(nodes(found))
+    roots = [node for node in every if node.op in _ROOTS]
+    if not roots:
+        return "it takes no square root"
+    return next((said for said in _differences(every, roots) if said is not None), None)
+
+
+def _differences(every: list[Node], roots: list[Node]) -> Iterator[str | None]:
+    yield from map(_of_statistic, roots)
+    yield _of_eps(every, roots)
+    yield from map(_of_rounding, every)
+
+
+def _of_statistic(root: Node) -> str | None:
+    """What is unusual below a root."""
+    statistic = _without_eps(root)
+    if statistic.op == "sum":
+        return "it takes the sum of the squares, not their mean"
+    if statistic.op != "mean":
+        return None
+    squares = _uncast(statistic.args[0])
+    if squares.op != "square":
+        return "it takes the mean of something other than the squares of its input"
+    narrow = [node.dtype for node in (squares, statistic) if node.dtype in _IN_16_BITS]
+    return f"it takes the mean of squares in {dtype_name(narrow[0])}, not in float32" if narrow else None
+
+
+def _of_eps(every: list[Node], roots: list[Node]) -> str | None:
+    if any(_without_eps(root) is not _uncast(root.args[0]) for root in roots):
+        return None
+    outside = any(
+        node.op == "add" and any(isinstance(a, float) for a in node.args) and any(n in roots for n in nodes(node))
+        for node in every
+    )
+    return "it adds eps outside of the square root" if outside else "it adds no eps under the square root"
+
+
+def _of_rounding(node: Node) -> str | None:
+    if node.op == "cast" and node.dtype in _IN_16_BITS and _uncast(node.args[0]).op in (*_ROOTS, "reciprocal"):
+        return f"it rounds the inverse root to {dtype_name(node.dtype)}"
+    return None
+
+
+def _without_eps(root: Node) -> Node:
+    """What is below the root, without the number that is added."""
+    below = _uncast(root.args[0])
+    if below.op == "add":
+        terms = [a for a in below.args if isinstance(a, Node)]
+        if len(terms) == 1:
+            return _uncast(terms[0])
+    return below
+
+
+def _uncast(e: Term) -> Node:
+    assert isinstance(e, Node)
+    while e.op == "cast":
+        (e,) = e.args
+        assert isinstance(e, Node)
+    return e
