@@ -206,7 +206,7 @@ def test_torch_fx_traces_the_model_with_its_own_parameters() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.RMSNorm(8), nn.Linear(8, 8))
     rmsnorm.patch(model, recompute=True)
     traced = torch.fx.symbolic_trace(model)
-    assert [node.target for node in traced.graph.find_nodes(op="placeholder")] == ["input_1"]
+    assert [node.target for node in traced.graph.find_nodes(op="placeholder")] == ["input"]
     assert compat.saved_tensors_hooks() is None
 
 
