@@ -279,6 +279,26 @@ def test_a_tensor_that_is_modified_after_it_was_saved_raises_as_without(
         torch.autograd.grad(loss, leaves.all)
 
 
+def keeping_copies() -> saved_tensors_hooks:
+    return saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t)
+
+
+@pytest.mark.parametrize("around", [keeping_copies, torch.autograd.graph.allow_mutation_on_saved_tensors])
+def test_hooks_around_the_context_that_keep_copies_allow_changes(around: Any, leaves: Leaves) -> None:
+    def changed() -> Tensor:
+        y = rmsnorm.rms_norm(leaves.x, leaves.w)
+        loss = (y @ leaves.q).sum() + (y @ leaves.k).square().sum()
+        y.zero_()
+        return loss
+
+    with around():
+        wanted = gradients(changed(), leaves.all)
+    with around(), rmsnorm.recompute():
+        got = gradients(changed(), leaves.all)
+    assert [a is None for a in got] == [a is None for a in wanted] == [False, False, False, False, True]
+    assert all(map(torch.equal, got[:4], wanted[:4]))
+
+
 def test_a_reader_that_writes_to_what_it_saved_is_noticed(leaves: Leaves) -> None:
     class Writer(torch.autograd.Function):
         @staticmethod
@@ -386,7 +406,7 @@ def test_the_rebuilt_output_is_freed_after_its_last_reader(retain: bool, leaves:
 
 
 def test_what_outer_hooks_have_moved_away_is_not_kept_alive(leaves: Leaves) -> None:
-    with saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t), rmsnorm.recompute():
+    with keeping_copies(), rmsnorm.recompute():
         h = leaves.x * 2
         y = rmsnorm.rms_norm(h, leaves.w)
         z = (y @ leaves.q).sigmoid()  # the last one that is saved
@@ -624,6 +644,11 @@ def test_transforms_of_torch_func_around_the_context_work_as_without(leaves: Lea
     assert_same_bits(torch.func.grad(loss)(leaves.x.detach()), torch.autograd.grad(loss(leaves.x), leaves.x)[0])
     torch.vmap(loss)(torch.stack([leaves.x, leaves.x]))
     assert ["torch.func" in one.why_inactive for one in found] == [True, False, True]
+
+
+def test_derivatives_of_torch_func_inside_the_context_raise_as_under_any_hooks(leaves: Leaves) -> None:
+    with rmsnorm.recompute(), pytest.raises(RuntimeError, match="saved tensor hooks"):
+        torch.func.grad(lambda x: x.sum())(leaves.x)
 
 
 def test_vmap_and_forward_mode_inside_the_context_keep_their_outputs(leaves: Leaves) -> None:

@@ -168,7 +168,8 @@ def test_unpatch_and_patching_again_without_it_restore_the_models_own_class() ->
     assert type(model) is own
     assert report.recomputation is None
     rmsnorm.patch(model, recompute=True)
-    assert len(rmsnorm.unpatch(model).names) == 5
+    undone = rmsnorm.unpatch(model)
+    assert (len(undone.names), undone.recompute) == (5, True)
     assert type(model) is own
     assert_same(step(model), expected)
 
@@ -280,6 +281,17 @@ def test_lora_on_a_patched_model_recomputes() -> None:
             assert report.recomputation.dropped == 3
             assert list(report.recomputation.kept.values()) == [1]
     assert_same(grads[1], grads[0])
+
+
+def test_accelerate_on_a_patched_model_recomputes() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model, recomputed = two()
+    expected = step(model)
+    accelerate.cpu_offload(hooked := copy.deepcopy(recomputed))
+    assert_same(step(hooked)[:1], expected[:1])
+    prepared = accelerate.Accelerator(cpu=True).prepare(recomputed)
+    assert_same(step(prepared), expected)
+    assert last_recomputation(recomputed).dropped == 5
 
 
 def test_a_model_whose_forward_was_replaced_is_refused_and_not_changed() -> None:

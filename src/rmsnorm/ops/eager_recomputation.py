@@ -9,7 +9,8 @@ An output y is a pure function of the normalized rows and the weight, which auto
 backward pass. An _Output keeps the same two, not y. It rebuilds y with the operator `forward`, whose bits do not depend
 on how it is called. That reads and writes as many bytes as a kernel without the reduction would, so there is none.
 
-With hooks, torch does not compare versions of saved tensors. These hooks do, and raise the error that torch raises.
+With hooks, torch does not compare versions of saved tensors. These hooks do, and raise the error that torch raises; but
+not where other hooks are active around them, which may keep copies.
 """
 
 import contextlib
@@ -101,10 +102,10 @@ class _Output:
 
     lock = threading.RLock()  # reentrant: a view may be destroyed at any time, also in a thread that holds it
 
-    def __init__(self, y: Tensor, w: Tensor | None, call: _Call, result: Recomputation) -> None:
+    def __init__(self, y: Tensor, w: Tensor | None, call: _Call, result: Recomputation, is_checked: bool) -> None:
         self.storage = compat.StorageWeakRef(y.untyped_storage())  # its address is not used again while this is alive
         self.dtype, self.nbytes, self.gpu = y.dtype, y.nbytes, y.device.index if y.is_cuda else None
-        self.counter, self.version = _version_counter_of(y), y._version
+        self.counter, self.version = _version_counter_of(y) if is_checked else None, y._version
         self.w, self.call, self.result = w, call, result
         self.saved, self.reason = False, ""
         self.views, self.served, self.turn = 0, 0, 1
@@ -125,7 +126,8 @@ class _Output:
 
     def tensor(self, view: "_View") -> Tensor:
         """The whole of y, for this view."""
-        _check_version(self.counter, self.version, view.size)
+        if self.counter is not None:
+            _check_version(self.counter, self.version, view.size)
         stream = None if self.gpu is None else compat.raw_stream(self.gpu)
         y = self.cached
         if y is None or self.cached_for[0] != stream:  # without synchronization, another stream cannot use it
@@ -404,4 +406,4 @@ def note(y: Tensor, rows: Tensor, w: Tensor | None, eps: float, cast: str, offse
     if packed_rows is None or (packed_w is None and w is not None):
         return result._keep(_HOOKS)
     call = _Call(packed_rows, packed_w, eps, cast, offset, this.unpack)
-    this.outputs[compat.storage_id(y)] = _Output(y, w, call, result)
+    this.outputs[compat.storage_id(y)] = _Output(y, w, call, result, is_checked=not this.is_chained)

@@ -133,12 +133,13 @@ def unpatch(model: nn.Module) -> UnpatchReport:
         if why is not None:
             raise RuntimeError(f"[unpatch] {name or 'the model'} {why}; call unpatch before that, or rebuild the model")
     norms = [name for name, module in patched if rule_of(module) is not None]
+    recompute = any(is_recomputing(module) for _, module in patched)
     for _, module in patched:
         set_class(module, original_class(module))
     inductor = sys.modules.get("rmsnorm.ops.inductor")  # imported when a patched norm is compiled
     if inductor is not None:
         inductor.remove_pass()  # another patched model installs it again when it is compiled
-    return UnpatchReport(tuple(norms))
+    return UnpatchReport(tuple(norms), recompute)
 
 
 def _check_module(where: str, model: object) -> None:

@@ -199,13 +199,17 @@ class UnpatchReport:
 
     Attributes:
         names: The names of the norms whose own class was restored, in the order of `named_modules`.
+        recompute: Whether the model computed norm outputs again in the backward pass, which it does no longer.
     """
 
     names: tuple[str, ...]
+    recompute: bool = False
 
     def __str__(self) -> str:
         if not self.names:
-            return "no norm was patched, so nothing was changed"
+            return "no norm was patched" + (
+                "; outputs are kept again" if self.recompute else ", so nothing was changed"
+            )
         norms = "1 norm has its" if len(self.names) == 1 else f"{len(self.names)} norms have their"
         return f"{norms} own class again: {_first(self.names)}"
 
