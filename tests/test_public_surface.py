@@ -16,7 +16,8 @@ SIGNATURES = {
     "RMSNorm": "hidden_size, eps=1e-06, *, cast='early', offset=0.0, elementwise_affine=True, device=None, dtype=None",
     "DeepseekV2RMSNorm": "hidden_size, eps=1e-06",
     "TorchRMSNorm": "normalized_shape, eps=None, elementwise_affine=True, device=None, dtype=None",
-    "patch": "model, *, strict=True, fuse_residual=True",
+    "patch": "model, *, strict=True, fuse_residual=True, recompute=False",
+    "recompute": "",
     "register": "",
     "decompositions": "",
     "cost": "shape, dtype=torch.bfloat16, weight_dtype=None, *, implementation='ours', phase='inference', device='cpu', "
@@ -25,7 +26,7 @@ SIGNATURES = {
     "unpatch": "model",
     "explain": "x, weight=None, residual=None, *, eps=1e-06, cast='early', offset=0.0",
     "warmup": "device='cpu', dtypes=(torch.float32, torch.bfloat16, torch.float16), weight_dtypes=None, hidden_size=128",
-    "PatchReport": "verdicts, skipped=(), fuse_residual=True",
+    "PatchReport": "verdicts, skipped=(), fuse_residual=True, recompute=False",
 }
 
 

@@ -4,6 +4,7 @@ rms_norm, add_rms_norm: the functions.
 RMSNorm, DeepseekV2RMSNorm, TorchRMSNorm: the layers.
 patch, unpatch, PatchReport: replace the norms of a model, restore them, and what patch found.
 explain, warmup: which kernel a call would run and why; compile the kernels ahead of time.
+recompute: a context that keeps no norm outputs for the backward pass, which computes them again.
 decompositions: the operators in plain torch, for exported programs that run without this package.
 cost, Cost: exact counts of FLOPs, bytes and memory.
 register: tell torch's FLOP counter and transformers about this package.
@@ -12,6 +13,7 @@ register: tell torch's FLOP counter and transformers about this package.
 from rmsnorm.costs.counts import Cost, cost
 from rmsnorm.functional import add_rms_norm, explain, rms_norm, warmup
 from rmsnorm.modules import DeepseekV2RMSNorm, RMSNorm
+from rmsnorm.ops.eager_recomputation import recompute
 from rmsnorm.ops.plain import decompositions
 from rmsnorm.patching.patch import patch, unpatch
 from rmsnorm.patching.patch_report import PatchReport
@@ -31,6 +33,7 @@ __all__ = [
     "decompositions",
     "explain",
     "patch",
+    "recompute",
     "register",
     "rms_norm",
     "unpatch",

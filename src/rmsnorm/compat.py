@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.multiprocessing import reductions
 
 
 def assume_true(*_: Any) -> bool:
@@ -43,6 +44,34 @@ raw_stream: Callable[[int], int] = getattr(
 empty_on_gpu: Callable[..., Tensor] | None = getattr(
     getattr(getattr(torch._C, "_dynamo", None), "guards", None), "_empty_strided_cuda", None
 )
+
+
+def slow_storage_id(t: Tensor) -> int:
+    """The fallback for `storage_id`."""
+    return int(t.untyped_storage()._cdata)
+
+
+# Identifies the storage of a tensor among those that are alive. There is no public equivalent.
+storage_id: Callable[[Tensor], int] = getattr(torch._C, "_storage_id", slow_storage_id)
+# A weak reference to a storage, with a method `expired`. It is not documented, but torch uses it in several places.
+StorageWeakRef: Any = reductions.StorageWeakRef
+# What `saved_tensors_hooks` says if torch does not say which hooks are active.
+UNKNOWN_HOOKS = assume_true, assume_true
+_top_saved_tensors_hooks: Callable[[bool], tuple[Any, Any] | None] = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: UNKNOWN_HOOKS
+)
+
+_graph_task_id: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+
+
+def in_backward() -> bool:
+    """Whether a backward pass runs in this thread. There is no public equivalent; the fallback says no."""
+    return _graph_task_id() != -1
+
+
+def saved_tensors_hooks() -> tuple[Any, Any] | None:
+    """The hooks (pack, unpack) that get the next saved tensor, or None. There is no public equivalent."""
+    return _top_saved_tensors_hooks(True)
 
 
 def _rms_norm_unchanged_by_autocast() -> frozenset[str]:

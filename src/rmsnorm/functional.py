@@ -13,6 +13,7 @@ from rmsnorm.errors import complaint, one_line, type_name
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
 from rmsnorm.kernels.plan import ByReference, Forward, Plan
+from rmsnorm.ops import eager_recomputation
 from rmsnorm.ops.autograd import needs_gradient, norm
 from rmsnorm.ops.dispatch import is_plain, load_sharding
 from rmsnorm.spec import DTYPES, Cast, check_int, check_order, check_tensors, spec_of
@@ -69,6 +70,8 @@ def rms_norm(
     if not more and normalized_shape is None and not torch.compiler.is_compiling():
         y = host.norm(x, None, weight, eps, cast, offset)
         if y is not None:
+            if eager_recomputation.open_passes:
+                eager_recomputation.note(y, x, weight, eps, cast, offset)
             return y  # type: ignore[no-any-return]
     if not more and normalized_shape is None and _stands_for_tensors(x, weight):
         handle = torch.overrides.handle_torch_function
@@ -117,6 +120,8 @@ def add_rms_norm(
     if not more and normalized_shape is None and not torch.compiler.is_compiling():
         outputs = host.norm(x, residual, weight, eps, cast, offset)
         if outputs is not None:
+            if eager_recomputation.open_passes:
+                eager_recomputation.note(outputs[0], outputs[1], weight, eps, cast, offset)
             return outputs  # type: ignore[no-any-return]
     if _stands_for_tensors(x, residual, weight):
         handle = torch.overrides.handle_torch_function

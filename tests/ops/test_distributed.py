@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
@@ -550,6 +550,65 @@ def fully_sharded(mesh: DeviceMesh) -> None:
                 close(gradients(model), expected)
             else:  # each rank's gradient, then the mean over ranks in fp32
                 close(gradients(model), mixed_gradients(xs))
+
+
+@on(2)
+def recomputing_where_parameters_are_sharded_or_replicated(mesh: DeviceMesh) -> None:
+    """Gradients keep their bits. With FSDP2, outputs are kept where their weight is gathered later than they are read."""
+    rank = mesh.get_local_rank()
+
+    def build(recompute: bool) -> tuple[nn.Module, Any]:
+        model = nn.Sequential(Block(), Block(), nn.Linear(N, N))
+        return model, rmsnorm.patch(model, recompute=recompute)
+
+    def by_fsdp(*units: str) -> Callable[[nn.Module], nn.Module]:
+        def shard(model: nn.Module) -> nn.Module:
+            for unit in units:
+                fully_shard(model.get_submodule(unit), mesh=mesh)
+            return fully_shard(model, mesh=mesh)
+
+        return shard
+
+    every_norm = [f"{block}.{norm}" for block in (0, 1) for norm in ("norm", "middle", "final")]
+    freed = "the memory of its weight was freed before it was saved, as FSDP does with a norm that it shards alone"
+    for spread_out, kept in (
+        (nn.parallel.DistributedDataParallel, {}),
+        (by_fsdp(), {}),
+        (by_fsdp("0", "1"), {freed: 2}),  # what leaves a block
+        (by_fsdp(*every_norm), {freed: 6}),
+    ):
+        found: list[dict[str, Tensor]] = []
+        for recompute in (False, True):
+            model, report = build(recompute)
+            model = spread_out(model)
+            for _ in range(2):
+                model(randn(3, 8, N, seed=rank)).square().sum().backward()
+            found.append(gradients(model))
+        assert found[0].keys() == found[1].keys()
+        for name, expected in found[0].items():
+            assert_same_bits(found[1][name], expected, name)
+        counts = report.recomputation
+        if isinstance(model, FSDPModule):
+            with pytest.raises(RuntimeError, match="the model is sharded by FSDP, which has changed its class"):
+                rmsnorm.unpatch(model)
+        dropped = 6 - sum(kept.values())
+        assert (counts.outputs, counts.dropped, counts.rebuilt, counts.kept) == (6, dropped, dropped, kept)
+
+
+@on(2)
+def recomputing_keeps_sharded_outputs(mesh: DeviceMesh) -> None:
+    """DTensors are kept, and the gradients are those without."""
+    x = randn(3, 8, N, seed=1).chunk(2, 1)[mesh.get_local_rank()]
+    found = []
+    for context in (contextlib.nullcontext, rmsnorm.recompute):
+        model = in_parallel(Block(), mesh)
+        with context() as counts:
+            y = model(x)
+        y.square().sum().backward()
+        found.append(gradients(model))
+    close(found[1], found[0])
+    assert counts.dropped == 0
+    assert counts.kept["it is no plain contiguous tensor"] == 3
 
 
 @on(2)

@@ -14,6 +14,7 @@ from torch import Tensor
 from rmsnorm import compat
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
+from rmsnorm.ops import eager_recomputation
 from rmsnorm.ops.dispatch import exported_to_onnx, is_plain, load_sharding
 from rmsnorm.ops.plain import plain_forward
 from rmsnorm.spec import (
@@ -110,8 +111,13 @@ def norm(
     if needs_gradient(x, residual, w):
         apply = _apply_norm if plain and not _leaked(x, residual, w) else _Norm.apply
         outputs = apply(x, residual, w, spec, plain)
-        return (outputs,) if residual is None else outputs
-    return _forward(x, residual, w, spec, False, plain)
+        if residual is None:
+            outputs = (outputs,)
+    else:
+        outputs = _forward(x, residual, w, spec, False, plain)
+    if eager_recomputation.open_passes:
+        eager_recomputation.note(outputs[0], x if residual is None else outputs[1], w, eps, cast, offset)
+    return outputs  # type: ignore[no-any-return]
 
 
 def needs_gradient(x: Tensor, residual: Tensor | None, w: Tensor | None) -> bool:

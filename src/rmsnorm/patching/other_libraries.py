@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from rmsnorm.patching.replacement import is_method, rule_of, why_always_own_forward
+from rmsnorm.patching.replacement import is_method, original_class, rule_of, why_always_own_forward
 
 ORDER = "patch the model first, then apply PEFT, torch.compile, FSDP, tensor parallelism or accelerate"
 
@@ -20,8 +20,17 @@ def why_class_is_fixed(module: nn.Module) -> str | None:
     cls = type(module)
     if any(base.__name__ == "FSDPModule" for base in cls.__mro__):
         return "is sharded by FSDP, which has changed its class"
-    if rule_of(module) is not None and "_rmsnorm_rule" not in vars(cls):
+    if original_class(module) is not cls and "_rmsnorm_original" not in vars(cls):
         return f"has had its class changed to {cls.__name__} since it was patched"
+    return None
+
+
+def why_model_is_too_late(module: nn.Module) -> str | None:
+    """What was done to a model that has to be done after `patch(model, recompute=True)`; None if nothing was."""
+    if (why := why_class_is_fixed(module)) is not None:
+        return f"{why}; {ORDER}, or use the context rmsnorm.recompute()"
+    if (function := _forward_on_instance(module)) is not None:
+        return f"has a forward that was set on the instance ({function}); {ORDER}, or use rmsnorm.recompute()"
     return None
 
 

@@ -15,11 +15,12 @@ from torch.nn.parameter import is_lazy
 from rmsnorm.errors import complaint, one_line, type_name
 from rmsnorm.modules import DeepseekV2RMSNorm, RMSNorm
 from rmsnorm.patching.eligibility import fingerprint, why_ineligible
-from rmsnorm.patching.other_libraries import check_not_fsdp1, why_class_is_fixed, why_too_late
+from rmsnorm.patching.other_libraries import check_not_fsdp1, why_class_is_fixed, why_model_is_too_late, why_too_late
 from rmsnorm.patching.patch_report import PatchReport, SkippedModule, UnpatchReport, Verdict
 from rmsnorm.patching.proof import prove
+from rmsnorm.patching.recomputing import is_recomputing, set_recomputing, whole_model
 from rmsnorm.patching.replacement import (
-    fuses_residual,
+    hints_of,
     original_class,
     replacement_class,
     rule_of,
@@ -27,13 +28,13 @@ from rmsnorm.patching.replacement import (
 )
 from rmsnorm.patching.rule import Proof
 from rmsnorm.patching.torch_norm import TorchRMSNorm
-from rmsnorm.spec import check_bool
+from rmsnorm.spec import Hints, check_bool
 
 _OURS = RMSNorm, DeepseekV2RMSNorm, TorchRMSNorm
 _EPS_NAME = re.compile(r"(^|_)eps(ilon)?(_|$)", re.IGNORECASE)  # but not "steps"
 
 
-def patch(model: nn.Module, *, strict: bool = True, fuse_residual: bool = True) -> PatchReport:
+def patch(model: nn.Module, *, strict: bool = True, fuse_residual: bool = True, recompute: bool = False) -> PatchReport:
     """Replace, in place, every norm of a model that is proven to compute an RMSNorm of ours.
 
     `patch` considers the modules with "norm" in the name of their class, and those that have the attributes of an
@@ -50,14 +51,17 @@ def patch(model: nn.Module, *, strict: bool = True, fuse_residual: bool = True) 
         fuse_residual: Whether torch.compile fuses an addition whose result a norm of the model normalizes, such as
             `hidden = residual + hidden`, with that norm, in the forward and in the backward pass; the bits stay. It
             has no effect in eager mode, where the addition and the norm are separate calls of the model's own code.
+        recompute: Whether the backward pass computes the outputs of norms again, with the same bits, instead of keeping
+            them: the forward of `model` runs in the context `rmsnorm.recompute()`, which describes it. A call of a
+            part of the model does not; use the context there.
 
     Returns:
         What was replaced and what it changes, and what was not replaced and why. Print it.
 
     Raises:
-        TypeError: If `model` is not a torch.nn.Module, or `strict` no bool.
+        TypeError: If `model` is not a torch.nn.Module, or another argument no bool.
         RuntimeError: If FSDP or tensor parallelism has sharded a norm already, or if another library has replaced the
-            forward of a norm (accelerate may). The model is not changed then.
+            forward of a norm, or with recompute=True of the model (accelerate may). The model is not changed then.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.RMSNorm(64, eps=1e-6))
@@ -68,8 +72,10 @@ def patch(model: nn.Module, *, strict: bool = True, fuse_residual: bool = True) 
         RMSNorm((64,), eps=1e-06, elementwise_affine=True, rmsnorm: late)
     """
     _check_module("patch", model)
-    check_bool("patch", "strict", strict)
+    for argument, value in (("strict", strict), ("fuse_residual", fuse_residual), ("recompute", recompute)):
+        check_bool("patch", argument, value)
     check_not_fsdp1(model)
+    hints = Hints(fuse_residual, recompute)
     proofs: dict[Any, Proof] = {}
     norms: list[tuple[str, nn.Module, Proof]] = []
     skipped: list[SkippedModule] = []
@@ -78,8 +84,8 @@ def patch(model: nn.Module, *, strict: bool = True, fuse_residual: bool = True) 
         if not _is_candidate(module):
             reason = _why_skipped(module)
         else:
-            proof = _proof_of(module, strict, proofs)
-            if proof.rule is not None or "rmsnorm" in cls.__name__.lower() or cls is not type(module):
+            proof = _proof_of(module, strict, hints, proofs)
+            if proof.rule is not None or "rmsnorm" in cls.__name__.lower() or rule_of(module) is not None:
                 norms.append((name, module, proof))
                 continue
             reason = proof.reason  # neither named like an RMSNorm nor proven to be one
@@ -87,11 +93,17 @@ def patch(model: nn.Module, *, strict: bool = True, fuse_residual: bool = True) 
             resembles_rmsnorm = not isinstance(module, _OURS) and _name_of_eps(module) is not None
             skipped.append(SkippedModule(name, cls.__name__, reason, resembles_rmsnorm))
     for name, module, proof in norms:
-        late = why_too_late(module) if _class_for(module, proof, fuse_residual) is not type(module) else None
+        late = why_too_late(module) if _class_for(module, proof, hints) is not type(module) else None
         if late is not None:
             raise RuntimeError(f"[patch] {name} {late}")
-    verdicts = [_replace(name, module, proof, fuse_residual) for name, module, proof in norms]
-    return PatchReport.of_modules(verdicts, skipped, fuse_residual, [module for _, module, _ in norms])
+    whole = whole_model(model)
+    late = why_model_is_too_late(whole) if is_recomputing(whole) != recompute else None
+    if late is not None:
+        raise RuntimeError(f"[patch] with recompute={recompute}, the model {late}")
+    verdicts = [_replace(name, module, proof, hints) for name, module, proof in norms]
+    if rule_of(whole) is None:  # a norm alone has no part that saves its output
+        set_recomputing(whole, recompute)
+    return PatchReport.of_model(verdicts, skipped, hints, whole, [module for _, module, _ in norms])
 
 
 def unpatch(model: nn.Module) -> UnpatchReport:
@@ -115,17 +127,19 @@ def unpatch(model: nn.Module) -> UnpatchReport:
         1 norm has its own class again: 0
     """
     _check_module("unpatch", model)
-    patched = [(name, module) for name, module in model.named_modules() if rule_of(module) is not None]
+    patched = [(name, module) for name, module in model.named_modules() if original_class(module) is not type(module)]
     for name, module in patched:
         why = why_class_is_fixed(module)
         if why is not None:
-            raise RuntimeError(f"[unpatch] {name} {why}; call unpatch before that, or rebuild the model")
+            raise RuntimeError(f"[unpatch] {name or 'the model'} {why}; call unpatch before that, or rebuild the model")
+    norms = [name for name, module in patched if rule_of(module) is not None]
+    recompute = any(is_recomputing(module) for _, module in patched)
     for _, module in patched:
         set_class(module, original_class(module))
     inductor = sys.modules.get("rmsnorm.ops.inductor")  # imported when a patched norm is compiled
     if inductor is not None:
         inductor.remove_pass()  # another patched model installs it again when it is compiled
-    return UnpatchReport(tuple(name for name, _ in patched))
+    return UnpatchReport(tuple(norms), recompute)
 
 
 def _check_module(where: str, model: object) -> None:
@@ -136,7 +150,7 @@ def _check_module(where: str, model: object) -> None:
 # --- proving and replacing one norm --------------------------------------------------------------------------
 
 
-def _proof_of(module: nn.Module, strict: bool, proofs: dict[Any, Proof]) -> Proof:
+def _proof_of(module: nn.Module, strict: bool, hints: Hints, proofs: dict[Any, Proof]) -> Proof:
     """The proof of a norm, shared by norms that it cannot tell apart. An error becomes the reason not to replace it."""
     cls = original_class(module)
     try:
@@ -147,7 +161,7 @@ def _proof_of(module: nn.Module, strict: bool, proofs: dict[Any, Proof]) -> Proo
         if key not in proofs:
             proof = prove(cls, module, strict)
             if proof.rule is not None:
-                replacement_class(cls, proof.rule, True)  # which must not fail later, when other norms are replaced
+                replacement_class(cls, proof.rule, hints)  # which must not fail later, when other norms are replaced
             proofs[key] = proof
         return proofs[key]
     except Exception as error:  # noqa: BLE001  # one unusual class must not end patch for the other norms
@@ -161,11 +175,11 @@ def _in_words(error: Exception) -> str:
         return type(error).__name__
 
 
-def _replace(name: str, module: nn.Module, proof: Proof, fuse_residual: bool) -> Verdict:
+def _replace(name: str, module: nn.Module, proof: Proof, hints: Hints) -> Verdict:
     """Give the module the class for what was proven. If that fails it keeps its class, and the verdict says so."""
     before = type(module)
     try:
-        set_class(module, _class_for(module, proof, fuse_residual))
+        set_class(module, _class_for(module, proof, hints))
     except Exception as error:  # noqa: BLE001
         if type(module) is not before:
             object.__setattr__(module, "__class__", before)
@@ -179,12 +193,12 @@ def _replace(name: str, module: nn.Module, proof: Proof, fuse_residual: bool) ->
     )  # fmt: skip
 
 
-def _class_for(module: nn.Module, proof: Proof, fuse_residual: bool) -> type[nn.Module]:
+def _class_for(module: nn.Module, proof: Proof, hints: Hints) -> type[nn.Module]:
     if proof.rule is None:
         return original_class(module)
-    if proof.rule == rule_of(module) and fuse_residual == fuses_residual(module):
+    if proof.rule == rule_of(module) and hints == hints_of(module):
         return type(module)  # ours, or FSDP's subclass of ours
-    return replacement_class(original_class(module), proof.rule, fuse_residual)
+    return replacement_class(original_class(module), proof.rule, hints)
 
 
 # --- which modules are considered ----------------------------------------------------------------------------

@@ -7,9 +7,11 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from rmsnorm.ops.eager_recomputation import Recomputation
 from rmsnorm.patching.other_libraries import why_inactive
+from rmsnorm.patching.recomputing import last_recomputation
 from rmsnorm.patching.rule import OutputChange
-from rmsnorm.spec import Spec
+from rmsnorm.spec import Hints, Spec
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class PatchReport:
         verdicts: One `Verdict` for each norm, in the order of `named_modules`.
         skipped: The modules that resemble norms but were not considered. The string names them if there is no verdict.
         fuse_residual: Whether torch.compile fuses these norms with additions before them; eager mode does not.
+        recompute: Whether the backward pass computes the outputs of norms again instead of keeping them.
 
     Example:
         >>> report = rmsnorm.patch(torch.nn.Sequential(torch.nn.RMSNorm(64, eps=1e-6)))
@@ -102,23 +105,27 @@ class PatchReport:
     verdicts: tuple[Verdict, ...]
     skipped: tuple[SkippedModule, ...] = ()
     fuse_residual: bool = True
+    recompute: bool = False
+    _model: Any = field(default=None, init=False, compare=False, repr=False)  # a weak reference
     _modules: tuple[Any, ...] = field(default=(), init=False, compare=False, repr=False)  # weak references
 
     @classmethod
-    def of_modules(
+    def of_model(
         cls,
         verdicts: Sequence[Verdict],
         skipped: Sequence[SkippedModule],
-        fuse_residual: bool,
+        hints: Hints,
+        model: nn.Module,
         modules: Sequence[nn.Module],
     ) -> "PatchReport":
-        """A report whose `check` can look at the norms; it does not keep them alive."""
-        report = cls(tuple(verdicts), tuple(skipped), fuse_residual)
+        """A report that can look at the model, and `check` at the norms; it does not keep them alive."""
+        report = cls(tuple(verdicts), tuple(skipped), *hints)
+        object.__setattr__(report, "_model", weakref.ref(model))
         object.__setattr__(report, "_modules", tuple(map(weakref.ref, modules)))
         return report
 
     def __reduce__(self) -> Any:
-        return PatchReport, (self.verdicts, self.skipped, self.fuse_residual)
+        return PatchReport, (self.verdicts, self.skipped, self.fuse_residual, self.recompute)
 
     @property
     def replaced(self) -> tuple[Verdict, ...]:
@@ -134,6 +141,15 @@ class PatchReport:
     def groups(self) -> tuple[tuple[Verdict, ...], ...]:
         """The verdicts, grouped by class and finding."""
         return _grouped(self.verdicts, lambda verdict: verdict.finding)
+
+    @property
+    def recomputation(self) -> Recomputation | None:
+        """What became of the norm outputs of the model's last forward pass, counted (see `rmsnorm.recompute`).
+
+        None if recompute is False, the model does not exist any more, or the report was copied or pickled.
+        """
+        model = None if self._model is None else self._model()
+        return last_recomputation(model) if self.recompute and model is not None else None
 
     def check(self) -> tuple[str, ...]:
         """Find the replaced norms that do not run our kernels any more.
@@ -163,6 +179,8 @@ class PatchReport:
             lines.append("  autograd keeps a norm's input itself: write x = x + f(norm(x)), not x += f(norm(x))")
             compiled = "fuses additions before these norms with them" if self.fuse_residual else "fuses no additions"
             lines.append(f"  torch.compile {compiled} (fuse_residual={self.fuse_residual}); eager mode adds separately")
+            if self.recompute:
+                lines.append("  the backward pass computes norm outputs again instead of keeping them (recompute=True)")
         return "\n".join(lines)
 
     def _head(self) -> list[str]:
@@ -181,13 +199,17 @@ class UnpatchReport:
 
     Attributes:
         names: The names of the norms whose own class was restored, in the order of `named_modules`.
+        recompute: Whether the model computed norm outputs again in the backward pass, which it does no longer.
     """
 
     names: tuple[str, ...]
+    recompute: bool = False
 
     def __str__(self) -> str:
         if not self.names:
-            return "no norm was patched, so nothing was changed"
+            return "no norm was patched" + (
+                "; outputs are kept again" if self.recompute else ", so nothing was changed"
+            )
         norms = "1 norm has its" if len(self.names) == 1 else f"{len(self.names)} norms have their"
         return f"{norms} own class again: {_first(self.names)}"
 

@@ -17,12 +17,13 @@ from rmsnorm import compat, reference
 from rmsnorm.errors import type_name, with_article
 from rmsnorm.functional import explain, rms_norm
 from rmsnorm.kernels.host import loader as host
+from rmsnorm.ops import eager_recomputation
 from rmsnorm.ops.autograd import norm
 from rmsnorm.ops.dispatch import exported_to_onnx
 from rmsnorm.patching.eligibility import forward_parameters
 from rmsnorm.patching.rule import Rule, dtype_name, dtypes_in_words
 from rmsnorm.patching.stand_in import Absent, InFront, Method, identity, is_plain, put_in_front
-from rmsnorm.spec import DTYPES, LARGEST_EPS, Hints, Spec
+from rmsnorm.spec import DTYPES, LARGEST_EPS, NO_HINTS, Hints, Spec
 
 # --- the class of a replaced norm ----------------------------------------------------------------------------
 
@@ -32,9 +33,9 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), "_rmsnorm_original", type(module))
 
 
-def fuses_residual(module: nn.Module) -> bool:
-    """Whether torch.compile may fuse a replaced norm with an addition that computes its input."""
-    return getattr(type(module), "_rmsnorm_fuse_residual", False)
+def hints_of(module: nn.Module) -> Hints:
+    """What torch.compile may do with the calls of a replaced norm."""
+    return getattr(type(module), "_rmsnorm_hints", NO_HINTS)
 
 
 def rule_of(module: nn.Module) -> Rule | None:
@@ -42,12 +43,25 @@ def rule_of(module: nn.Module) -> Rule | None:
     return getattr(type(module), "_rmsnorm_rule", None)
 
 
-class _Replacement(InFront):
-    """Put in front of the class of a replaced norm. It adds no attribute to any instance."""
+class ReplacedClass(InFront):
+    """Put in front of the class of a module that `patch` changes. It adds no attribute to any instance."""
+
+    _rmsnorm_original: type[nn.Module]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Restores the module's own class for torch.jit.script, which compiles the source code of a forward."""
+        module: Any = self
+        set_class(module, self._rmsnorm_original)
+        words = f"torch.jit.script restored the own class of {type(module).__name__}"
+        warnings.warn(f"[patch] {words}: patch the model again to use it in Python", stacklevel=2)
+        return module  # type: ignore[no-any-return]
+
+
+class _Replacement(ReplacedClass):
+    """Put in front of the class of a replaced norm."""
 
     _rmsnorm_rule: Rule
-    _rmsnorm_fuse_residual: bool
-    _rmsnorm_original: type[nn.Module]
+    _rmsnorm_hints: Hints
     # Keeps the `kernels` library of Hugging Face, which finds classes by their name, from replacing our forward.
     kernel_condition = staticmethod(lambda module: False)
 
@@ -55,7 +69,7 @@ class _Replacement(InFront):
         """Pickles the original class and the rule, because the class made here cannot be found by its name."""
         if "_rmsnorm_rule" not in vars(type(self)):
             return super().__reduce_ex__(protocol)  # another library's subclass of ours, which _rebuild would drop
-        arguments = self._rmsnorm_original, self._rmsnorm_rule, self._rmsnorm_fuse_residual
+        arguments = self._rmsnorm_original, self._rmsnorm_rule, self._rmsnorm_hints
         return _rebuild, arguments, self.__getstate__()
 
     def extra_repr(self) -> str:
@@ -68,33 +82,22 @@ class _Replacement(InFront):
         """What `rmsnorm.explain` says."""
         return explain_norm(self, self._rmsnorm_rule, x)
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        """Restores the norm's own class for torch.jit.script, which compiles the source code of a forward."""
-        norm: Any = self
-        set_class(norm, self._rmsnorm_original)
-        words = "torch.jit.script restored the norm's own class: patch the model again to use it in Python"
-        warnings.warn(f"[patch] {words}", stacklevel=2)
-        return norm  # type: ignore[no-any-return]
 
-
-def replacement_class(cls: type[nn.Module], rule: Rule, fuse_residual: bool) -> type[nn.Module]:
+def replacement_class(cls: type[nn.Module], rule: Rule, hints: Hints) -> type[nn.Module]:
     """A subclass of the class with the same name, since users of transformers match on names."""
-    return _make_class(cls, rule, fuse_residual, cls.forward)  # type: ignore[arg-type]  # classes hash by identity
+    return _make_class(cls, rule, hints, cls.forward)  # type: ignore[arg-type]  # classes hash by identity
 
 
 @functools.cache
-def _make_class(
-    cls: type[nn.Module], rule: Rule, fuse_residual: bool, own_forward: Callable[..., Tensor]
-) -> type[nn.Module]:
+def _make_class(cls: type[nn.Module], rule: Rule, hints: Hints, own_forward: Callable[..., Tensor]) -> type[nn.Module]:
     (parameter,) = forward_parameters(cls)
-    forward = _with_parameter(forward_by_rule(rule, own_forward, fuse_residual), parameter, own_forward.__defaults__)
+    forward = _with_parameter(forward_by_rule(rule, own_forward, hints), parameter, own_forward.__defaults__)
     # Not functools.wraps: code that follows __wrapped__ would find the norm's own forward.
     forward.__name__, forward.__qualname__, forward.__doc__ = "forward", own_forward.__qualname__, own_forward.__doc__
     forward.__signature__ = inspect.signature(own_forward)  # type: ignore[attr-defined]
     return put_in_front(
-        _Replacement, cls, _rmsnorm_rule=rule, _rmsnorm_fuse_residual=fuse_residual, _rmsnorm_original=cls,
-        forward=forward,
-    )  # fmt: skip
+        _Replacement, cls, _rmsnorm_rule=rule, _rmsnorm_hints=hints, _rmsnorm_original=cls, forward=forward
+    )
 
 
 def _with_parameter(
@@ -110,8 +113,8 @@ def _with_parameter(
     return FunctionType(code, globals(), "forward", defaults, forward.__closure__)
 
 
-def _rebuild(cls: type[nn.Module], rule: Rule, fuse_residual: bool = True) -> nn.Module:
-    made = replacement_class(cls, rule, fuse_residual)
+def _rebuild(cls: type[nn.Module], rule: Rule, hints: Hints) -> nn.Module:
+    made = replacement_class(cls, rule, hints)
     return made.__new__(made)
 
 
@@ -134,15 +137,13 @@ def is_method(module: nn.Module, value: object, function: object) -> bool:
 # --- its forward ---------------------------------------------------------------------------------------------
 
 
-def forward_by_rule(
-    rule: Rule, own_forward: Callable[..., Tensor], fuse_residual: bool = False
-) -> Callable[..., Tensor]:
+def forward_by_rule(rule: Rule, own_forward: Callable[..., Tensor], hints: Hints = NO_HINTS) -> Callable[..., Tensor]:
     """A forward that runs our kernel where the rule holds, and the norm's own forward elsewhere.
 
     Args:
         rule: What was proven of the norm.
         own_forward: The norm's own forward.
-        fuse_residual: Whether torch.compile may fuse our kernel with an addition that computes its input.
+        hints: What torch.compile may do with its calls.
     """
     cast, offset, eps_attribute = rule.cast, rule.offset, rule.eps_attribute
     weighted, shape, ranks, attributes = rule.weighted, rule.normalized_shape, rule.ranks, rule.attributes
@@ -172,12 +173,14 @@ def forward_by_rule(
         if k == 1 and not torch.compiler.is_compiling() and (shape is None or _has_size(x, shape)):
             y = host.norm(x, None, w, eps, cast, offset)
             if y is not None:
+                if eager_recomputation.open_passes:
+                    eager_recomputation.note(y, x, w, eps, cast, offset)
                 return y  # type: ignore[no-any-return]
         if _why_unsupported(x, w, shape) is not None:
             return own_forward(self, x)
         rows, w = (x, w) if k == 1 else (x.flatten(-k), None if w is None else w.flatten())
         if torch.compiler.is_compiling():
-            y = norm(rows, None, w, eps, cast, offset, Hints(fuse_residual))[0]
+            y = norm(rows, None, w, eps, cast, offset, hints)[0]
         else:
             y = rms_norm(rows, w, eps, cast=cast, offset=offset)
         return y if k == 1 else y.view(x.shape)  # type: ignore[no-any-return]
