@@ -9,7 +9,7 @@ import numbers
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, NoReturn
+from typing import Literal, NoReturn
 
 import torch
 
@@ -24,10 +24,12 @@ MOST_SUMMANDS = 3  # gradients that one backward pass adds: those of the project
 LARGEST_EPS = torch.finfo(torch.float32).max
 
 
-class Hints(NamedTuple):
+@dataclass(frozen=True)
+class Hints:
     """What torch.compile may do with a call; see ops/residual_fusion.py and ops/recomputation.py.
 
-    fuse_residual: fuse it with an addition that computes its x. recompute: compute y again in the backward pass.
+    fuse_residual: fuse it with an addition that computes its x. recompute: compute y again in the backward pass. No
+    tuple, because torch.func would take it apart.
     """
 
     fuse_residual: bool = False

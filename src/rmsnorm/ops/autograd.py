@@ -6,6 +6,7 @@ norm  ->  _Norm, or TransformedNorm under torch.func and in forward mode  ->  _f
 """
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def _forward(
         return dispatch.forward(x, residual, w, spec, with_rstd)
     load_sharding()
     y, s, rstd = torch.ops.rmsnorm.forward.default(
-        x, residual, w, spec.eps, spec.cast, spec.offset, with_rstd, **hints._asdict()
+        x, residual, w, spec.eps, spec.cast, spec.offset, with_rstd, **asdict(hints)
     )
     return y, None if residual is None else s, rstd if with_rstd else None
 
@@ -85,7 +86,7 @@ def norm(
         check_spec(where, eps, cast, offset)
         check_tensors(where, x, residual, w, offset, symbolic=True)
         load_sharding()
-        if any(hints):
+        if hints.fuse_residual or hints.recompute:
             from rmsnorm.ops import inductor  # only here, because it imports Inductor, which takes seconds
 
             inductor.install_pass()

@@ -119,7 +119,7 @@ class PatchReport:
         modules: Sequence[nn.Module],
     ) -> "PatchReport":
         """A report that can look at the model, and `check` at the norms; it does not keep them alive."""
-        report = cls(tuple(verdicts), tuple(skipped), *hints)
+        report = cls(tuple(verdicts), tuple(skipped), hints.fuse_residual, hints.recompute)
         object.__setattr__(report, "_model", weakref.ref(model))
         object.__setattr__(report, "_modules", tuple(map(weakref.ref, modules)))
         return report
