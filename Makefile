@@ -14,7 +14,7 @@ TORCH_FOR_PIP := $(if $(filter 0% 1% 2% 3% 4% 5% 6% 7% 8% 9%,$(TORCH)),torch==$(
 # The tests whose outcome could depend on how a processor sums and takes roots, if a verdict or bound were wrong.
 SENSITIVE := tests/patching tests/test_properties.py tests/test_reference.py
 
-.PHONY: setup report test test-short test-processors check bench tables test-gpu
+.PHONY: setup report test test-compiled test-short test-processors check bench tables test-gpu
 
 setup: $(STAMP)
 
@@ -32,7 +32,11 @@ tables: $(STAMP)
 WORKERS ?= 2
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not compiled"
+
+# Those that compile models, which take minutes.
+test-compiled: $(STAMP)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m compiled
 
 # Those of these tests that show within a minute whether another torch serves: they are marked `short`.
 test-short: $(STAMP)
@@ -41,8 +45,8 @@ test-short: $(STAMP)
 
 # torch's vector code for less capable processors than this one.
 test-processors: $(STAMP)
-	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(SENSITIVE)
-	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(SENSITIVE)
+	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not compiled" $(SENSITIVE)
+	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not compiled" $(SENSITIVE)
 
 test-gpu: $(STAMP)
 	$(BIN)/rmsnorm verify --device cuda

@@ -11,6 +11,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 import rmsnorm
 from captured import FORWARD, Capture, assert_pass_keeps_bits, calls
 
+pytestmark = pytest.mark.compiled
+
 N, ROWS = 32, 10
 FP32, BF16 = torch.float32, torch.bfloat16
 MUST_RECOMPUTE = CheckpointPolicy.MUST_RECOMPUTE

@@ -35,7 +35,7 @@ from tolerance import DX, assert_same_bits, published_y
 
 N = 32
 FORWARD, BACKWARD = torch.ops.rmsnorm.forward.default, torch.ops.rmsnorm.backward.default
-pytestmark = [pytest.mark.usefixtures("fresh_dynamo"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.compiled, pytest.mark.usefixtures("fresh_dynamo"), pytest.mark.filterwarnings("ignore")]
 
 
 # --- the models ----------------------------------------------------------------------------------------------

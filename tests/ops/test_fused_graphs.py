@@ -14,6 +14,8 @@ import rmsnorm
 from captured import Capture, Sites, assert_equal, assert_pass_keeps_bits
 from rmsnorm import rms_norm
 
+pytestmark = pytest.mark.compiled
+
 N = 32
 FP32, BF16 = torch.float32, torch.bfloat16
 

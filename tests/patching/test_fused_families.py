@@ -12,6 +12,8 @@ from torch._inductor.decomposition import select_decomp_table
 import rmsnorm
 from captured import Capture, Sites, assert_equal, assert_pass_keeps_bits
 
+pytestmark = pytest.mark.compiled
+
 LAYERS = 2
 SMALL: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": LAYERS,

@@ -239,6 +239,8 @@ assert here.captured_sites(model) == here.INFERENCE
 
 EAGER = """
 import sys, torch, rmsnorm
+
+pytestmark = pytest.mark.compiled
 model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.RMSNorm(8))
 rmsnorm.patch(model)
 model(torch.randn(2, 8)).sum().backward()
