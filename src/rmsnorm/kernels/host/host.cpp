@@ -7,6 +7,7 @@
 
 #include <Python.h>
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -235,6 +236,10 @@ struct Launch {
   }
 };
 
+DispatchKeySet backend_of(const Tensor& t) {
+  return DispatchKeySet(t.is_cuda() ? DispatchKey::CUDA : DispatchKey::CPU);
+}
+
 // As plan.Fresh.
 struct Fresh {
   at::ScalarType dtype;
@@ -243,7 +248,16 @@ struct Fresh {
 
   Tensor of(const Tensor& rows) const {
     const auto options = rows.options().dtype(dtype);
-    return value ? at::full(shape, *value, options) : at::empty(shape, options);
+    if (value) {
+      return at::full(shape, *value, options);
+    }
+    // As at::empty, without the way through the dispatcher; unless x has memory of another allocator, which says that
+    // the default one may not be in use.
+    auto* allocator = c10::GetAllocator(rows.device().type());
+    if (rows.storage().allocator() != allocator) {
+      return at::empty(shape, options);
+    }
+    return at::detail::empty_generic(shape, allocator, backend_of(rows), dtype, std::nullopt);
   }
 };
 
@@ -643,8 +657,7 @@ Tensor no_output(const Tensor& rows) {
   auto* allocator = rows.storage().allocator();
   c10::Storage storage(
       c10::Storage::use_byte_size_t(), 0, at::DataPtr(nullptr, rows.device()), allocator, allocator != nullptr);
-  const DispatchKeySet key(rows.is_cuda() ? DispatchKey::CUDA : DispatchKey::CPU);
-  return at::detail::make_tensor<c10::TensorImpl>(std::move(storage), key, rows.dtype());
+  return at::detail::make_tensor<c10::TensorImpl>(std::move(storage), backend_of(rows), rows.dtype());
 }
 
 // Makes the call if C++ can, and replaces the arguments on the stack by the outputs. Returns whether it did.
