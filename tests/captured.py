@@ -191,7 +191,7 @@ def outputs(gm: fx.GraphModule) -> dict[str, Any]:
 
 
 def assert_same_bits(got: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert got.keys() == expected.keys()
+    assert got.keys() >= expected.keys()  # a norm may be computed again, after all that were there
     for name, value in expected.items():
         assert_equal(got[name], value, name)
         if isinstance(value, Tensor):
