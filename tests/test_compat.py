@@ -56,6 +56,10 @@ def test_without_the_level_of_forward_mode_the_results_are_the_same(monkeypatch:
 
 # Without one of the names of Numba, kernels are compiled in each process: see kernels/test_processes.py.
 IN_MODULES = (
+    ("torch._C", "_storage_id"),
+    ("torch._C", "_current_graph_task_id"),
+    ("torch._C", "_autograd._top_saved_tensors_default_hooks"),
+    ("torch.multiprocessing.reductions", "StorageWeakRef.expired"),
     ("torch._subclasses.fake_tensor", "FakeTensorMode"),
     ("torch._functorch.config", "donated_buffer"),
     ("numba.core.ccallback", "CFunc._compile_uncached"),

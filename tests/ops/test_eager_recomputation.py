@@ -695,7 +695,21 @@ def test_a_compiled_function_that_enters_the_context_has_the_same_gradients(leav
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_an_fp8_copy_or_other_copies_are_saved_as_they_are(leaves: Leaves) -> None:
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compiled_autograd_takes_the_backward_pass_with_the_same_gradients(fullgraph: bool, leaves: Leaves) -> None:
+    expected = gradients(readers(rmsnorm.rms_norm(leaves.x, leaves.w), leaves), leaves.all)
+    compiler = torch.compile(backend="aot_eager", fullgraph=fullgraph)
+    for _ in range(2):
+        with rmsnorm.recompute() as found:
+            loss = readers(rmsnorm.rms_norm(leaves.x, leaves.w), leaves)
+        with torch._dynamo.compiled_autograd._enable(compiler):
+            got = gradients(loss, leaves.all)
+        assert found.dropped == 1
+        assert all(map(torch.equal, got, expected))
+
+
+def test_copies_in_another_dtype_are_saved_as_they_are(leaves: Leaves) -> None:
     found = same_gradients(
         lambda: (rmsnorm.rms_norm(leaves.x, leaves.w).bfloat16() @ leaves.q.bfloat16()).float().sum(), leaves.all
     )

@@ -30,6 +30,12 @@ CONFIGS: dict[str, Callable[..., Any]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(threads: Callable[[int], None]) -> None:
+    """The models are so small that threads would only wait for each other."""
+    threads(1)
+
+
 def build(kind: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
     config = CONFIGS[kind](**SMALL, attn_implementation="eager")
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -149,11 +155,12 @@ def test_the_model_keeps_its_class_name_signature_and_state() -> None:
     assert pickle.loads(pickle.dumps(report)).recomputation is None
 
 
-def test_generation_and_evaluation_are_not_affected() -> None:
+def test_generation_and_evaluation_are_not_affected_nor_counted() -> None:
     model, recomputed = two()
+    step(recomputed)
     made = [one.generate(tokens(), max_new_tokens=4, do_sample=False) for one in (model, recomputed)]
     assert torch.equal(*made)
-    assert last_recomputation(recomputed).outputs == 0
+    assert last_recomputation(recomputed).outputs == 5
 
 
 def test_unpatch_and_patching_again_without_it_restore_the_models_own_class() -> None:
@@ -326,11 +333,29 @@ def _graphs() -> Iterator[None]:
 def test_a_compiled_model_is_one_graph_as_without() -> None:
     model, recomputed = two()
     expected = step(model)
+    step(recomputed)
     compiled = torch.compile(recomputed, backend="aot_eager", fullgraph=True)
     assert_same(step(compiled), expected)
+    assert last_recomputation(recomputed).dropped == 5  # that of the eager step
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     rmsnorm.patch(compiled, recompute=False)
     assert not is_recomputing(recomputed)
+
+
+@pytest.mark.usefixtures("_graphs")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_compiled_norm_carries_the_hint(recompute: bool) -> None:
+    hints = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        calls = graph.graph.find_nodes(op="call_function", target=torch.ops.rmsnorm.forward.default)
+        hints.extend(node.kwargs["recompute"] for node in calls)
+        return graph.forward
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.RMSNorm(8, eps=1e-6), nn.Linear(8, 8))
+    rmsnorm.patch(model, recompute=recompute)
+    torch.compile(model, backend=backend, fullgraph=True)(torch.randn(3, 8))
+    assert hints == [recompute]
 
 
 @pytest.mark.usefixtures("_graphs")

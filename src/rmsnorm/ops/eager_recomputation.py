@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from rmsnorm import compat
@@ -126,6 +127,8 @@ class _Output:
 
     def tensor(self, view: "_View") -> Tensor:
         """The whole of y, for this view."""
+        if is_compiling():  # compiled autograd traces this; the compiler shares equal calls
+            return self.call.run()
         if self.counter is not None:
             _check_version(self.counter, self.version, view.size)
         stream = None if self.gpu is None else compat.raw_stream(self.gpu)
@@ -257,7 +260,7 @@ def _unpack(packed: Any) -> Tensor:
     if type(packed) is _View:
         return packed.tensor()
     t, version = packed
-    if t._version != version:
+    if not is_compiling() and t._version != version:  # compiled autograd traces this, with tensors of its own
         _check_version(t, version, t.shape)
     return t  # type: ignore[no-any-return]
 
@@ -334,7 +337,7 @@ def recompute() -> Iterator[Recomputation]:
         >>> recomputation.dropped, recomputation.kept
         (1, {})
     """
-    outer = None if torch.compiler.is_compiling() else compat.saved_tensors_hooks()
+    outer = None if is_compiling() else compat.saved_tensors_hooks()
     if outer is not None and _thread.passes and outer[0] is _thread.passes[-1].pack:
         yield _thread.passes[-1].result  # this context is active already
         return
@@ -355,7 +358,7 @@ def recompute() -> Iterator[Recomputation]:
 
 
 def _why_inactive(outer: tuple[Any, Any] | None) -> str:
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return "it is being compiled"
     if compat.transforms_active() or compat.is_tracing():
         return "it is under a transform of torch.func, or traced by torch.jit"
