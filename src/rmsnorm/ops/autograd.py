@@ -108,7 +108,7 @@ def norm(
     if plain:
         host.look()
     if compat.in_forward_ad() or (not plain and compat.transforms_active()):
-        return TransformedNorm.apply(x, residual, w, spec, *hints)  # type: ignore[no-any-return, no-untyped-call]
+        return TransformedNorm.apply(x, residual, w, spec, hints)  # type: ignore[no-any-return, no-untyped-call]
     if needs_gradient(x, residual, w):
         apply = _apply_norm if plain and not _leaked(x, residual, w) else _Norm.apply
         outputs = apply(x, residual, w, spec, plain)
@@ -192,21 +192,18 @@ _apply_norm = compat.bare_apply(_Norm)
 
 
 class TransformedNorm(torch.autograd.Function):
-    """As `_Norm`, for torch.func and forward mode, which require a separate `setup_context`. It is slower to call.
-
-    The hints are single arguments, because nested transforms take a tuple among the arguments apart.
-    """
+    """As `_Norm`, for torch.func and forward mode, which require a separate `setup_context`. It is slower to call."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, residual: Tensor | None, w: Tensor | None, spec: Spec, *hints: bool) -> tuple[Any, ...]:
-        y, s, rstd = _forward(x, residual, w, spec, True, is_plain(x, residual, w), Hints(*hints))
+    def forward(x: Tensor, residual: Tensor | None, w: Tensor | None, spec: Spec, hints: Hints) -> tuple[Any, ...]:
+        y, s, rstd = _forward(x, residual, w, spec, True, is_plain(x, residual, w), hints)
         return (y, rstd) if s is None else (y, s, rstd)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        x, residual, w, ctx.spec, *_ = inputs
+        x, residual, w, ctx.spec, _ = inputs
         rstd = output[-1]
         ctx.mark_non_differentiable(rstd)
         rows = x if residual is None else output[1]
@@ -219,8 +216,7 @@ class TransformedNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-        ds = others[0] if len(others) > 1 else None
-        return *_gradients(ctx, dy, ds, _tied_backward), None, None, None
+        return *_gradients(ctx, dy, others[0] if len(others) > 1 else None, _tied_backward), None, None
 
     @staticmethod
     def jvp(

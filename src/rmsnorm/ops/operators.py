@@ -210,7 +210,7 @@ def _autograd_forward(
     _refuse_transforms("forward")
     spec = spec_of(caller(residual), eps, cast, offset)  # from here the call bypasses the operator's checks
     check_tensors(caller(residual), x, residual, w, offset, symbolic=not is_plain(x, residual, w))
-    y, *s, rstd = TransformedNorm.apply(x, residual, w, spec, *Hints(**hints))  # type: ignore[no-untyped-call]
+    y, *s, rstd = TransformedNorm.apply(x, residual, w, spec, Hints(**hints))  # type: ignore[no-untyped-call]
     return y, s[0] if s else x.new_empty(0), rstd if with_rstd else x.new_empty(0)
 
 
