@@ -10,6 +10,7 @@ compilation. A variant is a copy of the model that shares its weights and has ot
     as is          the model's own norms
     patched        rmsnorm.patch(model)
     not fused      rmsnorm.patch(model, fuse_residual=False), which differs only when compiled
+    recomputed     rmsnorm.patch(model, recompute=True), which differs only in training
     Liger          Liger's Triton kernel, called with in_place=False as in `rmsnorm bench`
     F.rms_norm     torch.nn.functional.rms_norm
     no norms       the identity: what a step takes without norms
@@ -51,7 +52,7 @@ from rmsnorm.tools.models import architecture, library, loading, presets
 from rmsnorm.tools.models.steps import Steps, copy_sharing_tensors
 from rmsnorm.tools.report.steps import CONFIDENCE
 
-AS_IS, PATCHED, NOT_FUSED, NO_NORMS = "as is", "patched", "not fused", "no norms"
+AS_IS, PATCHED, NOT_FUSED, RECOMPUTED, NO_NORMS = "as is", "patched", "not fused", "recomputed", "no norms"
 FEWEST_ROUNDS, MOST_ROUNDS = 9, 99
 _SECONDS = 1.0  # the time limit for timing a variant, unless that gives fewer rounds than the fewest
 # The most by which an output or a gradient may differ from the eager model's, relative to its norm. bf16 alone makes
@@ -189,6 +190,7 @@ class Variant:
         norm: What computes each norm instead.
         package: The package that it needs; without that package it is left out.
         only_compiled: Whether it is the same as another variant in eager mode.
+        only_training: Whether it is the same as another variant without gradients.
     """
 
     name: str
@@ -196,6 +198,7 @@ class Variant:
     norm: Norm | None = None
     package: str = ""
     only_compiled: bool = False
+    only_training: bool = False
 
     def missing(self) -> str:
         """Return why the variant cannot be measured here; empty if it can."""
@@ -225,6 +228,7 @@ VARIANTS = (
     Variant(AS_IS),
     Variant(PATCHED, {}),
     Variant(NOT_FUSED, {"fuse_residual": False}, only_compiled=True),
+    Variant(RECOMPUTED, {"recompute": True}, only_training=True),
     Variant("Liger", norm=peers.liger, package="liger_kernel"),
     Variant("F.rms_norm", norm=_torch_norm),
     Variant(NO_NORMS),
@@ -332,7 +336,7 @@ class Case:
     def prepare(self) -> None:
         """Build every variant, compile it with the first call, check it and measure its memory with the second."""
         for compiled, variant in itertools.product((False, True), self.options.variants):
-            if variant.only_compiled and not compiled:
+            if (variant.only_compiled and not compiled) or (variant.only_training and not self.mode.training):
                 continue
             found = Measured(variant.name, compiled)
             index = len(self.measured)
