@@ -510,18 +510,26 @@ def _expected_seconds(taken: Mapping[str, float], mode: Mode) -> float:
 # --- results -------------------------------------------------------------------------------------------------
 
 
+_MUST_AGREE = "tiny", "compiled_with", "gpu", "cpu", "commit"
+
+
 def merge(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return several runs as one; of a case that was measured twice, the later run counts.
 
     Raises:
-        CommandError: If they are not of one machine, commit, set of versions and way to compile.
+        CommandError: If they are not of one machine, commit and way to compile, or of several versions of a package.
     """
-    for what in ("tiny", "compiled_with", "gpu", "cpu", "versions", "commit"):
-        found = {json.dumps(run.get(what, run["machine"].get(what)), sort_keys=True) for run in runs}
+    versions = [run["machine"]["versions"] for run in runs]
+    packages = sorted({package for each in versions for package in each})
+    facts = {what: [run.get(what, run["machine"].get(what)) for run in runs] for what in _MUST_AGREE}
+    facts |= {f"the version of {package}": [v[package] for v in versions if package in v] for package in packages}
+    for what, values in facts.items():
+        found = {json.dumps(value, sort_keys=True) for value in values}
         if len(found) > 1:
             raise CommandError(f"--merge: the runs differ in {what} ({'; '.join(sorted(found))}): give runs that agree")
     cases = {(case["model"], case["mode"]): case for run in runs for case in run["cases"]}
     return runs[0] | {
+        "machine": runs[0]["machine"] | {"versions": {name: v for each in versions for name, v in each.items()}},
         "missing": {name: why for run in runs for name, why in run["missing"].items()},
         "left_out": [],
         "cases": list(cases.values()),

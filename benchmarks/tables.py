@@ -461,6 +461,13 @@ def _ratio(found: dict[str, Any] | None) -> str:
     return f"{ratio['ratio']:.3f}{interval}"
 
 
+def _kept(found: dict[str, Any] | None, as_is: dict[str, Any] | None) -> str:
+    """The memory kept for the backward pass, relative to the model as it is."""
+    if not found or not as_is or not found["kept_bytes"] or not as_is["kept_bytes"]:
+        return "–"
+    return f"{found['kept_bytes'] / as_is['kept_bytes']:.2f}"
+
+
 @part
 def whole_models() -> str:
     """Nothing until benchmarks/models.py has been run."""
@@ -483,9 +490,10 @@ def whole_models() -> str:
                     *(_milliseconds(by_name.get(name)) for name in variants),
                     _ratio(by_name.get("patched")),
                     *("–" if share is None else f"{share['measured']:.2f}" for share in shares),
+                    _kept(by_name.get("recomputed"), by_name.get("as is")),
                 ]
             )
-    header = ["ms, bf16", *variants, "patched / as is", "compilation", "kept memory"]
+    header = ["ms, bf16", *variants, "patched / as is", "compilation", "kept memory", "kept memory, recomputed"]
     missed = [
         [f"{a['model']}, {a['mode']}, {'compiled' if a['compiled'] else 'eager'}: {a['of']}", f"{a['measured']:.3f}",
          f"{a['at_most']:.2f}", "yes" if a["inside_spread"] else "no"]

@@ -237,14 +237,31 @@ def test_runs_are_merged_and_the_later_one_of_a_case_counts(
     assert "8 of 9 aims" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("what", ["commit", "versions", "gpu"])
-def test_runs_of_different_code_or_machines_are_not_merged(models: Any, what: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("commit", {"commit": "another"}),
+        ("gpu", {"gpu": "another"}),
+        ("the version of torch", {"versions": {"torch": "another"}}),
+    ],
+)
+def test_runs_of_different_code_or_machines_are_not_merged(
+    models: Any, what: str, change: dict[str, Any], tmp_path: Path
+) -> None:
     other = a_result(a_case())
-    other["machine"] = other["machine"] | {what: "another"}
+    other["machine"] = other["machine"] | change
     for name, result in (("a", a_result(a_case())), ("b", other)):
         (tmp_path / name).write_text(json.dumps(result))
     with pytest.raises(CommandError, match=f"--merge: the runs differ in {what} "):
         models.main(["--merge", str(tmp_path / "a"), str(tmp_path / "b")])
+
+
+def test_a_package_that_only_some_runs_had_does_not_keep_them_apart(models: Any) -> None:
+    one, other = a_result(a_case()), a_result(a_case("token"))
+    other["machine"] = other["machine"] | {"versions": other["machine"]["versions"] | {"liger-kernel": "0.8.5"}}
+    merged = models.merge([one, other])
+    assert merged["machine"]["versions"] == other["machine"]["versions"]
+    assert len(merged["cases"]) == 2
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"verb": "bench"}', "[]"])
