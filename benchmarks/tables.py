@@ -510,6 +510,15 @@ def whole_models() -> str:
     ]
     if missed:
         parts.append(table(["aim that is not met", "patched / as is", "aim: at most", "within the spread"], missed))
+    if (RESULTS / "models-cuda-reduce-overhead.json").exists():
+        (case,) = stored("models-cuda-reduce-overhead")["cases"]
+        as_is, patched = (next(v for v in case["variants"] if v["compiled"] and v["variant"] == name)
+                          for name in ("as is", "patched"))  # fmt: skip
+        file = "[models-cuda-reduce-overhead.json](../benchmarks/results/models-cuda-reduce-overhead.json)"
+        parts.append(
+            f'With `mode="reduce-overhead"`, {case["model"]}, {case["title"]}, {count(case["layers"], "layer")}: '
+            f"{_milliseconds(patched)} ms patched and {_milliseconds(as_is)} as is, {_ratio(patched)} ({file})."
+        )
     return "\n\n".join(parts)
 
 

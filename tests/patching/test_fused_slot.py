@@ -21,6 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 import rmsnorm
 from captured import Capture, Sites, assert_equal
 
+pytestmark = pytest.mark.compiled
+
 N = 32
 
 
@@ -239,8 +241,6 @@ assert here.captured_sites(model) == here.INFERENCE
 
 EAGER = """
 import sys, torch, rmsnorm
-
-pytestmark = pytest.mark.compiled
 model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.RMSNorm(8))
 rmsnorm.patch(model)
 model(torch.randn(2, 8)).sum().backward()

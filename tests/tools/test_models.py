@@ -278,7 +278,10 @@ def test_a_file_that_is_no_result_is_refused(models: Any, content: str | None, t
     [
         (("--models", "lama"), "'lama' is not a model: give one of llama, qwen3, gemma2, deepseek-v3, deepseek-ocr"),
         (("--modes", "backward"), "'backward' is not a mode: give one of training, forward, token"),
-        (("--variants", "patched,ligre"), "'ligre' is not a variant: give one of as is, patched, not fused, Liger"),
+        (
+            ("--variants", "patched,ligre"),
+            "'ligre' is not a variant: give one of as is, patched, not fused, recomputed, Liger",
+        ),
         (("--repetitions", "0"), "--repetitions 0: give at least 1"),
         (("--layers", "0"), "--layers 0: give at least 1"),
     ],
