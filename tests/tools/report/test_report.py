@@ -145,6 +145,16 @@ def test_the_saved_bytes_are_those_of_the_arithmetic(checkpoint: Path, tmp_path:
     assert result.saved.before - result.saved.after == rows * columns * (6 - 2) - views * rows * (24 - 16) * 2
 
 
+def test_the_report_counts_the_bytes_that_recompute_saves(checkpoint: Path, tmp_path: Path) -> None:
+    """2 bytes for each element of an output that an operator of the model saves: all but the last norm's."""
+    result = run_report(checkpoint, tmp_path / "out")
+    assert result.saved is not None
+    assert result.saved.recomputed is not None
+    *inner, last = result.norms
+    assert result.saved.after - result.saved.recomputed == 32 * sum(n.width or 0 for n in inner) * 2
+    assert "saved for backward, patched with recompute=True" in printed_report(result)
+
+
 def test_wrong_bits_fail_and_have_no_time(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = replacement.rms_norm
 

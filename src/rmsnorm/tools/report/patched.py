@@ -1,12 +1,15 @@
 """A model that can run with its own norms or with those that `patch` puts in their place, eagerly or compiled."""
 
 import abc
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from rmsnorm import compat, memory
+from rmsnorm.ops.eager_recomputation import recompute
 from rmsnorm.patching.patch import patch
 from rmsnorm.patching.replacement import set_class
 from rmsnorm.tools import timing
@@ -19,6 +22,7 @@ from rmsnorm.tools.report.result import CompiledStep, SavedBytes
 Side = Literal["before", "after", "unfused"]
 
 
+_NO_CONTEXT = nullcontext()
 _COMPILED: dict[str, Any] = {}  # the arguments of torch.compile
 
 
@@ -49,14 +53,15 @@ class Sides(abc.ABC):
 
     def saved_bytes(self, tokens: int) -> SavedBytes:
         """Count what the model saves for the backward pass, with its own norms and with ours."""
-        kept = []
-        for side in ("before", "after"):
-            self.use(side)
-            with memory.saved_for_backward(self.steps.model.parameters()) as saved:
-                y = self.steps.training_outputs(tokens)
-                kept.append(saved())
-            del y
-        return SavedBytes(tokens, *kept)
+        return SavedBytes(tokens, self._saved("before", tokens), self._saved("after", tokens))
+
+    def _saved(self, side: Side, tokens: int, context: AbstractContextManager[Any] = _NO_CONTEXT) -> int:
+        self.use(side)
+        with memory.saved_for_backward(self.steps.model.parameters()) as saved, context:
+            y = self.steps.training_outputs(tokens)
+            total = saved()
+        del y
+        return total
 
 
 class PatchedModel(Sides):
@@ -105,6 +110,10 @@ class PatchedModel(Sides):
         """Switch to the model's own norms or to ours."""
         for name, module in self.modules.items():
             set_class(module, (self.own if side == "before" else self.ours)[name])
+
+    def saved_bytes(self, tokens: int) -> SavedBytes:
+        """Count them also with ours and `recompute`."""
+        return replace(super().saved_bytes(tokens), recomputed=self._saved("after", tokens, recompute()))
 
 
 class CompiledModel(Sides):

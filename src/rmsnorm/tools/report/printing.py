@@ -160,6 +160,10 @@ def _model_table(result: ReportResult) -> Iterator[Table]:
         before, after = result.saved.before, result.saved.after
         where = f"saved for backward, {result.saved.tokens:,} tokens"
         rows.append((where, size(before), size(after), f"{size(before - after)} less"))
+        again = result.saved.recomputed
+        if again is not None:
+            where = "saved for backward, patched with recompute=True"
+            rows.append((where, size(before), size(again), f"{size(before - again)} less"))
     if rows:
         yield Table(
             f"The whole model: medians, with {CONFIDENCE:.0%} intervals of paired differences",

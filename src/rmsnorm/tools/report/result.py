@@ -9,11 +9,19 @@ from rmsnorm.tools.report.steps import StepResult
 
 @dataclass(frozen=True)
 class SavedBytes:
-    """The bytes that the whole model saves for the backward pass of `tokens` tokens, without the weights."""
+    """The bytes that the whole model saves for the backward pass of `tokens` tokens, without the weights.
+
+    Attributes:
+        tokens: The number of tokens.
+        before: With the model's own norms.
+        after: With ours.
+        recomputed: With ours and `patch(model, recompute=True)`; None if that was not counted.
+    """
 
     tokens: int
     before: int
     after: int
+    recomputed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +136,7 @@ class ReportResult:
                 "before_bytes": saved.before,
                 "after_bytes": saved.after,
                 "less_bytes": saved.before - saved.after,
+                "recomputed_bytes": saved.recomputed,
             },
             "asked_seconds": self.asked,
             "seconds": round(self.seconds, 1),
