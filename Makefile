@@ -1,14 +1,14 @@
 # Every target makes .venv by itself when it is missing or older than what it is made from.
-# Another torch: make setup TORCH=2.12.0, or whatever pip takes, such as a path to a wheel.
+# For another torch: make setup TORCH=2.12.0. TORCH may be anything that pip accepts, such as a path to a wheel.
 
 TORCH ?= 2.13.0
 PYTHON ?= python3
-# test-short makes an environment of its own for a torch that is named, and leaves .venv as it is.
+# If TORCH is given, test-short creates a separate environment for it, and leaves .venv as it is.
 VENV := .venv$(if $(filter test-short,$(MAKECMDGOALS)),$(if $(filter file,$(origin TORCH)),,-$(subst ==,-,$(notdir $(TORCH)))))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 PINS := $(VENV)/constraints.txt
-# A bare version is one of torch.
+# A bare version number means that version of torch.
 TORCH_FOR_PIP := $(if $(filter 0% 1% 2% 3% 4% 5% 6% 7% 8% 9%,$(TORCH)),torch==$(TORCH),$(TORCH))
 
 # The tests whose outcome could depend on how a processor sums and takes roots, if a verdict or bound were wrong.
@@ -34,11 +34,11 @@ WORKERS ?= 2
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not compiled"
 
-# Those that compile models, which take minutes.
+# The tests that compile models, which take minutes.
 test-compiled: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m compiled
 
-# Those of these tests that show within a minute whether another torch serves: they are marked `short`.
+# The tests marked `short`, which show within a minute whether the package works with another torch.
 test-short: $(STAMP)
 	$(BIN)/python -c 'import torch; print("torch", torch.__version__)'
 	$(BIN)/python -m pytest -q -m short $$(grep -rl --include='test_*.py' 'pytest\.mark\.short' tests)

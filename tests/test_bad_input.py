@@ -172,7 +172,7 @@ def test_the_argument_order_of_f_rms_norm_raises_an_error_that_says_so() -> None
 
 
 @pytest.mark.parametrize("shape", [N, (N,), [N]])
-def test_torchs_arguments_by_name_or_in_the_other_functions_raise_an_error_that_says_so(shape: Any) -> None:
+def test_torchs_argument_names_and_order_raise_an_error_that_says_what_to_write(shape: Any) -> None:
     rms_norm(x(), x(N))  # so that C++ makes the next calls of this kind
     add_rms_norm(x(), x(), x(N))
     for where, call in (
@@ -321,7 +321,7 @@ def test_a_wrong_value_raises_with_the_name_of_the_class_that_was_called(name: s
         named("8")
 
 
-def test_integers_of_numpy_are_sizes() -> None:
+def test_sizes_may_be_numpy_integers() -> None:
     n = np.int64(N)
     layers = (rmsnorm.RMSNorm(n), rmsnorm.DeepseekV2RMSNorm(n), rmsnorm.TorchRMSNorm(n), rmsnorm.TorchRMSNorm([n]))
     for layer in layers:

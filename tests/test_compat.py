@@ -133,19 +133,19 @@ ELSEWHERE = {
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)
-def test_private_names_stand_in_compat_alone(name: str) -> None:
+def test_only_compat_uses_private_names(name: str) -> None:
     from test_imports import FILES, module_of
 
     found = {module_of(file) for file in FILES if name in file.read_text()}
     assert found - {"compat"} == ELSEWHERE[name]
 
 
-def test_the_devices_whose_autocast_leaves_torchs_norm_as_it_is_are_found() -> None:
+def test_the_devices_whose_autocast_does_not_change_torchs_norm_are_found() -> None:
     assert hasattr(torch._C, "_dispatch_has_kernel_for_dispatch_key")
     assert "cpu" in compat.RMS_NORM_UNCHANGED_BY_AUTOCAST
 
 
-def test_where_they_are_not_found_torchs_own_forward_runs_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_those_devices_torchs_own_forward_runs_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     norm, x = TorchRMSNorm(8), torch.ones(3, 8)
     with torch.autocast("cpu", torch.bfloat16):
         assert "own forward" not in explain(x, norm)

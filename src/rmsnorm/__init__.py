@@ -4,7 +4,7 @@ rms_norm, add_rms_norm: the functions.
 RMSNorm, DeepseekV2RMSNorm, TorchRMSNorm: the layers.
 patch, unpatch, PatchReport: replace the norms of a model, restore them, and what patch found.
 explain, warmup: which kernel a call would run and why; compile the kernels ahead of time.
-recompute: a context that keeps no norm outputs for the backward pass, which computes them again.
+recompute: a context in which norm outputs are not kept for the backward pass, which recomputes them.
 decompositions: the operators in plain torch, for exported programs that run without this package.
 cost, Cost: exact counts of FLOPs, bytes and memory.
 register: tell torch's FLOP counter and transformers about this package.

@@ -47,7 +47,7 @@ empty_on_gpu: Callable[..., Tensor] | None = getattr(
 
 
 def slow_storage_id(t: Tensor) -> int:
-    """The fallback for `storage_id`."""
+    """The fallback for `storage_id`, which is slower."""
     return int(t.untyped_storage()._cdata)
 
 
@@ -55,7 +55,7 @@ def slow_storage_id(t: Tensor) -> int:
 storage_id: Callable[[Tensor], int] = getattr(torch._C, "_storage_id", slow_storage_id)
 # A weak reference to a storage, with a method `expired`. It is not documented, but torch uses it in several places.
 StorageWeakRef: Any = reductions.StorageWeakRef
-# What `saved_tensors_hooks` says if torch does not say which hooks are active.
+# What `saved_tensors_hooks` returns if torch cannot tell which hooks are active.
 UNKNOWN_HOOKS = assume_true, assume_true
 _top_saved_tensors_hooks: Callable[[bool], tuple[Any, Any] | None] = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: UNKNOWN_HOOKS
@@ -65,23 +65,23 @@ _graph_task_id: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", 
 
 
 def in_backward() -> bool:
-    """Whether a backward pass runs in this thread. There is no public equivalent; the fallback says no."""
+    """Whether a backward pass runs in this thread. There is no public equivalent; the fallback returns False."""
     return _graph_task_id() != -1
 
 
 def saved_tensors_hooks() -> tuple[Any, Any] | None:
-    """The hooks (pack, unpack) that get the next saved tensor, or None. There is no public equivalent."""
+    """The active hooks on saved tensors (pack, unpack), or None. There is no public equivalent."""
     return _top_saved_tensors_hooks(True)
 
 
 def _rms_norm_unchanged_by_autocast() -> frozenset[str]:
-    """The devices whose autocast leaves F.rms_norm as it is; elsewhere it may cast the input to fp32, or does."""
+    """The devices whose autocast does not change F.rms_norm; on others it casts, or may cast, the input to fp32."""
     has_kernel = getattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", assume_true)
     keys = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
     return frozenset(device for device, key in keys.items() if not has_kernel("aten::rms_norm", key))
 
 
-# Of "cpu" and "cuda". It depends on the version of torch. There is no public equivalent.
+# Which of "cpu" and "cuda" these are depends on the version of torch. There is no public equivalent.
 RMS_NORM_UNCHANGED_BY_AUTOCAST = _rms_norm_unchanged_by_autocast()
 
 
@@ -99,8 +99,8 @@ def bare_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 def tensors_without_data() -> contextlib.AbstractContextManager[Any]:
     """A context in which operators compute shapes only: FakeTensorMode, which torch documents but does not export.
 
-    transformers recognizes its tensors and does not read their values, as it would with tensors on the meta device. The
-    fallback does nothing: tensors on the meta device have no data either.
+    transformers recognizes fake tensors and does not read their values, which it would try with tensors on the meta
+    device. The fallback is a context that does nothing: tensors on the meta device have no data either.
     """
     try:
         mode = importlib.import_module("torch._subclasses.fake_tensor").FakeTensorMode
@@ -110,9 +110,9 @@ def tensors_without_data() -> contextlib.AbstractContextManager[Any]:
 
 
 def keep_compiled_graphs() -> None:
-    """Let what torch.compile makes from now on run its backward pass several times. There is no public equivalent.
+    """Let graphs that are compiled from now on run their backward pass several times. There is no public equivalent.
 
-    Without the setting, torch raises at the second pass if it has donated the first one's buffers.
+    Without this setting, torch raises at the second backward pass if the first one reused the memory of saved tensors.
     """
     with contextlib.suppress(ImportError, AttributeError):
         config: Any = importlib.import_module("torch._functorch.config")
@@ -132,10 +132,10 @@ def numba_cfunc(
     function: Callable[..., None], signature: Any, options: dict[str, Any],
     result: Callable[[Any, Callable[[], Any]], Any],
 ) -> Any:  # fmt: skip
-    """As `numba.cfunc(signature, **options)(function)`, but of what result(signature, compile) returns.
+    """As `numba.cfunc(signature, **options)(function)`, but `result(signature, compile)` returns the compiled code.
 
-    result may call compile or return what an earlier call of it returned. The fallback is numba.cfunc itself, which
-    always compiles.
+    `result` may call `compile`, or return stored code that an earlier call of `compile` returned. The fallback is
+    numba.cfunc itself, which always compiles.
     """
     import numba
 
@@ -152,14 +152,14 @@ def numba_cfunc(
 
 
 def numba_packed(result: Any) -> bytes:
-    """What Numba's compiler returns as bytes. Raises ImportError or AttributeError if this Numba cannot do that."""
+    """A result of Numba's compiler, as bytes. Raises ImportError or AttributeError if this Numba cannot do that."""
     from numba.core.serialize import dumps
 
     return dumps(result._reduce())  # type: ignore[no-any-return]
 
 
 def numba_unpacked(content: bytes) -> Any:
-    """What `numba_packed` has packed. It is executed, so it must come from a source that is trusted."""
+    """The result that `numba_packed` has packed. It is executed, so `content` must come from a trusted source."""
     from numba.core.compiler import CompileResult
     from numba.core.registry import cpu_target
 
@@ -168,7 +168,7 @@ def numba_unpacked(content: bytes) -> Any:
 
 
 def numba_processor() -> tuple[str, str, str]:
-    """The target, processor and features that Numba compiles for: from its settings, else as llvmlite finds them."""
+    """The target, processor and features that Numba compiles for; the fallback is what llvmlite detects."""
     try:
         from numba.core.registry import cpu_target
 

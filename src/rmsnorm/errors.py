@@ -31,7 +31,7 @@ def with_article(noun: str) -> str:
 
 def type_name(value: object) -> str:
     """The name of the value's type after its indefinite article: `an int`."""
-    return with_article(f"{type(value).__name__}")  # formatted, because torch.compile traces the methods of such a str
+    return with_article(f"{type(value).__name__}")  # formatted, because torch.compile can then trace methods of the str
 
 
 def one_line(error: object) -> str:

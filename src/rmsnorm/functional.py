@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def _as_documented(function: Callable[P, T]) -> Callable[P, T]:
-    """Leave the parameters that are there for their errors alone out of the signature that help and editors show."""
+    """Hide the parameters that exist only to raise a helpful error from the signature that help and editors show."""
     signature = inspect.signature(function)
     shown = [p for p in signature.parameters.values() if p.name not in ("more", "normalized_shape")]
     function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
@@ -207,7 +207,7 @@ _BY_COLUMNS = "in two parts around an all-reduce, because the last dimension is 
 
 
 def _is_sharded_by_columns(x: Any, residual: Any, w: Any) -> bool | None:
-    """Whether the rows of DTensors are spread over ranks; None if there is no DTensor."""
+    """Whether each row of these DTensors is spread over several ranks; None if there is no DTensor."""
     load_sharding()
     sharding = sys.modules.get("rmsnorm.ops.sharding")
     return None if sharding is None else sharding.is_sharded_by_columns(x, residual, w)
@@ -228,8 +228,8 @@ def warmup(
         hidden_size: N, the width of the rows. GPU kernels are compiled for a range of widths, CPU kernels for all.
 
     Raises:
-        TypeError: If device is neither a str nor a `torch.device`, dtypes or weight_dtypes is no sequence of float32,
-            bfloat16, float16 and float64, or hidden_size is no int.
+        TypeError: If device is neither a str nor a `torch.device`, dtypes or weight_dtypes is not a sequence of
+            float32, bfloat16, float16 and float64, or hidden_size is not an int.
         ValueError: If torch has no such device here, or hidden_size is less than 1.
 
     Example:
@@ -251,12 +251,12 @@ def warmup(
 
 
 def _check_present(where: str, device: object) -> None:
-    """Raise TypeError if it is no device, and ValueError if torch cannot make a tensor on it here."""
+    """Raise TypeError if it is not a device, and ValueError if torch cannot make a tensor on it here."""
     if not isinstance(device, (str, torch.device)):
         raise TypeError(complaint(where, "device", f"is {type_name(device)}", "a str or a torch.device"))
     try:
         torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:  # the first where torch was built without CUDA
+    except (AssertionError, RuntimeError) as error:  # AssertionError if torch was built without CUDA
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         count = torch.accelerator.device_count() if accelerator else 0
         found = ["'cpu'", *(f"'{accelerator}:{i}'" for i in range(count))]
@@ -281,7 +281,7 @@ def wait_for_host(seconds: float | None = None) -> bool:
 
 
 def _stands_for_tensors(*given: Any) -> bool:
-    """Whether an argument is no tensor but takes calls of torch's functions itself, as a Proxy of torch.fx does."""
+    """Whether an argument is not a tensor but overrides torch's functions, as a Proxy of torch.fx does."""
     others = [t for t in given if t is not None and not isinstance(t, Tensor)]
     return bool(others) and torch.overrides.has_torch_function(others)
 

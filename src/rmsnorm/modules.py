@@ -58,8 +58,8 @@ class RMSNorm(nn.Module):
         dtype: The dtype of the weight: float32, bfloat16, float16 or float64. None for torch's default.
 
     Raises:
-        TypeError: If hidden_size is no int, eps or offset no number, elementwise_affine no bool, dtype none of the
-            four, or the arguments are those of `torch.nn.RMSNorm`.
+        TypeError: If hidden_size is not an int, eps or offset is not a number, elementwise_affine is not a bool, dtype
+            is none of the four, or the arguments are those of `torch.nn.RMSNorm`.
         ValueError: If hidden_size, eps, cast or offset has another value than these, or the offset is 1 without "late"
             or without a weight.
 

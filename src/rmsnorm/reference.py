@@ -154,8 +154,8 @@ def backward_of_sum(
 
     Args:
         dy: The tensors whose sum is the gradient of y, added from left to right; each sum is rounded to their dtype.
-        ds: (..., N), added to dx after dx was rounded to its dtype, and rounded again; or None.
-        x: (..., N), as in `backward`, and so are the other arguments.
+        ds: (..., N), added to dx after dx was rounded to its dtype; the sum is rounded again. None if there is none.
+        x: (..., N), as in `backward`, like the arguments that follow.
         w: (N,) or None.
         rstd: (...,) float32.
         cast: "early" or "late".
@@ -164,7 +164,7 @@ def backward_of_sum(
         need_dw: Whether dw is asked for.
 
     Returns:
-        dx and dw, as `backward`.
+        dx and dw, as from `backward`.
     """
     dx, dw = backward(functools.reduce(torch.add, dy), None, x, w, rstd, cast, offset, need_dx, need_dw)
     return dx if dx is None or ds is None else (dx + ds).contiguous(), dw

@@ -26,10 +26,10 @@ LARGEST_EPS = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True)
 class Hints:
-    """What torch.compile may do with a call; see ops/residual_fusion.py and ops/recomputation.py.
+    """How torch.compile may optimize a call; see ops/residual_fusion.py and ops/recomputation.py.
 
-    fuse_residual: fuse it with an addition that computes its x. recompute: compute y again in the backward pass. No
-    tuple, because torch.func would take it apart.
+    fuse_residual: fuse it with the residual addition that computes its x. recompute: recompute y in the backward pass.
+    This is not a tuple, because torch.func would flatten that.
     """
 
     fuse_residual: bool = False
@@ -80,7 +80,7 @@ class Spec:
 
 
 def sum_dtype(x: torch.dtype, residual: torch.dtype | None) -> torch.dtype:
-    """The dtype of what is normalized: that to which PyTorch promotes x + residual; without a residual, x's.
+    """The dtype of what is normalized: the dtype to which PyTorch promotes x + residual, or x's without a residual.
 
     Args:
         x: The dtype of x.
@@ -169,7 +169,7 @@ def check_bool(where: str, name: str, value: object) -> None:
         value: What was given.
 
     Raises:
-        TypeError: If it is anything else.
+        TypeError: If it is not a bool.
     """
     if not isinstance(value, bool):
         raise TypeError(complaint(where, name, f"is {_shown(value)}", "True or False"))
@@ -189,8 +189,8 @@ def check_int(where: str, name: str, value: object, least: int, more: str = "") 
         The value as an int.
 
     Raises:
-        TypeError: If it is no integer, or a bool.
-        ValueError: If it is smaller.
+        TypeError: If it is not an integer, or if it is a bool.
+        ValueError: If it is smaller than `least`.
     """
     n = as_int(value)
     if n is None:
@@ -209,7 +209,7 @@ def as_int(value: object) -> int | None:
 
 
 def _shown(value: object) -> str:
-    """A short value as it is written, anything else by its type."""
+    """The repr of a short value; the type of anything else."""
     return repr(value) if isinstance(value, (str, int, float)) or value is None else type_name(value)
 
 
@@ -220,14 +220,14 @@ def check_order(where: str, weight: object, more: tuple[object, ...] = (), norma
         where: The function that was called, for the message.
         weight: What was given as the weight.
         more: What was given by position after eps.
-        normalized_shape: What was given under the name that F.rms_norm has for its second argument.
+        normalized_shape: What was given by this name, which F.rms_norm has for its second argument.
 
     Raises:
-        TypeError: If there is a `normalized_shape`, also in place of the weight, or there are arguments after eps.
+        TypeError: If a `normalized_shape` was given, by name or as the weight, or there are arguments after eps.
     """
     fix = f'{where}(x, weight, eps=eps, cast="late")'
     if normalized_shape is not None:
-        expected = f"no such argument, which is one of F.rms_norm: write {fix}"
+        expected = f"no such argument: it belongs to F.rms_norm; write {fix}"
         raise TypeError(complaint(where, "normalized_shape", f"is {normalized_shape!r}", expected))
     if is_torchs_shape(weight):
         expected = f"a torch.Tensor: this is the argument order of F.rms_norm; write {fix}"
@@ -340,13 +340,13 @@ def check_summed(
     need_dw: bool,
     symbolic: bool = False,
 ) -> None:
-    """Check the tensors of a backward pass of which dy is a sum, as `check_gradients` does.
+    """Check the tensors of a backward pass for which dy is a sum, as `check_gradients` does.
 
     Args:
         where: The function that was called, for the message.
         dy: 1 to `MOST_SUMMANDS` tensors of one shape and dtype, whose sum is the gradient of y.
         ds: None, or of the shape and dtype of x.
-        x: As in `check_gradients`, and so are the other arguments.
+        x: As in `check_gradients`, like the arguments that follow.
         weight: (N,) or None.
         rstd: (...,) float32.
         offset: 0 or 1.
@@ -354,7 +354,7 @@ def check_summed(
         symbolic: Whether a size may be unknown until a compiled program runs, which then checks it.
 
     Raises:
-        TypeError: If one is not a dense tensor of the right dtype.
+        TypeError: If an argument is not a dense tensor of the right dtype.
         ValueError: If the number of tensors, a shape or a device does not fit, or a weight is missing.
     """
     if not 1 <= len(dy) <= MOST_SUMMANDS:
@@ -369,7 +369,7 @@ def check_summed(
 
 
 def summands_by_name(dy: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors whose sum is dy, by the names that error messages give them."""
+    """The tensors whose sum is dy, by the names that error messages use."""
     return {f"dy[{i}]": t for i, t in enumerate(dy)}
 
 

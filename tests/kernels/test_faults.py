@@ -250,7 +250,7 @@ for dtype, N in ((torch.float32, 8), (torch.bfloat16, 8), (torch.float32, 16)):
 """
 
 
-def test_explain_says_why_the_very_kernel_of_the_call_cannot_be_compiled(package, tmp_path) -> None:  # noqa: F811
+def test_explain_says_why_the_kernel_of_this_very_call_cannot_be_compiled(package, tmp_path) -> None:  # noqa: F811
     out = finish(start(package, _FAILS_WITH_ITS_SIGNATURE, NUMBA_CACHE_DIR=str(tmp_path)))
     of_float, of_bfloat, of_float_again = (line.partition("RuntimeError")[2] for line in out.splitlines())
     assert of_float_again == of_float != of_bfloat

@@ -242,7 +242,7 @@ def test_ptx_of_a_sum_of_gradients_meets_the_requirements(dtype: torch.dtype, tm
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_sums_of_bf16_are_rounded_two_numbers_at_a_time(capability: int) -> None:
+def test_bf16_sums_are_rounded_two_at_a_time_by_one_instruction(capability: int) -> None:
     for N in (1280, 4096, 16384):
         adding = [
             launch for launch in plan_of_sum(N, BF16, 3, capability=capability // 10).launches
@@ -254,7 +254,7 @@ def test_sums_of_bf16_are_rounded_two_numbers_at_a_time(capability: int) -> None
         assert "cvt.rn.bf16.f32" not in ptx
 
 
-def test_gradients_are_added_in_the_pass_over_memory_except_those_of_wide_rows() -> None:
+def test_gradients_are_added_inside_the_backward_kernel_except_for_wide_rows() -> None:
     """dw has the partial sums that it has without ds, so that its bits are those of separate operators."""
     for x, N, count, adds in itertools.product(
         (BF16, FP32), (1, 128, 1279, 1536, 3072, 8192, 16384), (1, 2, 3), (0, 1)

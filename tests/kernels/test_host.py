@@ -881,7 +881,7 @@ def test_a_compiler_that_takes_too_long_is_killed(cpp, tmp_path, monkeypatch) ->
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["made.so.failed"]
 
 
-def test_a_new_library_replaces_those_of_versions_that_nobody_used_for_30_days(tmp_path) -> None:
+def test_a_new_library_removes_those_of_other_versions_that_were_not_used_for_30_days(tmp_path) -> None:
     new, unused, used = (tmp_path / f"rmsnorm_host_{digit * 16}" for digit in "abc")
     others = tmp_path / f"another_host_{'d' * 16}"
     for folder in (new, unused, used, others):

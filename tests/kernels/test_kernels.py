@@ -422,7 +422,7 @@ def test_openmp_threads_and_the_pool_give_the_same_bits(randn, threads, monkeypa
 
 @pytest.mark.skipif(kernel_threads._team_of_openmp() is None, reason="torch has no OpenMP here: there is only a pool")
 @pytest.mark.parametrize(("M", "forward", "backward"), [(16, 0, 0), (102, 0, 0), (103, 0, 1), (204, 0, 1), (205, 1, 1)])
-def test_threads_share_no_call_that_one_makes_in_30_microseconds(
+def test_calls_that_take_about_30_microseconds_run_on_one_thread(
     M, forward, backward, randn, threads, monkeypatch
 ) -> None:
     """One makes a forward pass of 2^18 elements and a backward pass of 2^17. 1: threads share the pass."""

@@ -176,15 +176,15 @@ sys.modules["numba.core.sigutils"] = None
 """
 
 
-def test_kernels_work_if_numba_has_no_longer_the_names_that_the_cache_needs(package, tmp_path) -> None:
+def test_kernels_work_without_the_private_names_of_numba_that_the_cache_uses(package, tmp_path) -> None:
     code = NO_HOOK + COMPUTE + "print(explain(x, w))"
     right, said = finish(start(package, code, NUMBA_CACHE_DIR=str(tmp_path))).splitlines()
     assert right == "right"
-    assert "cannot be kept: this Numba does not let others keep what it compiles" in said
+    assert "cannot be kept: this version of Numba does not allow others to store what it compiles" in said
     assert not files(tmp_path)
 
 
-def test_a_new_cache_folder_replaces_only_those_that_were_not_used_for_30_days(package, tmp_path) -> None:
+def test_a_new_cache_folder_removes_only_those_that_were_not_used_for_30_days(package, tmp_path) -> None:
     """One of them stays if it holds a file that is not ours, or another process compiles into it, or is a link."""
     import fcntl
 

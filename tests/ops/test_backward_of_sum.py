@@ -86,7 +86,7 @@ def test_bits_are_those_of_separate_operators(runner, randn, x_dtype, w_dtype, c
         check(dy, randn(*shape, dtype=x_dtype) if adds else None, x, w, rstd, cast, offset, *needs)
 
 
-def test_rounding_dx_before_ds_is_added_and_each_sum_of_dy_matters(randn) -> None:
+def test_omitting_the_rounding_of_dx_or_of_a_sum_of_dy_would_change_bits(randn) -> None:
     """On these numbers, adding in fp32 would give other bits, so the tests of this file can tell the two apart."""
     x, w, rstd, ds = (
         randn(64, 64, dtype=BF16),
@@ -126,7 +126,7 @@ def test_gradients_of_any_strides_are_added(runner, randn) -> None:
         check(four[:3], four[3], four[4], w, randn(2, 2, 3).square() + 0.5, "early", 0.0, True, True)
 
 
-def test_gradients_of_another_dtype_than_y_are_added_in_their_own(randn) -> None:
+def test_gradients_of_another_dtype_than_y_are_added_in_their_own_dtype(randn) -> None:
     x, w, rstd = randn(6, 32, dtype=BF16), randn(32, dtype=BF16), randn(6).square() + 0.5
     check([randn(6, 32, dtype=FP16) for _ in range(3)], x, x, w, rstd, "early", 0.0, True, True)
     check([randn(6, 32) for _ in range(3)], x, x, w, rstd, "early", 0.0, True, True)
@@ -146,7 +146,7 @@ def test_special_numbers_and_overflowing_sums_have_the_same_bits(runner, randn) 
                 check(dy, ds, x, w, torch.ones(16), cast, offset, True, True)
 
 
-def test_a_nan_of_any_payload_from_the_weight_stays_a_nan(runner, randn) -> None:
+def test_a_nan_weight_with_any_payload_gives_nan_gradients(runner, randn) -> None:
     """Rounding it to bf16 as a number would make it a zero or an infinity."""
     w = torch.full((64,), 0x7FFFFFFF, dtype=torch.int32).view(FP32)
     x = randn(4, 64, dtype=BF16)
@@ -263,7 +263,7 @@ def test_a_tensor_whose_memory_was_freed_is_named(randn, which) -> None:
 
 
 @pytest.mark.parametrize("which", range(5))
-def test_a_call_to_be_differentiated_raises(randn, which) -> None:
+def test_differentiating_the_operator_raises(randn, which) -> None:
     a, b, ds, x, w = tensors = [*(randn(4, 32) for _ in range(4)), randn(32)]
     tensors[which].requires_grad_()
     with pytest.raises(RuntimeError, match="backward_of_sum cannot be differentiated"):
@@ -306,7 +306,7 @@ def test_a_graph_of_dynamic_shape_keeps_the_bits(randn) -> None:
                 assert_same_bits(got, expected)
 
 
-def test_the_shapes_that_a_compiler_is_told_are_those_of_the_results(randn) -> None:
+def test_fake_outputs_have_the_shapes_of_the_results(randn) -> None:
     x, w, rstd = randn(4, 32, dtype=BF16).t().contiguous().t(), randn(32), torch.ones(4)
     for needs in NEEDS:
         arguments = "late", 0.0, *needs
@@ -317,7 +317,7 @@ def test_the_shapes_that_a_compiler_is_told_are_those_of_the_results(randn) -> N
             assert a.stride() == b.stride() or a.shape != x.shape
 
 
-def test_the_reference_is_the_composition(randn) -> None:
+def test_the_reference_has_the_bits_of_separate_additions(randn) -> None:
     """The oracle of the other devices, itself composed of the reference's backward pass and torch's additions."""
     x, w, rstd, ds = (
         randn(9, 64, dtype=FP16),

@@ -72,7 +72,7 @@ def rows(dtype: torch.dtype = FP32, **options: bool) -> Tensor:
 
 @pytest.mark.parametrize("fuse_residual", [True, False])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_outputs_that_only_their_readers_need_are_not_kept(dtype: torch.dtype, fuse_residual: bool) -> None:
+def test_outputs_that_nothing_but_their_readers_needs_are_not_kept(dtype: torch.dtype, fuse_residual: bool) -> None:
     model = Block(dtype)
     rmsnorm.patch(model, recompute=True, fuse_residual=fuse_residual)
     capture = Capture()
@@ -101,13 +101,13 @@ def test_an_output_that_the_graph_returns_is_kept() -> None:
     assert (again(capture), bytes_saved(capture)) == (0, 0)
 
 
-def test_an_output_that_the_backward_pass_does_not_read_is_not_computed_again() -> None:
+def test_an_output_that_the_backward_pass_does_not_read_is_not_recomputed() -> None:
     model = Block(FP32).requires_grad_(False)  # as with LoRA: no gradient of a weight, so y is not needed
     capture = captured(model, lambda x: model.a(model.norm1(x)), rows(requires_grad=True))
     assert (again(capture), bytes_saved(capture)) == (0, 0)
 
 
-def test_without_gradients_nothing_is_computed_again() -> None:
+def test_without_gradients_nothing_is_recomputed() -> None:
     model = Block(FP32)
     rmsnorm.patch(model, recompute=True)
     capture = Capture()
@@ -116,7 +116,7 @@ def test_without_gradients_nothing_is_computed_again() -> None:
     assert again(capture) == 0
 
 
-def test_readers_behind_views_read_the_second_output() -> None:
+def test_readers_of_views_read_the_recomputed_output() -> None:
     model = Block(FP32)
 
     def function(x: Tensor) -> Tensor:

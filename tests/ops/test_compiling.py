@@ -197,14 +197,14 @@ def test_the_default_mode_trains_and_infers(decoder, x) -> None:
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
-def test_modes(mode: str, chain, x) -> None:
+def test_every_compile_mode_keeps_the_bits_of_eager_mode(mode: str, chain, x) -> None:
     compiled = torch.compile(chain, fullgraph=True, mode=mode)
     for _ in range(2):
         assert_as_eager(compiled, chain, x)
 
 
 @pytest.mark.parametrize("option", ["cpp_wrapper", "emulate_precision_casts", "batch_invariant"])
-def test_options_of_inductor(option: str, chain, x) -> None:
+def test_inductors_options_keep_the_bits_of_eager_mode(option: str, chain, x) -> None:
     if option not in torch._inductor.list_options():
         pytest.skip(f"torch {torch.__version__} has no option {option}")
     compiled = torch.compile(chain, fullgraph=True, options={option: True})
@@ -212,7 +212,7 @@ def test_options_of_inductor(option: str, chain, x) -> None:
         assert_as_eager(compiled, chain, x)
 
 
-def test_freezing(chain, x) -> None:
+def test_freezing_keeps_the_bits_of_eager_mode(chain, x) -> None:
     chain.eval()
     with torch.no_grad(), inductor.patch(freezing=True):
         compiled = torch.compile(chain, fullgraph=True)
@@ -340,7 +340,7 @@ def test_torch_fx_traces_functions_and_layers_as_one_node_each(x) -> None:
 
 
 @pytest.mark.parametrize("cls", [rmsnorm.RMSNorm, rmsnorm.DeepseekV2RMSNorm])
-def test_torch_jit_script_is_refused_and_the_error_names_the_way_out(cls: type[nn.Module]) -> None:
+def test_torch_jit_script_raises_an_error_that_names_the_alternatives(cls: type[nn.Module]) -> None:
     with pytest.raises(NotImplementedError, match=r"use torch\.export or torch\.jit\.trace"):
         torch.jit.script(nn.Sequential(cls(N)))
 

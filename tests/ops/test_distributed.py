@@ -570,7 +570,7 @@ def recomputing_where_parameters_are_sharded_or_replicated(mesh: DeviceMesh) -> 
         return shard
 
     every_norm = [f"{block}.{norm}" for block in (0, 1) for norm in ("norm", "middle", "final")]
-    freed = "the memory of its weight was freed before it was saved, as FSDP does with a norm that it shards alone"
+    freed = "the norm's weight was freed before the output was saved, as FSDP does if the norm is a unit of its own"
     for spread_out, kept in (
         (nn.parallel.DistributedDataParallel, {}),
         (by_fsdp(), {}),
@@ -608,7 +608,7 @@ def recomputing_keeps_sharded_outputs(mesh: DeviceMesh) -> None:
         found.append(gradients(model))
     close(found[1], found[0])
     assert counts.dropped == 0
-    assert counts.kept["it is no plain contiguous tensor"] == 3
+    assert counts.kept["it is not a plain contiguous tensor"] == 3
 
 
 @on(2)

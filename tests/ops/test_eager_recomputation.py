@@ -1,4 +1,4 @@
-"""The context rmsnorm.recompute: the same gradients, bit for bit, and no kept outputs where they can be rebuilt."""
+"""The context rmsnorm.recompute: the same gradients, bit for bit, and outputs that can be recomputed are not kept."""
 
 import contextlib
 import gc
@@ -80,7 +80,7 @@ def same_gradients(forward: Callable[[], Tensor], leaves: tuple[Tensor, ...]) ->
 @pytest.mark.usefixtures("caller")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("spec", [{}, {"cast": "late"}, {"cast": "late", "offset": 1.0}], ids=str)
-def test_an_output_is_rebuilt_once_for_all_readers_and_gradients_keep_their_bits(
+def test_an_output_is_recomputed_once_for_all_readers_and_gradients_keep_their_bits(
     dtype: torch.dtype, spec: dict[str, Any], randn: Draw
 ) -> None:
     at = Leaves(randn, dtype)
@@ -90,7 +90,7 @@ def test_an_output_is_rebuilt_once_for_all_readers_and_gradients_keep_their_bits
 
 
 @pytest.mark.usefixtures("caller")
-def test_the_norm_of_a_sum_is_rebuilt_from_the_sum(leaves: Leaves, randn: Draw) -> None:
+def test_the_norm_of_a_sum_is_recomputed_from_the_sum(leaves: Leaves, randn: Draw) -> None:
     residual = randn(M, N).requires_grad_()
 
     def forward() -> Tensor:
@@ -132,16 +132,18 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
-def test_a_saved_view_of_an_output_is_rebuilt_as_that_view(view: Callable[[Tensor], Tensor], leaves: Leaves) -> None:
+def test_a_saved_view_of_an_output_is_recomputed_as_that_view(view: Callable[[Tensor], Tensor], leaves: Leaves) -> None:
     found = same_gradients(lambda: _Reader.apply(rmsnorm.rms_norm(leaves.x, leaves.w), view), (leaves.x, leaves.w))
     assert (found.dropped, found.kept) == (1, {})
 
 
 @pytest.mark.parametrize("view", [lambda y: y.detach().view(torch.int32), lambda y: torch._neg_view(y.detach())])
-def test_a_view_of_another_kind_keeps_its_output(view: Callable[[Tensor], Tensor], leaves: Leaves) -> None:
+def test_an_output_is_kept_if_a_view_with_another_dtype_or_class_is_saved(
+    view: Callable[[Tensor], Tensor], leaves: Leaves
+) -> None:
     found = same_gradients(lambda: _Reader.apply(rmsnorm.rms_norm(leaves.x, leaves.w), view), (leaves.x, leaves.w))
     assert found.dropped == 0
-    assert found.kept == {"what was saved has its memory but another dtype or class, or is negated": 1}
+    assert found.kept == {"the saved tensor shares its memory but has another dtype or class, or is negated": 1}
 
 
 def test_an_operator_that_saves_an_output_twice_gets_it_twice(leaves: Leaves) -> None:
@@ -153,7 +155,7 @@ def test_an_operator_that_saves_an_output_twice_gets_it_twice(leaves: Leaves) ->
     assert (found.dropped, found.rebuilt) == (1, 1)
 
 
-def test_the_norm_of_a_norm_is_rebuilt_from_what_is_rebuilt(leaves: Leaves) -> None:
+def test_the_norm_of_a_norm_is_recomputed_from_the_recomputed_output(leaves: Leaves) -> None:
     def forward() -> Tensor:
         return readers(rmsnorm.rms_norm(rmsnorm.rms_norm(leaves.x, leaves.w), leaves.w, cast="late"), leaves)
 
@@ -161,7 +163,7 @@ def test_the_norm_of_a_norm_is_rebuilt_from_what_is_rebuilt(leaves: Leaves) -> N
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_layers_and_strided_inputs_are_rebuilt_too(weighted: bool, randn: Draw) -> None:
+def test_outputs_of_layers_and_of_strided_inputs_are_recomputed_too(weighted: bool, randn: Draw) -> None:
     norm, linear = rmsnorm.RMSNorm(N, elementwise_affine=weighted), nn.Linear(N, 3)
     x = randn(4, 5, 2 * N).requires_grad_()
     found = same_gradients(lambda: linear(norm(x[..., 1 : N + 1].transpose(0, 1))).sum(), (x, *linear.parameters()))
@@ -180,7 +182,7 @@ def test_autocast_keeps_the_bits(leaves: Leaves) -> None:
 # --- backward passes --------------------------------------------------------------------------------------------
 
 
-def test_each_backward_pass_over_a_retained_graph_rebuilds_the_output(leaves: Leaves) -> None:
+def test_each_backward_pass_over_a_retained_graph_recomputes_the_output(leaves: Leaves) -> None:
     expected = torch.autograd.grad(readers(rmsnorm.rms_norm(leaves.x, leaves.w), leaves), leaves.all)
     with rmsnorm.recompute() as found:
         loss = readers(rmsnorm.rms_norm(leaves.x, leaves.w), leaves)
@@ -190,7 +192,7 @@ def test_each_backward_pass_over_a_retained_graph_rebuilds_the_output(leaves: Le
         assert found.rebuilt == run
 
 
-def test_gradients_of_some_readers_at_a_time_are_the_same(leaves: Leaves) -> None:
+def test_gradients_of_one_tensor_at_a_time_are_the_same(leaves: Leaves) -> None:
     expected = torch.autograd.grad(readers(rmsnorm.rms_norm(leaves.x, leaves.w), leaves), leaves.all)
     with rmsnorm.recompute():
         loss = readers(rmsnorm.rms_norm(leaves.x, leaves.w), leaves)
@@ -198,7 +200,7 @@ def test_gradients_of_some_readers_at_a_time_are_the_same(leaves: Leaves) -> Non
         assert_same_bits(torch.autograd.grad(loss, leaf, retain_graph=True)[0], wanted)
 
 
-def test_a_reader_that_asks_twice_does_not_take_the_turn_of_another(leaves: Leaves) -> None:
+def test_a_reader_that_asks_twice_does_not_free_the_output_that_another_needs(leaves: Leaves) -> None:
     with rmsnorm.recompute() as found:
         y = rmsnorm.rms_norm(leaves.x, leaves.w)
         loss = (y @ leaves.q + y @ leaves.k).sum()
@@ -208,7 +210,7 @@ def test_a_reader_that_asks_twice_does_not_take_the_turn_of_another(leaves: Leav
     assert found.rebuilt == 1
 
 
-def test_a_reader_can_run_after_the_backward_pass_of_the_norm_has_freed_what_that_kept(leaves: Leaves) -> None:
+def test_a_reader_can_run_after_the_norms_backward_pass_has_freed_its_saved_tensors(leaves: Leaves) -> None:
     with rmsnorm.recompute():
         y = rmsnorm.rms_norm(leaves.x, leaves.w)
         first, second = (y @ leaves.q).sum(), (y @ leaves.k).sum()
@@ -267,7 +269,7 @@ def modify_result(at: Leaves, y: Tensor, z: Tensor) -> None:
 
 @pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("modify", [modify_output, modify_x, modify_weight, modify_matrix, modify_result])
-def test_a_tensor_that_is_modified_after_it_was_saved_raises_as_without(
+def test_modifying_a_tensor_after_it_was_saved_raises_as_without_the_context(
     modify: Callable[[Leaves, Tensor, Tensor], None], recomputed: bool, leaves: Leaves
 ) -> None:
     with rmsnorm.recompute() if recomputed else contextlib.nullcontext():
@@ -284,7 +286,7 @@ def keeping_copies() -> saved_tensors_hooks:
 
 
 @pytest.mark.parametrize("around", [keeping_copies, torch.autograd.graph.allow_mutation_on_saved_tensors])
-def test_hooks_around_the_context_that_keep_copies_allow_changes(around: Any, leaves: Leaves) -> None:
+def test_saved_tensors_may_be_modified_if_hooks_around_the_context_keep_copies(around: Any, leaves: Leaves) -> None:
     def changed() -> Tensor:
         y = rmsnorm.rms_norm(leaves.x, leaves.w)
         loss = (y @ leaves.q).sum() + (y @ leaves.k).square().sum()
@@ -299,7 +301,7 @@ def test_hooks_around_the_context_that_keep_copies_allow_changes(around: Any, le
     assert all(map(torch.equal, got[:4], wanted[:4]))
 
 
-def test_a_reader_that_writes_to_what_it_saved_is_noticed(leaves: Leaves) -> None:
+def test_a_reader_that_writes_to_the_recomputed_output_raises(leaves: Leaves) -> None:
     class Writer(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, y: Tensor) -> Tensor:
@@ -340,7 +342,7 @@ class Alive(TorchDispatchMode):
         return sum(nbytes for reference, nbytes in self.made.values() if not reference.expired())
 
 
-def test_the_bytes_that_stay_alive_are_less_by_the_dropped_outputs_exactly(leaves: Leaves) -> None:
+def test_the_bytes_kept_are_fewer_by_exactly_the_dropped_outputs(leaves: Leaves) -> None:
     def alive(recomputed: bool) -> int:
         with Alive() as mode, rmsnorm.recompute() if recomputed else contextlib.nullcontext():
             h = rmsnorm.rms_norm(leaves.x, leaves.w)
@@ -394,7 +396,7 @@ def test_save_on_cpu_around_the_context_keeps_the_bits(leaves: Leaves) -> None:
 
 
 @pytest.mark.parametrize("retain", [False, True])
-def test_the_rebuilt_output_is_freed_after_its_last_reader(retain: bool, leaves: Leaves) -> None:
+def test_the_recomputed_output_is_freed_after_its_last_reader(retain: bool, leaves: Leaves) -> None:
     with rmsnorm.recompute():
         y = rmsnorm.rms_norm(leaves.x, leaves.w)
         loss = (y @ leaves.q).sum() + _Reader.apply(y, VIEWS["whole"])
@@ -405,7 +407,7 @@ def test_the_rebuilt_output_is_freed_after_its_last_reader(retain: bool, leaves:
     assert _Reader.seen.expired()
 
 
-def test_what_outer_hooks_have_moved_away_is_not_kept_alive(leaves: Leaves) -> None:
+def test_tensors_that_outer_hooks_have_moved_are_not_kept_alive(leaves: Leaves) -> None:
     with keeping_copies(), rmsnorm.recompute():
         h = leaves.x * 2
         y = rmsnorm.rms_norm(h, leaves.w)
@@ -480,7 +482,7 @@ def test_nothing_stays_alive_without_the_garbage_collector(backward: bool, leave
         gc.enable()
 
 
-def test_memory_that_is_used_again_is_not_taken_for_the_output_that_it_held(leaves: Leaves, randn: Draw) -> None:
+def test_a_tensor_that_reuses_the_memory_of_an_output_is_not_mistaken_for_it(leaves: Leaves, randn: Draw) -> None:
     with rmsnorm.recompute():
         for _ in range(50):
             rmsnorm.rms_norm(leaves.x, leaves.w)  # nothing reads it
@@ -503,7 +505,7 @@ def test_an_output_that_nothing_saves_is_neither_dropped_nor_kept(leaves: Leaves
     assert (found.outputs, found.dropped, found.kept) == (1, 0, {})
 
 
-def test_sparse_tensors_are_saved_as_without(leaves: Leaves) -> None:
+def test_sparse_tensors_are_saved_as_without_the_context(leaves: Leaves) -> None:
     sparse = torch.eye(N).to_sparse().requires_grad_()
     found = same_gradients(lambda: torch.sparse.mm(sparse, rmsnorm.rms_norm(leaves.x, leaves.w).t()).sum(), leaves.all)
     assert found.outputs == 1
@@ -521,7 +523,7 @@ def test_without_gradients_nothing_is_counted(leaves: Leaves) -> None:
 
 
 @pytest.mark.usefixtures("caller")
-def test_a_norm_without_gradients_of_its_own_keeps_its_output(leaves: Leaves) -> None:
+def test_the_output_of_a_norm_that_needs_no_gradients_is_kept(leaves: Leaves) -> None:
     x, w = leaves.x.detach(), leaves.w.detach()
     found = same_gradients(lambda: readers(rmsnorm.rms_norm(x, w), leaves), leaves.all[2:])
     assert found.dropped == 0
@@ -535,7 +537,7 @@ def test_hooks_inside_the_context_get_the_outputs(leaves: Leaves) -> None:
 
     found = same_gradients(forward, leaves.all)
     assert (found.outputs, found.dropped) == (1, 0)
-    assert found.kept == {"checkpointing or other hooks on saved tensors have it": 1}
+    assert found.kept == {"it belongs to a checkpointed region or to other hooks on saved tensors": 1}
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -568,7 +570,7 @@ def test_the_context_does_nothing_inside_a_checkpointed_region(reentrant: bool, 
     assert "checkpoint" in str(found[-1])
 
 
-def test_within_another_context_there_is_one_and_none_is_left_behind(leaves: Leaves) -> None:
+def test_nested_contexts_are_one_and_leave_no_hooks_behind(leaves: Leaves) -> None:
     with rmsnorm.recompute() as outer:
         with rmsnorm.recompute() as inner:
             assert inner is outer
@@ -633,7 +635,7 @@ def test_two_threads_may_run_the_backward_pass_of_one_graph(leaves: Leaves) -> N
 # --- torch.func, torch.compile, modes ---------------------------------------------------------------------------
 
 
-def test_transforms_of_torch_func_around_the_context_work_as_without(leaves: Leaves) -> None:
+def test_transforms_of_torch_func_around_the_context_work_as_without_it(leaves: Leaves) -> None:
     found = []
 
     def loss(x: Tensor) -> Tensor:
@@ -719,7 +721,7 @@ def test_copies_in_another_dtype_are_saved_as_they_are(leaves: Leaves) -> None:
 # --- without private names of torch ------------------------------------------------------------------------------
 
 
-def test_without_the_question_for_active_hooks_nothing_is_recomputed(
+def test_nothing_is_recomputed_if_torch_cannot_tell_which_hooks_are_active(
     leaves: Leaves, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compat, "saved_tensors_hooks", lambda: compat.UNKNOWN_HOOKS)
@@ -727,7 +729,7 @@ def test_without_the_question_for_active_hooks_nothing_is_recomputed(
     assert "does not say which hooks" in found.why_inactive
 
 
-def test_without_the_identity_of_storages_it_is_found_in_another_way(
+def test_outputs_are_recomputed_without_torchs_private_storage_id(
     leaves: Leaves, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compat, "storage_id", compat.slow_storage_id)

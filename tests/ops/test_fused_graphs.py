@@ -507,7 +507,7 @@ def assert_all_equal(got: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("case", "dtype"), RUNS)
-def test_training_fuses_what_it_may_and_keeps_all_bits(case, dtype, patched) -> None:
+def test_training_fuses_the_allowed_additions_and_keeps_all_bits(case, dtype, patched) -> None:
     model, given = patched(case.function, dtype), case.arguments(dtype)
     expected = trained(model, model, given)
     capture = Capture()
@@ -522,7 +522,7 @@ def test_training_fuses_what_it_may_and_keeps_all_bits(case, dtype, patched) -> 
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_inference_fuses_what_it_may_and_keeps_all_bits(case, patched) -> None:
+def test_inference_fuses_the_allowed_additions_and_keeps_all_bits(case, patched) -> None:
     dtype = case.dtypes[-1]
     model, given = patched(case.function, dtype), case.arguments(dtype)
     capture = Capture()
@@ -535,7 +535,7 @@ def test_inference_fuses_what_it_may_and_keeps_all_bits(case, patched) -> None:
         assert capture.sites.forward == case.fused.forward
 
 
-def test_sizes_may_be_symbolic(patched) -> None:
+def test_a_graph_with_symbolic_sizes_fuses_as_much_and_keeps_all_bits(patched) -> None:
     """One graph serves all numbers of rows, and fuses as much as a graph of fixed sizes."""
     model, capture = patched(two_blocks, BF16), Capture()
     compiled = torch.compile(model, backend=capture.backend, fullgraph=True, dynamic=True)
@@ -596,7 +596,7 @@ def overwrites_its_input(m, a, b, c):
 
 
 @pytest.mark.parametrize("function", [adds_to_its_input, overwrites_its_input])
-def test_inputs_that_are_written_to_end_up_the_same(function, patched) -> None:
+def test_inputs_that_the_model_modifies_have_the_same_values_afterwards(function, patched) -> None:
     model, capture = patched(function), Capture()
     results = []
     for run in (model, torch.compile(model, backend=capture.backend, fullgraph=True, dynamic=False)):

@@ -84,7 +84,7 @@ def exported(model: nn.Module, inputs: tuple[Tensor, ...], way: str) -> bytes:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("way", ["dynamo", "torchscript", "an exported program, decomposed"])
-def test_every_norm_in_onnx_runtime_is_the_formula(way: str, randn: Any) -> None:
+def test_every_norm_in_onnx_runtime_computes_the_formula(way: str, randn: Any) -> None:
     weight = randn(N)
     model = EveryNorm(weight, torchs=way != "torchscript").eval()
     file = exported(model, (randn(4, N), randn(4, N)), way)

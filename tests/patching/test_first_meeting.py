@@ -30,7 +30,7 @@ class Renamed(nn.RMSNorm):
 def test_a_near_miss_is_printed_beside_norms_that_were_replaced() -> None:
     report = rmsnorm.patch(nn.Sequential(Scale(8), nn.RMSNorm(8)))
     assert [verdict.name for verdict in report.replaced] == ["1"]
-    assert "1 x Scale (0) skipped: it holds gain, not a weight of that name" in str(report)
+    assert "1 x Scale (0) skipped: it holds gain in place of an attribute named weight" in str(report)
     assert "LayerNorm" not in str(rmsnorm.patch(nn.Sequential(nn.LayerNorm(8), nn.RMSNorm(8))))
 
 

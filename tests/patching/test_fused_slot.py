@@ -147,7 +147,7 @@ def test_a_model_unpatched_inside_a_context_leaves_the_context_as_it_was() -> No
     assert captured_sites(model) == UNFUSED
 
 
-def test_the_uuid_differs_with_the_users_pass_and_is_none_if_that_has_none() -> None:
+def test_the_uuid_depends_on_the_users_pass_and_is_none_if_that_has_none() -> None:
     """Inductor caches nothing if it is None."""
     uuids = []
     for mine in (None, Recorder("one"), Recorder("two"), lambda graph: None, Recorder(None)):
@@ -177,7 +177,7 @@ def test_two_patched_models_share_one_pass() -> None:
     assert inductor_config.joint_custom_post_pass is mine
 
 
-def test_only_the_model_that_asks_for_it_is_fused() -> None:
+def test_only_the_model_patched_with_fuse_residual_is_fused() -> None:
     asks, declines, own = patched(), patched(fuse_residual=False), Block()
     assert [captured_sites(model) for model in (declines, asks, declines, own, asks)] == [
         UNFUSED, INFERENCE, UNFUSED, UNFUSED, INFERENCE,
@@ -187,7 +187,7 @@ def test_only_the_model_that_asks_for_it_is_fused() -> None:
     assert [captured_sites(model) for model in (declines, asks)] == [INFERENCE, UNFUSED]
 
 
-def test_only_the_norms_that_ask_for_it_are_fused_in_one_model() -> None:
+def test_only_the_norms_patched_with_fuse_residual_are_fused_in_one_model() -> None:
     model = patched()
     rmsnorm.patch(model.norms[1], fuse_residual=False)
     assert captured_sites(model) == Sites(1, 0)
@@ -199,7 +199,7 @@ def test_copies_are_fused_as_their_original() -> None:
         assert captured_sites(pickle.loads(pickle.dumps(model))) == expected
 
 
-def test_a_model_that_is_gone_leaves_others_as_they_are() -> None:
+def test_deleting_a_patched_model_does_not_affect_others() -> None:
     model = patched()
     assert captured_sites(model) == INFERENCE
     del model
@@ -301,7 +301,7 @@ def cache_hits() -> int:
     return counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
 
 
-def test_no_cache_serves_a_fused_graph_unfused_or_the_other_way_round(own_cache) -> None:
+def test_caches_never_mix_up_fused_and_unfused_graphs(own_cache) -> None:
     """And in fp32 the bits are the same with the pass, without it, and in eager mode."""
     model, x = Block(), rows()
     found, hits, results = [], [], []

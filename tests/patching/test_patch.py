@@ -484,7 +484,7 @@ def test_the_report_of_a_model_without_norms_names_the_skipped_modules() -> None
     assert [module.name for module in report.skipped] == ["a", "b", "c", "d", "e"]
     _, _, layer_norm, scale, ours, channel = str(report).splitlines()
     assert layer_norm == "  2 x LayerNorm (a, …) skipped: it is a module of torch.nn other than RMSNorm"
-    assert scale == "  1 x Scale (b) skipped: it holds gain, not a weight of that name"
+    assert scale == "  1 x Scale (b) skipped: it holds gain in place of an attribute named weight"
     assert ours == "  1 x RMSNorm (d) skipped: it is a layer of rmsnorm already"
     assert channel.startswith("  1 x ChannelLayerNorm (e) skipped: its forward runs aten.sub.Tensor")
     assert report.expanded() == str(report)

@@ -114,7 +114,7 @@ def test_hidden_states_that_the_model_returns_count_as_kept() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_of_layers_works_as_without(reentrant: bool) -> None:
+def test_gradient_checkpointing_of_layers_works_as_without_recompute(reentrant: bool) -> None:
     model, recomputed = two()
     for one in (model, recomputed):
         one.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -163,7 +163,7 @@ def test_generation_and_evaluation_are_not_affected_nor_counted() -> None:
     assert last_recomputation(recomputed).outputs == 5
 
 
-def test_unpatch_and_patching_again_without_it_restore_the_models_own_class() -> None:
+def test_unpatch_or_patching_without_recompute_restores_the_models_own_class() -> None:
     model = build()
     own, expected = type(model), step(model)
     rmsnorm.patch(model, recompute=True)
@@ -192,7 +192,7 @@ def test_copies_recompute_too(copied: Callable[[Any], Any]) -> None:
     assert type(other) is transformers.LlamaForCausalLM
 
 
-def test_torch_save_keeps_it() -> None:
+def test_a_model_saved_by_torch_save_still_recomputes() -> None:
     _, model = two()
     file = io.BytesIO()
     torch.save(model, file)
@@ -200,12 +200,12 @@ def test_torch_save_keeps_it() -> None:
     assert is_recomputing(torch.load(file, weights_only=False))
 
 
-def test_torch_jit_script_gets_the_own_class() -> None:
+def test_torch_jit_script_gets_the_models_own_class() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.RMSNorm(8), nn.Linear(8, 8))
     x = torch.randn(3, 8)
     expected = model(x)
     rmsnorm.patch(model, recompute=True)
-    with pytest.warns(UserWarning, match="restored the own class"):
+    with pytest.warns(UserWarning, match="its own class back"):
         scripted = torch.jit.script(model)
     assert_same_bits(scripted(x), expected)
 
@@ -244,7 +244,7 @@ def test_a_part_of_the_model_needs_the_context() -> None:
     assert (found.outputs, found.dropped) == (5, 4)  # the last one is what the part returns
 
 
-def test_models_within_models_are_covered_once() -> None:
+def test_nested_models_share_one_context() -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -264,7 +264,7 @@ def test_models_within_models_are_covered_once() -> None:
     assert outer.recomputation.rebuilt == 6
 
 
-def test_a_norm_alone_is_replaced_and_nothing_more() -> None:
+def test_a_model_that_is_a_single_norm_does_not_recompute() -> None:
     norm = nn.RMSNorm(8, eps=1e-6)
     report = rmsnorm.patch(norm, recompute=True)
     assert len(report.replaced) == 1
@@ -313,7 +313,7 @@ def test_a_model_whose_forward_was_replaced_is_refused_and_not_changed() -> None
 
 
 @pytest.mark.parametrize("argument", ["recompute", "fuse_residual"])
-def test_options_that_are_no_bool_are_refused(argument: str) -> None:
+def test_options_that_are_not_a_bool_raise(argument: str) -> None:
     with pytest.raises(TypeError, match=argument):
         rmsnorm.patch(nn.Linear(2, 2), **{argument: "yes"})
 
@@ -330,7 +330,7 @@ def _graphs() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_graphs")
-def test_a_compiled_model_is_one_graph_as_without() -> None:
+def test_a_compiled_model_is_one_graph_as_without_recompute() -> None:
     model, recomputed = two()
     expected = step(model)
     step(recomputed)

@@ -132,7 +132,7 @@ def test_torch_fx_traces_its_own_forward_also_where_the_norm_is_the_root(cls: An
         )
 
 
-def test_it_is_called_as_its_own_class_is() -> None:
+def test_a_replaced_norm_takes_the_arguments_of_its_own_class() -> None:
     class OptionalRMSNorm(ReshapingRMSNorm):
         def forward(self, x: Tensor | None = None, /) -> Any:
             return None if x is None else super().forward(x)
@@ -229,7 +229,7 @@ def test_the_output_of_a_permuted_input_has_the_strides_of_its_own_class(cls: An
             assert strides(norm(sliced)) == strides(own(sliced))
 
 
-def test_the_output_is_contiguous_where_that_of_its_own_class_is() -> None:
+def test_the_output_is_contiguous_if_that_of_its_own_class_is() -> None:
     norm, own = norms(ReshapingRMSNorm)
     for x in (draw(3, 5, N).transpose(0, 1), draw(2, N, 3, 5).permute(0, 2, 3, 1), draw(2, 3, N, 5).transpose(2, 3)):
         assert own(x).is_contiguous()

@@ -122,7 +122,7 @@ def test_every_option_reaches_its_verb(arguments, verb, given, monkeypatch) -> N
         ("bench --json x.json", "bench", None),
     ],
 )
-def test_the_last_line_names_the_file_that_no_argument_names(
+def test_the_last_line_names_a_written_file_that_no_argument_names(
     arguments, verb, wrote, monkeypatch, capsys, tmp_path
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -60,7 +60,7 @@ def test_a_device_that_cannot_be_used_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "gpu", "advice"), [("x", False, "cpu"), ("x", True, "cpu or cuda"), ("cuda:99", False, "cpu")]
 )
-def test_only_what_this_machine_has_is_recommended(
+def test_errors_suggest_only_devices_of_this_machine(
     name: str, gpu: bool, advice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)

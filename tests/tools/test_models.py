@@ -137,7 +137,7 @@ def test_a_wrong_variant_and_one_that_raises_get_no_time(
     assert result["bounds"] == []
 
 
-def test_what_does_not_fit_into_the_time_is_left_out_and_said(
+def test_cases_that_do_not_fit_into_the_time_are_left_out_and_reported(
     models: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     models.main(["--tiny", "--device", "cpu", "--backend", "eager", "--models", "llama", "--seconds", "0"])
@@ -145,14 +145,14 @@ def test_what_does_not_fit_into_the_time_is_left_out_and_said(
     assert "no time was left for: llama, training step, 2 × 8 tokens; llama, forward, 2 × 8 tokens" in printed
 
 
-def test_the_next_case_is_expected_to_take_as_long_as_those_of_its_mode(models: Any) -> None:
+def test_the_time_of_a_case_is_predicted_from_others_of_its_mode(models: Any) -> None:
     training, forward, token = models.MODES
     assert models._expected_seconds({}, training) == 0
     assert models._expected_seconds({"training": 90.0, "forward": 30.0}, training) == 90
     assert models._expected_seconds({"training": 90.0, "forward": 30.0}, token) == 30
 
 
-def test_compilers_find_an_empty_folder_for_every_variant(models: Any, tmp_path: Path) -> None:
+def test_every_variant_is_compiled_with_empty_caches(models: Any, tmp_path: Path) -> None:
     before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     folders = set()
     for _ in range(2):
@@ -215,7 +215,7 @@ def test_an_aim_is_met_missed_or_missed_inside_the_spread(models: Any) -> None:
     assert models.bounds([a_case()])[1]["measured"] == pytest.approx(1.05)
 
 
-def test_a_difference_inside_the_spread_is_called_so(models: Any) -> None:
+def test_a_difference_inside_the_spread_is_reported_as_such(models: Any) -> None:
     assert models._ratio_in_words(a_case(ratio=(1.01, 0.99, 1.02))["variants"][1]) == (
         "1.010 (0.990 to 1.020; inside the spread)"
     )
@@ -256,7 +256,7 @@ def test_runs_of_different_code_or_machines_are_not_merged(
         models.main(["--merge", str(tmp_path / "a"), str(tmp_path / "b")])
 
 
-def test_a_package_that_only_some_runs_had_does_not_keep_them_apart(models: Any) -> None:
+def test_runs_are_merged_even_if_only_some_had_a_package(models: Any) -> None:
     one, other = a_result(a_case()), a_result(a_case("token"))
     other["machine"] = other["machine"] | {"versions": other["machine"]["versions"] | {"liger-kernel": "0.8.5"}}
     merged = models.merge([one, other])
@@ -265,7 +265,7 @@ def test_a_package_that_only_some_runs_had_does_not_keep_them_apart(models: Any)
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"verb": "bench"}', "[]"])
-def test_a_file_that_is_no_result_is_refused(models: Any, content: str | None, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_result_raises(models: Any, content: str | None, tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     if content is not None:
         file.write_text(content)
@@ -286,7 +286,7 @@ def test_a_file_that_is_no_result_is_refused(models: Any, content: str | None, t
         (("--layers", "0"), "--layers 0: give at least 1"),
     ],
 )
-def test_invalid_arguments_are_told_what_is_expected(
+def test_errors_of_invalid_arguments_say_what_is_expected(
     models: Any, arguments: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
@@ -294,7 +294,7 @@ def test_invalid_arguments_are_told_what_is_expected(
     assert told in " ".join(capsys.readouterr().err.split())
 
 
-def test_sizes_of_models_are_those_of_their_modes(models: Any) -> None:
+def test_every_mode_has_its_batch_length_and_aim(models: Any) -> None:
     assert [(mode.name, mode.batch, mode.tokens, mode.at_most) for mode in models.MODES] == [
         ("training", 4, 4096, 1.0), ("forward", 4, 4096, 1.0), ("token", 16, 1, 1.05),
     ]  # fmt: skip

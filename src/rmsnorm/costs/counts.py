@@ -134,8 +134,8 @@ def cost(
         The counts of that phase.
 
     Raises:
-        TypeError: If `shape` is no sequence of integers, a dtype is none of the three, or `elementwise_affine`,
-            `master` or `threads` has another type; the message names the argument.
+        TypeError: If `shape` is not a sequence of integers, a dtype is none of the three, or `elementwise_affine`,
+            `master` or `threads` has the wrong type; the message names the argument.
         ValueError: If another argument has a value that is not allowed, or LayerNorm refuses the weight's dtype; the
             message names the argument.
 

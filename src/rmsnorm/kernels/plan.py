@@ -81,7 +81,7 @@ class Backward(NamedTuple):
 
     x is what the forward pass normalized: its x, or s if it added a residual. dy2, dy3: further gradients of y, of the
     dtype of dy, which are added to it; each sum is rounded. round_first: whether dx is rounded before ds is added, as
-    an addition after the backward pass would do, instead of after.
+    if a separate addition followed the backward pass, and not only after.
     """
 
     device: torch.device
@@ -110,7 +110,7 @@ class Backward(NamedTuple):
 
     @classmethod
     def of_sum(cls, dy: Sequence[Tensor], *arguments: Any) -> "Backward":
-        """A call for the sum of dy, with the additions before and after it; `arguments` are the others of `of`."""
+        """A call of `backward_of_sum`, with several gradients of y; `arguments` are the other arguments of `of`."""
         dy2, dy3 = (TensorKind.of(dy[i]) if i < len(dy) else None for i in (1, 2))
         return cls.of(dy[0], *arguments)._replace(dy2=dy2, dy3=dy3, round_first=True)
 
@@ -127,7 +127,7 @@ class Backward(NamedTuple):
 
     @property
     def rounds_dx_first(self) -> bool:
-        """Whether dx is rounded to fewer than fp32's digits before ds is added."""
+        """Whether dx is rounded to a dtype narrower than fp32 before ds is added."""
         return self.round_first and self.need_dx and self.ds is not None and self.x.dtype is not torch.float32
 
 
@@ -292,10 +292,10 @@ def summands(kind: Forward) -> tuple[str, TensorKind, TensorKind | None, list[Co
 
 
 def gradients(kind: Backward, dtype: torch.dtype) -> tuple[dict[str, TensorKind], list[Converted]]:
-    """The gradients of y that a kernel adds, by name, and conversions before it.
+    """The gradients of y that a kernel adds, by name, and the conversions before the kernel.
 
-    If they are several and have another dtype than the kernel reads, torch adds them, because each sum is rounded to
-    their own dtype.
+    If there are several and the kernel reads another dtype, torch adds them first, because each sum is rounded to their
+    own dtype.
     """
     dys = kind.dys
     if len(dys) == 1 or kind.dy.dtype is dtype:

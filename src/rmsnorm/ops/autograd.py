@@ -61,7 +61,7 @@ def _backward(
     # Grad mode is on here if create_graph=True: then the gradient is recorded, so that differentiating it raises.
     if torch.is_grad_enabled() or compat.in_forward_ad():
         return _tied_backward(dy, ds, x, w, rstd, spec, need_dx, need_dw)
-    batched = compat.is_batched_cotangent  # a cotangent under is_grads_batched=True; compilers cannot ask this
+    batched = compat.is_batched_cotangent  # a cotangent under is_grads_batched=True; compilers cannot trace this
     if is_plain(dy, ds, x, w, rstd) and not (batched(dy) or (ds is not None and batched(ds))):
         check_backward(dy, ds, x, w, rstd, spec.offset, need_dw)
         return dispatch.backward(dy, ds, x, w, rstd, spec, need_dx, need_dw)

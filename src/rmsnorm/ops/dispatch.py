@@ -14,7 +14,7 @@ _PLAIN_TYPES = (Tensor, Parameter)
 
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether these tensors may bypass torch's dispatcher: ordinary tensors that no mode or transform intercepts."""
-    # is_compiling comes first, because compilers cannot ask the other questions
+    # is_compiling comes first, because compilers cannot trace the other conditions
     if is_compiling() or compat.dispatch_modes() or compat.transforms_active() or compat.is_tracing():
         return False
     for t in tensors:
@@ -33,7 +33,7 @@ def load_sharding() -> None:
 
 
 def exported_to_onnx() -> bool:
-    """Whether torch.onnx.export is tracing: its graph is for programs that do not have our operators."""
+    """Whether torch.onnx.export is tracing. Programs that run its graph do not have our operators."""
     if not (is_compiling() or compat.is_tracing()):
         return False
     return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()

@@ -1,16 +1,17 @@
-"""Leaves norm outputs out of what autograd keeps, and rebuilds them in the backward pass.
+"""Recomputes norm outputs in the backward pass of eager mode, so that autograd does not keep them.
 
     recompute()    -> a _Pass with hooks on saved tensors
     a norm's call  -> note(y, rows, w, …)  -> an _Output, which the pass finds by the storage of y
     pack(t)        -> a _View of the _Output if t is y or a view of it, else t and its version
     unpack(view)   -> _Output.tensor(): the norm's forward, run once for all views
 
-An output y is a pure function of the normalized rows and the weight, which autograd keeps anyway, for the norm's own
-backward pass. An _Output keeps the same two, not y. It rebuilds y with the operator `forward`, whose bits do not depend
-on how it is called. That reads and writes as many bytes as a kernel without the reduction would, so there is none.
+An output y is a pure function of the normalized rows and the weight, which autograd keeps anyway for the norm's own
+backward pass. An _Output keeps these two instead of y, and recomputes y with the operator `forward`, whose bits do not
+depend on how it is called. There is no special kernel that reads rstd instead of summing again: it would read and write
+as many bytes.
 
-With hooks, torch does not compare versions of saved tensors. These hooks do, and raise the error that torch raises; but
-not where other hooks are active around them, which may keep copies.
+With hooks on saved tensors, torch does not check the versions of those tensors. These hooks do, and raise the same
+error as torch. They do not check if other hooks are active around them, because those may keep copies.
 """
 
 import contextlib
@@ -29,12 +30,12 @@ from torch.nn import Parameter
 from rmsnorm import compat
 
 # Reasons to keep an output.
-_HOOKS = "checkpointing or other hooks on saved tensors have it"
+_HOOKS = "it belongs to a checkpointed region or to other hooks on saved tensors"
 _NO_INPUT = "autograd does not keep its input, because neither x nor the weight requires a gradient"
-_NOT_PLAIN = "it is no plain contiguous tensor"
+_NOT_PLAIN = "it is not a plain contiguous tensor"
 _MODIFIED = "it was modified in place before it was saved"
-_OTHER_FORM = "what was saved has its memory but another dtype or class, or is negated"
-_FREED = "the memory of its weight was freed before it was saved, as FSDP does with a norm that it shards alone"
+_OTHER_FORM = "the saved tensor shares its memory but has another dtype or class, or is negated"
+_FREED = "the norm's weight was freed before the output was saved, as FSDP does if the norm is a unit of its own"
 _HELD = "something else held it when the forward pass ended"
 
 
@@ -43,11 +44,11 @@ class Recomputation:
     """What became of the norm outputs of one forward pass under `recompute`.
 
     Attributes:
-        outputs: How many norm outputs there were, of calls that autograd recorded or could have recorded.
-        dropped: How many of them the backward pass needs but nothing keeps. They are rebuilt.
+        outputs: How many norm outputs there were, counting only calls with gradients enabled.
+        dropped: How many of them the backward pass needs but nothing keeps. They are recomputed.
         dropped_bytes: The bytes of those outputs.
-        kept: How many of them something keeps, by reason. Outputs that no operator saves are in neither count.
-        rebuilt: How many times an output was rebuilt so far.
+        kept: How many of them are kept, by reason. Outputs that no operator saves are neither dropped nor kept.
+        rebuilt: How many times an output was recomputed so far.
         why_inactive: Why the whole forward pass ran without recomputation; "" if it did not.
 
     Example:
@@ -78,7 +79,7 @@ class Recomputation:
 
 
 class _Call(NamedTuple):
-    """How to compute an output again: the packed arguments of the operator, and what unpacks them."""
+    """How to recompute an output: the packed arguments of the operator, and the function that unpacks them."""
 
     rows: Any
     w: Any
@@ -96,15 +97,17 @@ class _Call(NamedTuple):
 
 
 class _Output:
-    """An output y that the tensors saved of it do not keep.
+    """A norm output y that is not kept; a _View replaces each tensor that operators save of it.
 
-    A rebuilt y is cached until each view that is still alive has asked for it once.
+    A recomputed y is cached until each view that is still alive has asked for it once.
     """
 
-    lock = threading.RLock()  # reentrant: a view may be destroyed at any time, also in a thread that holds it
+    lock = threading.RLock()  # reentrant: a view may be destroyed at any time, even in a thread that holds the lock
 
     def __init__(self, y: Tensor, w: Tensor | None, call: _Call, result: Recomputation, is_checked: bool) -> None:
-        self.storage = compat.StorageWeakRef(y.untyped_storage())  # its address is not used again while this is alive
+        self.storage = compat.StorageWeakRef(
+            y.untyped_storage()
+        )  # while this is alive, no other storage gets the same address
         self.dtype, self.nbytes, self.gpu = y.dtype, y.nbytes, y.device.index if y.is_cuda else None
         self.counter, self.version = _version_counter_of(y) if is_checked else None, y._version
         self.w, self.call, self.result = w, call, result
@@ -114,7 +117,7 @@ class _Output:
         self.cached_for: tuple[int | None, int] = (None, 0)  # the stream, and the version of what is cached
 
     def view(self, t: Tensor) -> "_View | None":
-        """Stands for t, which has the storage of y, if y can be rebuilt as it is now; else None."""
+        """A replacement for t, which has the storage of y; None if y as it is now cannot be recomputed."""
         if t._version != self.version:
             self.reason = _MODIFIED
         elif t.dtype is not self.dtype or type(t) not in (Tensor, Parameter) or t.is_neg():
@@ -133,7 +136,7 @@ class _Output:
             _check_version(self.counter, self.version, view.size)
         stream = None if self.gpu is None else compat.raw_stream(self.gpu)
         y = self.cached
-        if y is None or self.cached_for[0] != stream:  # without synchronization, another stream cannot use it
+        if y is None or self.cached_for[0] != stream:  # another stream cannot use it without synchronization
             y = self.call.run()
             with self.lock:
                 self.result.rebuilt += 1
@@ -148,7 +151,7 @@ class _Output:
         return y
 
     def leave(self, view: "_View") -> None:
-        """Count the view no longer: it is being destroyed."""
+        """Stop counting a view that is being destroyed."""
         with self.lock:
             self.views -= 1
             self.served -= view.turn == self.turn
@@ -159,7 +162,7 @@ class _Output:
             self.cached, self.served, self.turn = None, 0, self.turn + 1
 
     def tally(self) -> None:
-        """Enter in the result what became of y, once it can be saved no more."""
+        """Add y to the counts of the result, once no operator can save it any more."""
         self.w = None
         if not self.reason and not self.storage.expired():
             self.reason = _HELD
@@ -171,7 +174,7 @@ class _Output:
 
 
 class _View:
-    """Stands for a saved tensor, which is an output or a view of one."""
+    """Replaces a saved tensor that is a norm output or a view of one."""
 
     __slots__ = ("offset", "output", "size", "stride", "turn")
 
@@ -223,7 +226,9 @@ class _Pass:
     def __init__(self, outer: tuple[Any, Any] | None) -> None:
         self.result = Recomputation()
         self.outputs: dict[int, _Output] = {}
-        self.recent: deque[tuple[Tensor, Any]] = deque(maxlen=3)  # what the norm itself saved last; with outer hooks
+        self.recent: deque[tuple[Tensor, Any]] = deque(
+            maxlen=3
+        )  # with outer hooks: the last tensors that were saved, such as the norm's own
         self.pack: Callable[[Tensor], Any] = _pack_into(self.outputs)
         self.unpack: Callable[[Any], Tensor] = _unpack
         if outer is not None:
@@ -231,14 +236,14 @@ class _Pass:
         self.is_chained = outer is not None
 
     def packed(self, t: Tensor) -> Any:
-        """What the hooks made of t when the norm saved it; None if they did not see it."""
+        """What the pack hook returned for t when the norm saved it; None if it did not get t."""
         if not self.is_chained:
-            return self.pack(t)  # which costs nothing a second time
+            return self.pack(t)  # a second call costs almost nothing
         view = _view_in(self.outputs, t)
         return view or next((packed for saved, packed in self.recent if _is_same(saved, t)), None)
 
     def sweep(self, everything: bool = False) -> None:
-        """Forget the outputs whose memory was freed, or all."""
+        """Forget the outputs whose memory was freed, or all outputs."""
         self.recent.clear()
         for key, output in list(self.outputs.items()):
             if everything or output.storage.expired():
@@ -250,7 +255,7 @@ def _pack_into(outputs: dict[int, _Output]) -> Callable[[Tensor], Any]:
     def pack(t: Tensor) -> Any:
         if outputs and (view := _view_in(outputs, t)) is not None:
             return view
-        # A tensor that its own operator saves would keep itself alive, through its grad_fn; detached it does not.
+        # A tensor that its own operator saves would keep itself alive through its grad_fn, so it is detached.
         return (t if t.is_leaf else t.detach()), t._version
 
     return pack
@@ -311,24 +316,24 @@ open_passes = 0  # in all threads; norms call `note` only if there is one
 
 @contextlib.contextmanager
 def recompute() -> Iterator[Recomputation]:
-    """Keep no norm outputs for the backward pass within a `with` statement; rebuild them there, with the same bits.
+    """Recompute norm outputs in the backward pass, with the same bits, instead of keeping them: a context.
 
-    Put it around the forward pass. What multiplies a norm's output next (q, k and v, or gate and up) saves it for the
-    backward pass, although it can be computed again from the norm's input and weight, which autograd keeps anyway.
-    Here such an output is left out. The backward pass rebuilds it for the first operator that asks, and frees it after
-    the last. It costs one more forward call of the norm; gradients are the same, bit for bit.
+    Run the forward pass in it. Autograd keeps the output of a norm for the matrix multiplications that read it (q, k
+    and v, or gate and up), although it can be recomputed from the norm's input and weight, which autograd keeps anyway.
+    In this context the output is not kept. The backward pass recomputes it when the first operator needs it, and frees
+    it after the last one has used it. This costs one more forward call of the norm; no bit of a gradient changes.
 
     This is a context, not an argument of layers, because the operators that read an output decide whether it is kept,
     and a layer does not see them. `patch(model, recompute=True)` runs the model's forward in this context.
 
-    It covers `rms_norm`, `add_rms_norm`, the layers of this package and patched norms, in eager mode and in the thread
-    that enters it. Outputs that cannot be rebuilt are kept, and counted by reason. Other hooks on saved tensors work
-    within it and around it: those around it get everything but norm outputs. A context within a checkpoint does
-    nothing, and neither does a checkpoint's region lose anything within a context: it keeps no outputs anyway.
+    It covers `rms_norm`, `add_rms_norm`, the layers of this package and replaced norms, in eager mode and in the thread
+    that enters it. Outputs that cannot be recomputed are kept, and counted by reason. Other hooks on saved tensors work
+    inside and around the context; those around it get everything but norm outputs. The context does nothing inside a
+    checkpointed region, and leaves checkpointed regions inside it alone, because those keep no outputs anyway.
 
     Returns:
-        A context manager that gives the counts. They are complete when the statement ends; `rebuilt` grows during the
-        backward pass.
+        A context manager that yields the counts. They are complete when the `with` statement ends, except `rebuilt`,
+        which grows during the backward pass.
 
     Example:
         >>> model = torch.nn.Sequential(rmsnorm.RMSNorm(8), torch.nn.Linear(8, 8))
@@ -359,13 +364,13 @@ def recompute() -> Iterator[Recomputation]:
 
 def _why_inactive(outer: tuple[Any, Any] | None) -> str:
     if is_compiling():
-        return "it is being compiled"
+        return "the forward pass is being compiled"
     if compat.transforms_active() or compat.is_tracing():
-        return "it is under a transform of torch.func, or traced by torch.jit"
+        return "the forward pass is under a transform of torch.func, or traced by torch.jit"
     if compat.in_backward():
-        return "it runs within a backward pass, as reentrant checkpointing does"
+        return "the forward pass runs within a backward pass, as in reentrant checkpointing"
     if outer is not None and getattr(outer[0], "__module__", None) == "torch.utils.checkpoint":
-        return "it is checkpointed"
+        return "the forward pass is checkpointed"
     if outer is compat.UNKNOWN_HOOKS:
         return "this version of torch does not say which hooks on saved tensors are active"
     try:
@@ -382,15 +387,15 @@ def _count(change: int) -> None:
 
 
 def note(y: Tensor, rows: Tensor, w: Tensor | None, eps: float, cast: str, offset: float) -> None:
-    """Make y, the norm of these rows, known to the context that is active in this thread, if there is one.
+    """Register y, the norm of these rows, with the context that is active in this thread, if there is one.
 
     Args:
         y: The output.
         rows: What was normalized, as the norm's own backward pass keeps it: x, or the sum of x and the residual.
         w: The weight.
-        eps: As of the call, like the following.
-        cast: See eps.
-        offset: See eps.
+        eps: As the norm was called.
+        cast: As the norm was called.
+        offset: As the norm was called.
     """
     if not _thread.passes or not torch.is_grad_enabled():
         return

@@ -11,19 +11,19 @@ FORWARD = torch.ops.rmsnorm.forward.default
 BACKWARD = torch.ops.rmsnorm.backward.default
 BACKWARD_OF_SUM = torch.ops.rmsnorm.backward_of_sum.default
 
-# Metadata of a node that describes the values it computed or read, which are others after it was replaced.
+# Metadata that describes the values which a node computed or read. It is no longer right after the node was replaced.
 _OF_OTHER_VALUES = "tensor_meta", "eager_input_vals"
 
 
 class Edit:
-    """Rewrites a graph and knows the order of its nodes: a new call must follow all that it reads."""
+    """Rewrites a graph and knows the order of its nodes, because a new call must come after all nodes that it reads."""
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
         self._place: dict[Node, float] = {node: i for i, node in enumerate(graph.nodes)}
 
     def call(self, before: Node, target: Any, args: tuple[Any, ...], of: Node) -> Node:
-        """Insert a call before a node, with the metadata of the node `of`."""
+        """Insert a call in front of the node `before`, with the metadata of the node `of`."""
         with self._graph.inserting_before(before):
             node: Node = self._graph.call_function(target, args)
         self._place[node] = self._place[before] - 0.5
@@ -54,7 +54,7 @@ class Edit:
 
 
 def arguments(node: Node) -> tuple[Any, ...]:
-    """The arguments of a node, without the union of all types that they could have."""
+    """The arguments of a node, typed Any instead of the union of all types that they could have."""
     return node.args
 
 

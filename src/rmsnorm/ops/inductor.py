@@ -1,8 +1,8 @@
 """Lets Inductor run the rewritings of recomputation.py and residual_fusion.py.
 
-The pass is installed while torch.compile or torch.export traces a norm that asks for it, in the thread that compiles:
-Inductor's configuration belongs to a thread, and anything may have replaced the pass since the last trace. Importing
-this module imports Inductor, which takes seconds, so only a trace and `unpatch` do.
+The pass is installed in the thread that compiles, when torch.compile or torch.export traces a norm that requests it:
+Inductor's configuration belongs to a thread, and other code may have replaced the pass since the last trace. Importing
+this module imports Inductor, which takes seconds, so it is imported only while a norm is traced.
 """
 
 import functools
@@ -23,14 +23,14 @@ def rewrite(graph: Graph) -> None:
     recomputation.recompute_outputs(graph)
     residual_fusion.fuse(graph)
     for node in graph.find_nodes(op="call_function", target=graphs.FORWARD):
-        node.kwargs = {}  # the hints have served, and a call is faster without them
+        node.kwargs = {}  # the hints are not needed any more, and a call is faster without them
 
 
 class NormPass(CustomGraphPass):
-    """The pass, behind what the user or another library had set in Inductor's slot for it.
+    """Our graph pass, which runs after the passes that the user or another library had set in Inductor's slot.
 
     Args:
-        before: The earlier value of the slot: a pass, since torch 2.13 also a list of passes, or None.
+        before: The earlier value of the slot: None, a pass, or since torch 2.13 a list of passes.
     """
 
     def __init__(self, before: Any) -> None:
@@ -55,7 +55,7 @@ class NormPass(CustomGraphPass):
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile calls it while it traces
 def install_pass() -> bool:
-    """Put the pass in Inductor's slot for this thread, behind what is there, if it is not there yet."""
+    """Put the pass in Inductor's slot for this thread, after existing passes, if it is not there yet."""
     if not isinstance(config.joint_custom_post_pass, NormPass):
         config.joint_custom_post_pass = NormPass(config.joint_custom_post_pass)
     return True

@@ -189,11 +189,11 @@ def _differentiated(*args: Any) -> bool:
 
 
 def _refuse_transforms(name: str) -> None:
-    """Raise RuntimeError under torch.func, which does not let an operator call an autograd function of Python."""
+    """Raise RuntimeError under torch.func, where an operator cannot call an autograd function written in Python."""
     if compat.transforms_active():
         raise RuntimeError(
             f"[torch.ops.rmsnorm.{name}] torch.func cannot differentiate the operator itself: "
-            "call rmsnorm.rms_norm or rmsnorm.add_rms_norm in its place"
+            "call rmsnorm.rms_norm or rmsnorm.add_rms_norm instead"
         )
 
 
@@ -224,7 +224,7 @@ def _autograd_backward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _autograd_backward_of_sum(dy: list[Tensor], *args: Any) -> tuple[Tensor, ...]:
-    """Only passes of torch.compile make this call, in graphs that autograd has been through already."""
+    """Raise if a gradient is needed: only passes of torch.compile call the operator, in graphs of a backward pass."""
     if _differentiated(*dy, *args):
         raise RuntimeError(
             "rmsnorm::backward_of_sum cannot be differentiated: call rmsnorm::backward, or this one under torch.no_grad"

@@ -1,4 +1,4 @@
-"""The operators in plain torch, for programs that run without this package: ONNX, and what `decompositions` is for.
+"""The operators in plain torch, for programs that run without this package: ONNX, and decomposed exported programs.
 
 The statistic is *published* (see `Spec`): the programs compute what the published classes compute.
 """
@@ -17,7 +17,7 @@ def plain_forward(
     x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: Cast, offset: float, with_rstd: bool,
     **hints: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As the operator `forward`, but with the statistic *published* and in operators of torch that keep autograd."""
+    """As the operator `forward`, but with the *published* statistic, in operators that autograd can differentiate."""
     s = None if residual is None else (x + residual).contiguous()
     rows = x if s is None else s
     rstd = reference.published_rstd(rows, eps)
@@ -34,15 +34,15 @@ def _plain_backward(
 
 
 def decompositions() -> dict[Any, Callable[..., tuple[Tensor, ...]]]:
-    """The table that replaces this package's operators by operators of torch, for programs that run without it.
+    """Return the decompositions of this package's operators into torch's, for programs that run without the package.
 
-    An exported program holds each norm as one operator of this package. Where the package cannot be imported (a C++
-    server, another runtime), decompose the program first. It then computes what the published classes compute: the
-    mean in fp32, wherever that program's compiler rounds, and no longer the same bits on every device.
+    An exported program holds each norm as one operator of this package. If the program is to run where the package
+    cannot be imported (a C++ server, another runtime), decompose it first. It then computes what the published classes
+    compute, with the mean in fp32. Its compiler decides where to round, so the bits are not the same on every device.
 
     Returns:
-        A new dict from operator to function, for `torch.export.ExportedProgram.run_decompositions`, which you may
-        merge with others, and for any other `decomposition_table` of torch.
+        A new dict from operator to function, for `torch.export.ExportedProgram.run_decompositions` and for any other
+        `decomposition_table` of torch. It can be merged with other tables.
 
     Example:
         >>> layer = rmsnorm.RMSNorm(8)

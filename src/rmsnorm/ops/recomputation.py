@@ -1,10 +1,10 @@
-"""Lets the backward pass of a graph that torch.compile has made compute the outputs of norms again.
+"""Recomputes norm outputs in the backward pass of a graph that torch.compile has made.
 
     y = forward(x);  y @ a;  dz @ y              ->  y = forward(x);  y @ a;  again = forward(x);  dz @ again
 
-The backward pass then reads y from a second call instead of keeping it. The call needs x and the weight, which the
-norm's own backward pass keeps anyway, and gives the same bits. It carries the mark by which activation checkpointing
-tells torch's partitioner to run a node in the backward pass. inductor.py runs this.
+The backward pass then reads y from a second call, so y is not kept. The call needs x and the weight, which are kept for
+the norm's own backward pass anyway, and gives the same bits. It carries the metadata that activation checkpointing uses
+to make torch's partitioner run a node in the backward pass. inductor.py runs this.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,7 +28,7 @@ def recompute_outputs(graph: Graph) -> int:
     """Recompute the outputs of norms that were traced with `recompute`, where the backward pass reads them.
 
     Returns:
-        How many outputs the backward pass computes again.
+        How many outputs the backward pass recomputes.
     """
     norms = [node for node in graph.find_nodes(op="call_function", target=FORWARD) if node.kwargs.get("recompute")]
     backward = _reachable(node for node in graph.nodes if node.op == "placeholder" and "tangents" in str(node.target))
@@ -37,7 +37,7 @@ def recompute_outputs(graph: Graph) -> int:
 
 
 def _recompute(edit: Edit, norm: Node, backward: set[Node]) -> bool:
-    """Give the readers of y in the backward pass the output of a second call. Returns whether there are any."""
+    """Let the readers of y in the backward pass read a second call. Returns whether there are such readers."""
     if norm in backward or "recompute" in norm.meta:  # activation checkpointing decides about this norm
         return False
     x, residual, w, eps, cast, offset, _ = arguments(norm)
@@ -48,7 +48,7 @@ def _recompute(edit: Edit, norm: Node, backward: set[Node]) -> bool:
     views = [y, *_views_of(y, backward)]
     readers = [(view, user) for view in views for user in view.users if user in backward]
     if not readers or any(user.op == "output" for view in views for user in view.users):
-        return False  # the graph returns y, so that something else keeps it
+        return False  # the graph returns y, so its caller may keep it
     place = edit.first(user for _, user in readers)
     again = edit.call(place, FORWARD, (rows, None, w, eps, cast, offset, False), norm)
     copies = {y: edit.output(place, again, 0, y)}
@@ -64,7 +64,7 @@ def _recompute(edit: Edit, norm: Node, backward: set[Node]) -> bool:
 
 
 def _views_of(node: Node, backward: set[Node]) -> Iterator[Node]:
-    """The views of a node that the forward pass makes, each after the one that it views."""
+    """The views of a node in the forward pass, each after the node that it views."""
     for user in node.users:
         if user.target in _VIEWS and user not in backward and user.args[0] is node:
             yield user
@@ -72,7 +72,7 @@ def _views_of(node: Node, backward: set[Node]) -> Iterator[Node]:
 
 
 def _reachable(nodes: Iterable[Node]) -> set[Node]:
-    """The nodes that depend on these, without the graph's output."""
+    """The nodes that depend on these, except the graph's output."""
     found: set[Node] = set()
     waiting = list(nodes)
     while waiting:

@@ -3,9 +3,9 @@
     s = a + b;  y = forward(s)                       ->  y, s = forward(a, b)
     dy = a + b + c;  dx = backward(dy);  dx + ds     ->  dx + ds = backward_of_sum([a, b, c], ds)
 
-Every rewriting keeps the bits that the graph has in eager mode: the fused operators round after each addition, as the
-separate additions do. It matches our own operators, which no release of torch decomposes, in the joint graph of the
-forward and the backward pass, or in the graph of an inference. inductor.py runs it.
+No rewriting changes the bits that eager mode gives: the fused operators round after each addition, as the separate
+additions do. The pass matches our own operators, which no release of torch decomposes, in the joint graph of forward
+and backward pass, or in the graph of a forward pass without gradients. inductor.py runs it.
 """
 
 import operator
@@ -24,19 +24,19 @@ _ADD = torch.ops.aten.add.Tensor
 _VIEW = torch.ops.aten.view.default
 _VIEWS = _VIEW, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default
 
-# Metadata by which activation checkpointing says what the backward pass computes again.
+# Metadata with which activation checkpointing says what the backward pass recomputes.
 _CHECKPOINTING = "recompute", "ac_graph_id"
 
 
 class Fused(NamedTuple):
-    """How many norms a graph now computes together with additions, in each direction."""
+    """How many norms of a graph were fused with additions, in the forward and in the backward pass."""
 
     forward: int
     backward: int
 
 
 def fuse(graph: Graph) -> Fused:
-    """Fuse the norms of a graph, in place, that were traced with `fuse_residual`."""
+    """Fuse, in place, the norms of a graph that were traced with `fuse_residual`."""
     edit = Edit(graph)
     # Backward first: it finds the forward call of a norm by its rstd, which fusing the forward call may reshape.
     backward = sum(_fuse_backward(edit, node) for node in graph.find_nodes(op="call_function", target=BACKWARD))
@@ -102,7 +102,7 @@ def _fuse_backward(edit: Edit, norm: Node) -> bool:
 
 
 class _Addition(NamedTuple):
-    """An addition to dx, which may lie behind a view of dx."""
+    """An addition to dx or to a view of dx."""
 
     dx: Node
     view: Node | None
@@ -127,7 +127,7 @@ def _addition_after(found: Sequence[tuple[int, Node]], x: Node) -> _Addition | N
 
 
 def _summands(dy: Node) -> list[Node]:
-    """The tensors whose sum is dy: three, two, or dy alone, if it is no sum or better stays with its summands."""
+    """The two or three tensors whose sum is dy; dy alone if it is not a sum, or if Inductor should compute the sum."""
     if not _is_sum_used_once(dy):
         return [dy]
     a, b = summands = list(arguments(dy))
@@ -154,13 +154,13 @@ def _source(node: Node) -> Node:
 
 
 def _only_user(node: Node) -> Node | None:
-    """The node's user if it has one that reads it once; None if it has more."""
+    """The only user of a node, if it reads the node once; otherwise None."""
     users = list(node.users)
     return users[0] if len(users) == 1 and users[0].all_input_nodes.count(node) == 1 else None
 
 
 def _is_sum(node: Node) -> bool:
-    """Whether a node adds two tensors of one shape and one dtype of the kernels, with a contiguous result."""
+    """Whether a node adds two tensors of the same shape and dtype, which kernels support, to a contiguous result."""
     if node.target is not _ADD or len(arguments(node)) != 2 or node.kwargs:
         return False
     values: list[Any] = [n.meta.get("val") if isinstance(n, Node) else None for n in (node, *arguments(node))]
@@ -197,15 +197,15 @@ def _is_dense(t: Tensor) -> bool:
 
 
 def _are_rows_of(viewed: Node, node: Node) -> bool:
-    """Whether a view has the same rows, of the last dimension, as the tensor that it views."""
+    """Whether a view has the same rows (last dimension) as the tensor that it views."""
     a, b = viewed.meta["val"], node.meta["val"]
     return a.dim() > 0 and b.dim() > 0 and statically_known_true(a.shape[-1] == b.shape[-1])
 
 
 def _is_fused_by_inductor(operand: Node) -> bool:
-    """Whether Inductor computes an operand in the kernel of the addition, if the addition stays there.
+    """Whether Inductor would compute an operand in the same kernel as the addition, if the addition stays separate.
 
-    That saves one write and one read of the operand, more than fusing the addition with the norm.
+    That saves one write and one read of the operand, which is more than fusing the addition with the norm saves.
     """
     source = _source(operand)
     pointwise = isinstance(source.target, torch._ops.OpOverload) and torch.Tag.pointwise in source.target.tags

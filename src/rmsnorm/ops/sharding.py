@@ -34,7 +34,7 @@ Layout = tuple[Placement, ...]
 
 
 def is_sharded_by_columns(x: Any, residual: Any, w: Any) -> bool | None:
-    """Whether the rows of these DTensors are spread over ranks, for `rmsnorm.explain`; None if there is no DTensor."""
+    """Whether each row of these DTensors is spread over several ranks, for `explain`; None if there is no DTensor."""
     if not any(isinstance(t, DTensor) for t in (x, residual, w)):
         return None
     return Shard(x.dim() - 1) in _layout("explain", x, residual, w)

@@ -97,7 +97,7 @@ def _changes_under_autocast(probe: Probe, spec: Spec) -> bool:
 
 
 def _keeps_memory_order(probe: Probe, ranks: frozenset[int]) -> bool:
-    """Whether the output has its dimensions in memory in the order of the input's, wherever that is not the usual."""
+    """Whether the output of a permuted input has its dimensions in memory in the same order as the input."""
     kept = set()
     for dtype, layout, leading in itertools.product(TRAINING_DTYPES, PERMUTED_LAYOUTS, ((3, 2), (2, 3, 4))):
         if probe.normalized_dims + len(leading) not in ranks:

@@ -1,4 +1,4 @@
-"""Says in words how an expression differs from every RMSNorm that is supported, for the usual differences."""
+"""Says how an expression differs from every supported RMSNorm, if the difference is a common one."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ _IN_16_BITS = (torch.bfloat16, torch.float16)
 
 
 def difference(found: Node) -> str | None:
-    """The difference of a norm's expression; None if it is not a usual one."""
+    """How a norm's expression differs from an RMSNorm; None if the difference is not a common one."""
     every = list(nodes(found))
     roots = [node for node in every if node.op in _ROOTS]
     if not roots:
@@ -27,7 +27,7 @@ def _differences(every: list[Node], roots: list[Node]) -> Iterator[str | None]:
 
 
 def _of_statistic(root: Node) -> str | None:
-    """What is unusual below a root."""
+    """What is unusual in the operand of a root."""
     statistic = _without_eps(root)
     if statistic.op == "sum":
         return "it takes the sum of the squares, not their mean"
@@ -57,7 +57,7 @@ def _of_rounding(node: Node) -> str | None:
 
 
 def _without_eps(root: Node) -> Node:
-    """What is below the root, without the number that is added."""
+    """The operand of a root, without the number that is added to it."""
     below = _uncast(root.args[0])
     if below.op == "add":
         terms = [a for a in below.args if isinstance(a, Node)]

@@ -34,7 +34,7 @@ def why_ineligible(cls: type[nn.Module], module: nn.Module) -> str | None:
     held = {name for name, value in {**module._parameters, **module._modules}.items() if value is not None}
     if others := sorted(held - {"weight"}):
         if len(held) == 1:
-            return f"it holds {others[0]}, not a weight of that name"
+            return f"it holds {others[0]} in place of an attribute named weight"
         return f"it holds more than a weight: {', '.join(others)}"
     if module._modules.get("weight") is not None:
         return "its weight is a submodule"

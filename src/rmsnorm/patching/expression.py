@@ -198,7 +198,7 @@ class Operators(TorchDispatchMode):
         return self._terms[id(t)]
 
     def _as_layer_norm(self, name: str, args: tuple[Any, ...]) -> str:
-        """Says so if the operator is one by which LayerNorm differs from RMSNorm."""
+        """Says so if the operator belongs to LayerNorm but not to RMSNorm; "" if not."""
         terms = [self._terms.get(id(a)) for a in args]
         if name.startswith("sub") and any(term is not None and term.op == "mean" for term in terms[1:]):
             return ": it subtracts the mean, as LayerNorm does"

@@ -26,7 +26,7 @@ def why_class_is_fixed(module: nn.Module) -> str | None:
 
 
 def why_model_is_too_late(module: nn.Module) -> str | None:
-    """What was done to a model that has to be done after `patch(model, recompute=True)`; None if nothing was."""
+    """Why it is too late for `patch(model, recompute=True)`, which had to come first; None if it is not."""
     if (why := why_class_is_fixed(module)) is not None:
         return f"{why}; {ORDER}, or use the context rmsnorm.recompute()"
     if (function := _forward_on_instance(module)) is not None:

@@ -48,20 +48,21 @@ def patch(model: nn.Module, *, strict: bool = True, fuse_residual: bool = True, 
         model: The model, or any part of it.
         strict: If False, `patch` also replaces norms that compute the mean or the rsqrt in another way than the
             published classes do, such as with `1 / sqrt`. Some more of their outputs change.
-        fuse_residual: Whether torch.compile fuses an addition whose result a norm of the model normalizes, such as
-            `hidden = residual + hidden`, with that norm, in the forward and in the backward pass; the bits stay. It
-            has no effect in eager mode, where the addition and the norm are separate calls of the model's own code.
-        recompute: Whether the backward pass computes the outputs of norms again, with the same bits, instead of keeping
-            them: the forward of `model` runs in the context `rmsnorm.recompute()`, which describes it. A call of a
-            part of the model does not; use the context there.
+        fuse_residual: Whether torch.compile fuses residual additions, such as `hidden = residual + hidden`, with the
+            norms that follow them, in the forward and in the backward pass, without changing a bit. It has no effect
+            in eager mode, where the model's own code makes the addition and the norm as separate calls.
+        recompute: Whether norm outputs are not kept for the backward pass, which recomputes them with the same bits.
+            The forward of `model` then runs in the context `rmsnorm.recompute()`; see there. If you call only a part
+            of the model, use the context yourself.
 
     Returns:
         What was replaced and what it changes, and what was not replaced and why. Print it.
 
     Raises:
-        TypeError: If `model` is not a torch.nn.Module, or another argument no bool.
-        RuntimeError: If FSDP or tensor parallelism has sharded a norm already, or if another library has replaced the
-            forward of a norm, or with recompute=True of the model (accelerate may). The model is not changed then.
+        TypeError: If `model` is not a torch.nn.Module, or another argument is not a bool.
+        RuntimeError: If FSDP or tensor parallelism has sharded a norm already, or if another library, such as
+            accelerate, has replaced the forward of a norm or, with recompute=True, of the model. The model is not
+            changed then.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.RMSNorm(64, eps=1e-6))
@@ -101,7 +102,7 @@ def patch(model: nn.Module, *, strict: bool = True, fuse_residual: bool = True, 
     if late is not None:
         raise RuntimeError(f"[patch] with recompute={recompute}, the model {late}")
     verdicts = [_replace(name, module, proof, hints) for name, module, proof in norms]
-    if rule_of(whole) is None:  # a norm alone has no part that saves its output
+    if rule_of(whole) is None:  # if the model is a single norm, no part of it reads the output
         set_recomputing(whole, recompute)
     return PatchReport.of_model(verdicts, skipped, hints, whole, [module for _, module, _ in norms])
 
@@ -136,7 +137,7 @@ def unpatch(model: nn.Module) -> UnpatchReport:
     recompute = any(is_recomputing(module) for _, module in patched)
     for _, module in patched:
         set_class(module, original_class(module))
-    inductor = sys.modules.get("rmsnorm.ops.inductor")  # imported when a patched norm is compiled
+    inductor = sys.modules.get("rmsnorm.ops.inductor")  # imported when a replaced norm is compiled
     if inductor is not None:
         inductor.remove_pass()  # another patched model installs it again when it is compiled
     return UnpatchReport(tuple(norms), recompute)
@@ -161,7 +162,9 @@ def _proof_of(module: nn.Module, strict: bool, hints: Hints, proofs: dict[Any, P
         if key not in proofs:
             proof = prove(cls, module, strict)
             if proof.rule is not None:
-                replacement_class(cls, proof.rule, hints)  # which must not fail later, when other norms are replaced
+                replacement_class(
+                    cls, proof.rule, hints
+                )  # here, because it must not fail later, when some norms are replaced already
             proofs[key] = proof
         return proofs[key]
     except Exception as error:  # noqa: BLE001  # one unusual class must not end patch for the other norms
@@ -205,7 +208,7 @@ def _class_for(module: nn.Module, proof: Proof, hints: Hints) -> type[nn.Module]
 
 
 def _is_candidate(module: nn.Module) -> bool:
-    """Whether to prove it: a cheap test, since a model has thousands of modules."""
+    """Whether to prove a module. The test is cheap, because a model has thousands of modules."""
     if isinstance(module, _OURS) or _is_other_torch_module(module):
         return False
     return _is_named_norm(module) or _name_of_eps(module) is not None

@@ -89,8 +89,8 @@ class PatchReport:
     Attributes:
         verdicts: One `Verdict` for each norm, in the order of `named_modules`.
         skipped: The modules that resemble norms but were not considered. The string names them if there is no verdict.
-        fuse_residual: Whether torch.compile fuses these norms with additions before them; eager mode does not.
-        recompute: Whether the backward pass computes the outputs of norms again instead of keeping them.
+        fuse_residual: Whether torch.compile fuses residual additions with these norms; eager mode does not.
+        recompute: Whether the backward pass recomputes norm outputs, so that they are not kept.
 
     Example:
         >>> report = rmsnorm.patch(torch.nn.Sequential(torch.nn.RMSNorm(64, eps=1e-6)))
@@ -118,7 +118,7 @@ class PatchReport:
         model: nn.Module,
         modules: Sequence[nn.Module],
     ) -> "PatchReport":
-        """A report that can look at the model, and `check` at the norms; it does not keep them alive."""
+        """A report that does not keep the model and the norms alive, to which `recomputation` and `check` refer."""
         report = cls(tuple(verdicts), tuple(skipped), hints.fuse_residual, hints.recompute)
         object.__setattr__(report, "_model", weakref.ref(model))
         object.__setattr__(report, "_modules", tuple(map(weakref.ref, modules)))
@@ -144,7 +144,7 @@ class PatchReport:
 
     @property
     def recomputation(self) -> Recomputation | None:
-        """What became of the norm outputs of the model's last forward pass, counted (see `rmsnorm.recompute`).
+        """How many norm outputs the model's last forward pass kept, and how many not (see `rmsnorm.recompute`).
 
         None if recompute is False, the model does not exist any more, or the report was copied or pickled.
         """
@@ -177,10 +177,10 @@ class PatchReport:
             lines += [f"  {_line(group)}", *(f"    {v.name}{_figures([v], ': ')}" for v in group)]
         if self.replaced:
             lines.append("  autograd keeps a norm's input itself: write x = x + f(norm(x)), not x += f(norm(x))")
-            compiled = "fuses additions before these norms with them" if self.fuse_residual else "fuses no additions"
+            compiled = "fuses residual additions with these norms" if self.fuse_residual else "fuses no additions"
             lines.append(f"  torch.compile {compiled} (fuse_residual={self.fuse_residual}); eager mode adds separately")
             if self.recompute:
-                lines.append("  the backward pass computes norm outputs again instead of keeping them (recompute=True)")
+                lines.append("  the backward pass recomputes norm outputs, which are not kept for it (recompute=True)")
         return "\n".join(lines)
 
     def _head(self) -> list[str]:
@@ -199,7 +199,7 @@ class UnpatchReport:
 
     Attributes:
         names: The names of the norms whose own class was restored, in the order of `named_modules`.
-        recompute: Whether the model computed norm outputs again in the backward pass, which it does no longer.
+        recompute: Whether the model recomputed norm outputs in the backward pass. It does not any more.
     """
 
     names: tuple[str, ...]

@@ -230,7 +230,7 @@ def _laid_out(x: Tensor, layout: str) -> Tensor:
         return torch.stack([x, x], -1).flatten(-2)[..., ::2]
     if layout == "transposed" and x.dim() > 2:
         return x.transpose(0, 1).contiguous().transpose(0, 1)
-    if layout == "columns first" and x.dim() > 1:  # as a channels-first image whose channels are normalized
+    if layout == "columns first" and x.dim() > 1:  # such as a channels-first image whose channels are normalized
         return x.movedim(-1, 1).contiguous().movedim(1, -1)
     if layout == "expanded" and x.dim() > 1 and x.shape[0] > 0:
         return x[:1].expand(x.shape)

@@ -1,7 +1,7 @@
-"""What `patch(model, recompute=True)` does to the model itself: its forward runs in the context `recompute`.
+"""Makes the forward of a model run in the context `recompute`, for `patch(model, recompute=True)`.
 
-The model gets a class of ours in front of its own, as norms do. Hooks of torch.nn.Module would not serve: PEFT calls
-the model's forward without them, and after a KeyboardInterrupt they would leave the context active.
+The model gets a class of ours in front of its own, as norms do. Hooks of torch.nn.Module would not do, because PEFT
+calls the model's forward without them, and after a KeyboardInterrupt they would leave the context active.
 """
 
 import functools
@@ -16,7 +16,7 @@ from rmsnorm.ops.eager_recomputation import Recomputation, recompute
 from rmsnorm.patching.replacement import ReplacedClass, original_class, set_class
 from rmsnorm.patching.stand_in import put_in_front
 
-# Of the last forward pass of each model. Not attributes of the models, which could be copied and saved.
+# The counts of each model's last forward pass. They are not attributes, which copies and checkpoints would contain.
 _last: "weakref.WeakKeyDictionary[nn.Module, Recomputation]" = weakref.WeakKeyDictionary()
 
 
@@ -38,19 +38,19 @@ def is_recomputing(module: nn.Module) -> bool:
 
 
 def whole_model(model: nn.Module) -> nn.Module:
-    """The model itself where torch.compile has wrapped it."""
+    """The model inside the wrapper of torch.compile, if it has one."""
     return getattr(model, "_orig_mod", model)
 
 
 def set_recomputing(module: nn.Module, recomputes: bool) -> None:
-    """Make the module's forward run in the context, or no more."""
+    """Make the module's forward run in the context, or stop doing so."""
     if is_recomputing(module) != recomputes:
         cls = original_class(module)
         set_class(module, _recomputing_class(cls, cls.forward) if recomputes else cls)  # type: ignore[arg-type]
 
 
 def last_recomputation(module: nn.Module) -> Recomputation:
-    """What became of the norm outputs of the module's last forward pass with gradients, if there was one."""
+    """The counts of the module's last forward pass with gradients; all are 0 if there was none."""
     return _last.get(module, Recomputation())
 
 

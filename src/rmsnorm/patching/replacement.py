@@ -34,7 +34,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def hints_of(module: nn.Module) -> Hints:
-    """What torch.compile may do with the calls of a replaced norm."""
+    """How torch.compile may optimize the calls of a replaced norm."""
     return getattr(type(module), "_rmsnorm_hints", NO_HINTS)
 
 
@@ -52,7 +52,7 @@ class ReplacedClass(InFront):
         """Restores the module's own class for torch.jit.script, which compiles the source code of a forward."""
         module: Any = self
         set_class(module, self._rmsnorm_original)
-        words = f"torch.jit.script restored the own class of {type(module).__name__}"
+        words = f"torch.jit.script gave {type(module).__name__} its own class back"
         warnings.warn(f"[patch] {words}: patch the model again to use it in Python", stacklevel=2)
         return module  # type: ignore[no-any-return]
 
@@ -103,7 +103,7 @@ def _make_class(cls: type[nn.Module], rule: Rule, hints: Hints, own_forward: Cal
 def _with_parameter(
     by_rule: Callable[..., Tensor], parameter: inspect.Parameter, defaults: tuple[Any, ...] | None
 ) -> Callable[..., Tensor]:
-    """The function with the norm's own name for its input, which callers may pass by name and torch.fx reads."""
+    """The function with the norm's own name for its input, which callers may use as a keyword and torch.fx reads."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         return by_rule(self, x)
@@ -143,7 +143,7 @@ def forward_by_rule(rule: Rule, own_forward: Callable[..., Tensor], hints: Hints
     Args:
         rule: What was proven of the norm.
         own_forward: The norm's own forward.
-        hints: What torch.compile may do with its calls.
+        hints: How torch.compile may optimize its calls.
     """
     cast, offset, eps_attribute = rule.cast, rule.offset, rule.eps_attribute
     weighted, shape, ranks, attributes = rule.weighted, rule.normalized_shape, rule.ranks, rule.attributes
@@ -204,12 +204,12 @@ def weight_of(module: Any) -> Any:
 def _memory_order(x: Tensor, rule: Rule) -> list[int] | None:
     """The dimensions of x in the order in which they lie in memory, if the norm's own forward keeps it for y.
 
-    None if it does not, or if it is the usual order, in which our kernels write y.
+    None if the own forward does not keep it, or if it is the usual order, in which our kernels write y.
     """
     if not rule.keeps_memory_order and not (rule.calls_rms_norm and _is_channels_last(x)):
-        return None  # F.rms_norm keeps only this one
+        return None  # F.rms_norm keeps no order but channels last
     strides = x.stride()
-    axes = [axis for axis in range(x.dim()) if x.shape[axis] != 1]  # the others have no place in memory
+    axes = [axis for axis in range(x.dim()) if x.shape[axis] != 1]  # the order of dimensions of size 1 does not matter
     moved = sorted(axes, key=lambda axis: -strides[axis])
     if moved == axes or any(strides[axis] == 0 for axis in axes):
         return None
@@ -303,7 +303,7 @@ def _why_unproven(rule: Rule, x: Any, w: Any) -> str | None:
 
 
 def _why_autocast(rule: Rule, x: Tensor, w: Tensor | None) -> str | None:
-    """Why the proof does not cover this input under autocast; None if autocast is off."""
+    """Why the proof does not cover this input under autocast; None if it does, or if autocast is off."""
     device = x.device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return None
@@ -312,7 +312,7 @@ def _why_autocast(rule: Rule, x: Tensor, w: Tensor | None) -> str | None:
     if not rule.calls_rms_norm or device in compat.RMS_NORM_UNCHANGED_BY_AUTOCAST:
         return None
     if device == "cuda" and x.dtype is torch.float32 and (w is None or w.dtype is torch.float32):
-        return None  # its autocast casts to fp32 and to nothing else
+        return None  # autocast on CUDA casts F.rms_norm to fp32 only, so nothing changes
     return "autocast may cast its input"
 
 

@@ -43,8 +43,9 @@ class Rule:
         own_under_autocast: Whether its own forward runs under autocast.
         calls_rms_norm: Whether it calls F.rms_norm, whose input and weight autocast casts to fp32 on some devices.
             There its own forward runs, unless both are fp32 already.
-        keeps_memory_order: Whether its own output has its dimensions in memory in the order in which its input has
-            them, as torch's elementwise operators do. Otherwise it is contiguous; F.rms_norm keeps channels last.
+        keeps_memory_order: Whether the output of its own forward has its dimensions in memory in the same order as the
+            input, as with torch's elementwise operators. Otherwise that output is contiguous, except that F.rms_norm
+            keeps channels last.
         ranks: The numbers of dimensions of an input for which it was proven; for others its own forward runs.
         attributes: The attributes that its forward reads, and their values when it was proven. If one has changed, its
             own forward runs.

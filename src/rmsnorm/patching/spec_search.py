@@ -72,7 +72,7 @@ def _more(
     probe: Probe, loosely: bool, state: State, shape: tuple[int, ...], seen: Observation, x: Tensor, w: Tensor | None,
     candidates: list[Spec],
 ) -> str:  # fmt: skip
-    """What else is known of a norm that matches none of the candidates in a state."""
+    """More about why a norm matches none of the candidates in a state."""
     hint = "" if loosely else _hint(probe, seen, x, w, candidates)
     if hint:
         return hint

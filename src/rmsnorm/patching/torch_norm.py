@@ -26,8 +26,8 @@ class TorchRMSNorm(nn.RMSNorm):
 
     torch's own forward runs where x or the weight is float64 (torch computes in fp64 then), where autocast casts x or
     the weight to fp32 (on GPUs), for more than four dimensions in front of the normalized ones, under torch.jit and
-    ONNX export, and for inputs that do not fit, so that the errors are torch's too. `rmsnorm.explain(x, norm)` says
-    which of the two runs, and why.
+    ONNX export, and for inputs of the wrong shape or type, so that the errors are torch's too.
+    `rmsnorm.explain(x, norm)` says which of the two runs, and why.
 
     Args:
         normalized_shape: The sizes of the last dimensions, over which it normalizes; an int for one dimension.

@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path(),
         metavar="FOLDER",
-        help=f"folder for {results.REPORT_FILE}, which is replaced if there is one (default: the current folder)",
+        help=f"folder for {results.REPORT_FILE}, which is overwritten if it exists (default: the current folder)",
     )
     report.add_argument(
         "--tokens", type=_whole_number, default=2048, metavar="N", help="length of the sequence (default: %(default)s)"
@@ -134,7 +134,9 @@ def _parser() -> argparse.ArgumentParser:
         "--seconds", type=_seconds, default=90.0, metavar="S", help="about how long it may take (default: %(default)g)"
     )
     report.add_argument(
-        "--compile", action="store_true", help="compile the steps of the whole model, which takes longer than --seconds"
+        "--compile",
+        action="store_true",
+        help="compile the steps of the whole model; the time of compilation is not limited by --seconds",
     )
     report.add_argument("--all", action="store_true", help="print a row for each norm, not for each kind of norm")
 
@@ -196,7 +198,7 @@ class _Finished:
         ok: Whether all checks passed.
         json: The result as JSON.
         blocks: Makes what is printed.
-        wrote: A file that the verb wrote and whose name is not among the arguments.
+        wrote: A file that the verb wrote, if the arguments do not name it.
     """
 
     ok: bool

@@ -158,8 +158,8 @@ def sample_rounds(
     Args:
         calls: What to time, by name.
         device: Where it runs.
-        fewest: How many rounds there are at least, even if they take longer than `seconds`.
-        most: How many rounds there are at most.
+        fewest: The least number of rounds, even if they take longer than `seconds`.
+        most: The largest number of rounds.
         seconds: The time limit for all rounds together.
 
     Returns:
@@ -204,7 +204,7 @@ _Stopwatch = Callable[[Callable[[], object], int], float]
 
 
 def _stopwatch(device: torch.device, with_host: bool) -> tuple[_Stopwatch, float]:
-    """Return what times a number of calls in a row, and how long a sample must at least be."""
+    """Return a function that times a number of calls in a row, and the least duration of a sample."""
     if device.type != "cuda":
         return _cpu_stopwatch, _SHORTEST_SAMPLE
     if with_host:

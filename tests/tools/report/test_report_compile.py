@@ -31,7 +31,7 @@ def model_fixture(monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> str:
     return "small"
 
 
-def test_compiled_steps_follow_the_rules_of_eager_ones(model: str, tmp_path: Path) -> None:
+def test_compiled_steps_are_measured_like_eager_ones(model: str, tmp_path: Path) -> None:
     result = run_report(model, tmp_path, tokens=16, compiled=True)
     assert result.ok
     assert result.forward is not None
@@ -123,7 +123,7 @@ def test_a_model_that_cannot_be_compiled_still_gets_a_report(
     assert [note.split()[1] for note in notes] == ["forward", "training"]
 
 
-def test_copies_share_the_weights_and_nothing_else(model: str) -> None:
+def test_copies_of_a_model_share_nothing_but_its_weights(model: str) -> None:
     original = loading.PRESETS[model](None).model  # type: ignore[arg-type]
     original.norm.weight.data.uniform_(0.5, 1.5)
     patched = PatchedModel(original, original.device)

@@ -25,7 +25,7 @@ class KernelCache:
     The checksum of a file covers its function, signature, processor, source and versions, so a renamed file is not
     loaded. The files are executed, so both the folder and the file must belong to the user or root.
 
-    fault: why what is compiled is not kept; None if it is.
+    fault: why compiled code is not kept on disk; None if it is.
     """
 
     _waits = True  # whether to wait for other processes that compile; false after one wait timed out
@@ -33,7 +33,7 @@ class KernelCache:
     def __init__(self, function: Callable[..., None]) -> None:
         self._function = function.__qualname__, tuple(cell.cell_contents for cell in function.__closure__ or ())
         self._folder: Path | None = None
-        self.fault: str | None = "this Numba does not let others keep what it compiles"
+        self.fault: str | None = "this version of Numba does not allow others to store what it compiles"
         with self._noting_faults():
             self._folder = _usable_folder()
 
@@ -53,7 +53,7 @@ class KernelCache:
         return found
 
     def _file(self, folder: Path, signature: Any) -> tuple[Path, bytes]:
-        """The path of a signature's file, and what its checksum covers besides the content."""
+        """The path of a signature's file, and the bytes that its checksum covers besides the content."""
         about = repr((self._function, signature, compat.numba_processor())).encode()
         name = f"{self._function[0].split('.')[0]}.{hashlib.sha256(about).hexdigest()[:16]}.nbc"
         return folder / name, _code_version() + about
@@ -108,14 +108,14 @@ def _ignoring_errors() -> Iterator[None]:
 
 @functools.cache
 def _code_version() -> bytes:
-    """What all machine code depends on: the source, and the versions of Numba, llvmlite and Python."""
+    """Identifies what all machine code depends on: the source, and the versions of Numba, llvmlite and Python."""
     versions = numba.__version__, llvmlite.__version__, sys.version
     sources = [Path(__file__).with_name(name).read_bytes() for name in ("kernels.py", "compiling.py")]
     return b"".join(sources) + repr(versions).encode()
 
 
 def _usable_folder() -> Path:
-    """The cache folder, which is made if necessary; then those of earlier versions that nobody uses are removed.
+    """The cache folder, which is made if necessary; then unused folders of other versions are removed.
 
     Raises:
         OSError: If it cannot be made, or another user could write to it.

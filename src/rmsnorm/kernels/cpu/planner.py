@@ -75,14 +75,14 @@ def _sum_kernel(x: torch.dtype, read: _Types, even: bool) -> Any:
     return compiled(sum_chunks, types.float64, _elements(x, read, even)[1])
 
 
-# The most elements that one thread takes alone, 22 to 34 us. Two threads take 0.58 to 0.89 of that time and gain less
-# with fewer elements; but where one gets no core, the call takes 10 to 25 ms (LOG.md, "On a CPU one thread alone").
+# The most elements that one thread processes alone, in 22 to 34 us. Two threads take 0.58 to 0.89 of that time and gain
+# less with fewer elements; if one of them gets no core, a call takes 10 to 25 ms (LOG.md, "On a CPU one thread alone").
 _FORWARD_ALONE, _BACKWARD_ALONE = 1 << 18, 1 << 17
 # The fewest elements of a piece of a shared call, 2 us of work. Measured only together with the change to torch's
-# threads: fp32 of 512 x 1280 132 to 63 us on two threads.
+# threads, which reduced fp32 of 512 x 1280 from 132 to 63 us on two threads.
 _GRAIN = 1 << 14
 # The fewest elements and rows of a partial sum of dw, and the most such sums: each takes 8 bytes a column. Not measured
-# alone; dw has other bits with others.
+# alone. Changing these changes the bits of dw.
 _CHUNK, _MOST_CHUNKS, _FEWEST_ROWS = 1 << 16, 256, 32
 # Bytes from which the C library maps new memory for each tensor; 42 MB cause 10,000 page faults, or 20 with huge pages:
 # fp32 of 8192 x 1280 15.1 to 4.8 ms.

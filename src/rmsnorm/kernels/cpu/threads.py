@@ -40,8 +40,8 @@ class Team:
     """How several threads share M rows; each takes at least `rows` at once.
 
     drain: machine code that processes pieces until none is left; its argument is the address of the array that
-    `MachineCode.run` makes. wait: returns machine code that waits until all pieces are done, or why that cannot be
-    compiled.
+    `MachineCode.run` makes. wait: returns machine code that waits until all pieces are done, or the reason why that
+    cannot be compiled.
     """
 
     M: int

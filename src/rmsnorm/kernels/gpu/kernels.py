@@ -58,7 +58,7 @@ def _cast(h, X: tl.constexpr):
 def rounded_sum(a, b):
     """a + b, rounded to their dtype."""
     if a.dtype == tl.bfloat16:
-        # One instruction for two numbers: a·1 + b. Triton would convert each sum by itself, as in `_cast`.
+        # One instruction for two numbers: a·1 + b. Triton would round each sum separately, as in `_cast`.
         total = tl.inline_asm_elementwise(
             "{ .reg .b32 one; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 $0, $1, one, $2; }",
             "=r,r,r", [a, b], dtype=tl.bfloat16, is_pure=True, pack=2,
@@ -70,7 +70,7 @@ def rounded_sum(a, b):
 
 @triton.jit
 def plus_ds(dx, ds, X: tl.constexpr, ROUND_FIRST: tl.constexpr):
-    """dx plus the gradient that arrives through s; ROUND_FIRST: dx is rounded to the dtype X before."""
+    """dx plus ds, the gradient that arrives through s; ROUND_FIRST: dx is rounded to the dtype X before that."""
     if ROUND_FIRST:
         dx = _cast(dx, X)
     return dx + ds.to(tl.float32)
@@ -251,7 +251,7 @@ def _added(
     row, t, m, n, M, N, sizes, steps,
     STRIDED: tl.constexpr, PARTS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The pieces of `row` plus those that `_load_rows` loads of t, rounded to their dtype."""
+    """The sum of the pieces of `row` and the pieces of t that `_load_rows` loads, rounded to their dtype."""
     other = _load_rows(t, m, n, M, N, sizes, steps, STRIDED, PARTS, PIECES, BLOCK_N)
     total = ()
     for k in tl.static_range(PIECES):
@@ -405,7 +405,7 @@ def sum_gradients(
     dy, dy2, dy3, summed, N, parts, sizes, dy_steps, dy2_steps, dy3_steps,
     STRIDED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N columns of a row of the sum of gradients, for kernels that take only one."""
+    """BLOCK_N columns of a row of the sum of gradients, for kernels that take only one gradient."""
     m, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
     n = part * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.load(dy + row_start(m, sizes, dy_steps, STRIDED) + n, n < N, 0.0)

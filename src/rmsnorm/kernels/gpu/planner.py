@@ -155,7 +155,7 @@ def plan_backward(kind: Backward) -> Plan:
 
 
 def _reads(steps: Mapping[str, tuple[int, int, int]]) -> dict[str, Any]:
-    """The arguments for x and the gradients of y, from the steps of each; None for an absent one and its steps."""
+    """The arguments for x and the gradients of y, from the steps of each; None for an absent gradient and its steps."""
     names = {"dy": _SUMMED if _SUMMED in steps else "dy", "dy2": "dy2", "dy3": "dy3", "x": "x"}
     return names | {f"{argument}_steps": steps.get(name) for argument, name in names.items()}
 
@@ -163,9 +163,9 @@ def _reads(steps: Mapping[str, tuple[int, int, int]]) -> dict[str, Any]:
 def _sum_first(
     dys: dict[str, TensorKind], dtype: torch.dtype, device: int, before: list[Converted], fresh: list[Fresh]
 ) -> tuple[dict[str, TensorKind], list[TritonLaunch]]:
-    """A launch that adds several gradients of y for kernels that take only one; adds to `before` and `fresh`.
+    """A launch that adds several gradients of y for kernels that take only one; extends `before` and `fresh`.
 
-    Returns the sum in place of the gradients, by name, and the launch; none if there are no rows.
+    Returns the sum, by name, which replaces the gradients, and the launch; no launch if there are no rows.
     """
     rows, kinds, converted = find_layout(walk, {name: (kind, dtype) for name, kind in dys.items()})
     before += converted

@@ -4,7 +4,8 @@ The choice does not change any bit of y or dx, because every sum over a row is i
 sums depends on M, N, the dtypes and whether a gradient arrives through s. So dw is the same on every GPU that has room
 for programs that share rows (`ROOM`).
 
-The figures beside tables and thresholds are of an H200; "1.16 to 1.06" is before and after (benchmarks/LOG.md).
+The figures beside tables and thresholds were measured on an H200. "1.16 to 1.06" means before and after a change
+(benchmarks/LOG.md).
 """
 
 import functools
@@ -12,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 # The most columns that one program holds in registers; ptxas reports no spills except a few bytes in a few tiles.
-# Shared between programs instead: add and norm of 16,384 columns 324 to 268 us; fp32 backward of 10,240 columns 1.25 to
-# 1.05 of a copy's time. Not shared: 16 bits backward of 9216 columns 1.16 to 1.06; of 12,288 it would be 1.4.
+# Sharing wider rows between programs: add and norm of 16,384 columns 324 to 268 us; fp32 backward of 10,240 columns
+# 1.25 to 1.05 of a copy's time. Not sharing: 16-bit backward of 9216 columns 1.16 to 1.06; of 12,288 it would be 1.4.
 FORWARD_WIDEST, ADD_WIDEST = 16384, 12288
 BACKWARD_WIDEST = {2: 10240, 4: 8192}  # by itemsize
 UNALIGNED_WIDEST = 8192  # backward, if 16 does not divide N: narrow loads take more registers. Not measured alone
@@ -29,12 +30,12 @@ TILE, MOST_ROWS = 2048, 64
 MULTIPROCESSORS = 132
 # The most numbers in one fp32 partial sum of dw, by the itemsize of dw; the partial sums are added in fp64. With random
 # rounding errors the error grows with the square root of this, far below the rounding of a 16-bit result. At worst it
-# grows in proportion, to half of that rounding in fp16. 1024 and not 64: 16384 x 7168 1.106 to 1.070 of a copy's time.
+# grows in proportion, to half of that rounding in fp16. 64 to 1024: 16384 x 7168 1.106 to 1.070 of a copy's time.
 LONGEST_SUM = {2: 1024, 4: 64}
 # The most columns of a tile of `dw_alone`. Not measured alone.
 COLUMNS = 1024
 # The most programs that share a row: in `sum_of_shares` one lane of a warp reads each share.
-# 262,144 columns backward, read once: 498 to 420 us in bf16, 944 to 557 in fp32.
+# Reading the rows once, 262,144 columns backward: 498 to 420 us in bf16, 944 to 557 in fp32.
 MOST_PARTS = 32
 
 
@@ -168,11 +169,14 @@ _BACKWARD_STAGED = {
         262144: Shared(8, 1024, 8, 1),  # 1.04
     },
 }
-# These serve only rows that the staged kernels do not take. Backward, 2.3 to 4.6 times a copy if 16 does not divide N.
+# These serve only rows that the staged kernels do not take. If 16 does not divide N, the backward pass takes 2.3 to 4.6
+# times as long as a copy.
 _FORWARD_SHARED = {
     2: {
         65536: Shared(4, 1024, 4),  # not measured alone
-        524288: Shared(16, 1024, 4),  # 262,144 columns 196 us with less of a row a program, 179 so
+        524288: Shared(
+            16, 1024, 4
+        ),  # 262,144 columns: 179 us, against 196 with a smaller part of the row for each program
     },
     4: {
         65536: Shared(4, 1024, 4),  # not measured alone
@@ -189,7 +193,7 @@ _BACKWARD_SHARED = {
         262144: Shared(8, 1024, 8),  # not measured alone
     },
 }
-STAGES = 3  # rows that a staged backward program has in shared memory; with four or five 1.6 to 1.7 of a copy's time
+STAGES = 3  # rows that a staged backward program has in shared memory; with 4 or 5 it takes 1.6 to 1.7 of a copy's time
 
 AnyTile = TypeVar("AnyTile")
 
@@ -246,8 +250,8 @@ def forward(N: int, itemsize: int, with_residual: bool, aligned: bool, gpu: Gpu)
         return replace(config, overlap=config.parts > 0 and gpu.capability >= 9)
     if N <= 256:
         block_n, rows = _narrow(N, 4096 // itemsize)
-        # 4096 bytes for two warps, not 2048 numbers for four: 128 columns 1.07 to 1.02 of a copy's time, fp32 1.04 to
-        # 1.01.
+        # 4096 bytes for two warps instead of 2048 numbers for four: 128 columns 1.07 to 1.02 of a copy's time, fp32
+        # 1.04 to 1.01.
         narrow_loads = itemsize == 2 and N % 16 != 0  # which take more registers
         warps = max(1, rows * block_n * itemsize // (1024 if narrow_loads else 2048))
         return Launch(block_n, warps, rows)
@@ -256,16 +260,16 @@ def forward(N: int, itemsize: int, with_residual: bool, aligned: bool, gpu: Gpu)
 
 
 def backward_is_wide(N: int, itemsize: int) -> bool:
-    """Whether the backward pass does not hold whole rows of N numbers of x: programs share each, or one loops over it.
+    """Whether rows of N numbers of x are too wide for a backward program, so that programs share a row or loop over it.
 
-    Its kernels then take only one dy; shared memory has no room for more.
+    The kernels for such rows take only one dy, because shared memory has no room for more.
     """
     widest = BACKWARD_WIDEST[itemsize]
     return (widest if N % 16 == 0 else min(widest, UNALIGNED_WIDEST)) < N
 
 
 def sum_gradients(N: int) -> Launch:
-    """The launch of `sum_gradients`, which adds the gradients of wide rows."""
+    """The launch of the kernel `sum_gradients`, which adds several gradients of y if rows are wide."""
     return Launch(4096, 8, parts=-(-N // 4096))
 
 
@@ -277,8 +281,8 @@ def backward(
     """The launch of the backward pass: a program processes many tiles and accumulates its share of dw over them.
 
     itemsize, dy_itemsize, dw_itemsize: bytes of one number of x and ds, of dy, and of dw (0 if dw is not needed).
-    dys: how many gradients the kernel adds up to dy. ds_apart: whether ds stands for an addition after the backward
-    pass; dw must then have the bits that it has without ds.
+    dys: how many gradients the kernel adds to get dy. ds_apart: whether adding ds replaces a separate addition after
+    the backward pass; dw must then have the bits that it has without ds.
     """
     overlap = gpu.capability >= 9
     longest = LONGEST_SUM.get(dw_itemsize, M)
@@ -333,8 +337,8 @@ def sum_partials(programs: int, N: int, gpu: Gpu) -> Launch:
 
     The more shares there are, the fewer columns a program takes, so that enough programs read them.
     """
-    # 1024 numbers and 4 warps, not 4096 and 8: 512 shares 0.3 us less of 3, 256 0.7, 66 to 175 2 to 3. For few wide
-    # shares 4096 and 8: 262,144 columns 414 to 377 us.
+    # 1024 numbers and 4 warps instead of 4096 and 8: 512 shares 0.3 us less of 3, 256 shares 0.7 us less, 66 to 175
+    # shares 2 to 3 us less. For few wide shares, 4096 and 8 instead: 262,144 columns 414 to 377 us.
     rows = min(max(power_of_two(max(1, programs)) // 4, 8), 128)
     size, warps = (4096, 8) if rows == 8 else (1024, 4)
     return Launch(min(power_of_two(N), size // rows), warps, rows, overlap=gpu.capability >= 9)

@@ -86,15 +86,15 @@ def write(path: str, whole: bytes, mode: int = 0o600) -> None:
 
 # --- folders of machine code ---------------------------------------------------------------------------------
 
-# What these folders hold. Each version of the package has its own, with a hash at the end of its name.
+# The files that these folders hold. Each version of the package has its own folder, whose name ends in a hash.
 _OURS, _NAME = ("*.nbc", "rmsnorm*", f"{_SCRATCH}*"), "(.+[-_])[0-9a-f]{16}"
 _DAY = 24 * 60 * 60
 _UNUSED = 30 * _DAY
 
 
 def mark_used(folder: str | os.PathLike[str]) -> None:
-    """Sets the time of a folder to now, unless it was used today: `remove_unused_beside` leaves it then."""
-    with contextlib.suppress(OSError):  # code can be loaded from a folder that cannot be written, too
+    """Sets a folder's time to now, at most once a day, so that `remove_unused_beside` does not remove it."""
+    with contextlib.suppress(OSError):  # a folder that cannot be written can still be read
         if time.time() - os.stat(folder).st_mtime > _DAY:
             os.utime(folder)
 

@@ -73,8 +73,8 @@ constexpr size_t tensors_before_spec(Pass pass) {
   return pass == Pass::FORWARD ? 3 : 5;
 }
 
-// tensors: x, residual, w; or dy, ds, x, w, rstd, and for a sum dy2 and dy3 if given. Any other absent one is an
-// undefined tensor.
+// tensors: x, residual, w; or dy, ds, x, w, rstd, followed by dy2 and dy3 if a sum has them. Any other absent tensor is
+// undefined.
 struct Call {
   Pass pass;
   Tensors tensors;
@@ -251,8 +251,8 @@ struct Fresh {
     if (value) {
       return at::full(shape, *value, options);
     }
-    // As at::empty, without the way through the dispatcher; unless x has memory of another allocator, which says that
-    // the default one may not be in use.
+    // As at::empty, but without the dispatcher. If the memory of x is from another allocator, the default one may not
+    // be in use, so at::empty chooses.
     auto* allocator = c10::GetAllocator(rows.device().type());
     if (rows.storage().allocator() != allocator) {
       return at::empty(shape, options);
@@ -619,8 +619,8 @@ std::array<Registered*, PASSES> python{};
 
 constexpr size_t ARGUMENTS = 9; // of each operator; the last two of forward are for compilers only
 
-// The call that the operator's arguments on the stack describe; nothing if its spec is unusual (see known_spec), or the
-// number of gradients to add is wrong.
+// The call that the operator's arguments on the stack describe; nothing if its spec is unusual (see known_spec) or the
+// number of gradients to add is invalid.
 std::optional<Call> call_of(Pass pass, torch::jit::Stack& stack) {
   const auto given = torch::jit::last(stack, ARGUMENTS);
   const auto* next = given.begin();
@@ -651,8 +651,8 @@ std::optional<Call> call_of(Pass pass, torch::jit::Stack& stack) {
 }
 
 // An empty tensor in place of an output that was not requested, because a schema cannot declare an optional one. It is
-// what at::empty({0}) returns, without the way through the dispatcher. Each has a storage of its own, because compilers
-// rely on it that outputs do not alias.
+// what at::empty({0}) returns, made without the dispatcher. Each has a storage of its own, because compilers assume
+// that outputs do not alias.
 Tensor no_output(const Tensor& rows) {
   auto* allocator = rows.storage().allocator();
   c10::Storage storage(

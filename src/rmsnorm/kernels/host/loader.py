@@ -186,7 +186,7 @@ def _native_backward_of_sum(
     dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, cast: Cast, offset: float, need_dx: bool,
     need_dw: bool, *more: Tensor,
 ) -> Native | None:  # fmt: skip
-    """As `_native_forward`, for the backward pass of a sum: that of dy and more."""
+    """As `_native_forward`, for `backward_of_sum`, which adds several gradients of y."""
     try:
         check_summed(caller(ds), (dy, *more), ds, x, w, rstd, offset, need_dw)
         spec = Spec(0.0, cast, offset)
@@ -418,8 +418,8 @@ def _open(file: int, target: Path) -> None:
     # This registers kernels for the operators; a call in another thread reads the dispatcher's table without a lock.
     # The Python kernels stay registered for all devices, so none is freed while a call uses it. But an entry is several
     # words: a call that reads it in the nanoseconds in which it is written can see a mix of both kernels and crash.
-    # Calls of rms_norm and add_rms_norm with plain tensors bypass the dispatcher. To exclude it for compiled graphs and
-    # DTensors, call rmsnorm.warmup() before other threads run them, as docs/first-call.md says.
+    # Calls of rms_norm and add_rms_norm with plain tensors bypass the dispatcher. To rule out such a crash for compiled
+    # graphs and DTensors, call rmsnorm.warmup() before other threads run them, as docs/first-call.md says.
     module.begin(_native_forward, _native_backward, _native_backward_of_sum, _check_saved)
     _State.module, norm = module, module.norm
 

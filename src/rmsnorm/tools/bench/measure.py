@@ -127,7 +127,7 @@ def runner(provider: Provider, case: BenchCase) -> Run:
 
 
 def _compile(run: Run) -> Run:
-    torch.compiler.reset()  # compile for the shape of this case alone, as a model with fixed shapes would
+    torch.compiler.reset()  # compile for the shape of this case only, as in a model with fixed shapes
     compat.keep_compiled_graphs()
     return torch.compile(run, fullgraph=True, dynamic=False)
 

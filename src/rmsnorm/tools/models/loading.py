@@ -85,7 +85,7 @@ def random_model(config: Any, transformers: Any, device: torch.device) -> Any:
     Args:
         config: A configuration of transformers.
         transformers: The library.
-        device: Where it is to be.
+        device: The device of the model.
 
     Returns:
         The model. The weights of its RMSNorms are between 0.5 and 1.5, so that early and late differ.

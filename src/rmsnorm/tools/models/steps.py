@@ -16,16 +16,16 @@ _NUMBERS = itertools.count()
 
 
 class Steps:
-    """The steps of a language model. Neither waits for the GPU.
+    """Forward and training steps of a language model. They do not wait for the GPU.
 
     Args:
         model: The model.
-        device: Where it is.
+        device: The device of the model.
         compiled: The arguments of torch.compile; None to run eagerly.
 
     Attributes:
         model: The model.
-        device: Where it is.
+        device: The device of the model.
         vocabulary: How many token ids there are.
         positions: The longest sequence; None if the configuration does not limit it.
     """
@@ -43,7 +43,7 @@ class Steps:
         self._failed = (
             f"{type(model).__name__} cannot be {'run on token ids alone' if compiled is None else 'compiled'}"
         )
-        # Kept, so that a timed step does not draw them.
+        # Stored, so that a timed step does not generate them.
         self._arguments: dict[str, Any] = {}
         self._dy: Tensor | None = None
 
@@ -76,7 +76,7 @@ class Steps:
         """Run the model on `batch` sequences of `tokens` random ids, and return its first output.
 
         Raises:
-            CommandError: If the model does not allow that.
+            CommandError: If the model cannot run on token ids alone, or cannot be compiled.
         """
         with library.command_errors(self._failed):
             if self._arguments.get("input_ids", _NO_IDS).shape != (batch, tokens):
@@ -94,7 +94,7 @@ _NO_IDS = torch.empty(0)
 
 
 def copy_sharing_tensors(model: nn.Module) -> Any:
-    """Return a copy of a model that has the same parameters and buffers, so that its norms can be replaced apart."""
+    """Return a copy of a model that shares its parameters and buffers, and whose norms can be replaced separately."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(t): t for t in tensors})
 
@@ -112,8 +112,8 @@ def _first_output_of(model: Any) -> Callable[[dict[str, Any]], Tensor]:
 def _compile(run: Callable[[dict[str, Any]], Tensor], options: Mapping[str, Any]) -> Callable[[dict[str, Any]], Tensor]:
     """Compile a closure, with a code object of its own.
 
-    torch.compile stores what it compiles at the code object. Closures of one function share it, so that a call of one
-    would check the guards of all, and a few of them would exhaust the limit of recompilations.
+    torch.compile stores compiled graphs with the code object. Closures of one function share it, so a call of one
+    closure would check the guards of all, and a few closures would reach the recompilation limit.
     """
     name = f"{run.__name__}_{next(_NUMBERS)}"
     code = run.__code__.replace(co_name=name)

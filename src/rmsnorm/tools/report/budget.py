@@ -16,13 +16,13 @@ class Budget:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.start = self.last = timing.now()
-        self.unlimited = 0.0  # seconds that do not count
-        self.stopped: float | None = None  # since when the time does not count
+        self.unlimited = 0.0  # seconds that do not count against the budget
+        self.stopped: float | None = None  # when the current phase without a limit began
         self.phases: dict[str, float] = {}
 
     @property
     def spent(self) -> float:
-        """Seconds since the start that count."""
+        """Seconds since the start that count against the budget."""
         now = timing.now() if self.stopped is None else self.stopped
         return now - self.start - self.unlimited
 
@@ -33,7 +33,7 @@ class Budget:
 
     @contextlib.contextmanager
     def without_limit(self, phase: str) -> Iterator[None]:
-        """Make what runs in the context a phase whose time does not count."""
+        """Run a phase whose time does not count against the budget."""
         self.stopped = timing.now()
         try:
             yield

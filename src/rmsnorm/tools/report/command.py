@@ -30,8 +30,7 @@ def report(
         tokens: The length of the sequence; shorter if the model has fewer positions or the time does not suffice.
         seconds: The budget of wall time. Only loading the model, proving its norms and compiling can exceed it.
         every_layer: Whether to print a row for each norm instead of each kind of norm.
-        compiled: Whether whole-model steps are compiled with torch.compile. The compilation itself can exceed the
-            budget.
+        compiled: Whether whole-model steps are compiled with torch.compile.
 
     Returns:
         What was found; its `notes` say what was left out and why.

@@ -18,7 +18,7 @@ from rmsnorm.tools.models.steps import Steps, copy_sharing_tensors
 from rmsnorm.tools.report.norms import Mode, NormResult
 from rmsnorm.tools.report.result import CompiledStep, SavedBytes
 
-# With the model's own norms; with ours; with ours, of which torch.compile fuses none with a residual addition.
+# With the model's own norms; with ours; with ours, but torch.compile fuses no residual additions with them.
 Side = Literal["before", "after", "unfused"]
 
 
@@ -30,8 +30,8 @@ class Sides(abc.ABC):
     """A model that can run with its own norms or with ours.
 
     Attributes:
-        sides: What it can run with.
-        steps: Its steps with what is in use.
+        sides: The sets of norms that it can run with.
+        steps: Its steps with the norms that are in use.
     """
 
     sides: tuple[Side, ...]
@@ -52,7 +52,7 @@ class Sides(abc.ABC):
         wait_for(self.steps.device)
 
     def saved_bytes(self, tokens: int) -> SavedBytes:
-        """Count what the model saves for the backward pass, with its own norms and with ours."""
+        """Count the bytes kept for the backward pass with the model's own norms and with ours."""
         return SavedBytes(tokens, self._saved("before", tokens), self._saved("after", tokens))
 
     def _saved(self, side: Side, tokens: int, context: AbstractContextManager[Any] = _NO_CONTEXT) -> int:
@@ -112,7 +112,7 @@ class PatchedModel(Sides):
             set_class(module, (self.own if side == "before" else self.ours)[name])
 
     def saved_bytes(self, tokens: int) -> SavedBytes:
-        """Count them also with ours and `recompute`."""
+        """As in the base class, and also with our norms and `recompute`."""
         return replace(super().saved_bytes(tokens), recomputed=self._saved("after", tokens, recompute()))
 
 
@@ -144,7 +144,7 @@ class CompiledModel(Sides):
         self.steps = self._steps[side]
 
     def compile(self, mode: Mode, tokens: int) -> None:
-        """Compile a step for every side, by running it."""
+        """Compile a step for every side by running it."""
         for side in self.sides:
             self.use(side)
             start, graphs = timing.now(), compat.compiled_graphs()

@@ -9,7 +9,7 @@ from rmsnorm.tools.report.steps import StepResult
 
 @dataclass(frozen=True)
 class SavedBytes:
-    """The bytes that the whole model saves for the backward pass of `tokens` tokens, without the weights.
+    """The bytes that are kept for the backward pass of the whole model on `tokens` tokens, without the weights.
 
     Attributes:
         tokens: The number of tokens.
@@ -50,8 +50,8 @@ class Compilation:
     """What was compiled for whole-model steps.
 
     Attributes:
-        steps: The steps.
-        unfused: Steps as they are against steps with our norms without fused additions.
+        steps: The first call of each step.
+        unfused: By mode, the comparison of the model's own norms with our norms without fused additions.
     """
 
     steps: tuple[CompiledStep, ...]

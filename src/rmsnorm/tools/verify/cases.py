@@ -27,8 +27,8 @@ class VerifyCase:
         eps: The epsilon of the norm.
         residual: The dtype of the residual; None for a norm without a residual.
         sharding: How the tensors are sharded, a key of `ranks.SHARDINGS`; empty for a single process.
-        summands: How many gradients of y the operator `backward_of_sum` gets, which then computes dx and dw; 0 if
-            autograd computes them.
+        summands: How many gradients of y the operator `backward_of_sum` adds to compute dx and dw; 0 if autograd
+            computes them.
     """
 
     x: torch.dtype

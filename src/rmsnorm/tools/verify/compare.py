@@ -147,7 +147,7 @@ def run_unsharded(inputs: Inputs, case: VerifyCase) -> CallOutputs:
 
 
 def _run_operators(inputs: Inputs, case: VerifyCase) -> CallOutputs:
-    """Call the operators as a compiled graph does in which the additions around a backward pass are part of it."""
+    """Call the operators as in a compiled graph whose backward passes are fused with the additions around them."""
     spec = case.cast, case.offset
     y, _, rstd = torch.ops.rmsnorm.forward.default(inputs.x, None, inputs.w, case.eps, *spec, True)
     need_dw = inputs.w is not None

@@ -84,7 +84,7 @@ def judge(row: SweepRow, tally: Tally) -> RowResult:
 
 
 def is_large_enough(error: GradientError, tally: Tally) -> bool:
-    """Whether the sample of a gradient is large enough for its error to be judged."""
+    """Whether the sample of a gradient is large enough to judge its error."""
     return error.elements >= GRADIENT_ELEMENTS and tally.rows >= GRADIENT_ROWS
 
 

@@ -111,7 +111,7 @@ def _totals(result: VerifyResult) -> list[Block]:
 
 
 _FEW = "too few"
-_TOO_FEW = f"{_FEW}: fewer than {GRADIENT_ELEMENTS:,} elements or {GRADIENT_ROWS} rows, of which no ratio is judged."
+_TOO_FEW = f"{_FEW}: fewer than {GRADIENT_ELEMENTS:,} elements or {GRADIENT_ROWS} rows, not enough to judge a ratio."
 
 
 def _ratio(error: GradientError, tally: Tally) -> str:
