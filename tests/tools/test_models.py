@@ -34,6 +34,7 @@ def run(models: Any, out: Path, *arguments: str) -> Any:
     return json.loads((out / "models-cpu.json").read_text())
 
 
+@pytest.mark.compiled
 def test_every_variant_of_a_step_is_checked_and_timed(
     models: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,6 +72,7 @@ def test_every_variant_of_a_step_is_checked_and_timed(
     assert "aims for patched / as is are met" in printed
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "deepseek-v3", "deepseek-ocr"])
 def test_every_model_is_patched_as_a_whole_and_compiled_in_one_graph(
     models: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -115,6 +117,7 @@ def test_a_variant_replaces_every_norm_of_a_copy(models: Any) -> None:
         assert {type(built.get_submodule(name)).__name__ for name in norms} == own
 
 
+@pytest.mark.compiled
 def test_a_wrong_variant_and_one_that_raises_get_no_time(
     models: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

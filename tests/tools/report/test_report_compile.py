@@ -21,6 +21,8 @@ from rmsnorm.tools.models.steps import Steps, copy_sharing_tensors
 from rmsnorm.tools.report import patched as report_patched
 from rmsnorm.tools.report.patched import CompiledModel, PatchedModel
 
+pytestmark = pytest.mark.compiled
+
 
 @pytest.fixture(name="model")
 def model_fixture(monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> str:
