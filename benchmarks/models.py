@@ -599,7 +599,7 @@ def blocks(result: dict[str, Any]) -> Iterator[Block]:
 def in_words(bound: dict[str, Any]) -> str:
     """Return what was measured for an aim."""
     how = "compiled" if bound["compiled"] else "eager"
-    spread = ", inside the spread" if bound["inside_spread"] else ""
+    spread = ", within the spread" if bound["inside_spread"] else ""
     figures = f"{bound['measured']:.3f}, aim: at most {bound['at_most']:.2f}{spread}"
     return f"{bound['model']}, {bound['mode']}, {how}: {bound['of']} {figures}"
 
@@ -620,7 +620,7 @@ def _ratio_in_words(found: dict[str, Any]) -> str:
         return NOTHING
     if ratio["low"] is None:
         return f"{ratio['ratio']:.3f}"
-    spread = "; inside the spread" if ratio["low"] <= 1 <= ratio["high"] else ""
+    spread = "; within the spread" if ratio["low"] <= 1 <= ratio["high"] else ""
     return f"{ratio['ratio']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f}{spread})"
 
 

@@ -220,7 +220,7 @@ def test_an_aim_is_met_missed_or_missed_inside_the_spread(models: Any) -> None:
 
 def test_a_difference_inside_the_spread_is_reported_as_such(models: Any) -> None:
     assert models._ratio_in_words(a_case(ratio=(1.01, 0.99, 1.02))["variants"][1]) == (
-        "1.010 (0.990 to 1.020; inside the spread)"
+        "1.010 (0.990 to 1.020; within the spread)"
     )
     assert models._ratio_in_words(a_case(ratio=(1.03, 1.01, 1.05))["variants"][1]) == "1.030 (1.010 to 1.050)"
 
