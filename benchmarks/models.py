@@ -55,9 +55,6 @@ from rmsnorm.tools.report.steps import CONFIDENCE
 AS_IS, PATCHED, NOT_FUSED, RECOMPUTED, NO_NORMS = "as is", "patched", "not fused", "recomputed", "no norms"
 FEWEST_ROUNDS, MOST_ROUNDS = 9, 99
 _SECONDS = 1.0  # the time limit for timing a variant, unless that gives fewer rounds than the fewest
-# The most by which an output or a gradient may differ from the eager model's, relative to its norm. bf16 alone makes
-# up to a few percent.
-_FAR_OFF = 0.1
 
 
 # --- models --------------------------------------------------------------------------------------------------
@@ -73,6 +70,8 @@ class Model:
         kind: Its model_type in transformers.
         sizes: Fields of its configuration.
         tiny: Fields that --tiny changes, beside those that all models have.
+        far_off: The most by which outputs and gradients may differ from those of the eager model as it is, relative to
+            their norm. bf16 alone makes up to a few percent.
     """
 
     name: str
@@ -80,6 +79,7 @@ class Model:
     kind: str
     sizes: dict[str, Any]
     tiny: dict[str, Any] = field(default_factory=dict)
+    far_off: float = 0.1
 
     def config(self, transformers: Any, tiny: bool, layers: int | None) -> Any:
         """Return its configuration. Raises CommandError if the installed transformers does not have the model.
@@ -121,7 +121,7 @@ MODELS = (
     Model("gemma2", "Gemma 2 2B's widths, norms before and after each part, eager attention", "gemma2", {
         "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 4, "num_attention_heads": 8,
         "num_key_value_heads": 4, "head_dim": 256,
-    }, {"head_dim": 16}),
+    }, {"head_dim": 16}, far_off=0.5),  # compiled, its own norms differ by 0.12, their gradients by 0.31
     Model("deepseek-v3", "DeepSeek-V3's first layers: multi-head latent attention and dense MLPs", "deepseek_v3", {
         "hidden_size": 7168, "intermediate_size": 18432, "num_hidden_layers": 2, "num_attention_heads": 128,
         "num_key_value_heads": 128, "first_k_dense_replace": 61,
@@ -399,7 +399,7 @@ class Case:
             expected = self._expected[name].float()
             error = ((value.float() - expected).norm() / expected.norm()).item()
             found.errors[name] = error
-            if found.variant != NO_NORMS and not error <= _FAR_OFF:
+            if found.variant != NO_NORMS and not error <= self.model.far_off:
                 found.reason = f"its {name} differ by {error:.1%} from those of the eager model as it is"
 
     def _reset_memory(self) -> int:
