@@ -28,7 +28,8 @@ class Edit:
             node: Node = self._graph.call_function(target, args)
         self._place[node] = self._place[before] - 0.5
         node.meta = dict(of.meta)
-        node.meta["val"] = target(*torch.fx.map_arg(args, lambda n: n.meta["val"]))
+        with torch.no_grad():
+            node.meta["val"] = target(*torch.fx.map_arg(args, lambda n: n.meta["val"]))
         for key in _OF_OTHER_VALUES:
             node.meta.pop(key, None)
         return node
