@@ -427,6 +427,33 @@ def test_the_input_of_an_output_that_nothing_saved_is_not_kept_alive(leaves: Lea
         assert reference.expired()
 
 
+def test_an_output_is_kept_if_its_weight_has_an_empty_tensor_in_its_place_when_it_is_read() -> None:
+    """As DeepSpeed's ZeRO-3 puts an empty tensor into a parameter until the module's backward pass begins."""
+    norm, linear = rmsnorm.RMSNorm(N), nn.Linear(N, N)
+    own = norm.weight.data
+
+    def release(*_: Any) -> None:
+        norm.weight.data = own.new_empty(0)
+
+    def gather(*_: Any) -> None:
+        norm.weight.data = own
+
+    norm.register_forward_pre_hook(gather)
+    norm.register_forward_hook(release)
+    norm.register_full_backward_pre_hook(gather)
+    x = torch.randn(4, N, requires_grad=True)
+    found = []
+    for context in (contextlib.nullcontext, rmsnorm.recompute):
+        with context() as recomputation:
+            y = linear(norm(x))
+        y.square().sum().backward()
+        found.append((norm.weight.grad, linear.weight.grad))
+        norm.weight.grad = linear.weight.grad = None
+    assert_same_bits(found[1][0], found[0][0])
+    assert_same_bits(found[1][1], found[0][1])
+    assert (recomputation.dropped, sum(recomputation.kept.values())) == (0, 1)
+
+
 @contextlib.contextmanager
 def freed(w: Tensor) -> Iterator[None]:
     """Without its memory, as FSDP leaves a weight outside its module's forward and backward passes."""

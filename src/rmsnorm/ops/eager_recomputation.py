@@ -107,7 +107,7 @@ class _Output:
         self.storage = compat.StorageWeakRef(y.untyped_storage())  # its address is not used again while this is alive
         self.dtype, self.nbytes, self.gpu = y.dtype, y.nbytes, y.device.index if y.is_cuda else None
         self.counter, self.version = _version_counter_of(y) if is_checked else None, y._version
-        self.w, self.call, self.result = w, call, result
+        self.w, self.width, self.call, self.result = w, y.shape[-1], call, result
         self.saved, self.reason = False, ""
         self.views, self.served, self.turn = 0, 0, 1
         self.cached: Tensor | None = None
@@ -119,7 +119,7 @@ class _Output:
             self.reason = _MODIFIED
         elif t.dtype is not self.dtype or type(t) not in (Tensor, Parameter) or t.is_neg():
             self.reason = _OTHER_FORM
-        elif self.w is not None and _is_freed(self.w):
+        elif self.w is not None and _is_freed(self.w, self.width):
             self.reason = _FREED
         else:
             return _View(self, t)
@@ -196,8 +196,9 @@ def _version_counter_of(y: Tensor) -> Tensor:
     return counter
 
 
-def _is_freed(w: Tensor) -> bool:
-    return w.numel() > 0 and w.untyped_storage().nbytes() == 0
+def _is_freed(w: Tensor, width: int) -> bool:
+    """Whether the weight has no memory, or other data in its place, such as the empty tensor of DeepSpeed's ZeRO-3."""
+    return w.numel() != width or w.untyped_storage().nbytes() == 0
 
 
 def _check_version(t: Tensor, version: int, size: torch.Size) -> None:
