@@ -592,7 +592,7 @@ def recomputing_where_parameters_are_sharded_or_replicated(mesh: DeviceMesh) -> 
             with pytest.raises(RuntimeError, match="the model is sharded by FSDP, which has changed its class"):
                 rmsnorm.unpatch(model)
         dropped = 6 - sum(kept.values())
-        assert (counts.outputs, counts.dropped, counts.rebuilt, counts.kept) == (6, dropped, dropped, kept)
+        assert (counts.outputs, counts.dropped, counts.recomputed, counts.kept) == (6, dropped, dropped, kept)
 
 
 @on(2)

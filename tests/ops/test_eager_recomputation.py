@@ -85,7 +85,7 @@ def test_an_output_is_recomputed_once_for_all_readers_and_gradients_keep_their_b
 ) -> None:
     at = Leaves(randn, dtype)
     found = same_gradients(lambda: readers(rmsnorm.rms_norm(at.x, at.w, **spec), at), at.all)
-    assert (found.outputs, found.dropped, found.rebuilt, found.kept) == (1, 1, 1, {})
+    assert (found.outputs, found.dropped, found.recomputed, found.kept) == (1, 1, 1, {})
     assert found.dropped_bytes == M * N * dtype.itemsize
 
 
@@ -98,7 +98,7 @@ def test_the_norm_of_a_sum_is_recomputed_from_the_sum(leaves: Leaves, randn: Dra
         return readers(y, leaves) + (s * s).sum()
 
     found = same_gradients(forward, (*leaves.all, residual))
-    assert (found.dropped, found.rebuilt) == (1, 1)
+    assert (found.dropped, found.recomputed) == (1, 1)
 
 
 class _Reader(torch.autograd.Function):
@@ -152,7 +152,7 @@ def test_an_operator_that_saves_an_output_twice_gets_it_twice(leaves: Leaves) ->
         return (y * y).sum()
 
     found = same_gradients(forward, (leaves.x, leaves.w))
-    assert (found.dropped, found.rebuilt) == (1, 1)
+    assert (found.dropped, found.recomputed) == (1, 1)
 
 
 def test_the_norm_of_a_norm_is_recomputed_from_the_recomputed_output(leaves: Leaves) -> None:
@@ -189,7 +189,7 @@ def test_each_backward_pass_over_a_retained_graph_recomputes_the_output(leaves: 
     for run in range(1, 4):
         got = torch.autograd.grad(loss, leaves.all, retain_graph=True)
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-        assert found.rebuilt == run
+        assert found.recomputed == run
 
 
 def test_gradients_of_one_tensor_at_a_time_are_the_same(leaves: Leaves) -> None:
@@ -207,7 +207,7 @@ def test_a_reader_that_asks_twice_does_not_free_the_output_that_another_needs(le
         del y
     for leaf in (leaves.q, leaves.q, leaves.k):
         torch.autograd.grad(loss, leaf, retain_graph=True)
-    assert found.rebuilt == 1
+    assert found.recomputed == 1
 
 
 def test_a_reader_can_run_after_the_norms_backward_pass_has_freed_its_saved_tensors(leaves: Leaves) -> None:
@@ -240,7 +240,7 @@ def test_an_output_that_is_modified_before_it_is_saved_is_kept(leaves: Leaves) -
         return readers(y, leaves)
 
     found = same_gradients(forward, leaves.all)
-    assert (found.dropped, found.rebuilt) == (0, 0)
+    assert (found.dropped, found.recomputed) == (0, 0)
     assert found.kept == {"it was modified in place before it was saved": 1}
 
 
@@ -429,6 +429,33 @@ def test_the_input_of_an_output_that_nothing_saved_is_not_kept_alive(leaves: Lea
         assert reference.expired()
 
 
+def test_an_output_is_kept_if_its_weight_has_an_empty_tensor_in_its_place_when_it_is_read() -> None:
+    """As DeepSpeed's ZeRO-3 puts an empty tensor into a parameter until the module's backward pass begins."""
+    norm, linear = rmsnorm.RMSNorm(N), nn.Linear(N, N)
+    own = norm.weight.data
+
+    def release(*_: Any) -> None:
+        norm.weight.data = own.new_empty(0)
+
+    def gather(*_: Any) -> None:
+        norm.weight.data = own
+
+    norm.register_forward_pre_hook(gather)
+    norm.register_forward_hook(release)
+    norm.register_full_backward_pre_hook(gather)
+    x = torch.randn(4, N, requires_grad=True)
+    found = []
+    for context in (contextlib.nullcontext, rmsnorm.recompute):
+        with context() as recomputation:
+            y = linear(norm(x))
+        y.square().sum().backward()
+        found.append((norm.weight.grad, linear.weight.grad))
+        norm.weight.grad = linear.weight.grad = None
+    assert_same_bits(found[1][0], found[0][0])
+    assert_same_bits(found[1][1], found[0][1])
+    assert (recomputation.dropped, sum(recomputation.kept.values())) == (0, 1)
+
+
 @contextlib.contextmanager
 def freed(w: Tensor) -> Iterator[None]:
     """Without its memory, as FSDP leaves a weight outside its module's forward and backward passes."""
@@ -550,7 +577,7 @@ def test_a_checkpointed_region_inside_the_context_is_left_alone(reentrant: bool,
         return (y @ leaves.q).sum() + checkpoint(region, leaves.x * 2, use_reentrant=reentrant)
 
     found = same_gradients(forward, leaves.all)
-    assert (found.dropped, found.rebuilt) == (1, 1)
+    assert (found.dropped, found.recomputed) == (1, 1)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -566,7 +593,7 @@ def test_the_context_does_nothing_inside_a_checkpointed_region(reentrant: bool, 
     expected = gradients(readers(rmsnorm.rms_norm(leaves.x * 2, leaves.w), leaves), leaves.all)
     assert all(map(torch.equal, got, expected))
     assert len(found) == 2
-    assert [r.rebuilt + r.dropped for r in found] == [0, 0]
+    assert [r.recomputed + r.dropped for r in found] == [0, 0]
     assert "checkpoint" in str(found[-1])
 
 
@@ -598,7 +625,7 @@ def test_a_context_belongs_to_the_thread_that_enters_it(leaves: Leaves, randn: D
                 loss = readers(rmsnorm.rms_norm(at.x, at.w), at)
             got[i] = torch.autograd.grad(loss, at.all)
             if i:
-                counts.append((found.outputs, found.dropped, found.rebuilt))
+                counts.append((found.outputs, found.dropped, found.recomputed))
 
     with rmsnorm.recompute() as mine:
         threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
@@ -734,4 +761,4 @@ def test_outputs_are_recomputed_without_torchs_private_storage_id(
 ) -> None:
     monkeypatch.setattr(compat, "storage_id", compat.slow_storage_id)
     found = same_gradients(lambda: readers(rmsnorm.rms_norm(leaves.x, leaves.w), leaves), leaves.all)
-    assert (found.dropped, found.rebuilt) == (1, 1)
+    assert (found.dropped, found.recomputed) == (1, 1)

@@ -319,6 +319,17 @@ def test_patched_models_are_copied_and_pickled() -> None:
         assert type(other[0]) is DeepseekV2RMSNorm
 
 
+def test_norms_that_were_pickled_before_there_were_hints_are_loaded() -> None:
+    norm = nn.RMSNorm(8, eps=1e-6)
+    rmsnorm.patch(norm)
+    rebuild, (cls, rule, _), state = norm.__reduce_ex__(2)  # type: ignore[misc]
+    loaded = rebuild(cls, rule)
+    loaded.__setstate__(state)
+    x = torch.randn(4, 8)
+    assert torch.equal(loaded(x), norm(x))
+    assert len(rmsnorm.patch(loaded).replaced) == 1
+
+
 def test_norms_on_meta_are_proven() -> None:
     with torch.device("meta"):
         model = nn.Sequential(DeepseekV2RMSNorm(N))

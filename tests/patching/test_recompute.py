@@ -5,6 +5,8 @@ import functools
 import inspect
 import io
 import pickle
+import re
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import rmsnorm
 from rmsnorm import compat, memory
@@ -101,7 +104,7 @@ def test_gradients_keep_their_bits_and_fewer_bytes_are_kept(kind: str) -> None:
         for _ in range(2):
             assert_same(step(recomputed), step(model))
         found = last_recomputation(recomputed)
-        assert (found.outputs, found.dropped, found.rebuilt, found.kept) == (norms, read, read, {})
+        assert (found.outputs, found.dropped, found.recomputed, found.kept) == (norms, read, read, {})
         assert found.dropped_bytes == read * ROWS * width * dtype.itemsize
         assert kept(model) - kept(recomputed) == found.dropped_bytes
 
@@ -122,7 +125,7 @@ def test_gradient_checkpointing_of_layers_works_as_without_recompute(reentrant: 
         one.train()
     assert_same(step(recomputed), step(model))
     found = last_recomputation(recomputed)
-    assert (found.dropped, found.rebuilt) == (1, 1)  # that of the last norm, which no checkpoint holds
+    assert (found.dropped, found.recomputed) == (1, 1)  # that of the last norm, which no checkpoint holds
     assert sum(found.kept.values()) == (0 if reentrant else 4)
 
 
@@ -261,7 +264,7 @@ def test_nested_models_share_one_context() -> None:
     assert outer.recomputation is inner.recomputation
     assert outer.recomputation.dropped == 6
     loss.backward()
-    assert outer.recomputation.rebuilt == 6
+    assert outer.recomputation.recomputed == 6
 
 
 def test_a_model_that_is_a_single_norm_does_not_recompute() -> None:
@@ -310,6 +313,67 @@ def test_a_model_whose_forward_was_replaced_is_refused_and_not_changed() -> None
     assert type(model) is before
     assert type(model.model.norm) is transformers.models.llama.modeling_llama.LlamaRMSNorm
     rmsnorm.patch(model)
+
+
+class _OfOneClass(type):
+    """Refuses subclasses, as extension types and enforced final classes do."""
+
+    def __new__(mcs, name: str, bases: tuple[type, ...], body: dict[str, Any]) -> Any:
+        if any(isinstance(base, _OfOneClass) for base in bases):
+            raise TypeError(f"{name} is final")
+        return super().__new__(mcs, name, bases, body)
+
+
+class _Final(nn.Sequential, metaclass=_OfOneClass):
+    pass
+
+
+class _KeepsItsClass(nn.Sequential):
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "__class__":
+            raise TypeError("the class is fixed")
+        super().__setattr__(name, value)
+
+
+class _Scaled(nn.Sequential):
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__(*parts)
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+def _scripted(*parts: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(nn.Sequential(*parts))
+
+
+def _parametrized(*parts: nn.Module) -> nn.Module:
+    model = _Scaled(*parts)
+    parametrize.register_parametrization(model, "scale", nn.Identity())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (_Final, "cannot be changed: TypeError: _Final is final"),
+        (_KeepsItsClass, "cannot be changed: TypeError: the class is fixed"),
+        (_parametrized, "has a class made by torch.nn.utils.parametrize"),
+        (lambda *parts: torch.fx.symbolic_trace(nn.Sequential(*parts)), "has a class made by torch.fx"),
+        (_scripted, "is compiled by torch.jit"),
+    ],
+    ids=["final", "fixed", "parametrized", "fx", "jit"],
+)
+def test_a_model_whose_class_cannot_be_changed_is_refused_and_not_changed(
+    make: Callable[..., nn.Module], why: str
+) -> None:
+    model = make(nn.RMSNorm(8, eps=1e-6), nn.Linear(8, 8))
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(RuntimeError, match=re.escape(why)) as raised:
+        rmsnorm.patch(model, recompute=True)
+    assert "rmsnorm.recompute()" in str(raised.value)
+    assert [type(module) for module in model.modules()] == before
+    assert len(rmsnorm.patch(model).replaced) == (0 if isinstance(model, torch.jit.ScriptModule) else 1)
 
 
 @pytest.mark.parametrize("argument", ["recompute", "fuse_residual"])

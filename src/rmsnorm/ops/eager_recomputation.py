@@ -48,7 +48,7 @@ class Recomputation:
         dropped: How many of them the backward pass needs but nothing keeps. They are recomputed.
         dropped_bytes: The bytes of those outputs.
         kept: How many of them are kept, by reason. Outputs that no operator saves are neither dropped nor kept.
-        rebuilt: How many times an output was recomputed so far.
+        recomputed: How many times an output was recomputed so far.
         why_inactive: Why the whole forward pass ran without recomputation; "" if it did not.
 
     Example:
@@ -57,21 +57,21 @@ class Recomputation:
         ...     loss = model(torch.randn(4, 8)).sum()
         >>> loss.backward()
         >>> print(recomputation)
-        1 of 1 norm outputs not kept (128 bytes), rebuilt 1 time
+        1 of 1 norm outputs not kept (128 bytes), recomputed 1 time
     """
 
     outputs: int = 0
     dropped: int = 0
     dropped_bytes: int = 0
     kept: dict[str, int] = field(default_factory=dict)
-    rebuilt: int = 0
+    recomputed: int = 0
     why_inactive: str = ""
 
     def __str__(self) -> str:
         if self.why_inactive:
             return f"no norm output recomputed: {self.why_inactive}"
-        times = "1 time" if self.rebuilt == 1 else f"{self.rebuilt} times"
-        line = f"{self.dropped} of {self.outputs} norm outputs not kept ({self.dropped_bytes:,} bytes), rebuilt {times}"
+        times = "1 time" if self.recomputed == 1 else f"{self.recomputed} times"
+        line = f"{self.dropped} of {self.outputs} norm outputs not kept ({self.dropped_bytes:,} bytes), recomputed {times}"
         return "\n".join([line, *(f"  {count} kept: {reason}" for reason, count in self.kept.items())])
 
     def _keep(self, reason: str) -> None:
@@ -110,7 +110,7 @@ class _Output:
         )  # while this is alive, no other storage gets the same address
         self.dtype, self.nbytes, self.gpu = y.dtype, y.nbytes, y.device.index if y.is_cuda else None
         self.counter, self.version = _version_counter_of(y) if is_checked else None, y._version
-        self.w, self.call, self.result = w, call, result
+        self.w, self.width, self.call, self.result = w, y.shape[-1], call, result
         self.saved, self.reason = False, ""
         self.views, self.served, self.turn = 0, 0, 1
         self.cached: Tensor | None = None
@@ -122,7 +122,7 @@ class _Output:
             self.reason = _MODIFIED
         elif t.dtype is not self.dtype or type(t) not in (Tensor, Parameter) or t.is_neg():
             self.reason = _OTHER_FORM
-        elif self.w is not None and _is_freed(self.w):
+        elif self.w is not None and _is_freed(self.w, self.width):
             self.reason = _FREED
         else:
             return _View(self, t)
@@ -139,7 +139,7 @@ class _Output:
         if y is None or self.cached_for[0] != stream:  # another stream cannot use it without synchronization
             y = self.call.run()
             with self.lock:
-                self.result.rebuilt += 1
+                self.result.recomputed += 1
                 self.cached, self.cached_for = y, (stream, y._version)
         elif y._version != self.cached_for[1]:
             _check_version(y, self.cached_for[1], view.size)
@@ -199,8 +199,9 @@ def _version_counter_of(y: Tensor) -> Tensor:
     return counter
 
 
-def _is_freed(w: Tensor) -> bool:
-    return w.numel() > 0 and w.untyped_storage().nbytes() == 0
+def _is_freed(w: Tensor, width: int) -> bool:
+    """Whether the weight has no memory, or other data in its place, such as the empty tensor of DeepSpeed's ZeRO-3."""
+    return w.numel() != width or w.untyped_storage().nbytes() == 0
 
 
 def _check_version(t: Tensor, version: int, size: torch.Size) -> None:
@@ -332,7 +333,7 @@ def recompute() -> Iterator[Recomputation]:
     checkpointed region, and leaves checkpointed regions inside it alone, because those keep no outputs anyway.
 
     Returns:
-        A context manager that yields the counts. They are complete when the `with` statement ends, except `rebuilt`,
+        A context manager that yields the counts. They are complete when the `with` statement ends, except `recomputed`,
         which grows during the backward pass.
 
     Example:

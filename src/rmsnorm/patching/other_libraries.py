@@ -1,6 +1,8 @@
 """What other libraries have done to a norm that keeps `patch` from replacing it, or our forward from running."""
 
+import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from rmsnorm.patching.replacement import is_method, original_class, rule_of, why_always_own_forward
 
@@ -27,10 +29,21 @@ def why_class_is_fixed(module: nn.Module) -> str | None:
 
 def why_model_is_too_late(module: nn.Module) -> str | None:
     """Why it is too late for `patch(model, recompute=True)`, which had to come first; None if it is not."""
-    if (why := why_class_is_fixed(module)) is not None:
+    if (why := why_class_is_fixed(module) or _why_class_is_made_for_it(module)) is not None:
         return f"{why}; {ORDER}, or use the context rmsnorm.recompute()"
     if (function := _forward_on_instance(module)) is not None:
         return f"has a forward that was set on the instance ({function}); {ORDER}, or use rmsnorm.recompute()"
+    return None
+
+
+def _why_class_is_made_for_it(module: nn.Module) -> str | None:
+    """Why torch may change or drop what is put in front of the module's class; None if it will not."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is compiled by torch.jit, and its forward is no Python"
+    if isinstance(module, torch.fx.GraphModule):
+        return "has a class made by torch.fx, which writes the forward anew when its graph is compiled"
+    if parametrize.is_parametrized(module):
+        return "has a class made by torch.nn.utils.parametrize, which takes it away again"
     return None
 
 

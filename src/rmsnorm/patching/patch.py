@@ -61,8 +61,8 @@ def patch(model: nn.Module, *, strict: bool = True, fuse_residual: bool = True, 
     Raises:
         TypeError: If `model` is not a torch.nn.Module, or another argument is not a bool.
         RuntimeError: If FSDP or tensor parallelism has sharded a norm already, or if another library, such as
-            accelerate, has replaced the forward of a norm or, with recompute=True, of the model. The model is not
-            changed then.
+            accelerate, has replaced the forward of a norm or, with recompute=True, of the model; also if, with
+            recompute=True, the class of the model cannot be changed. The model is not changed then.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.RMSNorm(64, eps=1e-6))
@@ -101,9 +101,9 @@ def patch(model: nn.Module, *, strict: bool = True, fuse_residual: bool = True, 
     late = why_model_is_too_late(whole) if is_recomputing(whole) != recompute else None
     if late is not None:
         raise RuntimeError(f"[patch] with recompute={recompute}, the model {late}")
+    # First, because it may fail. A norm alone has no part that saves its output.
+    _set_recomputing(whole, recompute and not any(module is whole and proof.rule for _, module, proof in norms))
     verdicts = [_replace(name, module, proof, hints) for name, module, proof in norms]
-    if rule_of(whole) is None:  # if the model is a single norm, no part of it reads the output
-        set_recomputing(whole, recompute)
     return PatchReport.of_model(verdicts, skipped, hints, whole, [module for _, module, _ in norms])
 
 
@@ -194,6 +194,19 @@ def _replace(name: str, module: nn.Module, proof: Proof, hints: Hints) -> Verdic
         name, class_name, proof.spec, "", rule.own_forward_when, proof.matches_published_bits, proof.output_changes,
         proof.memory_saved_per_row,
     )  # fmt: skip
+
+
+def _set_recomputing(model: nn.Module, recompute: bool) -> None:
+    before = type(model)
+    try:
+        set_recomputing(model, recompute)
+    except Exception as error:
+        if type(model) is not before:
+            object.__setattr__(model, "__class__", before)
+        raise RuntimeError(
+            f"[patch] with recompute={recompute}, the class of the model cannot be changed: {_in_words(error)}; "
+            "use the context rmsnorm.recompute()"
+        ) from error
 
 
 def _class_for(module: nn.Module, proof: Proof, hints: Hints) -> type[nn.Module]:

@@ -113,7 +113,7 @@ def _with_parameter(
     return FunctionType(code, globals(), "forward", defaults, forward.__closure__)
 
 
-def _rebuild(cls: type[nn.Module], rule: Rule, hints: Hints) -> nn.Module:
+def _rebuild(cls: type[nn.Module], rule: Rule, hints: Hints = NO_HINTS) -> nn.Module:  # older pickles have no hints
     made = replacement_class(cls, rule, hints)
     return made.__new__(made)
 
