@@ -332,6 +332,9 @@ def recompute() -> Iterator[Recomputation]:
     inside and around the context; those around it get everything but norm outputs. The context does nothing inside a
     checkpointed region, and leaves checkpointed regions inside it alone, because those keep no outputs anyway.
 
+    An output that is changed without autograd's knowledge (through `.data`, NumPy, or a kernel that does not declare
+    it) is recomputed unchanged: use torch's in-place operators, which are noticed.
+
     Returns:
         A context manager that yields the counts. They are complete when the `with` statement ends, except `recomputed`,
         which grows during the backward pass.
