@@ -71,8 +71,8 @@ class Recomputation:
         if self.why_inactive:
             return f"no norm output recomputed: {self.why_inactive}"
         times = "1 time" if self.recomputed == 1 else f"{self.recomputed} times"
-        line = f"{self.dropped} of {self.outputs} norm outputs not kept ({self.dropped_bytes:,} bytes), recomputed {times}"
-        return "\n".join([line, *(f"  {count} kept: {reason}" for reason, count in self.kept.items())])
+        share = f"{self.dropped} of {self.outputs} norm outputs not kept ({self.dropped_bytes:,} bytes)"
+        return "\n".join([f"{share}, recomputed {times}", *(f"  {count} kept: {reason}" for reason, count in self.kept.items())])
 
     def _keep(self, reason: str) -> None:
         self.kept[reason] = self.kept.get(reason, 0) + 1
