@@ -72,7 +72,8 @@ class Recomputation:
             return f"no norm output recomputed: {self.why_inactive}"
         times = "1 time" if self.recomputed == 1 else f"{self.recomputed} times"
         share = f"{self.dropped} of {self.outputs} norm outputs not kept ({self.dropped_bytes:,} bytes)"
-        return "\n".join([f"{share}, recomputed {times}", *(f"  {count} kept: {reason}" for reason, count in self.kept.items())])
+        kept = [f"  {count} kept: {reason}" for reason, count in self.kept.items()]
+        return "\n".join([f"{share}, recomputed {times}", *kept])
 
     def _keep(self, reason: str) -> None:
         self.kept[reason] = self.kept.get(reason, 0) + 1
