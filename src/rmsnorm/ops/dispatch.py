@@ -23,6 +23,11 @@ def is_plain(*tensors: Tensor | None) -> bool:
     return True
 
 
+def without_none(x: Tensor, *outputs: Tensor | None) -> tuple[Tensor, ...]:
+    """The outputs of an operator: an empty tensor for each that was not requested, as schemas have no optional ones."""
+    return tuple(x.new_empty(0) if output is None else output for output in outputs)
+
+
 def load_sharding() -> None:
     """Registers the rules for DTensors once torch.distributed.tensor is imported; before that there are no DTensors.
 

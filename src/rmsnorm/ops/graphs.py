@@ -10,6 +10,9 @@ from torch.fx import Graph, Node
 FORWARD = torch.ops.rmsnorm.forward.default
 BACKWARD = torch.ops.rmsnorm.backward.default
 BACKWARD_OF_SUM = torch.ops.rmsnorm.backward_of_sum.default
+VIEW = torch.ops.aten.view.default
+# Operators that give the same elements, in the same order, another shape.
+RESHAPES = {VIEW, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default}
 
 # Metadata that describes the values which a node computed or read. It is no longer right after the node was replaced.
 _OF_OTHER_VALUES = "tensor_meta", "eager_input_vals"

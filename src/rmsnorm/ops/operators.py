@@ -16,7 +16,7 @@ from rmsnorm.errors import complaint
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
 from rmsnorm.ops.autograd import BackwardOnce, TransformedNorm, check_backward
-from rmsnorm.ops.dispatch import is_plain, load_sharding
+from rmsnorm.ops.dispatch import is_plain, load_sharding, without_none
 from rmsnorm.spec import (
     Cast,
     Hints,
@@ -61,7 +61,7 @@ def _run_forward(
     check_tensors(where, x, residual, w, offset)
     check_memory(where, x=x, residual=residual, weight=w)
     y, s, rstd = dispatch.forward(x, residual, w, spec, with_rstd)
-    return y, x.new_empty(0) if s is None else s, x.new_empty(0) if rstd is None else rstd
+    return without_none(x, y, s, rstd)
 
 
 def _run_backward(
@@ -72,7 +72,7 @@ def _run_backward(
     spec = spec_of(caller(ds), 0.0, cast, offset)
     check_backward(dy, ds, x, w, rstd, offset, need_dw)
     dx, dw = dispatch.backward(dy, ds, x, w, rstd, spec, need_dx, need_dw)
-    return x.new_empty(0) if dx is None else dx, x.new_empty(0) if dw is None else dw
+    return without_none(x, dx, dw)
 
 
 def _run_backward_of_sum(
@@ -85,7 +85,7 @@ def _run_backward_of_sum(
     check_summed(where, dy, ds, x, w, rstd, offset, need_dw)
     check_memory(where, backward=True, **summands_by_name(dy), ds=ds, x=x, weight=w, rstd=rstd)
     dx, dw = dispatch.backward_of_sum(dy, ds, x, w, rstd, spec, need_dx, need_dw)
-    return x.new_empty(0) if dx is None else dx, x.new_empty(0) if dw is None else dw
+    return without_none(x, dx, dw)
 
 
 def _fake_forward(
@@ -96,10 +96,11 @@ def _fake_forward(
     check_tensors(caller(residual), x, residual, w, offset, symbolic=True)
     dtype = sum_dtype(x.dtype, None if residual is None else residual.dtype)
     y_dtype = result_dtype(dtype, None if w is None else w.dtype, cast)
-    return (
+    return without_none(
+        x,
         x.new_empty(x.shape, dtype=y_dtype),
-        x.new_empty(0) if residual is None else x.new_empty(x.shape, dtype=dtype),
-        x.new_empty(x.shape[:-1], dtype=torch.float32) if with_rstd else x.new_empty(0),
+        None if residual is None else x.new_empty(x.shape, dtype=dtype),
+        x.new_empty(x.shape[:-1], dtype=torch.float32) if with_rstd else None,
     )
 
 
@@ -136,8 +137,8 @@ def _fake_backward_of_sum(
 
 
 def _empty_gradients(x: Tensor, w: Tensor | None, need_dx: bool, need_dw: bool) -> tuple[Tensor, ...]:
-    dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
-    return dx, w.new_empty(w.shape) if need_dw and w is not None else x.new_empty(0)
+    dw = w.new_empty(w.shape) if need_dw and w is not None else None
+    return without_none(x, x.new_empty(x.shape) if need_dx else None, dw)
 
 
 def _vmap_rule(name: str, tensors: int) -> Any:
@@ -211,7 +212,7 @@ def _autograd_forward(
     spec = spec_of(caller(residual), eps, cast, offset)  # from here the call bypasses the operator's checks
     check_tensors(caller(residual), x, residual, w, offset, symbolic=not is_plain(x, residual, w))
     y, *s, rstd = TransformedNorm.apply(x, residual, w, spec, Hints(**hints))  # type: ignore[no-untyped-call]
-    return y, s[0] if s else x.new_empty(0), rstd if with_rstd else x.new_empty(0)
+    return without_none(x, y, s[0] if s else None, rstd if with_rstd else None)
 
 
 def _autograd_backward(*args: Any) -> tuple[Tensor, ...]:

@@ -10,27 +10,28 @@ import torch
 from torch import Tensor
 
 from rmsnorm import reference
+from rmsnorm.ops.dispatch import without_none
 from rmsnorm.spec import Cast
 
 
 def plain_forward(
     x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: Cast, offset: float, with_rstd: bool,
     **hints: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     """As the operator `forward`, but with the *published* statistic, in operators that autograd can differentiate."""
     s = None if residual is None else (x + residual).contiguous()
     rows = x if s is None else s
     rstd = reference.published_rstd(rows, eps)
     y = reference.normalize(rows, w, rstd, cast, offset).contiguous()
-    return y, x.new_empty(0) if s is None else s, rstd if with_rstd else x.new_empty(0)
+    return without_none(x, y, s, rstd if with_rstd else None)
 
 
 def _plain_backward(
     dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, cast: Cast, offset: float, need_dx: bool,
     need_dw: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     dx, dw = reference.backward(dy, ds, x, w, rstd, cast, offset, need_dx, need_dw)
-    return x.new_empty(0) if dx is None else dx, x.new_empty(0) if dw is None else dw
+    return without_none(x, dx, dw)
 
 
 def decompositions() -> dict[Any, Callable[..., tuple[Tensor, ...]]]:

@@ -13,42 +13,38 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from rmsnorm.ops.graphs import FORWARD, Edit, arguments, outputs
+from rmsnorm.ops.graphs import FORWARD, RESHAPES, Edit, arguments, outputs
 
 # Operators that return a view of their first argument.
-_VIEWS = {
-    torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default,
+_VIEWS = RESHAPES | {
     torch.ops.aten.permute.default, torch.ops.aten.transpose.int, torch.ops.aten.t.default,
     torch.ops.aten.unsqueeze.default, torch.ops.aten.squeeze.dim, torch.ops.aten.expand.default,
     torch.ops.aten.slice.Tensor, torch.ops.aten.select.int,
 }  # fmt: skip
 
 
-def recompute_outputs(graph: Graph) -> int:
-    """Recompute the outputs of norms that were traced with `recompute`, where the backward pass reads them.
-
-    Returns:
-        How many outputs the backward pass recomputes.
-    """
+def recompute_outputs(graph: Graph) -> None:
+    """Recompute the outputs of norms that were traced with `recompute`, where the backward pass reads them."""
     norms = [node for node in graph.find_nodes(op="call_function", target=FORWARD) if node.kwargs.get("recompute")]
     backward = _reachable(node for node in graph.nodes if node.op == "placeholder" and "tangents" in str(node.target))
     edit = Edit(graph)
-    return sum(_recompute(edit, norm, backward) for norm in norms)
+    for norm in norms:
+        _recompute(edit, norm, backward)
 
 
-def _recompute(edit: Edit, norm: Node, backward: set[Node]) -> bool:
-    """Let the readers of y in the backward pass read a second call. Returns whether there are such readers."""
+def _recompute(edit: Edit, norm: Node, backward: set[Node]) -> None:
+    """Let the readers of y in the backward pass read a second call, if there are such readers."""
     if norm in backward or "recompute" in norm.meta:  # activation checkpointing decides about this norm
-        return False
+        return
     x, residual, w, eps, cast, offset, _ = arguments(norm)
     found = dict(outputs(norm))
     if 0 not in found or (residual is not None and 1 not in found):
-        return False
+        return
     y, rows = found[0], x if residual is None else found[1]
     views = [y, *_views_of(y, backward)]
     readers = [(view, user) for view in views for user in view.users if user in backward]
     if not readers or any(user.op == "output" for view in views for user in view.users):
-        return False  # the graph returns y, so its caller may keep it
+        return  # the graph returns y, so its caller may keep it
     place = edit.first(user for _, user in readers)
     again = edit.call(place, FORWARD, (rows, None, w, eps, cast, offset, False), norm)
     copies = {y: edit.output(place, again, 0, y)}
@@ -60,7 +56,6 @@ def _recompute(edit: Edit, norm: Node, backward: set[Node]) -> bool:
     for view, user in readers:
         user.replace_input_with(view, copies[view])
     edit.erase(*reversed(copies.values()))
-    return True
 
 
 def _views_of(node: Node, backward: set[Node]) -> Iterator[Node]:

@@ -17,44 +17,36 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from rmsnorm.ops.graphs import BACKWARD, BACKWARD_OF_SUM, FORWARD, Edit, arguments, outputs
+from rmsnorm.ops.graphs import BACKWARD, BACKWARD_OF_SUM, FORWARD, RESHAPES, VIEW, Edit, arguments, outputs
 from rmsnorm.spec import KERNEL_DTYPES
 
 _ADD = torch.ops.aten.add.Tensor
-_VIEW = torch.ops.aten.view.default
-_VIEWS = _VIEW, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default
 
 # Metadata with which activation checkpointing says what the backward pass recomputes.
 _CHECKPOINTING = "recompute", "ac_graph_id"
 
 
-class Fused(NamedTuple):
-    """How many norms of a graph were fused with additions, in the forward and in the backward pass."""
-
-    forward: int
-    backward: int
-
-
-def fuse(graph: Graph) -> Fused:
+def fuse(graph: Graph) -> None:
     """Fuse, in place, the norms of a graph that were traced with `fuse_residual`."""
     edit = Edit(graph)
     # Backward first: it finds the forward call of a norm by its rstd, which fusing the forward call may reshape.
-    backward = sum(_fuse_backward(edit, node) for node in graph.find_nodes(op="call_function", target=BACKWARD))
-    forward = sum(_fuse_forward(edit, node) for node in graph.find_nodes(op="call_function", target=FORWARD))
-    return Fused(forward, backward)
+    for node in graph.find_nodes(op="call_function", target=BACKWARD):
+        _fuse_backward(edit, node)
+    for node in graph.find_nodes(op="call_function", target=FORWARD):
+        _fuse_forward(edit, node)
 
 
-def _fuse_forward(edit: Edit, norm: Node) -> bool:
-    """Fuse a norm with the addition that computes its x. Returns whether it did."""
+def _fuse_forward(edit: Edit, norm: Node) -> None:
+    """Fuse a norm with the addition that computes its x, if the kernel can make it."""
     x, residual, w, *options = arguments(norm)
     total = _source(x)
     if residual is not None or not _may_fuse(norm) or not _is_sum(total) or not _are_rows_of(x, total):
-        return False
+        return
     if any(map(_is_fused_by_inductor, arguments(total))):
-        return False
+        return
     first = edit.first(total.users)
     if not edit.precedes([w], first) or any(total.meta.get(k) != norm.meta.get(k) for k in _CHECKPOINTING):
-        return False
+        return
     fused = edit.call(first, FORWARD, (*arguments(total), w, *options), norm)
     s = edit.output(first, fused, 1, total)
     total.replace_all_uses_with(s, delete_user_cb=lambda user: user is not fused)
@@ -63,30 +55,29 @@ def _fuse_forward(edit: Edit, norm: Node) -> bool:
         new = edit.output(output, fused, i, output)
         if x is not total:
             shape = list(arguments(x)[1])
-            new = edit.call(output, _VIEW, (new, shape if i == 0 else shape[:-1]), output)
+            new = edit.call(output, VIEW, (new, shape if i == 0 else shape[:-1]), output)
         output.replace_all_uses_with(new)
     edit.erase(*(output for _, output in found), norm, x, total)
-    return True
 
 
-def _fuse_backward(edit: Edit, norm: Node) -> bool:
-    """Fuse the backward pass of a norm with additions before and after it. Returns whether it did."""
+def _fuse_backward(edit: Edit, norm: Node) -> None:
+    """Fuse the backward pass of a norm with additions before and after it, if there are any."""
     dy, ds, x, w, rstd, *options = arguments(norm)
     if ds is not None or not _may_fuse(_getitem_source(rstd)):
-        return False
+        return
     found = outputs(norm)
     after = _addition_after(found, x)
     summands = _summands(dy)
     if after is None and len(summands) == 1:
-        return False
+        return
     readers = [user for i, output in found for user in output.users if i == 1 or after is None]
     first = edit.first([*readers, *([] if after is None else [after.sum])])
     if after is not None and not edit.precedes([after.ds], first):
-        return False
+        return
     if after is not None:
         ds = after.ds
         if after.view is not None:
-            ds = edit.call(first, _VIEW, (ds, list(arguments(x)[1])), after.dx)
+            ds = edit.call(first, VIEW, (ds, list(arguments(x)[1])), after.dx)
     fused = edit.call(first, BACKWARD_OF_SUM, (summands, ds, x, w, rstd, *options), norm)
     for i, output in found:
         new = edit.output(first, fused, i, output)
@@ -94,11 +85,10 @@ def _fuse_backward(edit: Edit, norm: Node) -> bool:
             output.replace_all_uses_with(new)
         else:
             if after.view is not None:
-                new = edit.call(after.sum, _VIEW, (new, list(arguments(after.view)[1])), after.sum)
+                new = edit.call(after.sum, VIEW, (new, list(arguments(after.view)[1])), after.sum)
             after.sum.replace_all_uses_with(new)
     edit.erase(*([] if after is None else [after.sum, after.view]), *(output for _, output in found), norm)
     edit.erase(dy, *arguments(dy)[:2])
-    return True
 
 
 class _Addition(NamedTuple):
@@ -115,13 +105,13 @@ def _addition_after(found: Sequence[tuple[int, Node]], x: Node) -> _Addition | N
     dxs = [output for i, output in found if i == 0]
     if len(dxs) != 1 or (end := _only_user(dxs[0])) is None:
         return None
-    view = end if end.target in _VIEWS else None
+    view = end if end.target in RESHAPES else None
     total = end if view is None else _only_user(view)
     if total is None or not _is_sum(total):
         return None
     operand = dxs[0] if view is None else view
     others = [node for node in arguments(total) if node is not operand]
-    if len(others) != 1 or (view is not None and not (x.target in _VIEWS and _are_rows_of(dxs[0], total))):
+    if len(others) != 1 or (view is not None and not (x.target in RESHAPES and _are_rows_of(dxs[0], total))):
         return None
     return _Addition(dxs[0], view, others[0], total)
 
@@ -148,7 +138,7 @@ def _getitem_source(node: Any) -> Node | None:
 
 def _source(node: Node) -> Node:
     """What a node is a view of; itself if it is no view."""
-    while node.target in _VIEWS:
+    while node.target in RESHAPES:
         node = arguments(node)[0]
     return node
 
