@@ -15,14 +15,34 @@ from typing import Any, NamedTuple
 import torch
 import torch._inductor.config as inductor_config
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 
 from rmsnorm import bits
 
 FORWARD = torch.ops.rmsnorm.forward.default
+FORWARD_PAIR = torch.ops.rmsnorm.forward_pair.default
 # Which leave a tensor as it is; Inductor removes them before the pass.
 NO_OPERATION = torch.ops.aten.clone.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default
+
+
+class EarlyNorm(nn.Module):
+    """The Definition, which `patch` replaces."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(hidden_size))
+        self.variance_epsilon = 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        input_dtype = x.dtype
+        x = x.to(torch.float32)
+        variance = x.pow(2).mean(-1, keepdim=True)
+        x = x * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * x.to(input_dtype)
+
+
+EarlyNorm.__name__ = "EarlyRMSNorm"  # by which patch finds it
 
 
 class Sites(NamedTuple):
@@ -157,8 +177,9 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if n.target is FORWARD:
-            self.norms.append(result[0].flatten().clone())
+        if n.target in (FORWARD, FORWARD_PAIR):
+            ys = result[:1] if n.target is FORWARD else result[::2]
+            self.norms += [y.flatten().clone() for y in ys]
         return result
 
 

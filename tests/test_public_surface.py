@@ -13,6 +13,7 @@ ROOT = Path(rmsnorm.__file__).parent
 SIGNATURES = {
     "rms_norm": "x, weight=None, eps=1e-06, *, cast='early', offset=0.0",
     "add_rms_norm": "x, residual, weight=None, eps=1e-06, *, cast='early', offset=0.0",
+    "rms_norms": "xs, weights=None, eps=1e-06, *, cast='early', offset=0.0",
     "RMSNorm": "hidden_size, eps=1e-06, *, cast='early', offset=0.0, elementwise_affine=True, device=None, dtype=None",
     "DeepseekV2RMSNorm": "hidden_size, eps=1e-06",
     "TorchRMSNorm": "normalized_shape, eps=None, elementwise_affine=True, device=None, dtype=None",

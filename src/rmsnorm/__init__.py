@@ -1,6 +1,6 @@
 """Fused RMSNorm for PyTorch that rounds as DeepSeek's published class does and gives the same bits on every device.
 
-rms_norm, add_rms_norm: the functions.
+rms_norm, add_rms_norm, rms_norms: the functions.
 RMSNorm, DeepseekV2RMSNorm, TorchRMSNorm: the layers.
 patch, unpatch, PatchReport: replace the norms of a model, restore them, and what patch found.
 explain, warmup: which kernel a call would run and why; compile the kernels ahead of time.
@@ -11,7 +11,7 @@ register: tell torch's FLOP counter and transformers about this package.
 """
 
 from rmsnorm.costs.counts import Cost, cost
-from rmsnorm.functional import add_rms_norm, explain, rms_norm, warmup
+from rmsnorm.functional import add_rms_norm, explain, rms_norm, rms_norms, warmup
 from rmsnorm.modules import DeepseekV2RMSNorm, RMSNorm
 from rmsnorm.ops.eager_recomputation import recompute
 from rmsnorm.ops.plain import decompositions
@@ -36,6 +36,7 @@ __all__ = [
     "recompute",
     "register",
     "rms_norm",
+    "rms_norms",
     "unpatch",
     "warmup",
 ]

@@ -1,9 +1,9 @@
-"""The functions: `rms_norm`, `add_rms_norm`, `explain` and `warmup`."""
+"""The functions: `rms_norm`, `add_rms_norm`, `rms_norms`, `explain` and `warmup`."""
 
 import contextlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Never, ParamSpec, TypeVar
 
 import torch
@@ -16,6 +16,7 @@ from rmsnorm.kernels.plan import ByReference, Forward, Plan
 from rmsnorm.ops import eager_recomputation
 from rmsnorm.ops.autograd import needs_gradient, norm
 from rmsnorm.ops.dispatch import is_plain, load_sharding
+from rmsnorm.ops.pairs import norms
 from rmsnorm.spec import DTYPES, Cast, check_int, check_order, check_tensors, spec_of
 
 P = ParamSpec("P")
@@ -129,6 +130,46 @@ def add_rms_norm(
     check_order("add_rms_norm", weight, more, normalized_shape)
     y, s = norm(x, residual, weight, eps, cast, offset)[:2]
     return y, s
+
+
+def rms_norms(
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor | None] | None = None,
+    eps: float = 1e-6,
+    *,
+    cast: Cast = "early",
+    offset: float = 0.0,
+) -> list[Tensor]:
+    """Normalize several tensors, each as `rms_norm` does: queries and keys, or the compressed ones of latent attention.
+
+    For calls of few rows, such as decoding steps, of which nearly all the time is that of the call and the launch: two
+    norms share both. Each output has the bits of `rms_norm`. Eager calls that autograd records are made one by one.
+
+    Args:
+        xs: The tensors, as of `rms_norm`; their shapes and dtypes may differ.
+        weights: A weight or None for each tensor; None if no norm has a weight.
+        eps: As of `rms_norm`, like the following, and the same for all norms.
+        cast: As of `rms_norm`.
+        offset: As of `rms_norm`.
+
+    Returns:
+        y of each norm.
+
+    Raises:
+        TypeError: As of `rms_norm`, and if xs or weights is not a list or tuple.
+        ValueError: As of `rms_norm`, and if there is not one weight for each tensor.
+
+    Example:
+        >>> q, k = torch.randn(1, 32, 128), torch.randn(1, 8, 128)
+        >>> [tuple(y.shape) for y in rmsnorm.rms_norms([q, k], [torch.ones(128), torch.ones(128)])]
+        [(1, 32, 128), (1, 8, 128)]
+    """
+    for name, given in (("xs", xs), ("weights", weights)):
+        if not isinstance(given, (list, tuple)) and not (name == "weights" and given is None):
+            raise TypeError(complaint("rms_norms", name, f"is {type_name(given)}", "a list or tuple of tensors"))
+    if weights is not None and len(weights) != len(xs):
+        raise ValueError(complaint("rms_norms", "weights", f"has {len(weights)} entries", f"{len(xs)}, one for each x"))
+    return norms(xs, [None] * len(xs) if weights is None else weights, eps, cast, offset)
 
 
 def explain(

@@ -21,6 +21,7 @@ Cast = Literal["early", "late"]
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*KERNEL_DTYPES, torch.float64)
 MOST_SUMMANDS = 3  # gradients that one backward pass adds: those of the projections to q, k and v
+PAIR = "rms_norms"  # the function that computes several norms, for messages
 LARGEST_EPS = torch.finfo(torch.float32).max
 
 
@@ -277,6 +278,38 @@ def check_tensors(
     _check_weight(where, weight, x, symbolic)
     if weight is None and offset != 0.0:
         raise ValueError(complaint(where, "weight", "is None with an offset", "a weight that the offset is added to"))
+
+
+def check_pair(
+    where: str,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    x2: torch.Tensor,
+    weight2: torch.Tensor | None,
+    offset: float,
+    symbolic: bool = False,
+) -> None:
+    """Check the tensors of two forward passes, as `check_tensors` does each. Both must be on one device.
+
+    Args:
+        where: The function that was called, for the message.
+        x: (..., N) of the first norm.
+        weight: None, or (N,), of the first norm.
+        x2: (..., N) of the second norm; shape and dtype may be others.
+        weight2: None, or (N,), of the second norm.
+        offset: 0 or 1.
+        symbolic: Whether a size may be unknown until a compiled program runs, which then checks it.
+
+    Raises:
+        TypeError: As `check_tensors`.
+        ValueError: As `check_tensors`, and if the norms are on different devices.
+    """
+    check_tensors(where, x, None, weight, offset, symbolic)
+    try:
+        check_tensors(where, x2, None, weight2, offset, symbolic)
+        _check_device(where, "x", x2, x, "the x before it")
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error} (in the second norm of a pair)") from None
 
 
 def check_gradients(

@@ -28,5 +28,21 @@ def _count_backward(
     return backward_flops(_operator_case(x, weight, cast, offset, ds), need_dx, need_dw)
 
 
+def _count_forward_pair(x: Any, weight: Any, x2: Any, weight2: Any, *options: Any, **_: Any) -> int:
+    return _count_forward(x, None, weight, *options) + _count_forward(x2, None, weight2, *options)
+
+
+def _count_backward_pair(
+    dy: Any, x: Any, weight: Any, rstd: Any, dy2: Any, x2: Any, weight2: Any, rstd2: Any, *options: Any, **_: Any
+) -> int:
+    first = _count_backward(dy, None, x, weight, rstd, *options)
+    return first + _count_backward(dy2, None, x2, weight2, rstd2, *options)
+
+
 # By the name of the operator.
-FLOP_FORMULAS: dict[str, Callable[..., int]] = {"forward": _count_forward, "backward": _count_backward}
+FLOP_FORMULAS: dict[str, Callable[..., int]] = {
+    "forward": _count_forward,
+    "backward": _count_backward,
+    "forward_pair": _count_forward_pair,
+    "backward_pair": _count_backward_pair,
+}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rmsnorm import kernels, reference
-from rmsnorm.kernels.plan import Backward, ByReference, Forward, Plan
+from rmsnorm.kernels.plan import MOST_PLANS, Backward, ByReference, Forward, Plan, both
 from rmsnorm.kernels.run import run
 from rmsnorm.spec import KERNEL_DTYPES, Spec, sum_dtype
 
@@ -51,6 +51,31 @@ def backward_of_sum(
     return dx, dw
 
 
+def forward_pair(
+    x: Tensor, w: Tensor | None, x2: Tensor, w2: Tensor | None, spec: Spec, with_rstd: bool
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """y and rstd of two norms, each as from `reference.forward`."""
+    plan = plan_forward_pair(Forward.of(x, None, w, spec, with_rstd), Forward.of(x2, None, w2, spec, with_rstd))
+    if isinstance(plan, ByReference):
+        first, second = (forward(rows, None, weight, spec, with_rstd) for rows, weight in ((x, w), (x2, w2)))
+        return first[0], first[2], second[0], second[2]
+    y, rstd, y2, rstd2 = run(plan, (x, None, w, x2, None, w2))
+    assert y is not None
+    assert y2 is not None
+    return y, rstd, y2, rstd2
+
+
+def backward_pair(
+    of_first: Sequence[Tensor | None], of_second: Sequence[Tensor | None], spec: Spec, need_dx: bool, need_dw: bool
+) -> list[Tensor | None]:
+    """dx and dw of two norms, each as from `reference.backward`, from (dy, x, w, rstd) of each."""
+    given = [(dy, None, x, w, rstd) for dy, x, w, rstd in (of_first, of_second)]
+    plan = plan_backward_pair(*(Backward.of(*each, spec, need_dx, need_dw) for each in given))  # type: ignore[arg-type]
+    if isinstance(plan, ByReference):
+        return [t for each in given for t in backward(*each, spec, need_dx, need_dw)]  # type: ignore[arg-type]
+    return run(plan, (*given[0], *given[1]))
+
+
 def plan_forward(kind: Forward) -> Plan | ByReference:
     """The plan of the device's kernels, or the reason why the reference computes."""
     residual, w = kind.residual, kind.w
@@ -64,6 +89,24 @@ def plan_backward(kind: Backward) -> Plan | ByReference:
     """The plan of the device's kernels, or the reason why the reference computes."""
     planner = _planner(kind.device, kind.x.dtype, None, None if kind.w is None else kind.w.dtype)
     return planner if isinstance(planner, ByReference) else planner.plan_backward(kind)
+
+
+@functools.lru_cache(MOST_PLANS)
+def plan_forward_pair(first: Forward, second: Forward) -> Plan | ByReference:
+    """The plan of a call that computes y and rstd of two norms, or the reason why they are computed apart."""
+    return _pair(plan_forward(first), plan_forward(second), (0, 2))
+
+
+@functools.lru_cache(MOST_PLANS)
+def plan_backward_pair(first: Backward, second: Backward) -> Plan | ByReference:
+    """The plan of a call that computes dx and dw of two norms, or the reason why they are computed apart."""
+    return _pair(plan_backward(first), plan_backward(second), (0, 1))
+
+
+def _pair(first: Plan | ByReference, second: Plan | ByReference, outputs: Sequence[int]) -> Plan | ByReference:
+    if isinstance(first, ByReference):
+        return first
+    return second if isinstance(second, ByReference) else both(first, second, outputs)
 
 
 def name_of(plan: Plan | ByReference) -> str:

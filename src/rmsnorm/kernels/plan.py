@@ -12,7 +12,7 @@ lists and start its launches in order.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -210,6 +210,9 @@ class KernelLaunch(Protocol):
     def remark(self) -> str | None:
         """What `explain` adds about the kernel, if anything."""
 
+    def renamed(self, names: Mapping[str, str]) -> "KernelLaunch":
+        """The same launch for tensors with the names to which `names` maps its own."""
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -254,6 +257,34 @@ class Plan:
                 return native
             launches.append(native)
         return Native(self.inputs, self.fresh, tuple(launches), self.outputs, self)
+
+
+def both(first: Plan, second: Plan, outputs: Sequence[int]) -> Plan:
+    """A plan that makes the calls of two plans for one device.
+
+    Args:
+        first: A plan.
+        second: Another, whose tensors get a 2 at the end of their names.
+        outputs: The places in each plan's outputs of those that the plan has; the first plan's come first.
+    """
+    names = {name: f"{name}2" for name in (*second.inputs, *(t.name for t in second.fresh))}
+    names |= {converted.name: f"{converted.name}2" for converted in (*second.before, *second.after)}
+
+    def renamed(converted: Converted) -> Converted:
+        return replace(converted, name=names[converted.name], of=tuple(names[name] for name in converted.of))
+
+    return Plan(
+        first.device,
+        inputs=(*first.inputs, *(names[name] for name in second.inputs)),
+        before=(*first.before, *map(renamed, second.before)),
+        fresh=(*first.fresh, *(replace(t, name=names[t.name]) for t in second.fresh)),
+        launches=(*first.launches, *(launch.renamed(names) for launch in second.launches)),
+        after=(*first.after, *map(renamed, second.after)),
+        outputs=(
+            *(first.outputs[i] for i in outputs),
+            *(None if (name := second.outputs[i]) is None else names[name] for i in outputs),
+        ),
+    )
 
 
 @dataclass(frozen=True)

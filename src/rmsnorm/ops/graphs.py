@@ -10,12 +10,16 @@ from torch.fx import Graph, Node
 FORWARD = torch.ops.rmsnorm.forward.default
 BACKWARD = torch.ops.rmsnorm.backward.default
 BACKWARD_OF_SUM = torch.ops.rmsnorm.backward_of_sum.default
+FORWARD_PAIR = torch.ops.rmsnorm.forward_pair.default
+BACKWARD_PAIR = torch.ops.rmsnorm.backward_pair.default
 VIEW = torch.ops.aten.view.default
 # Operators that give the same elements, in the same order, another shape.
 RESHAPES = {VIEW, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default}
 
 # Metadata that describes the values which a node computed or read. It is no longer right after the node was replaced.
 _OF_OTHER_VALUES = "tensor_meta", "eager_input_vals"
+# Metadata with which activation checkpointing says what the backward pass recomputes.
+CHECKPOINTING = "recompute", "ac_graph_id"
 
 
 class Edit:
@@ -41,6 +45,28 @@ class Edit:
         """Insert a node that takes one output of a call."""
         return self.call(before, operator.getitem, (call, number), of)
 
+    def move(self, nodes: Iterable[Node], before: Node) -> None:
+        """Move nodes in front of the node `before`, in their order in the graph."""
+        for node in sorted(nodes, key=self._place.__getitem__):
+            before.prepend(node)
+            self._place[node] = self._place[before] - 0.5
+
+    def needed_between(self, nodes: Iterable[Node | None], start: Node) -> set[Node]:
+        """What these nodes depend on that comes after `start`, the nodes themselves included."""
+        found: set[Node] = set()
+        waiting = [node for node in nodes if node is not None]
+        while waiting:
+            node = waiting.pop()
+            if node not in found and self._place[node] > self._place[start]:
+                found.add(node)
+                waiting.extend(node.all_input_nodes)
+        return found
+
+    def depends_on(self, nodes: Iterable[Node | None], ancestor: Node) -> bool:
+        """Whether one of the nodes is the node `ancestor` or depends on it."""
+        needed = self.needed_between(nodes, ancestor)
+        return any(node is ancestor for node in nodes) or any(ancestor in n.all_input_nodes for n in needed)
+
     def erase(self, *nodes: Any) -> None:
         """Erase those of the nodes that nothing uses."""
         for node in nodes:
@@ -55,6 +81,16 @@ class Edit:
     def precedes(self, nodes: Iterable[Node | None], later: Node) -> bool:
         """Whether all of the nodes come before another."""
         return all(node is None or self._place[node] < self._place[later] for node in nodes)
+
+
+def may_fuse(norm: Any) -> bool:
+    """Whether a call of the forward operator was traced with `fuse_residual`."""
+    return isinstance(norm, Node) and norm.target is FORWARD and bool(norm.kwargs.get("fuse_residual"))
+
+
+def call_of(output: Any) -> Node | None:
+    """The call of which a node takes one output; None for any other node."""
+    return arguments(output)[0] if isinstance(output, Node) and output.target is operator.getitem else None
 
 
 def arguments(node: Node) -> tuple[Any, ...]:

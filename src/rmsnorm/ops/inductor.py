@@ -1,4 +1,4 @@
-"""Lets Inductor run the rewritings of recomputation.py and residual_fusion.py.
+"""Lets Inductor run the rewritings of recomputation.py, residual_fusion.py and pairing.py.
 
 The pass is installed in the thread that compiles, when torch.compile or torch.export traces a norm that requests it:
 Inductor's configuration belongs to a thread, and other code may have replaced the pass since the last trace. Importing
@@ -15,13 +15,14 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
-from rmsnorm.ops import graphs, recomputation, residual_fusion
+from rmsnorm.ops import graphs, pairing, recomputation, residual_fusion
 
 
 def rewrite(graph: Graph) -> None:
     """Rewrite the norms in a graph as the hints of their calls allow, in place."""
     recomputation.recompute_outputs(graph)
     residual_fusion.fuse(graph)
+    pairing.pair(graph)
     for node in graph.find_nodes(op="call_function", target=graphs.FORWARD):
         node.kwargs = {}  # the hints are not needed any more, and a call is faster without them
 
@@ -69,5 +70,5 @@ def remove_pass() -> None:
 
 @functools.cache
 def _hash_of_source() -> str:
-    files = graphs.__file__, recomputation.__file__, residual_fusion.__file__
+    files = graphs.__file__, pairing.__file__, recomputation.__file__, residual_fusion.__file__
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()

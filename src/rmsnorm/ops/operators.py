@@ -16,6 +16,7 @@ from rmsnorm.errors import complaint
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
 from rmsnorm.ops.autograd import BackwardOnce, TransformedNorm, check_backward
+from rmsnorm.ops.batching import Outputs, call_by_sample
 from rmsnorm.ops.dispatch import is_plain, load_sharding, without_none
 from rmsnorm.spec import (
     Cast,
@@ -145,34 +146,21 @@ def _vmap_rule(name: str, tensors: int) -> Any:
     """The vmap rule: one call for the whole batch if only rows are batched; otherwise one call for each sample."""
     op = getattr(torch.ops.rmsnorm, name).default
 
-    def rule(
-        info: Any, in_dims: tuple[int | None, ...], *args: Any, **hints: Any
-    ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-        front = [
-            a.movedim(d, 0) if d is not None else a for a, d in zip(args[:tensors], in_dims[:tensors], strict=True)
-        ]
-        batched = [d is not None for d in in_dims[:tensors]]
-        rows_only = name == "forward" and not batched[2]
-        if rows_only:
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any, **hints: Any) -> Outputs:
+        if name == "forward" and in_dims[2] is None:
+            front = [a if d is None else a.movedim(d, 0) for a, d in zip(args[:2], in_dims[:2], strict=True)]
+            batched = [d is not None for d in in_dims[:2]]
             if batched[0] and front[0].dim() == 1:  # the operator would treat the samples as the columns of a row
                 expected = "(..., N) with N of at least 1"
                 raise ValueError(complaint(caller(front[1]), "x", "has shape ()", expected))
             rows = [
                 a if a is None or is_batched else a.expand(info.batch_size, *a.shape)
-                for a, is_batched in zip(front[:2], batched[:2], strict=True)
+                for a, is_batched in zip(front, batched, strict=True)
             ]
-            outputs = op(*rows, front[2], *args[tensors:], **hints)
+            outputs = op(*rows, *args[2:], **hints)
             with_s, with_rstd = front[1] is not None, args[-1]
             return outputs, (0, 0 if with_s else None, 0 if with_rstd else None)
-        if info.batch_size == 0:  # take the shapes from a call with a made-up sample
-            one = [a.new_ones(a.shape[1:]) if is_batched else a for a, is_batched in zip(front, batched, strict=True)]
-            outputs = op(*one, *args[tensors:])
-            return tuple(o.new_empty(0, *o.shape) for o in outputs), (0,) * len(outputs)
-        samples = [
-            op(*(a[i] if is_batched else a for a, is_batched in zip(front, batched, strict=True)), *args[tensors:])
-            for i in range(info.batch_size)
-        ]
-        return tuple(torch.stack(output) for output in zip(*samples, strict=True)), (0,) * len(samples[0])
+        return call_by_sample(op, tensors, info, in_dims, args)
 
     return rule
 

@@ -34,6 +34,20 @@ def _plain_backward(
     return without_none(x, dx, dw)
 
 
+def _plain_forward_pair(
+    x: Tensor, w: Tensor | None, x2: Tensor, w2: Tensor | None, *options: Any
+) -> tuple[Tensor, ...]:
+    (y, _, rstd), (y2, _, rstd2) = plain_forward(x, None, w, *options), plain_forward(x2, None, w2, *options)
+    return y, rstd, y2, rstd2
+
+
+def _plain_backward_pair(
+    dy: Tensor, x: Tensor, w: Tensor | None, rstd: Tensor, dy2: Tensor, x2: Tensor, w2: Tensor | None, rstd2: Tensor,
+    *options: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return *_plain_backward(dy, None, x, w, rstd, *options), *_plain_backward(dy2, None, x2, w2, rstd2, *options)
+
+
 def decompositions() -> dict[Any, Callable[..., tuple[Tensor, ...]]]:
     """Return the decompositions of this package's operators into torch's, for programs that run without the package.
 
@@ -55,4 +69,6 @@ def decompositions() -> dict[Any, Callable[..., tuple[Tensor, ...]]]:
     return {
         torch.ops.rmsnorm.forward.default: plain_forward,
         torch.ops.rmsnorm.backward.default: _plain_backward,
+        torch.ops.rmsnorm.forward_pair.default: _plain_forward_pair,
+        torch.ops.rmsnorm.backward_pair.default: _plain_backward_pair,
     }

@@ -8,7 +8,6 @@ additions do. The pass matches our own operators, which no release of torch deco
 and backward pass, or in the graph of a forward pass without gradients. inductor.py runs it.
 """
 
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,13 +16,22 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from rmsnorm.ops.graphs import BACKWARD, BACKWARD_OF_SUM, FORWARD, RESHAPES, VIEW, Edit, arguments, outputs
+from rmsnorm.ops.graphs import (
+    BACKWARD,
+    BACKWARD_OF_SUM,
+    CHECKPOINTING,
+    FORWARD,
+    RESHAPES,
+    VIEW,
+    Edit,
+    arguments,
+    call_of,
+    may_fuse,
+    outputs,
+)  # fmt: skip
 from rmsnorm.spec import KERNEL_DTYPES
 
 _ADD = torch.ops.aten.add.Tensor
-
-# Metadata with which activation checkpointing says what the backward pass recomputes.
-_CHECKPOINTING = "recompute", "ac_graph_id"
 
 
 def fuse(graph: Graph) -> None:
@@ -40,12 +48,12 @@ def _fuse_forward(edit: Edit, norm: Node) -> None:
     """Fuse a norm with the addition that computes its x, if the kernel can make it."""
     x, residual, w, *options = arguments(norm)
     total = _source(x)
-    if residual is not None or not _may_fuse(norm) or not _is_sum(total) or not _are_rows_of(x, total):
+    if residual is not None or not may_fuse(norm) or not _is_sum(total) or not _are_rows_of(x, total):
         return
     if any(map(_is_fused_by_inductor, arguments(total))):
         return
     first = edit.first(total.users)
-    if not edit.precedes([w], first) or any(total.meta.get(k) != norm.meta.get(k) for k in _CHECKPOINTING):
+    if not edit.precedes([w], first) or any(total.meta.get(k) != norm.meta.get(k) for k in CHECKPOINTING):
         return
     fused = edit.call(first, FORWARD, (*arguments(total), w, *options), norm)
     s = edit.output(first, fused, 1, total)
@@ -63,7 +71,7 @@ def _fuse_forward(edit: Edit, norm: Node) -> None:
 def _fuse_backward(edit: Edit, norm: Node) -> None:
     """Fuse the backward pass of a norm with additions before and after it, if there are any."""
     dy, ds, x, w, rstd, *options = arguments(norm)
-    if ds is not None or not _may_fuse(_getitem_source(rstd)):
+    if ds is not None or not may_fuse(call_of(rstd)):
         return
     found = outputs(norm)
     after = _addition_after(found, x)
@@ -126,14 +134,6 @@ def _summands(dy: Node) -> list[Node]:
             summands = [*arguments(inner), outer]
             break
     return [dy] if any(map(_is_fused_by_inductor, summands)) else summands
-
-
-def _may_fuse(norm: Node | None) -> bool:
-    return norm is not None and norm.target is FORWARD and bool(norm.kwargs.get("fuse_residual"))
-
-
-def _getitem_source(node: Any) -> Node | None:
-    return arguments(node)[0] if isinstance(node, Node) and node.target is operator.getitem else None
 
 
 def _source(node: Node) -> Node:

@@ -17,7 +17,7 @@ import operator
 import os
 import queue
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,9 @@ class MachineCode:
     def remark(self) -> str | None:
         why = self.function.not_kept
         return None if why is None else f"each process compiles the kernel, because it cannot be kept: {why}"
+
+    def renamed(self, names: Mapping[str, str]) -> "MachineCode":
+        return replace(self, tensors=tuple(None if name is None else names[name] for name in self.tensors))
 
     def native(self) -> NativeLaunch | str:
         arguments = (*(name or 0 for name in self.tensors), *self.words)

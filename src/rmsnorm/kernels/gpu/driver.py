@@ -12,7 +12,7 @@ import functools
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +67,10 @@ class TritonLaunch:
 
     def remark(self) -> str | None:
         return None
+
+    def renamed(self, names: Mapping[str, str]) -> "TritonLaunch":
+        arguments = (a._replace(tensor=names[a.tensor]) if isinstance(a, Slot) else a for a in self.arguments)
+        return replace(self, arguments=tuple(arguments))
 
     def native(self) -> NativeLaunch | str:
         if not self.aligned:

@@ -33,6 +33,7 @@
 #include <optional>
 #include <shared_mutex>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <unordered_map>
 #include <utility>
@@ -61,20 +62,37 @@ struct Spec {
   bool early, offset; // the offset is 0 or 1
 };
 
-enum class Pass { FORWARD, BACKWARD, BACKWARD_OF_SUM };
-constexpr size_t PASSES = 3;
+enum class Pass { FORWARD, BACKWARD, BACKWARD_OF_SUM, FORWARD_PAIR, BACKWARD_PAIR };
+constexpr size_t PASSES = 5;
+
+// name: that of the operator. label: for profilers. tensors: one letter for each tensor of a call, before dy2 and dy3 of
+// a sum: t if it is an argument of the operator, l if that is a list, - if it is always absent. arguments: how many the
+// operator has.
+struct Facts {
+  const char *name, *label;
+  std::string_view tensors;
+  bool backward;
+  size_t arguments;
+};
+
+// Tensors: x, residual, w; or dy, ds, x, w, rstd; for a pair twice, without residuals and ds.
+constexpr std::array<Facts, PASSES> facts{{
+    {"forward", "rmsnorm", "ttt", false, 9}, // the last two arguments are for compilers only
+    {"backward", "rmsnorm_backward", "ttttt", true, 9},
+    {"backward_of_sum", "rmsnorm_backward_of_sum", "ltttt", true, 9},
+    {"forward_pair", "rmsnorm_pair", "t-tt-t", false, 8},
+    {"backward_pair", "rmsnorm_backward_pair", "t-tttt-ttt", true, 12},
+}};
 
 constexpr size_t index_of(Pass pass) {
   return static_cast<size_t>(pass);
 }
 
-// How many tensors every call has: x, residual, w; or dy, ds, x, w, rstd.
-constexpr size_t tensors_before_spec(Pass pass) {
-  return pass == Pass::FORWARD ? 3 : 5;
+constexpr const Facts& of(Pass pass) {
+  return facts[index_of(pass)];
 }
 
-// tensors: x, residual, w; or dy, ds, x, w, rstd, followed by dy2 and dy3 if a sum has them. Any other absent tensor is
-// undefined.
+// tensors: see Facts, followed by dy2 and dy3 if a sum has them. An absent tensor is undefined.
 struct Call {
   Pass pass;
   Tensors tensors;
@@ -82,7 +100,7 @@ struct Call {
   std::array<bool, 2> requested; // with_rstd; or need_dx, need_dw
 
   bool backward() const {
-    return pass != Pass::FORWARD;
+    return of(pass).backward;
   }
 
   const Tensor& rows() const {
@@ -280,7 +298,7 @@ struct Plan {
     for (const auto& one : fresh) {
       tensors.push_back(one.of(rows));
     }
-    c10::SmallVector<Word, 12> addresses;
+    c10::SmallVector<Word, 16> addresses;
     for (const auto& t : tensors) {
       addresses.push_back(t.defined() ? reinterpret_cast<Word>(t.const_data_ptr()) : 0);
     }
@@ -365,8 +383,8 @@ struct Key {
     int64_t eps;
     std::memcpy(&eps, &call.spec.eps, sizeof eps);
     numbers = {
-        eps, static_cast<int64_t>(call.pass) | call.spec.early << 2 | call.spec.offset << 3 | call.requested[0] << 4 |
-            call.requested[1] << 5};
+        eps, static_cast<int64_t>(call.pass) | call.spec.early << 3 | call.spec.offset << 4 | call.requested[0] << 5 |
+            call.requested[1] << 6};
     for (const auto& t : call.tensors) {
       add(t);
     }
@@ -431,7 +449,7 @@ std::shared_ptr<const Plan> request_plan(const Call& call) {
   const py::gil_scoped_acquire gil;
   py::list arguments;
   const auto* next = call.tensors.begin();
-  const auto* before_spec = next + tensors_before_spec(call.pass);
+  const auto* before_spec = next + of(call.pass).tensors.size();
   for (; next != before_spec; next++) {
     arguments.append(wrapped(*next));
   }
@@ -491,8 +509,7 @@ std::optional<Tensors> run(const Call& call, bool gil = false) {
   if (gil && (plan->by_threads || call.rows().is_cuda())) {
     released.emplace(); // the call may take long, or block until GPU work is done that needs the GIL
   }
-  constexpr std::array names{"rmsnorm", "rmsnorm_backward", "rmsnorm_backward_of_sum"};
-  RECORD_FUNCTION(names[index_of(call.pass)], c10::ArrayRef<const c10::IValue>{});
+  RECORD_FUNCTION(of(call.pass).label, c10::ArrayRef<const c10::IValue>{});
   return plan->run(call);
 }
 
@@ -617,24 +634,28 @@ struct Registered {
 
 std::array<Registered*, PASSES> python{};
 
-constexpr size_t ARGUMENTS = 9; // of each operator; the last two of forward are for compilers only
-
 // The call that the operator's arguments on the stack describe; nothing if its spec is unusual (see known_spec) or the
 // number of gradients to add is invalid.
 std::optional<Call> call_of(Pass pass, torch::jit::Stack& stack) {
-  const auto given = torch::jit::last(stack, ARGUMENTS);
+  const auto given = torch::jit::last(stack, of(pass).arguments);
   const auto* next = given.begin();
   Call call{pass, {}, {}, {}};
   std::vector<Tensor> summands;
-  if (pass == Pass::BACKWARD_OF_SUM) {
-    summands = (next++)->toTensorVector();
-    if (summands.empty() || summands.size() > MOST_SUMMANDS) {
-      return std::nullopt;
+  for (const char what : of(pass).tensors) {
+    if (what == '-') {
+      call.tensors.push_back(Tensor());
+      continue;
     }
-    call.tensors.push_back(summands[0]);
-  }
-  for (; call.tensors.size() < tensors_before_spec(pass); next++) {
-    call.tensors.push_back(next->isNone() ? Tensor() : next->toTensor());
+    if (what == 'l') {
+      summands = next->toTensorVector();
+      if (summands.empty() || summands.size() > MOST_SUMMANDS) {
+        return std::nullopt;
+      }
+      call.tensors.push_back(summands[0]);
+    } else {
+      call.tensors.push_back(next->isNone() ? Tensor() : next->toTensor());
+    }
+    next++;
   }
   for (size_t i = 1; i < summands.size(); i++) {
     call.tensors.push_back(summands[i]);
@@ -670,7 +691,7 @@ bool run_operator(Pass pass, bool autograd, torch::jit::Stack* stack) {
   if (!found) {
     return false;
   }
-  torch::jit::drop(*stack, ARGUMENTS);
+  torch::jit::drop(*stack, of(pass).arguments);
   for (const auto& t : *found) {
     stack->emplace_back(t.defined() ? t : no_output(call->rows()));
   }
@@ -689,8 +710,9 @@ void kernel(const c10::OperatorHandle& op, DispatchKeySet keys, torch::jit::Stac
 // devices. torch's dispatcher synchronizes registrations with each other, but not with calls that another thread makes
 // at that moment.
 template <Pass pass>
-void register_operator(const std::string& name) {
+void register_operator() {
   using torch::CppFunction;
+  const std::string name = of(pass).name;
   const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(("rmsnorm::" + name).c_str(), "");
   python[index_of(pass)] = new Registered{
       op.getComputedKernelForDispatchKey(DispatchKey::CPU),
@@ -784,16 +806,19 @@ PyMethodDef fast_methods[] = {
 
 PYBIND11_MODULE(RMSNORM_HOST, module) {
   PyModule_AddFunctions(module.ptr(), fast_methods);
-  module.def("begin", [](const py::object& forward, const py::object& backward, const py::object& backward_of_sum,
-                         const py::object& check) {
+  module.def("begin", [](const py::dict& planners_by_name, const py::object& check) {
     if (check_saved != nullptr) {
       return; // another thread has loaded the library too
     }
-    planners = {Py_NewRef(forward.ptr()), Py_NewRef(backward.ptr()), Py_NewRef(backward_of_sum.ptr())};
+    for (size_t i = 0; i < PASSES; i++) {
+      planners[i] = Py_NewRef(py::object(planners_by_name[facts[i].name]).ptr());
+    }
     check_saved = Py_NewRef(check.ptr());
-    register_operator<Pass::FORWARD>("forward");
-    register_operator<Pass::BACKWARD>("backward");
-    register_operator<Pass::BACKWARD_OF_SUM>("backward_of_sum");
+    register_operator<Pass::FORWARD>();
+    register_operator<Pass::BACKWARD>();
+    register_operator<Pass::BACKWARD_OF_SUM>();
+    register_operator<Pass::FORWARD_PAIR>();
+    register_operator<Pass::BACKWARD_PAIR>();
   });
   module.def("forget", [] {
     Plans dropped;

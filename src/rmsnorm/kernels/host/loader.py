@@ -33,7 +33,17 @@ from rmsnorm import kernels
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import build
 from rmsnorm.kernels.plan import Backward, ByReference, Forward, Native, Plan
-from rmsnorm.spec import Cast, Spec, caller, check_gradients, check_saved, check_summed, check_tensors
+from rmsnorm.spec import (
+    PAIR,
+    Cast,
+    Spec,
+    caller,
+    check_gradients,
+    check_pair,
+    check_saved,
+    check_summed,
+    check_tensors,
+)  # fmt: skip
 
 _NAME = "rmsnorm_host"
 _SOURCE = Path(__file__).with_name("host.cpp")
@@ -193,6 +203,36 @@ def _native_backward_of_sum(
     except (TypeError, ValueError):
         return None
     return _native(dispatch.plan_backward(Backward.of_sum((dy, *more), ds, x, w, rstd, spec, need_dx, need_dw)))
+
+
+def _native_forward_pair(
+    x: Tensor, _: None, w: Tensor | None, x2: Tensor, _2: None, w2: Tensor | None, eps: float, cast: Cast,
+    offset: float, with_rstd: bool,
+) -> Native | None:  # fmt: skip
+    """As `_native_forward`, for `forward_pair`; the arguments that are always None stand for residuals."""
+    try:
+        check_pair(PAIR, x, w, x2, w2, offset)
+        spec = Spec(eps, cast, offset)
+    except (TypeError, ValueError):
+        return None
+    kinds = (Forward.of(rows, None, weight, spec, with_rstd) for rows, weight in ((x, w), (x2, w2)))
+    return _native(dispatch.plan_forward_pair(*kinds))
+
+
+def _native_backward_pair(
+    dy: Tensor, _: None, x: Tensor, w: Tensor | None, rstd: Tensor, dy2: Tensor, _2: None, x2: Tensor,
+    w2: Tensor | None, rstd2: Tensor, cast: Cast, offset: float, need_dx: bool, need_dw: bool,
+) -> Native | None:  # fmt: skip
+    """As `_native_backward`, for `backward_pair`; the arguments that are always None stand for gradients of s."""
+    try:
+        check_gradients(PAIR, dy, None, x, w, rstd, offset, need_dw)
+        check_gradients(PAIR, dy2, None, x2, w2, rstd2, offset, need_dw)
+        check_pair(PAIR, x, w, x2, w2, offset)
+        spec = Spec(0.0, cast, offset)
+    except (TypeError, ValueError):
+        return None
+    first = Backward.of(dy, None, x, w, rstd, spec, need_dx, need_dw)
+    return _native(dispatch.plan_backward_pair(first, Backward.of(dy2, None, x2, w2, rstd2, spec, need_dx, need_dw)))
 
 
 def _check_saved(
@@ -420,7 +460,14 @@ def _open(file: int, target: Path) -> None:
     # words: a call that reads it in the nanoseconds in which it is written can see a mix of both kernels and crash.
     # Calls of rms_norm and add_rms_norm with plain tensors bypass the dispatcher. To rule out such a crash for compiled
     # graphs and DTensors, call rmsnorm.warmup() before other threads run them, as docs/first-call.md says.
-    module.begin(_native_forward, _native_backward, _native_backward_of_sum, _check_saved)
+    planners = {
+        "forward": _native_forward,
+        "backward": _native_backward,
+        "backward_of_sum": _native_backward_of_sum,
+        "forward_pair": _native_forward_pair,
+        "backward_pair": _native_backward_pair,
+    }
+    module.begin(planners, _check_saved)
     _State.module, norm = module, module.norm
 
 
