@@ -1,5 +1,5 @@
-"""The operators `torch.ops.rmsnorm.forward`, `backward` and `backward_of_sum`; importing this registers them."""
+"""The operators `torch.ops.rmsnorm.*`; importing this registers them."""
 
-from rmsnorm.ops import operators
+from rmsnorm.ops import gated, operators
 
-__all__ = ["operators"]
+__all__ = ["gated", "operators"]
