@@ -4,9 +4,9 @@ A gated norm multiplies by silu or the sigmoid of a second input, the gate. Libr
 functions, so this file defines them as a fixed sequence of fp64 operations that IEEE 754 defines, and rounds the result
 once to fp32. Every other step rounds to fp32 unless the code says otherwise.
 
-Shapes: x, gate, y, dy, dx and dgate are (..., N), w and dw are (N,), and rstd is (..., groups). Each row is divided into
-`groups` parts of equal width, and each part has its own statistic. `Gate` in spec.py says what else distinguishes one
-gated norm from another.
+Shapes: x, gate, y, dy, dx and dgate are (..., N), w and dw are (N,), and rstd is (..., groups). Each row has `groups`
+parts of equal width, and each part has its own statistic. `Gate` in spec.py says what else distinguishes one gated norm
+from another.
 """
 
 import torch

@@ -70,11 +70,11 @@ def gated_backward(
     need_dw: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """As `gated_reference.backward`."""
-    rows = [grouped(t, spec.groups) for t in (dy, x, gate)]
-    plan = plan_gated_backward(GatedBackward.of(*rows, w, rstd, spec, need_dx, need_dgate, need_dw))
+    of_dy, of_x, of_gate = (grouped(t, spec.groups) for t in (dy, x, gate))
+    plan = plan_gated_backward(GatedBackward.of(of_dy, of_x, of_gate, w, rstd, spec, need_dx, need_dgate, need_dw))
     if isinstance(plan, ByReference):
         return gated_reference.backward(dy, x, gate, w, rstd, spec, need_dx, need_dgate, need_dw)
-    dx, dgate, dw = run(plan, (*rows, w, rstd))
+    dx, dgate, dw = run(plan, (of_dy, of_x, of_gate, w, rstd))
     return None if dx is None else dx.view(x.shape), None if dgate is None else dgate.view(x.shape), dw
 
 

@@ -174,7 +174,8 @@ class GatedBackward(NamedTuple):
     ) -> "GatedBackward":  # fmt: skip
         of = TensorKind.of
         return cls(
-            x.device, of(dy), of(x), of(gate), None if w is None else of(w), of(rstd), spec, need_dx, need_dgate, need_dw
+            x.device, of(dy), of(x), of(gate), None if w is None else of(w), of(rstd),
+            spec, need_dx, need_dgate, need_dw,
         )  # fmt: skip
 
 

@@ -133,7 +133,7 @@ def _vmap_rule(name: str, tensors: int) -> Any:
     def rule(
         info: Any, in_dims: tuple[int | None, ...], *args: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-        front = [
+        front: list[Any] = [
             a if a is None else (a.expand(info.batch_size, *a.shape) if d is None else a.movedim(d, 0))
             for a, d in zip(args[:tensors], in_dims[:tensors], strict=True)
         ]
