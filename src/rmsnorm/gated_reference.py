@@ -162,7 +162,7 @@ def published(x: Tensor, gate: Tensor, w: Tensor | None, spec: Spec) -> Tensor:
 
 def grouped(t: Tensor, groups: int) -> Tensor:
     """A view of t with the last dimension divided: (..., N) to (..., groups, N / groups)."""
-    return t.unflatten(-1, (groups, t.shape[-1] // groups))
+    return t.unflatten(-1, (groups, t.shape[-1] // groups))  # type: ignore[no-any-return]
 
 
 def _output(rows: Tensor, factor: Tensor, w: Tensor | None, rstd: Tensor, spec: Spec, dtype: torch.dtype) -> Tensor:
