@@ -15,6 +15,7 @@ LAYERS = (
     ("errors", "bits", "memory", "compat"),
     ("spec",),
     ("reference",),
+    ("gated_reference",),
     ("kernels",),
     ("ops",),
     ("functional",),

@@ -15,6 +15,9 @@ SIGNATURES = {
     "add_rms_norm": "x, residual, weight=None, eps=1e-06, *, cast='early', offset=0.0",
     "rms_norms": "xs, weights=None, eps=1e-06, *, cast='early', offset=0.0",
     "RMSNorm": "hidden_size, eps=1e-06, *, cast='early', offset=0.0, elementwise_affine=True, device=None, dtype=None",
+    "gated_rms_norm": "x, gate, weight=None, eps=1e-06, *, cast='early', activation='silu', gate_first=False, groups=1",
+    "GatedRMSNorm": "hidden_size, eps=1e-06, *, cast='early', activation='silu', gate_first=False, groups=1, "
+    "elementwise_affine=True, device=None, dtype=None",
     "DeepseekV2RMSNorm": "hidden_size, eps=1e-06",
     "TorchRMSNorm": "normalized_shape, eps=None, elementwise_affine=True, device=None, dtype=None",
     "patch": "model, *, strict=True, fuse_residual=True, recompute=False",

@@ -1,7 +1,7 @@
 """Fused RMSNorm for PyTorch that rounds as DeepSeek's published class does and gives the same bits on every device.
 
-rms_norm, add_rms_norm, rms_norms: the functions.
-RMSNorm, DeepseekV2RMSNorm, TorchRMSNorm: the layers.
+rms_norm, add_rms_norm, rms_norms, gated_rms_norm: the functions.
+RMSNorm, GatedRMSNorm, DeepseekV2RMSNorm, TorchRMSNorm: the layers.
 patch, unpatch, PatchReport: replace the norms of a model, restore them, and what patch found.
 explain, warmup: which kernel a call would run and why; compile the kernels ahead of time.
 recompute: a context in which norm outputs are not kept for the backward pass, which recomputes them.
@@ -11,8 +11,8 @@ register: tell torch's FLOP counter and transformers about this package.
 """
 
 from rmsnorm.costs.counts import Cost, cost
-from rmsnorm.functional import add_rms_norm, explain, rms_norm, rms_norms, warmup
-from rmsnorm.modules import DeepseekV2RMSNorm, RMSNorm
+from rmsnorm.functional import add_rms_norm, explain, gated_rms_norm, rms_norm, rms_norms, warmup
+from rmsnorm.modules import DeepseekV2RMSNorm, GatedRMSNorm, RMSNorm
 from rmsnorm.ops.eager_recomputation import recompute
 from rmsnorm.ops.plain import decompositions
 from rmsnorm.patching.patch import patch, unpatch
@@ -25,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Cost",
     "DeepseekV2RMSNorm",
+    "GatedRMSNorm",
     "PatchReport",
     "RMSNorm",
     "TorchRMSNorm",
@@ -32,6 +33,7 @@ __all__ = [
     "cost",
     "decompositions",
     "explain",
+    "gated_rms_norm",
     "patch",
     "recompute",
     "register",

@@ -1,4 +1,4 @@
-"""The functions: `rms_norm`, `add_rms_norm`, `rms_norms`, `explain` and `warmup`."""
+"""The functions: `rms_norm`, `add_rms_norm`, `rms_norms`, `gated_rms_norm`, `explain` and `warmup`."""
 
 import contextlib
 import inspect
@@ -16,8 +16,9 @@ from rmsnorm.kernels.plan import ByReference, Forward, Plan
 from rmsnorm.ops import eager_recomputation
 from rmsnorm.ops.autograd import needs_gradient, norm
 from rmsnorm.ops.dispatch import is_plain, load_sharding
+from rmsnorm.ops.gated import gated_norm
 from rmsnorm.ops.pairs import norms
-from rmsnorm.spec import DTYPES, Cast, check_int, check_order, check_tensors, spec_of
+from rmsnorm.spec import DTYPES, Activation, Cast, check_int, check_order, check_tensors, spec_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -170,6 +171,49 @@ def rms_norms(
     if weights is not None and len(weights) != len(xs):
         raise ValueError(complaint("rms_norms", "weights", f"has {len(weights)} entries", f"{len(xs)}, one for each x"))
     return norms(xs, [None] * len(xs) if weights is None else weights, eps, cast, offset)
+
+
+def gated_rms_norm(
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    cast: Cast = "early",
+    activation: Activation = "silu",
+    gate_first: bool = False,
+    groups: int = 1,
+) -> Tensor:
+    """Normalize the rows of x and multiply by silu or the sigmoid of a gate: Qwen3-Next's, Mamba 2's, Kimi Linear's.
+
+    `rms_norm(x)·weight·silu(gate)`, or with gate_first `rms_norm(x·silu(gate))·weight`. Each row of y has the bits that
+    `rmsnorm.gated_reference` states, whatever the device, the batch and the strides. Kept for the backward pass: x,
+    gate, the weight, and 4 bytes a row and group. Differentiable once, in reverse mode.
+
+    Args:
+        x: Of shape (..., N), in float32, bfloat16, float16 or float64 (which is computed in float32).
+        gate: Of the shape of x, in any of these dtypes.
+        weight: Of shape (N,), in any of these dtypes, or None.
+        eps: Added to the mean of the squares; 0 is legal.
+        cast: "early" casts to the dtype of x before the multiplication by the weight; "late" multiplies in float32.
+        activation: "silu" or "sigmoid".
+        gate_first: Whether x is multiplied by the gate before it is normalized, and not after.
+        groups: How many parts of equal width a row has, each with its own statistic.
+
+    Returns:
+        y, contiguous, of the shape of x. Its dtype is that of x, except for gate_first with cast="early" and a weight:
+        then it is `torch.promote_types(weight.dtype, x.dtype)`.
+
+    Raises:
+        TypeError: If an argument is of a type or dtype that is not allowed; the message names it.
+        ValueError: If shapes, devices, eps, cast, activation or groups are not allowed; the message names the argument.
+
+    Example:
+        >>> x, gate = torch.randn(2, 2, 8, dtype=torch.bfloat16)
+        >>> rmsnorm.gated_rms_norm(x, gate, torch.ones(8, dtype=torch.bfloat16), groups=2).shape
+        torch.Size([2, 8])
+    """
+    return gated_norm(x, gate, weight, eps, cast, activation, gate_first, groups)
 
 
 def explain(

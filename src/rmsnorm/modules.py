@@ -1,4 +1,4 @@
-"""The layers `RMSNorm` and `DeepseekV2RMSNorm`: parameters, and a call of `rms_norm`."""
+"""The layers `RMSNorm`, `GatedRMSNorm` and `DeepseekV2RMSNorm`: parameters, and a call of a function."""
 
 import functools
 from collections.abc import Callable
@@ -8,8 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from rmsnorm.errors import complaint
-from rmsnorm.functional import explain, rms_norm
-from rmsnorm.spec import DTYPES, Cast, check_bool, check_int, check_spec, is_torchs_shape
+from rmsnorm.functional import explain, gated_rms_norm, rms_norm
+from rmsnorm.spec import (
+    DTYPES,
+    Activation,
+    Cast,
+    check_bool,
+    check_int,
+    check_spec,
+    gated_spec,
+    is_torchs_shape,
+)  # fmt: skip
 
 P = ParamSpec("P")
 _TORCHS = "rmsnorm.TorchRMSNorm takes the arguments of torch.nn.RMSNorm"
@@ -34,6 +43,11 @@ def _not_torchs(init: Callable[Concatenate[Any, P], None]) -> Callable[Concatena
 
 def _checked_size(where: str, hidden_size: object) -> int:
     return check_int(where, "hidden_size", hidden_size, 1, f"; {_TORCHS}" if is_torchs_shape(hidden_size) else "")
+
+
+def _check_dtype(where: str, dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise TypeError(complaint(where, "dtype", f"is {dtype}", "float32, bfloat16, float16 or float64"))
 
 
 def _refuse_script(layer: nn.Module) -> NoReturn:
@@ -89,8 +103,7 @@ class RMSNorm(nn.Module):
         where = type(self).__name__
         hidden_size = _checked_size(where, hidden_size)
         check_bool(where, "elementwise_affine", elementwise_affine)
-        if dtype is not None and dtype not in DTYPES:
-            raise TypeError(complaint(where, "dtype", f"is {dtype}", "float32, bfloat16, float16 or float64"))
+        _check_dtype(where, dtype)
         check_spec(where, eps, cast, offset)
         if offset != 0 and not elementwise_affine:
             raise ValueError(complaint(where, "elementwise_affine", "is False with an offset", "True"))
@@ -134,6 +147,102 @@ class RMSNorm(nn.Module):
         parts = [f"{self.hidden_size}, eps={self.eps}, cast={self.cast!r}"]
         if self.offset != 0:
             parts.append(f"offset={self.offset}")
+        if self.weight is None:
+            parts.append("elementwise_affine=False")
+        return ", ".join(parts)
+
+
+class GatedRMSNorm(nn.Module):
+    """The layer of `gated_rms_norm`: the norm of Qwen3-Next, Mamba 2, Kimi Linear and others, which has a gate.
+
+    The weight starts at one. Its key in the state_dict is "weight".
+
+    Args:
+        hidden_size: The size N of the last dimension of x, at least 1.
+        eps: Added to the mean of squares, 0 or more.
+        cast: "early" or "late", as of `gated_rms_norm`, like the following.
+        activation: "silu" or "sigmoid".
+        gate_first: Whether x is multiplied by the gate before it is normalized.
+        groups: How many parts of equal width a row has, each with its own statistic. It must divide hidden_size.
+        elementwise_affine: Whether there is a weight.
+        device: The device of the weight.
+        dtype: The dtype of the weight: float32, bfloat16, float16 or float64. None for torch's default.
+
+    Raises:
+        TypeError: If an argument has a type that is not allowed; the message names it.
+        ValueError: If an argument has a value that is not allowed; the message names it.
+
+    Example:
+        >>> layer = rmsnorm.GatedRMSNorm(128, dtype=torch.bfloat16)  # Qwen3-Next's
+        >>> x, gate = torch.randn(2, 4, 128, dtype=torch.bfloat16)
+        >>> layer(x, gate).shape
+        torch.Size([4, 128])
+        >>> rmsnorm.GatedRMSNorm(8192, gate_first=True, groups=8)  # Mamba 2's
+        GatedRMSNorm(8192, eps=1e-06, cast='early', activation='silu', gate_first=True, groups=8)
+    """
+
+    weight: nn.Parameter | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-6,
+        *,
+        cast: Cast = "early",
+        activation: Activation = "silu",
+        gate_first: bool = False,
+        groups: int = 1,
+        elementwise_affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        where = type(self).__name__
+        hidden_size = check_int(where, "hidden_size", hidden_size, 1)
+        check_bool(where, "elementwise_affine", elementwise_affine)
+        _check_dtype(where, dtype)
+        self.spec = gated_spec(where, eps, cast, activation, gate_first, groups)
+        if hidden_size % self.spec.groups:
+            expected = f"a number that divides {hidden_size}, the hidden_size"
+            raise ValueError(complaint(where, "groups", f"is {groups}", expected))
+        self.hidden_size = hidden_size
+        weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype)) if elementwise_affine else None
+        self.register_parameter("weight", weight)
+
+    def reset_parameters(self) -> None:
+        """Set the weight to one."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        """Normalize x and apply the gate.
+
+        Args:
+            x: (..., hidden_size) float32, bfloat16, float16 or float64.
+            gate: Of the shape of x, in any of these dtypes.
+
+        Returns:
+            y, as from `gated_rms_norm`.
+
+        Raises:
+            TypeError: If x or gate is not a dense tensor of these dtypes.
+            ValueError: If a shape or a device does not fit.
+        """
+        spec = self.spec
+        assert spec.gate is not None
+        return gated_rms_norm(
+            x, gate, self.weight, spec.eps, cast=spec.cast, activation=spec.gate.activation,
+            gate_first=spec.gate.first, groups=spec.groups,
+        )  # fmt: skip
+
+    __prepare_scriptable__ = _refuse_script  # torch.jit.script calls it
+
+    def extra_repr(self) -> str:
+        """The arguments of the constructor, for `print(model)`."""
+        spec = self.spec
+        assert spec.gate is not None
+        parts = [f"{self.hidden_size}, eps={spec.eps}, cast={spec.cast!r}, activation={spec.gate.activation!r}"]
+        parts.append(f"gate_first={spec.gate.first}, groups={spec.groups}")
         if self.weight is None:
             parts.append("elementwise_affine=False")
         return ", ".join(parts)

@@ -16,6 +16,7 @@ import torch
 from rmsnorm.errors import complaint, type_name
 
 Cast = Literal["early", "late"]
+Activation = Literal["silu", "sigmoid"]
 
 # What x and a weight may have, each. There are kernels for the first three; float64 is computed by the reference.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,6 +42,19 @@ NO_HINTS = Hints()
 
 
 @dataclass(frozen=True)
+class Gate:
+    """What a gated RMSNorm does with its second input, the gate.
+
+    Attributes:
+        activation: "silu" or "sigmoid": the function of the gate that is multiplied by.
+        first: Whether x is multiplied by it before it is normalized, as in Mamba 2, and not after, as in Qwen3-Next.
+    """
+
+    activation: Activation = "silu"
+    first: bool = False
+
+
+@dataclass(frozen=True)
 class Spec:
     """One RMSNorm: its epsilon, where it rounds, and what it adds to the weight.
 
@@ -59,10 +73,13 @@ class Spec:
         eps: Added to the mean of squares. A number from 0 to `LARGEST_EPS`.
         cast: "early" or "late".
         offset: Added to the weight in fp32, 0 or 1. An offset of 1 requires "late".
+        gate: What is done with a gate; None for a norm without one. Not with an offset.
+        groups: How many parts of equal width a row has, each with its own statistic. More than 1 only with a gate.
 
     Raises:
         TypeError: If eps or the offset is not a number.
-        ValueError: If eps, cast or the offset has another value than these, or the offset is 1 with "early".
+        ValueError: If eps, cast, the offset or groups has another value than these, or if the offset is 1 with "early"
+            or with a gate.
 
     Example:
         >>> from rmsnorm.spec import Spec
@@ -75,9 +92,21 @@ class Spec:
     eps: float = 1e-6
     cast: Cast = "early"
     offset: float = 0.0
+    gate: Gate | None = None
+    groups: int = 1
 
     def __post_init__(self) -> None:
         check_spec("Spec", self.eps, self.cast, self.offset)
+        check_groups("Spec", self.groups)
+        if self.gate is not None and self.offset != 0.0:
+            raise ValueError(complaint("Spec", "offset", f"is {self.offset} with a gate", "0"))
+        if self.gate is None and self.groups != 1:
+            raise ValueError(complaint("Spec", "groups", f"is {self.groups} without a gate", "1"))
+
+    def __repr__(self) -> str:
+        """The fields by name; gate and groups only with a gate."""
+        names = ("eps", "cast", "offset") if self.gate is None else ("eps", "cast", "gate", "groups")
+        return f"Spec({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
 
 def sum_dtype(x: torch.dtype, residual: torch.dtype | None) -> torch.dtype:
@@ -116,6 +145,24 @@ def result_dtype(x: torch.dtype, weight: torch.dtype | None, cast: str) -> torch
     return x if weight is None or cast == "late" else torch.promote_types(x, weight)
 
 
+def gated_dtype(x: torch.dtype, weight: torch.dtype | None, spec: Spec) -> torch.dtype:
+    """The dtype of y of a gated norm: that of x, or if the weight is the last factor, that of `result_dtype`.
+
+    Args:
+        x: The dtype of x.
+        weight: The dtype of the weight; None without one.
+        spec: With a gate.
+
+    Example:
+        >>> from rmsnorm.spec import Gate, Spec, gated_dtype
+        >>> gated_dtype(torch.bfloat16, torch.float32, Spec(gate=Gate()))
+        torch.bfloat16
+        >>> gated_dtype(torch.bfloat16, torch.float32, Spec(gate=Gate(first=True)))
+        torch.float32
+    """
+    return result_dtype(x, weight, spec.cast) if spec.gate is not None and spec.gate.first else x
+
+
 def spec_of(where: str, eps: float, cast: Cast, offset: float) -> Spec:
     """The `Spec` with eps and offset as floats, from a cache.
 
@@ -130,6 +177,46 @@ def spec_of(where: str, eps: float, cast: Cast, offset: float) -> Spec:
 @functools.lru_cache(256)
 def _spec(eps: float, cast: Cast, offset: float) -> Spec:
     return Spec(float(eps), cast, float(offset))
+
+
+def check_gate(where: str, eps: float, cast: str, activation: str, gate_first: bool, groups: int) -> None:
+    """Check what the `Spec` of a gated norm holds.
+
+    Raises:
+        TypeError: As `check_spec`, and if gate_first is not a bool or groups is not an int.
+        ValueError: As `check_spec`, and if the activation is not known or groups is less than 1.
+    """
+    check_spec(where, eps, cast, 0.0)
+    if activation not in ("silu", "sigmoid"):
+        raise ValueError(complaint(where, "activation", f"is {activation!r}", "'silu' or 'sigmoid'"))
+    check_bool(where, "gate_first", gate_first)
+    check_groups(where, groups)
+
+
+def gated_spec(where: str, eps: float, cast: Cast, activation: Activation, gate_first: bool, groups: int) -> Spec:
+    """The `Spec` of a gated norm, from a cache.
+
+    Raises:
+        TypeError: As `check_gate`.
+        ValueError: As `check_gate`.
+    """
+    check_gate(where, eps, cast, activation, gate_first, groups)
+    return _gated_spec(eps, cast, activation, gate_first, groups)
+
+
+@functools.lru_cache(256)
+def _gated_spec(eps: float, cast: Cast, activation: Activation, gate_first: bool, groups: int) -> Spec:
+    return Spec(float(eps), cast, gate=Gate(activation, gate_first), groups=int(groups))
+
+
+def check_groups(where: str, groups: object) -> int:
+    """Check a number of groups and return it as an int.
+
+    Raises:
+        TypeError: If it is not an int.
+        ValueError: If it is less than 1.
+    """
+    return check_int(where, "groups", groups, 1)
 
 
 def check_spec(where: str, eps: float, cast: str, offset: float) -> None:
@@ -312,6 +399,69 @@ def check_pair(
         raise type(error)(f"{error} (in the second norm of a pair)") from None
 
 
+def check_gated(
+    where: str, x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor | None, groups: int, symbolic: bool = False
+) -> None:
+    """Check the tensors of a gated forward pass, as `check_tensors` does.
+
+    Args:
+        where: The function that was called, for the message.
+        x: (..., N) with N of at least 1.
+        gate: Of the shape of x and on its device; the dtype may be another.
+        weight: None, or (N,).
+        groups: The number of groups of a row, which must divide N.
+        symbolic: Whether a size may be unknown until a compiled program runs, which then checks it.
+
+    Raises:
+        TypeError: If one is not a dense tensor of these dtypes.
+        ValueError: If a shape or device does not fit, or the groups do not divide N.
+    """
+    _check_rows(where, "x", x, symbolic)
+    _check_like(where, "gate", gate, "x", x, symbolic)
+    _check_weight(where, weight, x, symbolic)
+    if not _divides(groups, x.shape[-1], symbolic):
+        expected = f"a number that divides {x.shape[-1]}, the last dimension of x"
+        raise ValueError(complaint(where, "groups", f"is {groups}", expected))
+
+
+def check_gated_gradients(
+    where: str,
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor | None,
+    rstd: torch.Tensor,
+    groups: int,
+    need_dw: bool,
+    symbolic: bool = False,
+) -> None:
+    """Check the tensors of a gated backward pass, as `check_gradients` does.
+
+    Args:
+        where: The function that was called, for the message.
+        dy: (..., N), the gradient of y.
+        x: As in `check_gated`, like the arguments that follow.
+        gate: Of the shape of x.
+        weight: None, or (N,).
+        rstd: (..., groups) float32.
+        groups: The number of groups of a row.
+        need_dw: Whether the gradient of the weight is asked for.
+        symbolic: Whether a size may be unknown until a compiled program runs, which then checks it.
+
+    Raises:
+        TypeError: If one is not a dense tensor of the right dtype.
+        ValueError: If a shape or device does not fit, or there is no weight for its gradient.
+    """
+    try:
+        check_gated(where, x, gate, weight, groups, symbolic)
+        _check_like(where, "dy", dy, "x", x, symbolic)
+        if weight is None and need_dw:
+            raise ValueError(complaint(where, "weight", "is None", "a weight, for its gradient"))
+        _check_rstd(where, rstd, (*x.shape[:-1], groups), x, symbolic)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error} {_IN_BACKWARD}") from None
+
+
 def check_gradients(
     where: str,
     dy: torch.Tensor,
@@ -350,14 +500,7 @@ def check_gradients(
         _check_weight(where, weight, x, symbolic)
         if weight is None and (need_dw or offset != 0.0):
             raise ValueError(complaint(where, "weight", "is None", "a weight, for its gradient or for an offset"))
-        if not _is_dense(rstd):
-            _refuse(where, "rstd", rstd)
-        if rstd.dtype is not torch.float32:
-            raise TypeError(complaint(where, "rstd", f"has dtype {rstd.dtype}", "float32"))
-        if not _same_sizes(rstd.shape, x.shape[:-1], symbolic):
-            expected = f"{tuple(x.shape[:-1])}, a number for each row of x"
-            raise ValueError(complaint(where, "rstd", f"has shape {tuple(rstd.shape)}", expected))
-        _check_device(where, "rstd", rstd, x)
+        _check_rstd(where, rstd, tuple(x.shape[:-1]), x, symbolic)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error} {_IN_BACKWARD}") from None
 
@@ -479,12 +622,23 @@ def _check_weight(where: str, weight: torch.Tensor | None, x: torch.Tensor, symb
     _check_device(where, "weight", weight, x)
 
 
+def _check_rstd(where: str, rstd: torch.Tensor, shape: tuple[int, ...], x: torch.Tensor, symbolic: bool) -> None:
+    if not _is_dense(rstd):
+        _refuse(where, "rstd", rstd)
+    if rstd.dtype is not torch.float32:
+        raise TypeError(complaint(where, "rstd", f"has dtype {rstd.dtype}", "float32"))
+    if not _same_sizes(rstd.shape, shape, symbolic):
+        expected = f"{shape}, a number for each {'row of x' if len(shape) < x.dim() else 'group of each row of x'}"
+        raise ValueError(complaint(where, "rstd", f"has shape {tuple(rstd.shape)}", expected))
+    _check_device(where, "rstd", rstd, x)
+
+
 def _check_device(where: str, name: str, t: torch.Tensor, x: torch.Tensor, of: str = "x") -> None:
     if t.device != x.device:
         raise ValueError(complaint(where, name, f"is on {t.device}", f"{x.device}, the device of {of}"))
 
 
-def _same_sizes(a: torch.Size, b: torch.Size, symbolic: bool) -> bool:
+def _same_sizes(a: Sequence[int], b: Sequence[int], symbolic: bool) -> bool:
     """Whether two shapes are the same. Sizes that are not known yet are checked when the compiled program runs."""
     if not symbolic:
         return a == b
@@ -507,6 +661,17 @@ def _is_not_zero(n: int, symbolic: bool) -> bool:
     if guard_or_false(n == 0):
         return False
     torch._check(n != 0)
+    return True
+
+
+def _divides(groups: int, n: int, symbolic: bool) -> bool:
+    if not symbolic:
+        return n % groups == 0
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    if guard_or_false(n % groups != 0):
+        return False
+    torch._check(n % groups == 0)
     return True
 
 

@@ -8,8 +8,18 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from rmsnorm import kernels, reference
-from rmsnorm.kernels.plan import MOST_PLANS, Backward, ByReference, Forward, Plan, both
+from rmsnorm import gated_reference, kernels, reference
+from rmsnorm.gated_reference import grouped
+from rmsnorm.kernels.plan import (
+    MOST_PLANS,
+    Backward,
+    ByReference,
+    Forward,
+    GatedBackward,
+    GatedForward,
+    Plan,
+    both,
+)  # fmt: skip
 from rmsnorm.kernels.run import run
 from rmsnorm.spec import KERNEL_DTYPES, Spec, sum_dtype
 
@@ -76,6 +86,32 @@ def backward_pair(
     return run(plan, (*given[0], *given[1]))
 
 
+def gated_forward(
+    x: Tensor, gate: Tensor, w: Tensor | None, spec: Spec, with_rstd: bool
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """As `gated_reference.forward`."""
+    rows, gate_rows = grouped(x, spec.groups), grouped(gate, spec.groups)
+    plan = plan_gated_forward(GatedForward.of(rows, gate_rows, w, spec, with_rstd))
+    if isinstance(plan, ByReference):
+        return gated_reference.forward(x, gate, w, spec, with_rstd)
+    y, rstd = run(plan, (rows, gate_rows, w))
+    assert y is not None
+    return y.view(x.shape), rstd
+
+
+def gated_backward(
+    dy: Tensor, x: Tensor, gate: Tensor, w: Tensor | None, rstd: Tensor, spec: Spec, need_dx: bool, need_dgate: bool,
+    need_dw: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """As `gated_reference.backward`."""
+    of_dy, of_x, of_gate = (grouped(t, spec.groups) for t in (dy, x, gate))
+    plan = plan_gated_backward(GatedBackward.of(of_dy, of_x, of_gate, w, rstd, spec, need_dx, need_dgate, need_dw))
+    if isinstance(plan, ByReference):
+        return gated_reference.backward(dy, x, gate, w, rstd, spec, need_dx, need_dgate, need_dw)
+    dx, dgate, dw = run(plan, (of_dy, of_x, of_gate, w, rstd))
+    return None if dx is None else dx.view(x.shape), None if dgate is None else dgate.view(x.shape), dw
+
+
 def plan_forward(kind: Forward) -> Plan | ByReference:
     """The plan of the device's kernels, or the reason why the reference computes."""
     residual, w = kind.residual, kind.w
@@ -109,6 +145,40 @@ def _pair(first: Plan | ByReference, second: Plan | ByReference, outputs: Sequen
     return second if isinstance(second, ByReference) else both(first, second, outputs)
 
 
+def plan_gated_forward(kind: GatedForward) -> Plan | ByReference:
+    """The plan of the device's kernels, or the reason why the reference computes."""
+    planner = _gated_planner(kind)
+    return planner if isinstance(planner, ByReference) else planner.plan_gated_forward(kind)
+
+
+def plan_gated_backward(kind: GatedBackward) -> Plan | ByReference:
+    """The plan of the device's kernels, or the reason why the reference computes."""
+    planner = _gated_planner(kind)
+    return planner if isinstance(planner, ByReference) else planner.plan_gated_backward(kind)
+
+
+def _gated_planner(kind: GatedForward | GatedBackward) -> ModuleType | ByReference:
+    planner = _planner(kind.device, kind.x.dtype, None, None if kind.w is None else kind.w.dtype)
+    if isinstance(planner, ByReference):
+        return planner
+    if kind.gate.dtype not in KERNEL_DTYPES:
+        return _by_plain_torch("gate", kind.gate.dtype)
+    return _gated_module(kind.device.type)
+
+
+@functools.cache
+def _gated_module(device_type: str) -> ModuleType | ByReference:
+    """The planner module of gated norms of a device type whose other planner could be imported."""
+    try:
+        return importlib.import_module(f"rmsnorm.kernels.{_KERNELS[device_type][0]}.gated_planner")
+    except ModuleNotFoundError:
+        return ByReference(f"there is no kernel for gated norms for {device_type}")
+
+
+def _by_plain_torch(name: str, dtype: torch.dtype) -> ByReference:
+    return ByReference(f"{name} is {dtype}: computed in fp32 and returned as {dtype} by plain torch")
+
+
 def name_of(plan: Plan | ByReference) -> str:
     """What `explain` calls the implementation that a plan selects."""
     if isinstance(plan, ByReference):
@@ -126,7 +196,7 @@ def _planner(
         return module
     for name, dtype in (("x", x), ("residual", residual), ("weight", w)):
         if dtype is not None and dtype not in KERNEL_DTYPES:
-            return ByReference(f"{name} is {dtype}: computed in fp32 and returned as {dtype} by plain torch")
+            return _by_plain_torch(name, dtype)
     refusal = module.refuses(sum_dtype(x, residual))
     return module if refusal is None else ByReference(refusal)
 

@@ -131,6 +131,54 @@ class Backward(NamedTuple):
         return self.round_first and self.need_dx and self.ds is not None and self.x.dtype is not torch.float32
 
 
+class GatedForward(NamedTuple):
+    """A kind of gated forward call, which computes y and rstd from x, gate and w.
+
+    x and gate have the shape (..., groups, N / groups): see `gated_reference.grouped`. w is (N,).
+    """
+
+    device: torch.device
+    x: TensorKind
+    gate: TensorKind
+    w: TensorKind | None
+    spec: Spec
+    with_rstd: bool
+
+    @classmethod
+    def of(cls, x: Tensor, gate: Tensor, w: Tensor | None, spec: Spec, with_rstd: bool) -> "GatedForward":
+        of = TensorKind.of
+        return cls(x.device, of(x), of(gate), None if w is None else of(w), spec, with_rstd)
+
+
+class GatedBackward(NamedTuple):
+    """A kind of gated backward call, which computes dx, dgate and dw from dy, x, gate, w and rstd.
+
+    dy, x and gate have the shape (..., groups, N / groups), rstd (..., groups), and w (N,).
+    """
+
+    device: torch.device
+    dy: TensorKind
+    x: TensorKind
+    gate: TensorKind
+    w: TensorKind | None
+    rstd: TensorKind
+    spec: Spec
+    need_dx: bool
+    need_dgate: bool
+    need_dw: bool
+
+    @classmethod
+    def of(
+        cls, dy: Tensor, x: Tensor, gate: Tensor, w: Tensor | None, rstd: Tensor, spec: Spec, need_dx: bool,
+        need_dgate: bool, need_dw: bool,
+    ) -> "GatedBackward":  # fmt: skip
+        of = TensorKind.of
+        return cls(
+            x.device, of(dy), of(x), of(gate), None if w is None else of(w), of(rstd),
+            spec, need_dx, need_dgate, need_dw,
+        )  # fmt: skip
+
+
 # --- plans ---------------------------------------------------------------------------------------------------
 
 

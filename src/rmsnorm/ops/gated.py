@@ -1,0 +1,150 @@
+"""The operators of gated norms: schemas, implementations, shape functions, and rules for autograd and vmap.
+
+    gated_rms_norm  ->  torch.ops.rmsnorm.gated_forward  ->  autograd: saves x, gate, w and rstd
+                                                         ->  dispatch.gated_forward  ->  a kernel, or the reference
+
+They are opaque to compilers for the reason that operators.py states.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rmsnorm.kernels import dispatch
+from rmsnorm.ops.batching import Outputs, call_by_sample, vmap_by_sample
+from rmsnorm.ops.dispatch import load_sharding, without_none
+from rmsnorm.spec import (
+    Activation,
+    Cast,
+    check_gate,
+    check_gated,
+    check_gated_gradients,
+    check_memory,
+    check_saved,
+    gated_dtype,
+    gated_spec,
+)  # fmt: skip
+
+# An output that was not requested is an empty tensor, because a schema cannot declare an optional output.
+
+_WHERE = "gated_rms_norm"
+_SPEC = "str cast, str activation, bool gate_first, int groups"
+_LIB = torch.library.Library("rmsnorm", "FRAGMENT")
+_LIB.define(
+    f"gated_forward(Tensor x, Tensor gate, Tensor? weight, float eps, {_SPEC}, bool with_rstd)"
+    " -> (Tensor y, Tensor rstd)"
+)
+_LIB.define(
+    f"gated_backward(Tensor dy, Tensor x, Tensor gate, Tensor? weight, Tensor rstd, {_SPEC},"
+    " bool need_dx, bool need_dgate, bool need_dw) -> (Tensor dx, Tensor dgate, Tensor dw)"
+)
+
+
+def gated_norm(
+    x: Tensor, gate: Tensor, w: Tensor | None, eps: float, cast: Cast, activation: Activation, gate_first: bool,
+    groups: int,
+) -> Tensor:  # fmt: skip
+    """Checks the arguments, computes y, and records it for autograd if necessary."""
+    check_gate(_WHERE, eps, cast, activation, gate_first, groups)
+    check_gated(_WHERE, x, gate, w, groups, symbolic=torch.compiler.is_compiling())
+    load_sharding()
+    with_rstd = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gate, w))
+    return torch.ops.rmsnorm.gated_forward.default(  # type: ignore[no-any-return]
+        x, gate, w, float(eps), cast, activation, gate_first, int(groups), with_rstd
+    )[0]
+
+
+def _run_forward(
+    x: Tensor, gate: Tensor, w: Tensor | None, eps: float, cast: Cast, activation: Activation, gate_first: bool,
+    groups: int, with_rstd: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    spec = gated_spec(_WHERE, eps, cast, activation, gate_first, groups)
+    check_gated(_WHERE, x, gate, w, groups)
+    check_memory(_WHERE, x=x, gate=gate, weight=w)
+    return without_none(x, *dispatch.gated_forward(x, gate, w, spec, with_rstd))
+
+
+def _run_backward(
+    dy: Tensor, x: Tensor, gate: Tensor, w: Tensor | None, rstd: Tensor, cast: Cast, activation: Activation,
+    gate_first: bool, groups: int, need_dx: bool, need_dgate: bool, need_dw: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    spec = gated_spec(_WHERE, 0.0, cast, activation, gate_first, groups)
+    check_gated_gradients(_WHERE, dy, x, gate, w, rstd, groups, need_dw)
+    check_memory(_WHERE, backward=True, dy=dy, x=x, gate=gate, weight=w, rstd=rstd)
+    return without_none(x, *dispatch.gated_backward(dy, x, gate, w, rstd, spec, need_dx, need_dgate, need_dw))
+
+
+def _fake_forward(
+    x: Tensor, gate: Tensor, w: Tensor | None, eps: float, cast: Cast, activation: Activation, gate_first: bool,
+    groups: int, with_rstd: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    spec = gated_spec(_WHERE, eps, cast, activation, gate_first, groups)
+    check_gated(_WHERE, x, gate, w, groups, symbolic=True)
+    y = x.new_empty(x.shape, dtype=gated_dtype(x.dtype, None if w is None else w.dtype, spec))
+    return without_none(x, y, x.new_empty((*x.shape[:-1], groups), dtype=torch.float32) if with_rstd else None)
+
+
+def _fake_backward(
+    dy: Tensor, x: Tensor, gate: Tensor, w: Tensor | None, rstd: Tensor, cast: Cast, activation: Activation,
+    gate_first: bool, groups: int, need_dx: bool, need_dgate: bool, need_dw: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    gated_spec(_WHERE, 0.0, cast, activation, gate_first, groups)
+    check_gated_gradients(_WHERE, dy, x, gate, w, rstd, groups, need_dw, symbolic=True)
+    return without_none(
+        x,
+        x.new_empty(x.shape) if need_dx else None,
+        gate.new_empty(gate.shape) if need_dgate else None,
+        w.new_empty(w.shape) if need_dw and w is not None else None,
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, gate, w, _, *ctx.spec, with_rstd = inputs
+    if not with_rstd:
+        raise RuntimeError(
+            f"[{_WHERE}] a gradient needs rstd: call torch.ops.rmsnorm.gated_forward with with_rstd=True"
+        )
+    ctx.save_for_backward(x, gate, w, output[1])
+    ctx.set_materialize_grads(False)
+    ctx.saved_dtypes = x.dtype, None if w is None else w.dtype
+
+
+def _gradients(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 9
+    x, gate, w, rstd = ctx.saved_tensors
+    check_saved(_WHERE, x, w, *ctx.saved_dtypes)
+    needs = ctx.needs_input_grad[:3]
+    gradients = torch.ops.rmsnorm.gated_backward.default(dy, x, gate, w, rstd, *ctx.spec, *needs)
+    return *(t if needed else None for t, needed in zip(gradients, needs, strict=True)), *(None,) * 6
+
+
+def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
+    raise RuntimeError(
+        "a second derivative of gated_rms_norm is not implemented; differentiate rmsnorm.gated_reference.truth, or "
+        "plain torch"
+    )
+
+
+def _vmap_forward(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Outputs:
+    """One call for the whole batch if the weight is not batched; otherwise one call for each sample."""
+    op = torch.ops.rmsnorm.gated_forward.default
+    rows = [
+        a.expand(info.batch_size, *a.shape) if d is None else a.movedim(d, 0)
+        for a, d in zip(args[:2], in_dims[:2], strict=True)
+    ]
+    if in_dims[2] is None and rows[0].dim() > 1:  # with one dimension, the samples would be taken for columns
+        return op(*rows, *args[2:]), (0, 0 if args[-1] else None)
+    return call_by_sample(op, 3, info, in_dims, args)
+
+
+for _name, _run, _fake, _vmap in (
+    ("gated_forward", _run_forward, _fake_forward, _vmap_forward),
+    ("gated_backward", _run_backward, _fake_backward, vmap_by_sample("gated_backward", 5)),
+):
+    _LIB.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rmsnorm::{_name}", _fake, lib=_LIB)
+    torch.library.register_vmap(f"rmsnorm::{_name}", _vmap, lib=_LIB)
+torch.library.register_autograd("rmsnorm::gated_forward", _gradients, setup_context=_setup_context, lib=_LIB)
+torch.library.register_autograd("rmsnorm::gated_backward", _no_second_derivative, lib=_LIB)
