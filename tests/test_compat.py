@@ -128,7 +128,7 @@ ELSEWHERE = {
     "torch._functorch": set(),
     "from torch._subclasses": set(),
     "torch._dynamo": set(),
-    "numba.core": {"kernels.cpu.kernels"},
+    "numba.core": {"kernels.cpu.intrinsics"},
 }
 
 

@@ -22,7 +22,7 @@ Activation = Literal["silu", "sigmoid"]
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*KERNEL_DTYPES, torch.float64)
 MOST_SUMMANDS = 3  # gradients that one backward pass adds: those of the projections to q, k and v
-PAIR = "rms_norms"  # the function that computes several norms, for messages
+PAIR, GATED = "rms_norms", "gated_rms_norm"  # the functions for several norms and for gated ones, for messages
 LARGEST_EPS = torch.finfo(torch.float32).max
 
 

@@ -33,7 +33,7 @@ from planned import planning
 from rmsnorm import add_rms_norm, explain, functional, rms_norm
 from rmsnorm.functional import wait_for_host
 from rmsnorm.kernels import dispatch
-from rmsnorm.kernels.cpu import compiling
+from rmsnorm.kernels.cpu import compiling, launches
 from rmsnorm.kernels.cpu import planner as cpu
 from rmsnorm.kernels.cpu import threads as kernel_threads
 from rmsnorm.kernels.host import build
@@ -562,7 +562,7 @@ def test_a_plan_keeps_its_machine_code_alive(cpp, randn) -> None:
     """Clearing the Python caches must not free the machine code and layouts that a plan in C++ points to."""
     x, w = randn(4, 32), randn(32)
     expected = rms_norm(x, w)
-    for cache in (cpu.plan_forward, cpu._rows, cpu._spec, cpu._forward_kernel, compiling.compiled):
+    for cache in (cpu.plan_forward, launches.rows_of, cpu._spec, cpu._forward_kernel, compiling.compiled):
         cache.cache_clear()
     gc.collect()
     churn = [(ctypes.c_int64 * 16)(*[-1] * 16) for _ in range(2000)]

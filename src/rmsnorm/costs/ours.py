@@ -147,6 +147,6 @@ def _dtype_as_read(case: Case, w_dtype: torch.dtype) -> torch.dtype:
 
 
 def cpu_chunks(case: Case) -> int:
-    """The number of chunks of rows in which the CPU's kernels sum dw, as `kernels/cpu/planner.py` splits them."""
+    """The number of chunks of rows in which the CPU's kernels sum dw, as `kernels/cpu/launches.py` splits them."""
     rows = max(32, -(-(1 << 16) // case.N), -(-case.M // 256))
     return -(-case.M // rows)

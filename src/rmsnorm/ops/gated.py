@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from rmsnorm.kernels import dispatch
+from rmsnorm.kernels.host import loader as host
 from rmsnorm.ops.batching import Outputs, call_by_sample, vmap_by_sample
 from rmsnorm.ops.dispatch import load_sharding, without_none
 from rmsnorm.spec import (
+    GATED,
     Activation,
     Cast,
     check_gate,
@@ -28,7 +30,6 @@ from rmsnorm.spec import (
 
 # An output that was not requested is an empty tensor, because a schema cannot declare an optional output.
 
-_WHERE = "gated_rms_norm"
 _SPEC = "str cast, str activation, bool gate_first, int groups"
 _LIB = torch.library.Library("rmsnorm", "FRAGMENT")
 _LIB.define(
@@ -46,8 +47,8 @@ def gated_norm(
     groups: int,
 ) -> Tensor:  # fmt: skip
     """Checks the arguments, computes y, and records it for autograd if necessary."""
-    check_gate(_WHERE, eps, cast, activation, gate_first, groups)
-    check_gated(_WHERE, x, gate, w, groups, symbolic=torch.compiler.is_compiling())
+    check_gate(GATED, eps, cast, activation, gate_first, groups)
+    check_gated(GATED, x, gate, w, groups, symbolic=torch.compiler.is_compiling())
     load_sharding()
     with_rstd = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gate, w))
     return torch.ops.rmsnorm.gated_forward.default(  # type: ignore[no-any-return]
@@ -59,9 +60,10 @@ def _run_forward(
     x: Tensor, gate: Tensor, w: Tensor | None, eps: float, cast: Cast, activation: Activation, gate_first: bool,
     groups: int, with_rstd: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    spec = gated_spec(_WHERE, eps, cast, activation, gate_first, groups)
-    check_gated(_WHERE, x, gate, w, groups)
-    check_memory(_WHERE, x=x, gate=gate, weight=w)
+    host.look()
+    spec = gated_spec(GATED, eps, cast, activation, gate_first, groups)
+    check_gated(GATED, x, gate, w, groups)
+    check_memory(GATED, x=x, gate=gate, weight=w)
     return without_none(x, *dispatch.gated_forward(x, gate, w, spec, with_rstd))
 
 
@@ -69,9 +71,10 @@ def _run_backward(
     dy: Tensor, x: Tensor, gate: Tensor, w: Tensor | None, rstd: Tensor, cast: Cast, activation: Activation,
     gate_first: bool, groups: int, need_dx: bool, need_dgate: bool, need_dw: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    spec = gated_spec(_WHERE, 0.0, cast, activation, gate_first, groups)
-    check_gated_gradients(_WHERE, dy, x, gate, w, rstd, groups, need_dw)
-    check_memory(_WHERE, backward=True, dy=dy, x=x, gate=gate, weight=w, rstd=rstd)
+    host.look()
+    spec = gated_spec(GATED, 0.0, cast, activation, gate_first, groups)
+    check_gated_gradients(GATED, dy, x, gate, w, rstd, groups, need_dw)
+    check_memory(GATED, backward=True, dy=dy, x=x, gate=gate, weight=w, rstd=rstd)
     return without_none(x, *dispatch.gated_backward(dy, x, gate, w, rstd, spec, need_dx, need_dgate, need_dw))
 
 
@@ -79,8 +82,8 @@ def _fake_forward(
     x: Tensor, gate: Tensor, w: Tensor | None, eps: float, cast: Cast, activation: Activation, gate_first: bool,
     groups: int, with_rstd: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    spec = gated_spec(_WHERE, eps, cast, activation, gate_first, groups)
-    check_gated(_WHERE, x, gate, w, groups, symbolic=True)
+    spec = gated_spec(GATED, eps, cast, activation, gate_first, groups)
+    check_gated(GATED, x, gate, w, groups, symbolic=True)
     y = x.new_empty(x.shape, dtype=gated_dtype(x.dtype, None if w is None else w.dtype, spec))
     return without_none(x, y, x.new_empty((*x.shape[:-1], groups), dtype=torch.float32) if with_rstd else None)
 
@@ -89,8 +92,8 @@ def _fake_backward(
     dy: Tensor, x: Tensor, gate: Tensor, w: Tensor | None, rstd: Tensor, cast: Cast, activation: Activation,
     gate_first: bool, groups: int, need_dx: bool, need_dgate: bool, need_dw: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    gated_spec(_WHERE, 0.0, cast, activation, gate_first, groups)
-    check_gated_gradients(_WHERE, dy, x, gate, w, rstd, groups, need_dw, symbolic=True)
+    gated_spec(GATED, 0.0, cast, activation, gate_first, groups)
+    check_gated_gradients(GATED, dy, x, gate, w, rstd, groups, need_dw, symbolic=True)
     return without_none(
         x,
         x.new_empty(x.shape) if need_dx else None,
@@ -102,9 +105,7 @@ def _fake_backward(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, gate, w, _, *ctx.spec, with_rstd = inputs
     if not with_rstd:
-        raise RuntimeError(
-            f"[{_WHERE}] a gradient needs rstd: call torch.ops.rmsnorm.gated_forward with with_rstd=True"
-        )
+        raise RuntimeError(f"[{GATED}] a gradient needs rstd: call torch.ops.rmsnorm.gated_forward with with_rstd=True")
     ctx.save_for_backward(x, gate, w, output[1])
     ctx.set_materialize_grads(False)
     ctx.saved_dtypes = x.dtype, None if w is None else w.dtype
@@ -114,7 +115,7 @@ def _gradients(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | 
     if dy is None:
         return (None,) * 9
     x, gate, w, rstd = ctx.saved_tensors
-    check_saved(_WHERE, x, w, *ctx.saved_dtypes)
+    check_saved(GATED, x, w, *ctx.saved_dtypes)
     needs = ctx.needs_input_grad[:3]
     gradients = torch.ops.rmsnorm.gated_backward.default(dy, x, gate, w, rstd, *ctx.spec, *needs)
     return *(t if needed else None for t, needed in zip(gradients, needs, strict=True)), *(None,) * 6

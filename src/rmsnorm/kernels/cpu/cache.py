@@ -106,12 +106,21 @@ def _ignoring_errors() -> Iterator[None]:
             raise
 
 
+# The files that machine code is made from: the kernels, how they are compiled, and all that the kernels import.
+SOURCES = tuple(
+    Path(kernels.__file__).parents[1] / name
+    for name in (
+        "gated_reference.py", "kernels/cpu/compiling.py", "kernels/cpu/gated_kernels.py", "kernels/cpu/intrinsics.py",
+        "kernels/cpu/kernels.py",
+    )
+)  # fmt: skip
+
+
 @functools.cache
 def _code_version() -> bytes:
-    """Identifies what all machine code depends on: the source, and the versions of Numba, llvmlite and Python."""
+    """Identifies what all machine code depends on: the sources, and the versions of Numba, llvmlite and Python."""
     versions = numba.__version__, llvmlite.__version__, sys.version
-    sources = [Path(__file__).with_name(name).read_bytes() for name in ("kernels.py", "compiling.py")]
-    return b"".join(sources) + repr(versions).encode()
+    return b"".join(source.read_bytes() for source in SOURCES) + repr(versions).encode()
 
 
 def _usable_folder() -> Path:

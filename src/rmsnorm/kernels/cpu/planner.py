@@ -2,22 +2,16 @@
 
 import ctypes
 import functools
-import math
-import re
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import llvmlite.binding
 import torch
-from llvmlite import ir
 from numba import types
 
-from rmsnorm import compat
-from rmsnorm.kernels.cpu.compiling import ELEMENT, PAIR, compiled, compiled_drain, compiled_wait
+from rmsnorm.kernels.cpu.compiling import ELEMENT, PAIR, compiled
 from rmsnorm.kernels.cpu.kernels import backward, forward, sum_chunks
-from rmsnorm.kernels.cpu.threads import MachineCode, Team
+from rmsnorm.kernels.cpu.launches import like_rows, over_rows, rows_of
+from rmsnorm.kernels.cpu.processor import refusal
+from rmsnorm.kernels.cpu.threads import MachineCode
 from rmsnorm.kernels.plan import (
     MOST_PLANS,
     Backward,
@@ -31,7 +25,6 @@ from rmsnorm.kernels.plan import (
     gradients,
     summands,
 )
-from rmsnorm.kernels.rows import walk
 from rmsnorm.spec import result_dtype
 
 NAME = "cpu kernel (Numba)"
@@ -78,42 +71,12 @@ def _sum_kernel(x: torch.dtype, read: _Types, even: bool) -> Any:
 # The most elements that one thread processes alone, in 22 to 34 us. Two threads take 0.58 to 0.89 of that time and gain
 # less with fewer elements; if one of them gets no core, a call takes 10 to 25 ms (LOG.md, "On a CPU one thread alone").
 _FORWARD_ALONE, _BACKWARD_ALONE = 1 << 18, 1 << 17
-# The fewest elements of a piece of a shared call, 2 us of work. Measured only together with the change to torch's
-# threads, which reduced fp32 of 512 x 1280 from 132 to 63 us on two threads.
-_GRAIN = 1 << 14
-# The fewest elements and rows of a partial sum of dw, and the most such sums: each takes 8 bytes a column. Not measured
-# alone. Changing these changes the bits of dw.
-_CHUNK, _MOST_CHUNKS, _FEWEST_ROWS = 1 << 16, 256, 32
-# Bytes from which the C library maps new memory for each tensor; 42 MB cause 10,000 page faults, or 20 with huge pages:
-# fp32 of 8192 x 1280 15.1 to 4.8 ms.
-_MAPPED = 32 << 20
 _PAIR_BYTES = 4
-_MOST_INPUTS = 5  # tensors of rows that a kernel reads
 
 
 def refuses(x: torch.dtype) -> str | None:
     """Why rows of this dtype must run the reference here; None if the kernels take them."""
-    if x == torch.float16 and not _has_fp16():
-        return "the processor that Numba compiles for has no instructions for fp16: computed by plain torch"
-    return None
-
-
-@functools.cache
-def _has_fp16() -> bool:
-    """Whether the processor converts fp16 in hardware: otherwise LLVM calls library functions that may be missing."""
-    triple, cpu, features = compat.numba_processor()
-    half, single = ir.HalfType(), ir.FloatType()
-    module = ir.Module()
-    module.triple = triple
-    for source, target, convert in ((half, single, "fpext"), (single, half, "fptrunc")):
-        pointers = [source.as_pointer(), target.as_pointer()]
-        function = ir.Function(module, ir.FunctionType(ir.VoidType(), pointers), convert)
-        builder = ir.IRBuilder(function.append_basic_block())
-        builder.store(getattr(builder, convert)(builder.load(function.args[0]), target), function.args[1])
-        builder.ret_void()
-    machine = llvmlite.binding.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features)
-    assembly = machine.emit_assembly(llvmlite.binding.parse_assembly(str(module)))
-    return re.search(r"__\w*(hf|f2h|h2f)", assembly) is None
+    return refusal("fp16") if x == torch.float16 else None
 
 
 @functools.lru_cache(MOST_PLANS)
@@ -122,14 +85,14 @@ def plan_forward(kind: Forward) -> Plan | ByReference:
     row, x, residual, before = summands(kind)
     spec = kind.spec
     wanted = {row: (x, x.dtype)} | ({} if residual is None else {"residual": (residual, x.dtype)})
-    rows, kinds, converted = find_layout(_rows, wanted)
+    rows, kinds, converted = find_layout(rows_of, wanted)
     types = _types(x.dtype, None if kind.w is None else kind.w.dtype, spec.cast)
     scale = _scale(kind.w, types, rows.N)
     even = rows.even and _paired(*kinds.values(), scale.kind)
     kernel = _forward_kernel(x.dtype, types, even)
     if isinstance(kernel, str):
         return ByReference(kernel)
-    y, s = _like_rows("y", kind.x, types.y), _like_rows("s", kind.x, x.dtype)
+    y, s = like_rows("y", kind.x, types.y), like_rows("s", kind.x, x.dtype)
     rstd = Fresh("rstd", torch.float32, tuple(kind.x.shape[:-1]))
     words = _spec(spec.eps, spec.offset, spec.cast)
     tensors = (
@@ -141,7 +104,7 @@ def plan_forward(kind: Forward) -> Plan | ByReference:
         inputs=("x", "residual", "w"),
         before=(*before, *converted, *scale.before),
         fresh=(y, *([] if residual is None else [s]), *([rstd] if kind.with_rstd else []), *scale.fresh),
-        launches=(_over_rows(kernel, tensors, rows, words, rows.grain, _FORWARD_ALONE),),
+        launches=(over_rows(kernel, tensors, rows, (words,), rows.grain, _FORWARD_ALONE),),
         outputs=("y", None if kind.residual is None else "s", "rstd" if kind.with_rstd else None),
     )
 
@@ -157,7 +120,7 @@ def plan_backward(kind: Backward) -> Plan | ByReference:
     dys, before = gradients(kind, types.y)
     dy, *more = ((name, (of, types.y)) for name, of in dys.items())
     wanted = dict([dy, ("x", (x, x.dtype)), *more]) | ({} if kind.ds is None else {"ds": (kind.ds, x.dtype)})
-    rows, kinds, converted = find_layout(_rows, wanted)  # in the order of the kernel's layout
+    rows, kinds, converted = find_layout(rows_of, wanted)  # in the order of the kernel's layout
     before += converted
     rstd = kind.rstd
     if not rstd.is_dense:  # only hooks on saved tensors can make it so
@@ -174,12 +137,13 @@ def plan_backward(kind: Backward) -> Plan | ByReference:
             return ByReference(code)
     fresh, after = list(scale.fresh), []
     if need_dx:
-        fresh.append(_like_rows("dx", x, x.dtype))
+        fresh.append(like_rows("dx", x, x.dtype))
     tensors = (
         "dy", "dy2" if "dy2" in dys else None, "dy3" if "dy3" in dys else None, None if kind.ds is None else "ds", "x",
         scale.name, "rstd", "dx" if need_dx else None, "partials" if sums else None,
     )  # fmt: skip
-    launches = [_over_rows(kernel, tensors, rows, _spec(0.0, spec.offset, spec.cast), rows.chunk, _BACKWARD_ALONE)]
+    words = _spec(0.0, spec.offset, spec.cast)
+    launches = [over_rows(kernel, tensors, rows, (words,), rows.chunk, _BACKWARD_ALONE)]
     if sums:
         fresh += [
             Fresh("partials", torch.float64, (rows.chunks, rows.N)),
@@ -199,38 +163,6 @@ def plan_backward(kind: Backward) -> Plan | ByReference:
         after=tuple(after),
         outputs=("dx" if need_dx else None, "dw" if need_dw else None),
     )
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """How kernels traverse M rows of N elements. It depends on shape and strides only, not on the number of threads.
-
-    grain: rows that a thread takes at once in the forward pass. chunk, chunks: rows of each partial sum of dw, and how
-    many such sums there are. even: whether rows begin and end at pairs of numbers. layout: the array that kernels read.
-    """
-
-    M: int
-    N: int
-    grain: int
-    chunk: int
-    chunks: int
-    even: bool
-    layout: Any
-
-
-@functools.lru_cache(MOST_PLANS)
-def _rows(shape: Sequence[int], *strides: Sequence[int]) -> _Rows | None:
-    """As `rows.walk`, with the rows divided into chunks."""
-    found = walk(shape, *strides)
-    if found is None:
-        return None
-    M, N = found.M, found.N
-    chunk = max(_FEWEST_ROWS, -(-_CHUNK // N), -(-M // _MOST_CHUNKS))
-    sizes = found.sizes if found.strided else (1, M)
-    steps = [step for of_one in found.steps for step in of_one]
-    values = [N, chunk, *sizes, *steps, *[0] * (3 * _MOST_INPUTS - len(steps))]
-    even = all(number % 2 == 0 for number in (N, *steps)) and sys.byteorder == "little"
-    return _Rows(M, N, max(1, _GRAIN // N), chunk, -(-M // chunk), even, (ctypes.c_int64 * len(values))(*values))
 
 
 class _Scale(NamedTuple):
@@ -257,23 +189,6 @@ def _scale(w: TensorKind | None, types: _Types, N: int) -> _Scale:
 def _paired(*kinds: TensorKind) -> bool:
     """Whether all addresses are aligned for pairs of 16-bit numbers."""
     return all(kind.alignment >= _PAIR_BYTES for kind in kinds)
-
-
-def _like_rows(name: str, x: TensorKind, dtype: torch.dtype) -> Fresh:
-    nbytes = math.prod(x.shape) * dtype.itemsize
-    return Fresh(name, dtype, tuple(x.shape), huge_pages=nbytes >= _MAPPED)
-
-
-def _over_rows(
-    kernel: Any, tensors: tuple[str | None, ...], rows: _Rows, spec: Any, at_once: int, alone: int
-) -> MachineCode:
-    """A launch over all rows. Several threads share more than `alone` elements, in pieces of `at_once` rows."""
-    words = ctypes.addressof(rows.layout), ctypes.addressof(spec)
-    shared = alone < rows.M * rows.N and at_once < rows.M
-    drain = compiled_drain(len(tensors) + len(words)) if shared else None
-    if drain is None or isinstance(drain, str):
-        return MachineCode(kernel, tensors, (*words, 0, rows.M), keeps=(rows, spec))
-    return MachineCode(kernel, tensors, words, Team(rows.M, at_once, drain, compiled_wait), keeps=(rows, spec))
 
 
 @functools.lru_cache(256)

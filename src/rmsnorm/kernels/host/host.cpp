@@ -53,35 +53,47 @@ using Tensors = c10::SmallVector<Tensor, 12>;
 
 constexpr size_t MOST_PLANS = 4096, MOST_ARGUMENTS = 48, MOST_OF_MACHINE_CODE = 13, LARGEST_CONFIGURATION = 64;
 constexpr size_t MOST_SUMMANDS = 3; // as in spec.py
+constexpr int64_t MOST_GROUPS = 1 << 30; // so that they fit into a key
 constexpr int NONE = -1; // the place of an absent tensor
 
 // --- calls -----------------------------------------------------------------------------------------------------
 
+// As spec.Gate, with the number of groups.
+struct Gate {
+  bool sigmoid, first;
+  int64_t groups;
+};
+
 struct Spec {
   double eps; // 0 in a backward pass
   bool early, offset; // the offset is 0 or 1
+  std::optional<Gate> gate = std::nullopt;
 };
 
-enum class Pass { FORWARD, BACKWARD, BACKWARD_OF_SUM, FORWARD_PAIR, BACKWARD_PAIR };
-constexpr size_t PASSES = 5;
+enum class Pass { FORWARD, BACKWARD, BACKWARD_OF_SUM, FORWARD_PAIR, BACKWARD_PAIR, GATED_FORWARD, GATED_BACKWARD };
+constexpr size_t PASSES = 7;
 
 // name: that of the operator. label: for profilers. tensors: one letter for each tensor of a call, before dy2 and dy3 of
-// a sum: t if it is an argument of the operator, l if that is a list, - if it is always absent. arguments: how many the
-// operator has.
+// a sum: t if it is an argument of the operator, l if that is a list, - if it is always absent. rows: the place of x.
+// requested: how many outputs the caller chooses. arguments: how many the operator has.
 struct Facts {
   const char *name, *label;
   std::string_view tensors;
-  bool backward;
-  size_t arguments;
+  size_t rows;
+  bool backward, gated;
+  size_t requested, arguments;
 };
 
-// Tensors: x, residual, w; or dy, ds, x, w, rstd; for a pair twice, without residuals and ds.
+// Tensors: x, residual, w; or dy, ds, x, w, rstd; for a pair twice, without residuals and ds. With a gate: x, gate, w; or
+// dy, x, gate, w, rstd.
 constexpr std::array<Facts, PASSES> facts{{
-    {"forward", "rmsnorm", "ttt", false, 9}, // the last two arguments are for compilers only
-    {"backward", "rmsnorm_backward", "ttttt", true, 9},
-    {"backward_of_sum", "rmsnorm_backward_of_sum", "ltttt", true, 9},
-    {"forward_pair", "rmsnorm_pair", "t-tt-t", false, 8},
-    {"backward_pair", "rmsnorm_backward_pair", "t-tttt-ttt", true, 12},
+    {"forward", "rmsnorm", "ttt", 0, false, false, 1, 9}, // the last two arguments are for compilers only
+    {"backward", "rmsnorm_backward", "ttttt", 2, true, false, 2, 9},
+    {"backward_of_sum", "rmsnorm_backward_of_sum", "ltttt", 2, true, false, 2, 9},
+    {"forward_pair", "rmsnorm_pair", "t-tt-t", 0, false, false, 1, 8},
+    {"backward_pair", "rmsnorm_backward_pair", "t-tttt-ttt", 2, true, false, 2, 12},
+    {"gated_forward", "rmsnorm_gated", "ttt", 0, false, true, 1, 9},
+    {"gated_backward", "rmsnorm_gated_backward", "ttttt", 1, true, true, 3, 12},
 }};
 
 constexpr size_t index_of(Pass pass) {
@@ -97,14 +109,14 @@ struct Call {
   Pass pass;
   Tensors tensors;
   Spec spec;
-  std::array<bool, 2> requested; // with_rstd; or need_dx, need_dw
+  std::array<bool, 3> requested; // with_rstd; or need_dx, need_dw; or need_dx, need_dgate, need_dw
 
   bool backward() const {
     return of(pass).backward;
   }
 
   const Tensor& rows() const {
-    return tensors[backward() ? 2 : 0];
+    return tensors[of(pass).rows];
   }
 };
 
@@ -382,9 +394,10 @@ struct Key {
   explicit Key(const Call& call) {
     int64_t eps;
     std::memcpy(&eps, &call.spec.eps, sizeof eps);
+    const auto gate = call.spec.gate.value_or(Gate{});
     numbers = {
         eps, static_cast<int64_t>(call.pass) | call.spec.early << 3 | call.spec.offset << 4 | call.requested[0] << 5 |
-            call.requested[1] << 6};
+            call.requested[1] << 6 | call.requested[2] << 7 | gate.sigmoid << 8 | gate.first << 9 | gate.groups << 16};
     for (const auto& t : call.tensors) {
       add(t);
     }
@@ -457,10 +470,15 @@ std::shared_ptr<const Plan> request_plan(const Call& call) {
     arguments.append(call.spec.eps);
   }
   arguments.append(call.spec.early ? "early" : "late");
-  arguments.append(call.spec.offset ? 1.0 : 0.0);
-  arguments.append(call.requested[0]);
-  if (call.backward()) {
-    arguments.append(call.requested[1]);
+  if (const auto& gate = call.spec.gate) {
+    arguments.append(gate->sigmoid ? "sigmoid" : "silu");
+    arguments.append(gate->first);
+    arguments.append(gate->groups);
+  } else {
+    arguments.append(call.spec.offset ? 1.0 : 0.0);
+  }
+  for (size_t i = 0; i < of(call.pass).requested; i++) {
+    arguments.append(call.requested[i]);
   }
   for (; next != call.tensors.end(); next++) {
     arguments.append(wrapped(*next));
@@ -609,7 +627,7 @@ struct Norm : torch::autograd::Function<Norm> {
     if (given[0].defined()) {
       const Call call{
           Pass::BACKWARD, {given[0], ds, saved[0], saved[1], saved[2]}, {0.0, (how & 1) != 0, (how & 2) != 0},
-          {need_x || need_residual, need_dw}};
+          {need_x || need_residual, need_dw, false}};
       std::tie(d_rows, dw) = gradients(call, {dtype(24), dtype(32)});
     } else {
       d_rows = ds;
@@ -662,12 +680,24 @@ std::optional<Call> call_of(Pass pass, torch::jit::Stack& stack) {
   }
   const double eps = call.backward() ? 0.0 : (next++)->toDouble();
   const auto& cast = (next++)->toStringRef();
-  const auto spec = known_spec(eps, cast == "early", cast == "late", (next++)->toDouble());
+  std::optional<Gate> gate;
+  if (of(pass).gated) {
+    const auto& activation = next[0].toStringRef();
+    gate = Gate{activation == "sigmoid", next[1].toBool(), next[2].toInt()};
+    if ((!gate->sigmoid && activation != "silu") || gate->groups < 1 || gate->groups > MOST_GROUPS) {
+      return std::nullopt;
+    }
+    next += 3;
+  }
+  const auto spec = known_spec(eps, cast == "early", cast == "late", gate ? 0.0 : (next++)->toDouble());
   if (!spec) {
     return std::nullopt;
   }
   call.spec = *spec;
-  call.requested = {next->toBool(), call.backward() && next[1].toBool()};
+  call.spec.gate = gate;
+  for (size_t i = 0; i < of(pass).requested; i++) {
+    call.requested[i] = next[i].toBool();
+  }
   return call;
 }
 
@@ -819,6 +849,8 @@ PYBIND11_MODULE(RMSNORM_HOST, module) {
     register_operator<Pass::BACKWARD_OF_SUM>();
     register_operator<Pass::FORWARD_PAIR>();
     register_operator<Pass::BACKWARD_PAIR>();
+    register_operator<Pass::GATED_FORWARD>();
+    register_operator<Pass::GATED_BACKWARD>();
   });
   module.def("forget", [] {
     Plans dropped;

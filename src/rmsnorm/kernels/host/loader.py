@@ -23,6 +23,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +31,25 @@ import torch
 from torch import Tensor
 
 from rmsnorm import kernels
+from rmsnorm.gated_reference import grouped
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import build
-from rmsnorm.kernels.plan import Backward, ByReference, Forward, Native, Plan
+from rmsnorm.kernels.plan import Backward, ByReference, Forward, GatedBackward, GatedForward, Native, Plan
 from rmsnorm.spec import (
+    GATED,
     PAIR,
+    Activation,
     Cast,
     Spec,
     caller,
+    check_gated,
+    check_gated_gradients,
     check_gradients,
     check_pair,
     check_saved,
     check_summed,
     check_tensors,
+    gated_spec,
 )  # fmt: skip
 
 _NAME = "rmsnorm_host"
@@ -233,6 +240,44 @@ def _native_backward_pair(
         return None
     first = Backward.of(dy, None, x, w, rstd, spec, need_dx, need_dw)
     return _native(dispatch.plan_backward_pair(first, Backward.of(dy2, None, x2, w2, rstd2, spec, need_dx, need_dw)))
+
+
+def _native_gated_forward(
+    x: Tensor, gate: Tensor, w: Tensor | None, eps: float, cast: Cast, activation: Activation, gate_first: bool,
+    groups: int, with_rstd: bool,
+) -> Native | None:  # fmt: skip
+    """As `_native_forward`, for a gated norm."""
+    try:
+        check_gated(GATED, x, gate, w, groups)
+        spec = gated_spec(GATED, eps, cast, activation, gate_first, groups)
+    except (TypeError, ValueError):
+        return None
+    rows, gate_rows = grouped(x, groups), grouped(gate, groups)
+    return _ungrouped(dispatch.plan_gated_forward(GatedForward.of(rows, gate_rows, w, spec, with_rstd)), x)
+
+
+def _native_gated_backward(
+    dy: Tensor, x: Tensor, gate: Tensor, w: Tensor | None, rstd: Tensor, cast: Cast, activation: Activation,
+    gate_first: bool, groups: int, need_dx: bool, need_dgate: bool, need_dw: bool,
+) -> Native | None:  # fmt: skip
+    """As `_native_backward`, for a gated norm."""
+    try:
+        check_gated_gradients(GATED, dy, x, gate, w, rstd, groups, need_dw)
+        spec = gated_spec(GATED, 0.0, cast, activation, gate_first, groups)
+    except (TypeError, ValueError):
+        return None
+    of_dy, of_x, of_gate = (grouped(t, groups) for t in (dy, x, gate))
+    kind = GatedBackward.of(of_dy, of_x, of_gate, w, rstd, spec, need_dx, need_dgate, need_dw)
+    return _ungrouped(dispatch.plan_gated_backward(kind), x)
+
+
+def _ungrouped(plan: Plan | ByReference, x: Tensor) -> Native | None:
+    """The plan of a gated norm for C++, with outputs in the shape of x instead of (..., groups, N / groups)."""
+    native, of_rows = _native(plan), {"y", "dx", "dgate"}
+    if native is None:
+        return None
+    fresh = (replace(t, shape=tuple(x.shape)) if t.name in of_rows else t for t in native.fresh)
+    return replace(native, fresh=tuple(fresh))
 
 
 def _check_saved(
@@ -466,6 +511,8 @@ def _open(file: int, target: Path) -> None:
         "backward_of_sum": _native_backward_of_sum,
         "forward_pair": _native_forward_pair,
         "backward_pair": _native_backward_pair,
+        "gated_forward": _native_gated_forward,
+        "gated_backward": _native_gated_backward,
     }
     module.begin(planners, _check_saved)
     _State.module, norm = module, module.norm
