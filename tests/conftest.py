@@ -1,6 +1,7 @@
 """Fixtures of several test files: seeded numbers, poisoned memory, and cleaning up the state of torch and the host."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import settings
 from torch import Tensor
 
 from rmsnorm.functional import wait_for_host
+from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
 
 # The same examples on every run and no time limit, so that a slow machine fails nothing.
@@ -61,3 +63,30 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def left_to_python(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Records the calls of operators that C++ leaves to Python, by the name of the function in dispatch."""
+    if host.described() != "called from C++":
+        pytest.skip(host.described())
+    seen: list[str] = []
+
+    def noting(name: str, made: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: (seen.append(name), made(*arguments))[1]
+
+    for name in ("backward_of_sum", "forward_pair", "backward_pair", "gated_forward", "gated_backward"):
+        monkeypatch.setattr(dispatch, name, noting(name, getattr(dispatch, name)))
+    return seen
+
+
+@pytest.fixture(params=["C++", "Python"])
+def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Runs the plans of the operators in C++, or in Python as where there is no C++."""
+    if request.param == "Python":
+        monkeypatch.setattr("rmsnorm.kernels.host.loader._native", lambda plan: None)
+        host.forget()
+    elif host.described() != "called from C++":
+        pytest.skip(host.described())
+    yield request.param
+    host.forget()

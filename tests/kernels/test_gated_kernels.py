@@ -205,7 +205,7 @@ def test_bits_for_every_bf16_pattern(spec, randn) -> None:
 @every_form
 @pytest.mark.parametrize("dtype", FLOATS, ids=short)
 def test_bits_for_special_numbers_in_every_input(dtype, spec, randn) -> None:
-    values = special(dtype) + [90.0, -90.0, -88.0, 200.5, -200.5, -60.5, 60.5]
+    values = [*special(dtype), 90.0, -90.0, -88.0, 200.5, -200.5, -60.5, 60.5]
     values += NANS.view(torch.float32).tolist() if dtype is torch.float32 else []
     pairs = torch.cartesian_prod(*[torch.tensor(values, dtype=dtype)] * 2)
     other, w = randn(len(pairs), 2, dtype=dtype), randn(2, dtype=dtype)

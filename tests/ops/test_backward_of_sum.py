@@ -3,7 +3,7 @@
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from rmsnorm import reference
-from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.cpu import planner as cpu
-from rmsnorm.kernels.host import loader as host
 from rmsnorm.kernels.plan import Backward
 from rmsnorm.spec import Spec
 from tolerance import assert_same_bits
@@ -25,29 +23,6 @@ NEEDS = ((True, True), (True, False), (False, True), (False, False))
 Draw = Callable[..., Tensor]
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-
-@pytest.fixture
-def by_python(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Records the calls of the operator that run in Python."""
-    if host.described() != "called from C++":
-        pytest.skip(host.described())
-    seen: list[bool] = []
-    made = dispatch.backward_of_sum
-    monkeypatch.setattr(dispatch, "backward_of_sum", lambda *a: (seen.append(True), made(*a))[1])
-    return seen
-
-
-@pytest.fixture(params=["C++", "Python"])
-def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Runs the plans of the operator in C++, or in Python as where there is no C++."""
-    if request.param == "Python":
-        monkeypatch.setattr("rmsnorm.kernels.host.loader._native", lambda plan: None)
-        host.forget()
-    elif host.described() != "called from C++":
-        pytest.skip(host.described())
-    yield request.param
-    host.forget()
 
 
 def composed(dy: list[Tensor], ds: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -174,14 +149,14 @@ def test_no_rows_give_an_empty_dx_and_a_dw_of_zeros(runner, randn, shape) -> Non
 # --- who makes the call --------------------------------------------------------------------------------------
 
 
-def test_no_python_runs_for_a_planned_call(by_python, randn) -> None:
+def test_no_python_runs_for_a_planned_call(left_to_python, randn) -> None:
     for dtype, count, adds in itertools.product((FP32, BF16, FP16), (1, 2, 3), (False, True)):
         x, w, rstd = randn(40, 1280, dtype=dtype), randn(1280, dtype=dtype), randn(40).square() + 0.5
         check([x + i for i in range(count)], x if adds else None, x, w, rstd, "early", 0.0, True, True)
-    assert by_python == []
+    assert left_to_python == []
 
 
-def test_calls_that_differ_in_the_number_of_gradients_have_separate_plans(by_python, randn, monkeypatch) -> None:
+def test_calls_that_differ_in_the_number_of_gradients_have_separate_plans(left_to_python, randn, monkeypatch) -> None:
     planned: list[Backward] = []
     plan = cpu.plan_backward
     monkeypatch.setattr(cpu, "plan_backward", lambda kind: (planned.append(kind), plan(kind))[1])
@@ -195,7 +170,7 @@ def test_calls_that_differ_in_the_number_of_gradients_have_separate_plans(by_pyt
     assert [(len(kind.dys), kind.round_first) for kind in planned if kind.round_first] == [
         (count, True) for count in (1, 1, 2, 2, 3, 3)
     ]
-    assert by_python == []
+    assert left_to_python == []
 
 
 def test_planning_allocates_nothing_and_torch_converts_nothing(randn) -> None:

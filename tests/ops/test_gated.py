@@ -113,3 +113,22 @@ def test_a_second_derivative_raises() -> None:
     (dx,) = torch.autograd.grad(rmsnorm.gated_rms_norm(x, x).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivative of gated_rms_norm is not implemented"):
         dx.sum().backward()
+
+
+def test_no_python_runs_for_a_planned_call(left_to_python: list[str]) -> None:
+    torch.manual_seed(3)
+    for spec in FORMS:
+        assert spec.gate is not None
+        form = (spec.cast, spec.gate.activation, spec.gate.first, spec.groups)
+        x, gate = torch.randn(2, 3, 5, 32, dtype=torch.bfloat16)
+        w = torch.randn(32, dtype=torch.bfloat16)
+        y, rstd = torch.ops.rmsnorm.gated_forward.default(x, gate, w, spec.eps, *form, True)
+        expected, expected_rstd = gated_reference.forward(x, gate, w, spec, True)
+        assert y.equal(expected)
+        assert rstd.equal(expected_rstd)
+        needs = (True, True, True)
+        gradients = torch.ops.rmsnorm.gated_backward.default(y, x, gate, w, rstd, *form, *needs)
+        apart = gated_reference.backward(y, x, gate, w, rstd, spec, *needs)
+        assert gradients[0].equal(apart[0])
+        assert gradients[1].equal(apart[1])
+    assert left_to_python == []
