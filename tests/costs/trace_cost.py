@@ -235,7 +235,7 @@ class ReadRun(Run):
     def reading(cls, run: Run, recompute: bool) -> "ReadRun":
         outputs = run.inference()
         dy = torch.randn_like(outputs[0] if isinstance(outputs, tuple) else outputs)
-        return cls(**vars(run), recompute=recompute, dy=dy, end=torch.zeros(()))
+        return cls(**vars(run), recompute=recompute, dy=dy, end=torch.zeros((), device=dy.device))
 
     def forward(self) -> Any:
         with rmsnorm.recompute() if self.recompute else contextlib.nullcontext():
