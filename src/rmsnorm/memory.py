@@ -171,8 +171,8 @@ def _allocated(call: Callable[[], T], device: torch.device) -> Allocated[T]:
         return Allocated(result, current, peak)
     if device.type != "cpu":
         return Allocated(call(), None, None)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with _quiet_profiler(), torch.profiler.profile(activities, profile_memory=True, acc_events=True) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with _quiet_profiler(), torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:
         result = call()
     steps = compat.cpu_allocations(profile)
     if steps is None:
