@@ -87,8 +87,8 @@ def test_allocated_counts_what_stays_and_the_most_at_once() -> None:
     assert (found.kept, found.peak) == (400, 800)
     assert torch.equal(found.result, x + 1)
     held = [torch.ones(25)]
-    assert memory.allocated(held.pop, CPU).kept == 0
-    held.append(torch.ones(25))
+    assert memory.allocated(held.clear, CPU).kept == 0  # it was not allocated within a measured call
+    held.append(memory.allocated(lambda: torch.ones(25), CPU).result)
     freed = memory.allocated(held.clear, CPU)
     assert (freed.kept, freed.peak) == (-100, 0)
 

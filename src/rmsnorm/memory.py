@@ -117,7 +117,8 @@ class Allocated(Generic[T]):
 
     Attributes:
         result: What the call returned.
-        kept: The bytes that it allocated and did not free, less those that it freed of others; None if unknown.
+        kept: The bytes that it allocated and did not free, less those that it freed of what was allocated before, on a
+            CPU only within another measured call. None if unknown.
         peak: The most bytes that were allocated during the call beyond those before it; None if unknown.
     """
 
