@@ -359,8 +359,7 @@ def test_the_summary_and_the_details_are_printed(tmp_path) -> None:
         assert "add --gpu with one of h200" in text(plain, verbose)
         assert "predicted time" not in text(plain, verbose)
         assert "less kept for the backward pass" in text(plain, verbose)
-        kept = "ours with recompute instead of ours: 3.932 MB less kept, the outputs of 24 of 25 norm calls"
-        assert kept in text(plain, verbose)
+        assert "with recompute: 3.932 MB less kept, 7.926 MB more moved, 24 more kernels" in text(plain, verbose)
         assert "training: kept by readers" in text(plain, verbose)
         assert "inference: kept" not in text(plain, verbose)
         assert "training: predicted time" in text(predicted, verbose)
@@ -373,7 +372,7 @@ def test_the_summary_and_the_details_are_printed(tmp_path) -> None:
         assert part in shown
     for result in (plain, predicted):
         short, full = printed.check(printing.blocks(result)), printed.check(printing.blocks(result, verbose=True))
-        assert len(short.splitlines()) <= 21
+        assert len(short.splitlines()) <= 25
         assert "layers.0.input_layernorm" in full
         assert "layers.0.input_layernorm" not in short
         assert json.loads(json.dumps(result.to_json()))["norms"] == 25

@@ -44,11 +44,9 @@ def _answer(result: CostResult) -> list[Block]:
 def _recompute(result: CostResult) -> str:
     """Return what `recompute` saves and costs."""
     ours, recomputed = result.training["ours"], result.training[RECOMPUTED]
-    calls = sum(g.count for g in result.norms for _ in g.calls)
-    saved = sum(g.count for g in result.norms for call in g.calls if call.is_saved)
     return (
-        f"ours with recompute instead of ours: {display.size(ours.kept - recomputed.kept)} less kept, the outputs of "
-        f"{saved} of {calls} norm calls; a training step moves {display.size(recomputed.bytes - ours.bytes)} more, in "
+        f"with recompute: {display.size(ours.kept - recomputed.kept)} less kept, "
+        f"{display.size(recomputed.bytes - ours.bytes)} more moved, "
         f"{display.count(recomputed.kernels - ours.kernels)} more kernels"
     )
 
