@@ -17,6 +17,8 @@ def benchmark_script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
+    if str(FOLDER) not in sys.path:
+        sys.path.append(str(FOLDER))  # where a script finds the modules that it imports
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where dataclasses looks for it
     spec.loader.exec_module(module)

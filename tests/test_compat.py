@@ -62,6 +62,8 @@ IN_MODULES = (
     ("torch.multiprocessing.reductions", "StorageWeakRef.expired"),
     ("torch._subclasses.fake_tensor", "FakeTensorMode"),
     ("torch._functorch.config", "donated_buffer"),
+    ("torch._C._autograd", "_ProfilerResult.events"),
+    ("torch._C._autograd", "_KinetoEvent.nbytes"),
     ("numba.core.ccallback", "CFunc._compile_uncached"),
     ("numba.core.sigutils", "normalize_signature"),
     ("numba.core.compiler", "CompileResult._reduce"),

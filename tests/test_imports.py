@@ -12,8 +12,8 @@ import rmsnorm
 ROOT = Path(rmsnorm.__file__).parent
 # A module imports only what stands in a line above its own, or its own package. "" is the package root, `import rmsnorm`.
 LAYERS = (
-    ("errors", "bits", "memory", "compat"),
-    ("spec",),
+    ("errors", "bits", "compat"),
+    ("memory", "spec"),
     ("reference",),
     ("gated_reference",),
     ("kernels",),

@@ -25,8 +25,9 @@ SIGNATURES = {
     "register": "",
     "decompositions": "",
     "cost": "shape, dtype=torch.bfloat16, weight_dtype=None, *, implementation='ours', phase='inference', device='cpu', "
-    "cast='early', offset=0.0, elementwise_affine=True, master=False, threads=None",
-    "Cost": "flops, read, written, kernels, saved, peak, least, parameters, gradients, optimizer, derived, terms",
+    "cast='early', offset=0.0, elementwise_affine=True, master=False, recompute=False, threads=None",
+    "Cost": "flops, read, written, kernels, saved, saved_by_readers, peak, least, parameters, gradients, optimizer, "
+    "derived, terms",
     "unpatch": "model",
     "explain": "x, weight=None, residual=None, *, eps=1e-06, cast='early', offset=0.0, gate=None, activation='silu', "
     "gate_first=False, groups=1",

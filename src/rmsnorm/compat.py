@@ -119,6 +119,22 @@ def keep_compiled_graphs() -> None:
         config.donated_buffer = False
 
 
+def cpu_allocations(profile: Any) -> list[int] | None:
+    """What torch's CPU allocator allocated (+) and freed (-) during a profile with `profile_memory`, in bytes.
+
+    The public list of the profile's events only has the sum of each operator. The fallback is None.
+
+    Args:
+        profile: A `torch.profiler.profile` that has ended.
+    """
+    try:
+        events = profile.profiler.kineto_results.events()
+        found = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    except AttributeError:
+        return None
+    return [nbytes for _, nbytes in sorted(found, key=lambda event: event[0])]
+
+
 def compiled_graphs() -> int:
     """How many graphs torch.compile has made in this process. There is no public equivalent; the fallback is 0."""
     counters: Any = getattr(getattr(sys.modules.get("torch._dynamo"), "utils", None), "counters", {})

@@ -29,8 +29,9 @@ import torch  # noqa: E402
 import rmsnorm  # noqa: E402
 from rmsnorm import memory  # noqa: E402
 from rmsnorm.costs import counts as counting  # noqa: E402
+from rmsnorm.costs.case import RECOMPUTED  # noqa: E402
 from rmsnorm.tools import machine  # noqa: E402
-from trace_cost import Run  # noqa: E402
+from trace_cost import ReadRun, Run  # noqa: E402
 
 B, H, F = torch.bfloat16, torch.float16, torch.float32
 SHAPES = ((8192, 1280), (2, 300, 512), (1, 1280), (16, 7168), (4096, 32768), (70000, 256), (33, 1001), (1280,))
@@ -50,10 +51,12 @@ class Case:
     w: torch.dtype | None
     cast: str
     offset: float
+    recompute: bool = False
 
     def __str__(self) -> str:
         x, w = (str(d).removeprefix("torch.") for d in (self.x, self.w))
-        return f"{self.implementation} {self.cast} {self.offset:g} {self.shape} {x}/{w}"
+        recompute = " recompute" if self.recompute else ""
+        return f"{self.implementation} {self.cast} {self.offset:g} {self.shape} {x}/{w}{recompute}"
 
 
 def cases() -> list[Case]:
@@ -62,6 +65,8 @@ def cases() -> list[Case]:
         specs = SPECS if implementation in ("eager", "ours", "ours+residual") and x == w == B else SPECS[:1]
         if implementation != "LayerNorm" or w in (x, None):
             found += [Case(implementation, shape, x, w, *spec) for spec in specs]
+        if implementation in RECOMPUTED:
+            found.append(Case(implementation, shape, x, w, *SPECS[0], recompute=True))
     return found
 
 
@@ -122,6 +127,8 @@ def allocations(call: Callable[[], Any]) -> list[int]:
 def check(case: Case) -> list[dict[str, Any]]:
     """A row for each phase: the counted and measured figures, and details where they differ."""
     run = Run.of(case.shape, case.x, case.w, case.implementation, case.cast, case.offset, device="cuda")
+    if case.recompute:
+        run = ReadRun.reading(run, recompute=True)
     run.backward(run.forward())()  # compiles, and fills the workspaces that stay
     run.inference()
     torch.cuda.synchronize()
@@ -145,7 +152,7 @@ def check(case: Case) -> list[dict[str, Any]]:
     for phase in counting.PHASES:
         c = rmsnorm.cost(
             case.shape, case.x, case.w, implementation=case.implementation, phase=phase, device="cuda", cast=case.cast,
-            offset=case.offset, elementwise_affine=case.w is not None,
+            offset=case.offset, elementwise_affine=case.w is not None, recompute=case.recompute,
         )  # fmt: skip
         seen = measured[phase] | {"kernels": len(names[phase])}
         expected = {field: getattr(c, field) for field in seen}

@@ -1,7 +1,9 @@
 """`cost`: each count equals a trace of the running code, and the trace notices wrong formulas."""
 
 import itertools
+import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,12 +14,12 @@ import trace_cost
 from rmsnorm import Cost, cost, reference
 from rmsnorm.costs import counts as counting
 from rmsnorm.costs import eager, ours, torch_norms
-from rmsnorm.costs.case import Case
+from rmsnorm.costs.case import RECOMPUTED, Case
 from rmsnorm.costs.tape import Tape
 from rmsnorm.kernels.gpu import tiling
 from rmsnorm.kernels.plan import Backward, Forward, TensorKind
 from rmsnorm.spec import Spec
-from trace_cost import Run, Watch, traced
+from trace_cost import ReadRun, Run, Watch, saved_bytes, traced
 
 B, H, F = torch.bfloat16, torch.float16, torch.float32
 EARLY, LATE, OFFSET = ("early", 0.0), ("late", 0.0), ("late", 1.0)
@@ -73,6 +75,58 @@ def wrong(
 @pytest.mark.parametrize(("implementation", "cast", "offset", "x", "w"), cases())
 def test_every_count_equals_a_trace_of_the_running_code(implementation, cast, offset, x, w) -> None:
     assert [line for shape in SHAPES for line in wrong(implementation, cast, offset, x, w, shape)] == []
+
+
+READ_FIELDS = tuple(field for field in FIELDS if field != "flops")
+
+
+def random_shapes(count: int) -> list[tuple[int, ...]]:
+    """Shapes of up to three dimensions, the same in every run."""
+    draw = random.Random(22)
+    return [(*(draw.randint(1, 40) for _ in range(draw.randint(0, 2))), draw.randint(1, 700)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize(("x", "w"), DTYPES)
+def test_every_count_with_recompute_equals_a_trace_in_which_another_operator_reads_y(adds, x, w) -> None:
+    name: Any = "ours+residual" if adds else "ours"
+    for shape in random_shapes(4):
+        run = ReadRun.reading(Run.of(shape, x, w, name, "early", 0.0), recompute=True)
+        for phase in counting.PHASES:
+            c = counted(shape, x, w, implementation=name, phase=phase, recompute=True)
+            trace = traced(run, phase)
+            assert [getattr(c, field) for field in READ_FIELDS] == [trace[field] for field in READ_FIELDS], (
+                shape,
+                phase,
+            )
+
+
+@pytest.mark.parametrize(("implementation", "cast", "offset", "x", "w"), cases())
+def test_the_bytes_that_readers_of_y_save_equal_a_trace(implementation, cast, offset, x, w) -> None:
+    for shape in random_shapes(3):
+        run = Run.of(shape, x, w, implementation, cast, offset)
+        options: Any = {"implementation": implementation, "cast": cast, "offset": offset}
+        for recompute in (False, True) if implementation in RECOMPUTED else (False,):
+            with_reader = saved_bytes(ReadRun.reading(run, recompute))
+            costs = [counted(shape, x, w, phase=phase, recompute=recompute, **options) for phase in counting.PHASES]
+            assert [c.saved + c.saved_by_readers for c in costs] == [0, with_reader, with_reader], (shape, recompute)
+            assert with_reader - saved_bytes(run) == costs[1].saved_by_readers
+
+
+def test_recompute_adds_a_forward_call_to_the_backward_pass_and_frees_y() -> None:
+    M, N = 8192, 1280
+    for device in ("cpu", "cuda"):
+        plain, again = (cost((M, N), phase="backward", device=device, recompute=r) for r in (False, True))
+        inference = cost((M, N), device=device)
+        assert again.terms[0].what == "recompute y"
+        assert again.terms[1:] == plain.terms
+        for field in ("flops", "read", "written", "kernels", "least"):
+            assert getattr(again, field) == getattr(plain, field) + getattr(inference, field), field
+        assert (plain.saved_by_readers, again.saved_by_readers) == (2 * M * N, 0)
+        assert again.saved == plain.saved
+        assert plain.peak - again.peak == 2 * M * N  # dx and partial sums need more than y and its scratch memory
+        forward = [cost((M, N), phase="forward", device=device, recompute=r) for r in (False, True)]
+        assert forward[0] == replace(forward[1], saved_by_readers=2 * M * N)
 
 
 def test_the_number_of_partial_sums_is_that_of_the_cpu_kernel() -> None:
@@ -358,6 +412,13 @@ def test_no_rows_cost_nothing_but_the_parameters(implementation, device, phase) 
         (((4, 8),), {"offset": 1.0, "cast": "late", "elementwise_affine": False}, ValueError, "elementwise_affine"),
         (((4, 8), F, B), {"implementation": "LayerNorm"}, ValueError, "LayerNorm refuses"),
         (((4, 8), B, F), {"implementation": "LayerNorm", "device": "cuda"}, ValueError, "LayerNorm refuses"),
+        (
+            ((4, 8),),
+            {"recompute": True, "implementation": "eager"},
+            ValueError,
+            "recompute is True with implementation",
+        ),
+        (((4, 8),), {"recompute": 1}, TypeError, "recompute is 1, expected"),
         (((4, 8),), {"threads": 0}, ValueError, "threads is 0"),
         (((4, 8),), {"threads": "4"}, TypeError, "threads is '4', expected an int"),
     ],

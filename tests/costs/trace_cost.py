@@ -22,6 +22,7 @@ from rmsnorm import memory
 from rmsnorm.ops import operators
 
 EPS = 1e-6
+CPU = torch.device("cpu")
 NO_WORK = {"empty", "empty_like", "empty_strided", "new_empty"}
 NO_FLOPS = {"_to_copy", "to", "clone", "copy_", "ones", "full"}
 ONE_EACH = {"add", "sub", "mul", "div", "rsqrt", "sqrt", "reciprocal"}
@@ -124,26 +125,6 @@ def spied(watch: Watch) -> Iterator[None]:
         yield
 
 
-def events(call: Callable[[], Any]) -> tuple[Any, list[int]]:
-    """The call's result, and the CPU allocator's allocations (+) and frees (−) during it, in bytes and in order."""
-    cpu = torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[cpu], profile_memory=True, acc_events=True) as profile:
-        result = call()
-    assert profile.profiler is not None
-    found = [(e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    assert found == sorted(found, key=lambda event: event[0])
-    return result, [nbytes for _, nbytes in found]
-
-
-def most(steps: list[int]) -> int:
-    """The maximum of the running sum, which begins at 0."""
-    alive = peak = 0
-    for step in steps:
-        alive += step
-        peak = max(peak, alive)
-    return peak
-
-
 # --- the norms that are traced -------------------------------------------------------------------------------
 
 
@@ -227,8 +208,44 @@ def _gemma(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
 
 
+class Reader(torch.autograd.Function):
+    """An operator that saves y for its backward pass and allocates nothing. Its result shares the memory of `end`."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, dy: Tensor, end: Tensor) -> Tensor:
+        ctx.save_for_backward(y)
+        ctx.dy = dy
+        return end.view_as(end)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None, None]:
+        ctx.saved_tensors  # noqa: B018  # reads y, which recomputes it
+        return ctx.dy, None, None
+
+
+@dataclass(frozen=True)
+class ReadRun(Run):
+    """A norm whose y is read by a `Reader` and held by nothing else, with or without `recompute`."""
+
+    recompute: bool
+    dy: Tensor
+    end: Tensor
+
+    @classmethod
+    def reading(cls, run: Run, recompute: bool) -> "ReadRun":
+        outputs = run.inference()
+        dy = torch.randn_like(outputs[0] if isinstance(outputs, tuple) else outputs)
+        return cls(**vars(run), recompute=recompute, dy=dy, end=torch.zeros((), device=dy.device))
+
+    def forward(self) -> Any:
+        with rmsnorm.recompute() if self.recompute else contextlib.nullcontext():
+            outputs = super().forward()
+            y, *s = outputs if isinstance(outputs, tuple) else (outputs,)
+            return (Reader.apply(y, self.dy, self.end), *s)
+
+
 def traced(run: Run, phase: str) -> dict[str, int]:
-    """flops (0 where operators do not show theirs), read, written, kernels, saved and peak of one phase on the CPU."""
+    """The counts of one phase on the CPU, by their names; flops are 0 where operators do not show theirs."""
     hidden = run.implementation in ("ours", "ours+residual", "LayerNorm")
     outputs = run.forward()  # also compiles what has to be compiled
     run.backward(outputs)()
@@ -240,25 +257,23 @@ def traced(run: Run, phase: str) -> dict[str, int]:
         outputs = call()
     read, written, kernels = watch.totals
     del outputs, call, watch.known
-    saved = 0
-    if phase != "inference":
-        with memory.saved_for_backward([t for t in (run.w, run.bias) if t is not None]) as count:
-            outputs = run.forward()
-            saved = count()
-        del outputs
-    outputs, steps = events(run.inference if phase == "inference" else run.forward)
-    peak = most(steps)
+    saved = 0 if phase == "inference" else saved_bytes(run)
+    found = memory.allocated(run.inference if phase == "inference" else run.forward, CPU)
+    peak = found.peak
     if phase == "backward":
-        after, steps = events(run.backward(outputs))
-        raise_by = sum(events_of_forward(run))
-        peak = raise_by + most(steps)
-        del after
+        assert found.kept is not None
+        after = memory.allocated(run.backward(found.result), CPU)
+        assert after.peak is not None
+        peak = found.kept + after.peak
+    assert peak is not None
     total = sum(s.flops for s in watch.seen)
     return {"flops": total, "read": read, "written": written, "kernels": kernels, "saved": saved, "peak": peak}
 
 
-def events_of_forward(run: Run) -> list[int]:
-    """The allocations and frees of the forward pass while its outputs are held."""
-    outputs, steps = events(run.forward)
+def saved_bytes(run: Run) -> int:
+    """What the forward pass saves for the backward pass, without the parameters."""
+    with memory.saved_for_backward([t for t in (run.w, run.bias) if t is not None]) as count:
+        outputs = run.forward()
+        saved = count()
     del outputs
-    return steps
+    return saved

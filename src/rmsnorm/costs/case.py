@@ -15,6 +15,7 @@ Implementation = Literal["ours", "ours+residual", "eager", "F.rms_norm", "LayerN
 Phase = Literal["inference", "forward", "backward"]
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
+RECOMPUTED: tuple[Implementation, ...] = ("ours", "ours+residual")  # whose outputs `recompute` can recompute
 PHASES: tuple[Phase, ...] = get_args(Phase)
 DEVICES = ("cpu", "cuda")
 
@@ -33,6 +34,7 @@ class Case:
         device: "cpu" or "cuda".
         cast: "early" or "late".
         offset: What is added to the weight, 0 or 1.
+        recompute: Whether the backward pass recomputes y, so that it is not kept.
         single_row: Whether x has the weight's shape, (N,), so that autograd has no rows to sum over.
         threads: The number of CPU threads that torch uses.
     """
@@ -46,6 +48,7 @@ class Case:
     device: str
     cast: str
     offset: float
+    recompute: bool = False
     single_row: bool = False
     threads: int = 1
 
@@ -76,6 +79,11 @@ class Case:
             return self.x_dtype
         return result_dtype(self.x_dtype, self.w_dtype, self.cast)
 
+    @property
+    def y_nbytes(self) -> int:
+        """The bytes of y."""
+        return self.E * self.y_dtype.itemsize
+
     def weight(self) -> Array | None:
         """The weight as it is stored; None without one."""
         return None if self.w_dtype is None else given(self.N, self.w_dtype)
@@ -93,6 +101,7 @@ def check_case(
     offset: float,
     elementwise_affine: bool,
     master: bool,
+    recompute: bool,
     threads: int | None,
 ) -> Case:
     """The case that these arguments of `cost` describe.
@@ -107,6 +116,7 @@ def check_case(
         raise TypeError(complaint("cost", "shape", f"is {shape!r}", "a sequence of integers"))
     check_bool("cost", "elementwise_affine", elementwise_affine)
     check_bool("cost", "master", master)
+    check_bool("cost", "recompute", recompute)
     if not sizes or min(sizes) < 0 or sizes[-1] == 0:
         raise ValueError(complaint("cost", "shape", f"is {sizes}", "(..., N) with N of at least 1, nothing negative"))
     for name, value, allowed in (
@@ -116,6 +126,9 @@ def check_case(
     ):
         if value not in allowed:
             raise ValueError(complaint("cost", name, f"is {value!r}", " or ".join(map(repr, allowed))))
+    if recompute and implementation not in RECOMPUTED:
+        expected = f"False, or implementation {' or '.join(map(repr, RECOMPUTED))}"
+        raise ValueError(complaint("cost", "recompute", f"is True with implementation {implementation!r}", expected))
     weight_dtype = dtype if weight_dtype is None else weight_dtype
     for name, given_dtype in (("dtype", dtype), ("weight_dtype", weight_dtype)):
         if given_dtype not in KERNEL_DTYPES:
@@ -135,6 +148,7 @@ def check_case(
         device=device,
         cast=cast,
         offset=offset,
+        recompute=recompute,
         single_row=len(sizes) == 1,
         threads=threads or torch.get_num_threads(),
     )

@@ -56,9 +56,12 @@ class Cost:
         read: Bytes that its kernels read.
         written: Bytes that its kernels write.
         kernels: How many kernels run.
-        saved: Bytes kept for the backward pass: the input where it is kept, but not the weights.
+        saved: Bytes that the norm keeps for its own backward pass: the input where it is kept, but not the weights.
+        saved_by_readers: Bytes of y, which the operators that read it keep for theirs, such as matrix multiplications:
+            once, however many there are. 0 with `recompute`.
         peak: The most bytes allocated at once, beside x, the residual, the weight and the incoming gradients. In the
-            backward phase this includes y, which is held, and what the forward phase saved.
+            backward phase this includes what the forward phase saved, and y: all the time where it is kept, and with
+            `recompute` only until the operators that read it have used it, before the norm's own backward pass.
         least: Bytes that no implementation can avoid to move: each argument and each result once.
         parameters: Bytes of the weight, and of the bias of LayerNorm.
         gradients: Bytes of their gradients.
@@ -79,6 +82,7 @@ class Cost:
     written: int
     kernels: int
     saved: int
+    saved_by_readers: int
     peak: int
     least: int
     parameters: int
@@ -105,6 +109,7 @@ def cost(
     offset: float = 0.0,
     elementwise_affine: bool = True,
     master: bool = False,
+    recompute: bool = False,
     threads: int | None = None,
 ) -> Cost:
     """Count what one norm of x costs, without running it.
@@ -128,6 +133,9 @@ def cost(
         offset: As for `rms_norm`.
         elementwise_affine: Whether there is a weight.
         master: Whether AdamW keeps an fp32 copy of 16-bit weights.
+        recompute: Whether y is not kept for the operators that read it, but recomputed in the backward pass, as by
+            `rmsnorm.recompute` and `patch(model, recompute=True)`. This adds a forward call to the backward phase. For
+            "ours" and "ours+residual" only.
         threads: The number of CPU threads; None for torch's. The backward pass of LayerNorm allocates memory for each.
 
     Returns:
@@ -135,9 +143,9 @@ def cost(
 
     Raises:
         TypeError: If `shape` is not a sequence of integers, a dtype is none of the three, or `elementwise_affine`,
-            `master` or `threads` has the wrong type; the message names the argument.
-        ValueError: If another argument has a value that is not allowed, or LayerNorm refuses the weight's dtype; the
-            message names the argument.
+            `master`, `recompute` or `threads` has the wrong type; the message names the argument.
+        ValueError: If another argument has a value that is not allowed, LayerNorm refuses the weight's dtype, or
+            `recompute` is True with another implementation than ours; the message names the argument.
 
     Example:
         >>> c = rmsnorm.cost((8192, 1280), torch.bfloat16)
@@ -146,7 +154,7 @@ def cost(
     """
     case = check_case(
         shape, dtype, weight_dtype, implementation=implementation, phase=phase, device=device, cast=cast, offset=offset,
-        elementwise_affine=elementwise_affine, master=master, threads=threads,
+        elementwise_affine=elementwise_affine, master=master, recompute=recompute, threads=threads,
     )  # fmt: skip
     tape, saved = _record(case)
     parameters = _parameter_bytes(case)
@@ -156,6 +164,7 @@ def cost(
         written=sum(term.written for term in tape.terms),
         kernels=sum(term.kernels for term in tape.terms),
         saved=saved if case.training else 0,
+        saved_by_readers=case.y_nbytes if case.training and not case.recompute else 0,
         peak=tape.peak,
         least=_least_bytes(case),
         parameters=parameters,
@@ -174,19 +183,25 @@ def _record(case: Case) -> tuple[Tape, int]:
     formulas = FORMULAS[case.implementation]
     saved = formulas.forward(tape, case)
     if case.phase == "backward":
-        tape = Tape(case.cpu, tape.alive)
+        tape = Tape(case.cpu, tape.alive - (case.y_nbytes if case.recompute else 0))
+        if case.recompute:
+            ours.recompute(tape, case)
         formulas.backward(tape, case)
     return tape, saved
 
 
 def _least_bytes(case: Case) -> int:
-    """Each argument and each result once; rstd, 4 bytes a row, where there is a backward pass."""
-    x, y = case.E * case.x_dtype.itemsize, case.E * case.y_dtype.itemsize
+    """Each argument and each result once; rstd, 4 bytes a row, where there is a backward pass.
+
+    A call that recomputes y reads what was normalized and the weight, and writes y.
+    """
+    x, y = case.E * case.x_dtype.itemsize, case.y_nbytes
     weight = 0 if case.w_dtype is None or not case.M else case.N * case.w_dtype.itemsize
     rstd = 4 * case.M if case.training else 0
     if case.phase == "backward":
         dy, dx, dw, ds = y, x, weight, x if case.adds else 0
-        return dy + x + weight + rstd + dx + dw + ds
+        again = x + weight + y if case.recompute else 0
+        return dy + x + weight + rstd + dx + dw + ds + again
     residual = s = x if case.adds else 0
     return x + residual + weight + y + s + rstd
 

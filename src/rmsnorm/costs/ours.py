@@ -4,6 +4,8 @@ A forward formula returns the bytes that are saved for the backward pass. A back
 forward pass saved still allocated.
 """
 
+from dataclasses import replace
+
 import torch
 
 from rmsnorm.costs.case import Case
@@ -42,15 +44,29 @@ def backward_flops(case: Case, need_dx: bool = True, need_dw: bool = True) -> in
 
 def forward(tape: Tape, case: Case) -> int:
     """One kernel: y, s = x + residual where there is a residual, and rstd where autograd records."""
+    _forward(tape, case, "forward")
+    return case.E * case.x_dtype.itemsize + (case.M * F32.itemsize if case.training else 0)
+
+
+def recompute(tape: Tape, case: Case) -> None:
+    """What `recompute` adds to the backward pass: a forward call on what was normalized, x or s, without rstd.
+
+    The operators that read y use it and free it before the norm's own backward pass begins.
+    """
+    tape.free(_forward(tape, replace(case, implementation="ours", phase="inference"), "recompute y"))
+
+
+def _forward(tape: Tape, case: Case, what: str) -> Array:
+    """Record the forward kernel, and return y."""
     x, residual = given(case.E, case.x_dtype), given(case.E, case.x_dtype) if case.adds else None
     s = tape.new(case.E, case.x_dtype) if case.adds else None
     w, scratch = _weight_as_read(tape, case)
     y = tape.new(case.E, case.y_dtype)
     rstd = tape.new(case.M, F32) if case.training else None
     shares = None if case.cpu else _shares(tape, case, _forward_launch(case))
-    tape.run("forward", forward_flops(case), [x, residual, w, shares], [y, s, rstd, shares])
+    tape.run(what, forward_flops(case), [x, residual, w, shares], [y, s, rstd, shares])
     tape.free(scratch, shares)
-    return x.nbytes + (0 if rstd is None else rstd.nbytes)
+    return y
 
 
 def backward(tape: Tape, case: Case) -> None:

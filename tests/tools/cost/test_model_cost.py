@@ -1,7 +1,9 @@
 """`rmsnorm cost`: a model's norms from its configuration alone."""
 
+import contextlib
 import functools
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +14,14 @@ import torch
 import transformers
 
 import printed
-from rmsnorm import cost
+import rmsnorm
+from rmsnorm import cost, memory
 from rmsnorm.errors import CommandError
 from rmsnorm.tools.cost import calls, command, printing
-from rmsnorm.tools.cost.result import COMPARED, CostResult
+from rmsnorm.tools.cost.result import COLUMNS, RECOMPUTED, CostResult
 from rmsnorm.tools.display import render
 from rmsnorm.tools.hardware import GPUS
-from rmsnorm.tools.models import architecture
+from rmsnorm.tools.models import architecture, library
 from rmsnorm.tools.models.presets import PRESETS
 
 # As DeepSeek-OCR's own config.json has it: a model_type that transformers does not know, code of its own, and the
@@ -123,7 +126,7 @@ def test_a_language_config_with_mla_is_deepseek_v2(tmp_path) -> None:
 def test_norms_of_queries_and_keys_get_a_row_for_each_head(tmp_path) -> None:
     result = count(written(tmp_path, QWEN3), batch=2, seq=5)
     found = {(g.first.rpartition(".")[2], g.count, g.rows, g.width) for g in result.norms}
-    assert found == {("q_norm", 2, 60, 32), ("k_norm", 2, 30, 32), ("input_layernorm", 5, 10, 96)}
+    assert found == {("q_norm", 2, 60, 32), ("k_norm", 2, 30, 32), ("input_layernorm", 4, 10, 96), ("norm", 1, 10, 96)}
     assert result.norm_parameters == 4 * 32 + 5 * 96
 
 
@@ -177,7 +180,7 @@ def test_proven_norms_are_counted_with_the_rows_they_get(kind, content, paramete
     assert (result.left, result.notes) == ((), ())
     called = [(g.count, g.cls, call, g.weighted, g.spec) for g in result.norms for call in g.calls]
     flops = sum(
-        n * cost(call, cast=spec.cast, offset=spec.offset, elementwise_affine=weighted).flops
+        n * cost(call[:2], cast=spec.cast, offset=spec.offset, elementwise_affine=weighted).flops
         for n, _, call, weighted, spec in called
     )
     assert result.inference["ours"].flops == flops
@@ -231,8 +234,12 @@ def test_rows_of_a_model_that_does_not_run_are_guessed_with_a_note(tmp_path, mon
 
     monkeypatch.setattr("rmsnorm.tools.models.library.run_on_tokens", raises)
     guessed = count(target, batch=2)
-    assert guessed.norms == observed.norms
-    assert "guessed from the norms' names" in guessed.notes[0]
+    assert sum(g.count for g in guessed.norms) == sum(g.count for g in observed.norms)
+    assert {(call[:2], g.width) for g in guessed.norms for call in g.calls} == {
+        (call[:2], g.width) for g in observed.norms for call in g.calls
+    }
+    assert all(call.is_saved for g in guessed.norms for call in g.calls)
+    assert "guessed from the norms' names, and readers are assumed to keep all outputs" in guessed.notes[0]
     assert guessed.notes[0].endswith("RuntimeError: no, not on tokens")
     weightless = count(written(tmp_path, MAMBA | {"model_type": "falcon_mamba"}))
     assert weightless.count == 3
@@ -241,21 +248,22 @@ def test_rows_of_a_model_that_does_not_run_are_guessed_with_a_note(tmp_path, mon
 
 def test_the_spec_of_a_norm_is_proven(tmp_path) -> None:
     gemma = {k: v for k, v in QWEN3.items() if k != "model_type"} | {"model_type": "gemma", "head_dim": 16}
-    (group,) = count(written(tmp_path, gemma)).norms
-    assert group.spec is not None
-    assert (group.spec.cast, group.spec.offset) == ("late", 1.0)
+    groups = count(written(tmp_path, gemma)).norms
+    assert {(group.spec.cast, group.spec.offset) for group in groups} == {("late", 1.0)}
 
 
 def test_totals_are_sums_over_the_norms(tmp_path) -> None:
     result = count(written(tmp_path, QWEN3), batch=2, seq=5, gpu="h100", dtype="float16")
-    for name in COMPARED:
-        shapes = {(60, 32): 2, (30, 32): 2, (10, 96): 5}
-        options: Any = {"implementation": name, "device": "cuda"}
+    for name in COLUMNS:
+        # The outputs of the norms of queries and keys and of the last norm are saved by no operator.
+        shapes = {(60, 32, False): 2, (30, 32, False): 2, (10, 96, True): 4, (10, 96, False): 1}
+        options: Any = {"implementation": "ours" if name == RECOMPUTED else name, "device": "cuda"}
         costs = [
-            (n, cost(shape, torch.float16, phase=phase, **options))
-            for shape, n in shapes.items()
+            (n, cost(shape, torch.float16, phase=phase, recompute=is_saved and name == RECOMPUTED, **options))
+            for (*shape, is_saved), n in shapes.items()
             for phase in ("forward", "backward")
         ]
+        assert result.training[name].saved_by_readers == (0 if name == RECOMPUTED else 4 * 10 * 96 * 2)
         total = result.training[name]
         assert total.flops == sum(n * c.flops for n, c in costs)
         assert total.bytes == sum(n * c.moved for n, c in costs)
@@ -264,6 +272,54 @@ def test_totals_are_sums_over_the_norms(tmp_path) -> None:
         assert total.peak == max(c.peak for _, c in costs)
         h100 = 0.75 * GPUS["h100"].bandwidth
         assert total.seconds == pytest.approx(sum(n * max(c.moved / h100, c.kernels * 5e-6) for n, c in costs))
+
+
+MLA = {k: v for k, v in TEXT.items() if k != "head_dim"} | {"num_key_value_heads": 4}
+MLA |= {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": TEXT,
+    "qwen3": TEXT,
+    "gemma2": TEXT,
+    "olmo2": TEXT,
+    "deepseek_v3": MLA | MOE | {"n_group": 1, "topk_group": 1},
+    "t5": T5,
+    "falcon_mamba": MAMBA,
+}
+
+
+@pytest.mark.parametrize(("kind", "content"), MODELS.items(), ids=MODELS)
+def test_the_bytes_that_recompute_saves_are_those_that_it_saves_in_the_model(kind, content, tmp_path) -> None:
+    rng = random.Random(kind)
+    batch, seq = rng.randint(1, 3), rng.randint(17, 40)
+    predicted = count(written(tmp_path, content | {"model_type": kind}), batch=batch, seq=seq)
+    config = architecture.of_kind(kind, transformers, "a test")(**content)
+    model = transformers.AutoModel.from_config(config).to(torch.bfloat16)
+    assert predicted.model == type(model).__name__
+    rmsnorm.patch(model)
+    ids = torch.randint(64, (batch, seq))
+
+    def saved(context: Any) -> tuple[int, Any]:
+        with memory.saved_for_backward(model.parameters()) as saved_bytes, context as entered:
+            outputs = library.run_on_tokens(model, ids)
+            total = saved_bytes()
+        del outputs
+        return total, entered
+
+    kept, _ = saved(contextlib.nullcontext())
+    recomputed, counts = saved(rmsnorm.recompute())
+    ours, again = (predicted.training[column] for column in ("ours", RECOMPUTED))
+    assert counts.dropped == sum(g.count for g in predicted.norms for call in g.calls if call.is_saved)
+    assert kept - recomputed == counts.dropped_bytes == ours.saved_by_readers == ours.kept - again.kept
+    assert again.saved == ours.saved
+
+
+def test_an_output_of_which_a_cast_copy_is_saved_counts_as_saved_in_fp32_only(tmp_path, monkeypatch) -> None:
+    linear = torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: linear(self.float(), x.float()).to(x.dtype))
+    target = written(tmp_path, TEXT | {"model_type": "llama"})
+    shares = {dtype: count(target, dtype=dtype).training["ours"].saved_by_readers for dtype in ("float32", "bfloat16")}
+    assert shares == {"float32": 4 * 64 * 64 * 4, "bfloat16": 0}
 
 
 def test_flops_of_a_dense_model_s_matrix_products(tmp_path) -> None:
@@ -303,6 +359,9 @@ def test_the_summary_and_the_details_are_printed(tmp_path) -> None:
         assert "add --gpu with one of h200" in text(plain, verbose)
         assert "predicted time" not in text(plain, verbose)
         assert "less kept for the backward pass" in text(plain, verbose)
+        assert "with recompute: 3.932 MB less kept, 7.926 MB more moved, 24 more kernels" in text(plain, verbose)
+        assert "training: kept by readers" in text(plain, verbose)
+        assert "inference: kept" not in text(plain, verbose)
         assert "training: predicted time" in text(predicted, verbose)
         assert "less a training step, of which the norms are" in text(predicted, verbose)
         assert "has few fp64 units" in text(predicted, verbose)
@@ -313,7 +372,7 @@ def test_the_summary_and_the_details_are_printed(tmp_path) -> None:
         assert part in shown
     for result in (plain, predicted):
         short, full = printed.check(printing.blocks(result)), printed.check(printing.blocks(result, verbose=True))
-        assert len(short.splitlines()) <= 21
+        assert len(short.splitlines()) <= 25
         assert "layers.0.input_layernorm" in full
         assert "layers.0.input_layernorm" not in short
         assert json.loads(json.dumps(result.to_json()))["norms"] == 25
@@ -323,7 +382,7 @@ def test_no_tokens_cost_nothing() -> None:
     for options in ({"batch": 0}, {"seq": 0}):
         result = count("deepseek-ocr", gpu="h200", **options)
         for totals in (*result.inference.values(), *result.training.values()):
-            assert (totals.flops, totals.bytes, totals.kernels, totals.saved, totals.peak) == (0,) * 5
+            assert (totals.flops, totals.bytes, totals.kernels, totals.kept, totals.peak) == (0,) * 5
             assert totals.seconds == 0
         assert (result.matmul_flops, result.amdahl(True)) == (0, None)
         assert result.norm_parameters == 32_000

@@ -33,6 +33,7 @@ from report_runs import (  # noqa: F401  # fixtures
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
+    DeepseekV2Model,
     Gemma4TextConfig,
     Gemma4TextModel,
     PreTrainedModel,
@@ -43,11 +44,16 @@ from transformers import (
     T5Model,
 )
 
+import rmsnorm
+from rmsnorm import compat, memory
 from rmsnorm.errors import CommandError
 from rmsnorm.kernels.host import loader as host
 from rmsnorm.patching import replacement
+from rmsnorm.tools.cost.command import model_cost
+from rmsnorm.tools.cost.result import RECOMPUTED
 from rmsnorm.tools.models import loading
 from rmsnorm.tools.models.loading import Built
+from rmsnorm.tools.models.steps import Steps
 
 
 @pytest.mark.parametrize(
@@ -153,6 +159,47 @@ def test_the_report_counts_the_bytes_that_recompute_saves(checkpoint: Path, tmp_
     *inner, last = result.norms
     assert result.saved.after - result.saved.recomputed == 32 * sum(n.width or 0 for n in inner) * 2
     assert "saved for backward, patched with recompute=True" in printed_report(result)
+    counted = model_cost(str(checkpoint), lambda *_: None, batch=1, seq=32, dtype="bfloat16", gpu=None)
+    predicted = counted.training["ours"].kept - counted.training[RECOMPUTED].kept
+    written = json.loads((tmp_path / "out" / "report.json").read_text())["saved_for_backward"]
+    assert written["recompute_less_bytes"] == predicted
+    assert written["before_bytes"] - written["recomputed_bytes"] == written["less_bytes"] + predicted
+
+
+def test_the_report_measures_the_peak_of_a_training_step_with_and_without_recompute(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """Compares with a measurement of a fresh copy of the model that is patched with recompute=True."""
+    result = run_report(checkpoint, tmp_path / "out")
+    assert result.saved is not None
+    assert result.peak is not None
+    peaks = result.peak.recomputed, result.peak.after, result.peak.before
+    assert result.saved.recomputed < peaks[0] < peaks[1] < peaks[2]  # type: ignore[operator]
+    model = DeepseekV2Model.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    steps = Steps(model, torch.device("cpu"))
+    for expected, options in ((peaks[2], None), (peaks[1], {}), (peaks[0], {"recompute": True})):
+        if options is not None:
+            rmsnorm.patch(model, **options)
+        steps.train(32)
+        measured = memory.allocated(lambda: steps.train(32), torch.device("cpu"))
+        assert measured.peak == expected, options
+        rmsnorm.unpatch(model)
+    written = json.loads((tmp_path / "out" / "report.json").read_text())["peak_of_training_step"]
+    assert (written["recomputed_bytes"], written["after_bytes"], written["before_bytes"]) == peaks
+    text = printed_report(result)
+    assert "peak of a training step, 32 tokens" in text
+    assert "peak of a training step, patched with recompute=True" in text
+
+
+def test_where_the_peak_cannot_be_measured_it_is_left_out(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat, "cpu_allocations", lambda profile: None)
+    result = run_report(checkpoint, tmp_path / "out")
+    assert result.saved is not None
+    assert result.peak is None
+    assert result.to_json()["peak_of_training_step"] is None
+    assert "peak of a training step" not in printed_report(result)
 
 
 def test_wrong_bits_fail_and_have_no_time(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

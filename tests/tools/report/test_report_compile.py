@@ -41,6 +41,10 @@ def test_compiled_steps_are_measured_like_eager_ones(model: str, tmp_path: Path)
     assert len(result.forward.rounds) == len(result.training.rounds) == 7
     assert result.saved is not None
     assert 0 < result.saved.after < result.saved.before
+    assert result.saved.recomputed is None  # that would be another model to compile
+    assert result.peak is not None
+    assert result.saved.after < result.peak.after
+    assert result.peak.recomputed is None
     assert result.compilation is not None
     first_calls = [(step.mode, step.side, step.graphs) for step in result.compilation.steps]
     assert first_calls == [(mode, side, 1) for mode in ("forward", "training") for side in CompiledModel.sides]
@@ -52,6 +56,7 @@ def test_compiled_steps_are_measured_like_eager_ones(model: str, tmp_path: Path)
     assert [step["graphs"] for step in written["first_calls"]] == [1] * 6
     assert set(written["without_fusion"]) == {"forward_step", "training_step"}
     text = printed_report(result)
+    assert "saved for backward, compiled, 16 tokens" in text
     assert "forward step, compiled, 16 tokens, 7 pairs" in text
     assert "were compiled with torch.compile (Inductor)" in text
     assert "forward step, compiled, additions not fused, 16 tokens, 7 pairs" in text
@@ -78,7 +83,7 @@ def test_each_side_is_timed_as_it_was_compiled(
 
     monkeypatch.setitem(report_patched._COMPILED, "backend", backend)
     result = run_report(model, tmp_path, tokens=16, compiled=True)
-    first, timed, counted = 1, 7, 1  # the bytes that are saved are counted in one more step with and without ours
+    first, timed, counted = 1, 7, 2  # memory is measured in two more steps with and without ours
     assert calls == [first + timed] * 3 + [first + timed + counted] * 2 + [first + timed]
     assert result.compilation is not None
     for mode, step in (("forward", result.forward), ("training", result.training)):

@@ -9,7 +9,7 @@ from report_runs import a_norm, a_step, printed_report
 from rmsnorm.patching.patch_report import Verdict
 from rmsnorm.tools import machine
 from rmsnorm.tools.report.norms import NormResult, Pair
-from rmsnorm.tools.report.result import ReportResult, SavedBytes
+from rmsnorm.tools.report.result import MemoryBytes, ReportResult
 
 MODEL = {
     "class": "AModel", "parameters": 337_400_000, "dtype": "bfloat16", "tokens": 2048, "tokens_asked": 2048,
@@ -30,7 +30,8 @@ def a_result(**changes: Any) -> ReportResult:
     facts = machine.describe("cpu")
     values = {
         "target": "small", "facts": facts, "model": MODEL, "notes": ("a note",), "norms": norms, "forward": timed,
-        "training": timed, "saved": SavedBytes(2048, 2_999_123_456, 2_737_123_456), "asked": 90.0,
+        "training": timed, "saved": MemoryBytes(2048, 2_999_123_456, 2_737_123_456, 2_637_123_456),
+        "peak": MemoryBytes(2048, 4_111_000_000, 3_999_000_000, 4_222_000_000), "asked": 90.0,
         "phases": {"loading": 12.345, "norms": 60.0}, "peak_bytes": 3_123_456_789,
     }  # fmt: skip
     return ReportResult(**values | changes)
@@ -54,6 +55,9 @@ def test_nothing_is_cut_off_at_any_width(width: int, every_layer: bool) -> None:
         "2.999 GB",
         "2.737 GB",
         "262 MB less",
+        "362 MB less",
+        "112 MB less",
+        "111 MB more",
     ):
         assert figure in flat, figure
 
@@ -65,7 +69,7 @@ def test_the_summary_is_the_first_three_lines() -> None:
         "Norms forward + backward: 24.7 ms → 10.9 ms; saved for backward: 3 GB → 2.74 GB.",
         "Outputs: all 1,024 of the norms are exact; 3 of them changed, by at most 2 ulp.",
     ]
-    of_fewer = printed_report(a_result(saved=SavedBytes(64, 2000, 1000)))
+    of_fewer = printed_report(a_result(saved=MemoryBytes(64, 2000, 1000)))
     assert "saved for backward of 64 tokens: 2 kB → 1 kB." in of_fewer
 
 

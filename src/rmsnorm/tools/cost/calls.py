@@ -1,4 +1,4 @@
-"""Finds out with how many rows each norm of a model is called, without computing anything."""
+"""Finds out how each norm of a model is called in a step and whether its output is kept, without computing anything."""
 
 import contextlib
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rmsnorm import compat
+from rmsnorm import compat, memory
 from rmsnorm.errors import CommandError
 from rmsnorm.tools.cost.result import NormCall
 from rmsnorm.tools.cost.sizes import head_dim, size_of
@@ -43,7 +43,7 @@ def calls_of_norms(
         with library.command_errors("a run without data"):
             found = _observed(norms, model, *tokens, _RUN_CALLS)
         if not (batch and seq):
-            found = {name: tuple((0, width) for _, width in called) for name, called in found.items()}
+            found = {name: tuple(call._replace(rows=0) for call in called) for name, called in found.items()}
         return found, _unreached(found)
     except CommandError as error:
         reason = error
@@ -55,10 +55,11 @@ def calls_of_norms(
         return found, (f"rows are extrapolated from runs of {short} tokens: with {seq:,}, {why}", *_unreached(found))
     widths = {name: width for name, module in norms.items() if (width := library.norm_width(module))}
     guessed: dict[str, tuple[NormCall, ...]] = {
-        name: ((_rows(name, width, config, batch * seq), width),) for name, width in widths.items()
+        name: (NormCall(_rows(name, width, config, batch * seq), width),) for name, width in widths.items()
     }
     notes: tuple[str, ...] = (
-        f"rows are guessed from the norms' names, since the model does not run on token ids alone: {reason}",
+        "rows are guessed from the norms' names, and readers are assumed to keep all outputs, since the model does not "
+        f"run on token ids alone: {reason}",
     )
     if unknown := [name for name in norms if name not in guessed]:
         notes += (
@@ -75,14 +76,17 @@ def _unreached(found: dict[str, tuple[NormCall, ...]]) -> tuple[str, ...]:
 def _observed(
     norms: dict[str, nn.Module], model: nn.Module, batch: int, seq: int, most: int
 ) -> dict[str, tuple[NormCall, ...]]:
-    """Return what reaches the norms in a forward pass on tensors without data. Raises what the model raises."""
+    """Return the calls of the norms in a forward pass on tensors without data. Raises what the model raises.
+
+    It is that of a training step, to find out which outputs are saved for the backward pass.
+    """
     found: dict[str, list[NormCall]] = {name: [] for name in norms}
 
     def watch(name: str, width: int | None) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
             (x,) = (a for a in (*args, *named.values()) if isinstance(a, Tensor))
             n = width or x.shape[-1]
-            found[name].append((x.numel() // n, n))
+            found[name].append(NormCall(x.numel() // n, n))
 
         return hook
 
@@ -92,24 +96,33 @@ def _observed(
     ]
     with contextlib.suppress(Exception):  # this form of experts has no shapes that depend on the routing
         model.set_experts_implementation("batched_mm")  # type: ignore[operator]
-    model.eval()
+    model.train()  # dropout makes a tensor of its own, which is saved instead of the output
     try:
-        with torch.no_grad(), CallLimit(most), compat.tensors_without_data():
+        with (
+            torch.enable_grad(),
+            memory.saved_outputs(norms.values()) as outputs,
+            CallLimit(most),
+            compat.tensors_without_data(),
+        ):
             library.run_on_tokens(model, torch.zeros(batch, seq, dtype=torch.long, device="meta"))
     finally:
         for handle in hooks:
             handle.remove()
-    return {name: tuple(called) for name, called in found.items()}
+    saved = {name: [output.saved for output in outputs if output.module is norms[name]] for name in norms}
+    return {
+        name: tuple(call._replace(is_saved=s) for call, s in zip(found[name], saved[name], strict=True))
+        for name in norms
+    }
 
 
 def _extrapolated(one: tuple[NormCall, ...], two: tuple[NormCall, ...], batch: int, seq: int) -> tuple[NormCall, ...]:
     """Extrapolate rows linearly from two short sequences. Raises ValueError if the numbers of calls differ."""
     short, long = _SHORT
-    if [width for _, width in one] != [width for _, width in two]:
+    if [call.width for call in one] != [call.width for call in two]:
         raise ValueError("the number of calls depends on the length of the sequence")
     return tuple(
-        (batch * (a + (b - a) * (seq - short) // (long - short)) if batch and seq else 0, width)
-        for (a, width), (b, _) in zip(one, two, strict=True)
+        b._replace(rows=batch * (a.rows + (b.rows - a.rows) * (seq - short) // (long - short)) if batch and seq else 0)
+        for a, b in zip(one, two, strict=True)
     )
 
 

@@ -17,12 +17,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from rmsnorm.costs.counts import Cost, Implementation, Phase, cost
+from rmsnorm.costs.counts import Cost, Phase, cost
 from rmsnorm.errors import CommandError, one_line
 from rmsnorm.patching.patch import patch, unpatch
 from rmsnorm.patching.patch_report import PatchReport, Verdict
 from rmsnorm.tools.cost.calls import calls_of_norms
-from rmsnorm.tools.cost.result import COMPARED, CostResult, NormCall, NormGroup, Totals, UncountedNorms
+from rmsnorm.tools.cost.result import (
+    COLUMNS,
+    RECOMPUTED,
+    CostResult,
+    NormCall,
+    NormGroup,
+    Totals,
+    UncountedNorms,
+)
 from rmsnorm.tools.cost.sizes import matmul_flops, size_of
 from rmsnorm.tools.hardware import GPUS, Gpu
 from rmsnorm.tools.models import architecture, checkpoint, library
@@ -72,6 +80,7 @@ def model_cost(target: str, progress: Progress, *, batch: int, seq: int, dtype: 
         progress(3, 4, "running it without data")
         modules = dict(model.named_modules())
         proven = {v.name: v for v in report.replaced}
+        model.to(DTYPES[dtype])  # a cast of an output is a copy, which is saved instead, or the output itself
         calls, more = calls_of_norms({name: modules[name] for name in proven}, model, config, batch, seq)
     notes += more
     if not report.verdicts:
@@ -80,8 +89,7 @@ def model_cost(target: str, progress: Progress, *, batch: int, seq: int, dtype: 
     where = "cpu" if gpu is None else "cuda"
     peaks = None if gpu is None else GPUS[gpu.lower()]
     inference, training = (
-        {str(name): _totals(groups, name, DTYPES[dtype], both, where, peaks) for name in COMPARED}
-        for both in (False, True)
+        {name: _totals(groups, name, DTYPES[dtype], both, where, peaks) for name in COLUMNS} for both in (False, True)
     )
     weight, master = _weights(groups, DTYPES[dtype])
     return CostResult(
@@ -93,7 +101,7 @@ def model_cost(target: str, progress: Progress, *, batch: int, seq: int, dtype: 
 
 def _totals(
     groups: tuple[NormGroup, ...],
-    name: Implementation,
+    column: str,
     dtype: torch.dtype,
     training: bool,
     device: str,
@@ -101,14 +109,17 @@ def _totals(
 ) -> Totals:
     totals = Totals(seconds=None if gpu is None else 0.0)
     phases: tuple[Phase, ...] = ("forward", "backward") if training else ("inference",)
+    recompute = column == RECOMPUTED
+    implementation: Any = "ours" if recompute else column
     for g in groups:
-        for (rows, width), times in collections.Counter(g.calls).items():
+        for call, times in collections.Counter(g.calls).items():
             for phase in phases:
                 c = cost(
-                    (rows, width), dtype, implementation=name, phase=phase, device=device, cast=g.spec.cast,
-                    offset=g.spec.offset, elementwise_affine=g.weighted,
+                    (call.rows, call.width), dtype, implementation=implementation, phase=phase, device=device,
+                    cast=g.spec.cast, offset=g.spec.offset, elementwise_affine=g.weighted,
+                    recompute=recompute and call.is_saved,
                 )  # fmt: skip
-                totals = totals.plus(c, phase, g.count * times, gpu)
+                totals = totals.plus(c, phase, g.count * times, gpu, call.is_saved)
     return totals
 
 
@@ -130,7 +141,7 @@ def _groups(
     for name, verdict in proven.items():
         if name in calls:
             width = library.norm_width(modules[name])
-            key = calls[name], width or next((w for _, w in calls[name]), 0), verdict.class_name, verdict.spec
+            key = calls[name], width or next((call.width for call in calls[name]), 0), verdict.class_name, verdict.spec
             found.setdefault((*key, modules[name]._parameters.get("weight") is not None), []).append(name)
     for (called, width, cls, spec, weighted), names in found.items():
         yield NormGroup(len(names), called, width, cls, names[0], spec, weighted)

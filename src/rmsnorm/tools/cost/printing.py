@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from rmsnorm.costs.counts import TRACED_TORCH
 from rmsnorm.tools import display
-from rmsnorm.tools.cost.result import COMPARED, EFFICIENCY, LAUNCH_SECONDS, CostResult, NormCall, Totals
+from rmsnorm.tools.cost.result import COLUMNS, EFFICIENCY, LAUNCH_SECONDS, RECOMPUTED, CostResult, NormCall, Totals
 from rmsnorm.tools.display import Block, Column, Table, Text
 from rmsnorm.tools.hardware import GPUS
 
@@ -30,6 +30,7 @@ def _answer(result: CostResult) -> list[Block]:
         f"ours instead of eager: {display.size(eager.saved - ours.saved)} less kept for the backward pass; a training "
         f"step moves {display.size(eager.bytes - ours.bytes)} less, in {display.count(eager.kernels - ours.kernels)} "
         "fewer kernels",
+        _recompute(result),
     ]
     if result.gpu is None or eager.seconds is None or ours.seconds is None:
         return [*lines, f"to predict times, add --gpu with one of {', '.join(GPUS)}"]
@@ -40,12 +41,23 @@ def _answer(result: CostResult) -> list[Block]:
     return [*lines, saved]
 
 
+def _recompute(result: CostResult) -> str:
+    """Return what `recompute` saves and costs."""
+    ours, recomputed = result.training["ours"], result.training[RECOMPUTED]
+    return (
+        f"with recompute: {display.size(ours.kept - recomputed.kept)} less kept, "
+        f"{display.size(recomputed.bytes - ours.bytes)} more moved, "
+        f"{display.count(recomputed.kernels - ours.kernels)} more kernels"
+    )
+
+
 def _costs(result: CostResult, verbose: bool) -> Table:
     """Return the costs of all norms in a step, with a column for each implementation."""
     figures: list[tuple[str, Callable[[Totals], str]]] = [
         ("read and written", lambda t: display.size(t.bytes)),
         ("kernels", lambda t: display.count(t.kernels)),
-        ("kept for backward", lambda t: display.size(t.saved)),
+        ("kept by norms", lambda t: display.size(t.saved)),
+        ("kept by readers", lambda t: display.size(t.saved_by_readers)),
     ]
     if result.gpu is not None:
         figures.append(("predicted time", lambda t: display.duration(t.seconds)))
@@ -55,13 +67,13 @@ def _costs(result: CostResult, verbose: bool) -> Table:
             ("peak memory of a norm", lambda t: display.size(t.peak)),
         ]
     rows = tuple(
-        (f"{what}: {label}", *(cell(of[name]) for name in COMPARED))
+        (f"{what}: {label}", *(cell(of[name]) for name in COLUMNS))
         for what, of in (("inference", result.inference), ("training", result.training))
         for label, cell in figures
-        if (what, label) != ("inference", "kept for backward")
+        if what == "training" or not label.startswith("kept by")
     )
     status = "derived" if result.derived else f"as traced in torch {TRACED_TORCH}"
-    columns = (Column("", words=True), *map(Column, COMPARED))
+    columns = (Column("", words=True), *map(Column, COLUMNS))
     return Table(f"All norms of a step, on {result.device}: {status}", columns, rows)
 
 
@@ -81,13 +93,13 @@ def _details(result: CostResult) -> list[Block]:
     w = result.weight
     columns = (
         Column("first", words=True),
-        *map(Column, ("count", "rows", "width")),
+        *map(Column, ("count", "rows", "width", "output kept")),
         *(Column(header, words=True) for header in ("what it computes", "class")),
     )
     rows = []
     for g in result.norms:
         spec = f"{g.spec.cast} cast, offset {g.spec.offset:g}" if g.weighted else "no weight"
-        rows.append((g.first, f"{g.count}", _rows_of(g.calls), f"{g.width:,}", spec, g.cls))
+        rows.append((g.first, f"{g.count}", _rows_of(g.calls), f"{g.width:,}", _saved_of(g.calls), spec, g.cls))
     return [
         Table("Norms", columns, tuple(rows)),
         "",
@@ -123,5 +135,11 @@ def _predictions(result: CostResult) -> list[str]:
 
 def _rows_of(calls: tuple[NormCall, ...]) -> str:
     """Return the rows of a step: `8,192`, or `2 × 8,192` for two calls; `0` for norms that no input reaches."""
-    counted = collections.Counter(rows for rows, _ in calls)
+    counted = collections.Counter(call.rows for call in calls)
     return " + ".join(f"{rows:,}" if n == 1 else f"{n} × {rows:,}" for rows, n in counted.items()) or "0"
+
+
+def _saved_of(calls: tuple[NormCall, ...]) -> str:
+    """Return whether readers keep the outputs: `yes`, `no`, or `1 of 2` calls."""
+    saved = sum(call.is_saved for call in calls)
+    return f"{saved} of {len(calls)}" if 0 < saved < len(calls) else "yes" if saved else "no"

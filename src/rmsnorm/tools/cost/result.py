@@ -1,7 +1,7 @@
 """What the norms of a model cost, the predictions of time, and the JSON."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from rmsnorm.costs.counts import Cost, Implementation
 from rmsnorm.spec import Spec
@@ -13,7 +13,22 @@ EFFICIENCY = 0.75
 LAUNCH_SECONDS = 5e-6
 COMPARED: tuple[Implementation, ...] = ("eager", "F.rms_norm", "LayerNorm", "ours")
 
-NormCall = tuple[int, int]  # rows and width of one input of a norm
+RECOMPUTED = "ours, recompute"  # ours, with recompute where a reader keeps the output
+COLUMNS = (*COMPARED, RECOMPUTED)
+
+
+class NormCall(NamedTuple):
+    """One call of a norm in a step.
+
+    Attributes:
+        rows: The rows of its input.
+        width: The width of its input.
+        is_saved: Whether an operator that reads the output keeps it for the backward pass, as a matrix product does.
+    """
+
+    rows: int
+    width: int
+    is_saved: bool = True
 
 
 @dataclass(frozen=True)
@@ -22,7 +37,7 @@ class NormGroup:
 
     Attributes:
         count: How many there are.
-        calls: The rows and widths with which each of them is called in a step.
+        calls: The calls of each of them in a step.
         width: Their width.
         cls: The name of their class.
         first: The name of the first of them in the model.
@@ -41,7 +56,7 @@ class NormGroup:
     @property
     def rows(self) -> int:
         """The rows of one norm in all its calls of a step."""
-        return sum(rows for rows, _ in self.calls)
+        return sum(call.rows for call in self.calls)
 
     @property
     def parameters(self) -> int:
@@ -67,7 +82,8 @@ class Totals:
         flops: Floating-point operations.
         bytes: Bytes that are read and written.
         kernels: Kernel launches.
-        saved: Bytes kept for the backward pass.
+        saved: Bytes that the norms keep for the backward pass.
+        saved_by_readers: Bytes of the norms' outputs that the operators that read them keep for the backward pass.
         peak: The peak memory of the norm that needs most.
         seconds: The predicted time; None without a GPU.
     """
@@ -76,20 +92,28 @@ class Totals:
     bytes: int = 0
     kernels: int = 0
     saved: int = 0
+    saved_by_readers: int = 0
     peak: int = 0
     seconds: float | None = None
 
-    def plus(self, c: Cost, phase: str, count: int, gpu: Gpu | None) -> "Totals":
-        """Return the totals with `count` more calls of cost `c`."""
+    @property
+    def kept(self) -> int:
+        """Bytes kept for the backward pass, by the norms and by what reads their outputs."""
+        return self.saved + self.saved_by_readers
+
+    def plus(self, c: Cost, phase: str, count: int, gpu: Gpu | None, is_saved: bool) -> "Totals":
+        """Return the totals with `count` more calls of cost `c`, whose outputs are saved by readers or not."""
         seconds = None
         if gpu is not None:
             one = max(c.moved / (EFFICIENCY * gpu.bandwidth), c.kernels * LAUNCH_SECONDS)
             seconds = (self.seconds or 0.0) + count * one
+        forward = count if phase == "forward" else 0  # the cost of the backward pass has the saved bytes again
         return Totals(
             self.flops + count * c.flops,
             self.bytes + count * c.moved,
             self.kernels + count * c.kernels,
-            self.saved + (count * c.saved if phase == "forward" else 0),  # the cost of the backward pass has them again
+            self.saved + forward * c.saved,
+            self.saved_by_readers + (forward * c.saved_by_readers if is_saved else 0),
             max(self.peak, c.peak),
             seconds,
         )
@@ -113,8 +137,8 @@ class CostResult:
         gpu: The GPU for which times are predicted, or None.
         device: The device whose kernels are counted, "cpu" or "cuda".
         derived: Whether the counts are derived rather than traced.
-        inference: For each implementation the costs of a forward step without gradients.
-        training: For each implementation the costs of a forward and backward step.
+        inference: For each of COLUMNS the costs of a forward step without gradients.
+        training: For each of COLUMNS the costs of a forward and backward step.
         matmul_flops: The FLOP of the forward pass's matrix products: linear layers, attention, the head.
         notes: What may make the counts wrong.
         seconds: How long counting took.
@@ -195,6 +219,7 @@ class CostResult:
                     "count": g.count,
                     "rows": g.rows,
                     "calls": len(g.calls),
+                    "outputs_saved_by_readers": sum(call.is_saved for call in g.calls),
                     "width": g.width,
                     "weighted": g.weighted,
                     "class": g.cls,

@@ -1,6 +1,7 @@
 """A model that can run with its own norms or with those that `patch` puts in their place, eagerly or compiled."""
 
 import abc
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
@@ -16,11 +17,13 @@ from rmsnorm.tools import timing
 from rmsnorm.tools.models import library
 from rmsnorm.tools.models.steps import Steps, copy_sharing_tensors
 from rmsnorm.tools.report.norms import Mode, NormResult
-from rmsnorm.tools.report.result import CompiledStep, SavedBytes
+from rmsnorm.tools.report.result import CompiledStep, MemoryBytes
 
 # With the model's own norms; with ours; with ours, but torch.compile fuses no residual additions with them.
 Side = Literal["before", "after", "unfused"]
 
+
+Measure = Callable[..., int]  # of a side, a number of tokens and optionally a context for the forward pass
 
 _NO_CONTEXT = nullcontext()
 _COMPILED: dict[str, Any] = {}  # the arguments of torch.compile
@@ -51,9 +54,18 @@ class Sides(abc.ABC):
         self.steps.train(tokens)
         wait_for(self.steps.device)
 
-    def saved_bytes(self, tokens: int) -> SavedBytes:
+    def saved_bytes(self, tokens: int) -> MemoryBytes:
         """Count the bytes kept for the backward pass with the model's own norms and with ours."""
-        return SavedBytes(tokens, self._saved("before", tokens), self._saved("after", tokens))
+        return self._each(self._saved, tokens)
+
+    def peak_bytes(self, tokens: int) -> MemoryBytes | None:
+        """Measure the most that is allocated during a training step; None where that cannot be measured."""
+        if memory.allocated(lambda: None, self.steps.device).peak is None:
+            return None
+        return self._each(self._peak, tokens)
+
+    def _each(self, measure: Measure, tokens: int) -> MemoryBytes:
+        return MemoryBytes(tokens, measure("before", tokens), measure("after", tokens))
 
     def _saved(self, side: Side, tokens: int, context: AbstractContextManager[Any] = _NO_CONTEXT) -> int:
         self.use(side)
@@ -62,6 +74,19 @@ class Sides(abc.ABC):
             total = saved()
         del y
         return total
+
+    def _peak(self, side: Side, tokens: int, context: AbstractContextManager[Any] = _NO_CONTEXT) -> int:
+        self.use(side)
+
+        def step() -> None:
+            with context:
+                y = self.steps.training_outputs(tokens)
+            self.steps.backward(y)
+
+        found = memory.allocated(step, self.steps.device)
+        self.steps.model.zero_grad(set_to_none=True)
+        assert found.peak is not None
+        return found.peak
 
 
 class PatchedModel(Sides):
@@ -111,9 +136,9 @@ class PatchedModel(Sides):
         for name, module in self.modules.items():
             set_class(module, (self.own if side == "before" else self.ours)[name])
 
-    def saved_bytes(self, tokens: int) -> SavedBytes:
+    def _each(self, measure: Measure, tokens: int) -> MemoryBytes:
         """As in the base class, and also with our norms and `recompute`."""
-        return replace(super().saved_bytes(tokens), recomputed=self._saved("after", tokens, recompute()))
+        return replace(super()._each(measure, tokens), recomputed=measure("after", tokens, recompute()))
 
 
 class CompiledModel(Sides):

@@ -156,20 +156,22 @@ def _model_table(result: ReportResult) -> Iterator[Table]:
         if step is not None:
             where = f"{label}, {step.tokens:,} tokens, {len(step.rounds)} pairs"
             rows.append((where, duration(step.before.median), duration(step.after.median), step.summary()))
-    if result.saved is not None:
-        before, after = result.saved.before, result.saved.after
-        where = f"saved for backward, {result.saved.tokens:,} tokens"
-        rows.append((where, size(before), size(after), f"{size(before - after)} less"))
-        again = result.saved.recomputed
-        if again is not None:
-            where = "saved for backward, patched with recompute=True"
-            rows.append((where, size(before), size(again), f"{size(before - again)} less"))
+    for what, found in (("saved for backward", result.saved), ("peak of a training step", result.peak)):
+        if found is not None:
+            rows.append(_memory_row(f"{what}{how}, {found.tokens:,} tokens", found.before, found.after))
+            if found.recomputed is not None:
+                rows.append(_memory_row(f"{what}, patched with recompute=True", found.before, found.recomputed))
     if rows:
         yield Table(
             f"The whole model: medians, with {CONFIDENCE:.0%} intervals of paired differences",
             columns,
             tuple(rows),
         )
+
+
+def _memory_row(label: str, before: int, after: int) -> tuple[str, ...]:
+    change = f"{size(before - after)} less" if after <= before else f"{size(after - before)} more"
+    return label, size(before), size(after), change
 
 
 _NORMS = {

@@ -8,20 +8,31 @@ from rmsnorm.tools.report.steps import StepResult
 
 
 @dataclass(frozen=True)
-class SavedBytes:
-    """The bytes that are kept for the backward pass of the whole model on `tokens` tokens, without the weights.
+class MemoryBytes:
+    """Bytes of a training step of the whole model on `tokens` tokens.
 
     Attributes:
         tokens: The number of tokens.
         before: With the model's own norms.
         after: With ours.
-        recomputed: With ours and `patch(model, recompute=True)`; None if that was not counted.
+        recomputed: With ours and `patch(model, recompute=True)`; None if that was not measured.
     """
 
     tokens: int
     before: int
     after: int
     recomputed: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything, in types that `json.dumps` takes."""
+        return {
+            "tokens": self.tokens,
+            "before_bytes": self.before,
+            "after_bytes": self.after,
+            "less_bytes": self.before - self.after,
+            "recomputed_bytes": self.recomputed,
+            "recompute_less_bytes": None if self.recomputed is None else self.after - self.recomputed,
+        }
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,8 @@ class ReportResult:
         norms: The norms.
         forward: Forward steps of the whole model; None if they were not timed.
         training: Training steps of the whole model; None if they were not timed.
-        saved: What the model saves for the backward pass; None if that was not counted.
+        saved: What the model saves for the backward pass, without the weights; None if that was not counted.
+        peak: The most that is allocated during a training step, beyond what was before; None if not measured.
         asked: The seconds that the user allowed.
         phases: The seconds that each phase took.
         peak_bytes: The most memory that the process used.
@@ -93,7 +105,8 @@ class ReportResult:
     norms: tuple[NormResult, ...]
     forward: StepResult | None
     training: StepResult | None
-    saved: SavedBytes | None
+    saved: MemoryBytes | None
+    peak: MemoryBytes | None
     asked: float
     phases: dict[str, float]
     peak_bytes: int
@@ -116,7 +129,6 @@ class ReportResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return everything, in types that `json.dumps` takes."""
-        saved = self.saved
         return {
             "verb": "report",
             "ok": self.ok,
@@ -131,13 +143,8 @@ class ReportResult:
             "forward_step": self.forward and self.forward.to_json(),
             "training_step": self.training and self.training.to_json(),
             "compiled": self.compilation and self.compilation.to_json(),
-            "saved_for_backward": saved and {
-                "tokens": saved.tokens,
-                "before_bytes": saved.before,
-                "after_bytes": saved.after,
-                "less_bytes": saved.before - saved.after,
-                "recomputed_bytes": saved.recomputed,
-            },
+            "saved_for_backward": self.saved and self.saved.to_json(),
+            "peak_of_training_step": self.peak and self.peak.to_json(),
             "asked_seconds": self.asked,
             "seconds": round(self.seconds, 1),
             "phases_seconds": {name: round(seconds, 1) for name, seconds in self.phases.items()},

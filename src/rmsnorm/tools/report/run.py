@@ -23,11 +23,12 @@ from rmsnorm.tools.report.budget import FEWEST_TOKENS, MARGIN, Announcer, Budget
 from rmsnorm.tools.report.norm_timer import OUTLIER, NormTimer, examine
 from rmsnorm.tools.report.norms import WITH_BACKWARD, Mode, total
 from rmsnorm.tools.report.patched import CompiledModel, PatchedModel, Side, Sides
-from rmsnorm.tools.report.result import Compilation, ReportResult, SavedBytes
+from rmsnorm.tools.report.result import Compilation, MemoryBytes, ReportResult
 from rmsnorm.tools.report.steps import FEWEST_PAIRS, StepResult
 
 _MOST_PAIRS = 200
 _NORM_SECONDS = 8.0  # the most for timing the norms alone, all of them together
+_MEMORY_STEPS = 6  # what measuring memory takes, in training steps: each is also run with recompute
 _OF_A_KIND = 3  # how many norms of a kind are timed if only their sum is needed
 # Shares of the time that is left.
 _FOR_THE_COMPILER, _FOR_EXAMINING, _FOR_NORMS = 0.25, 0.25, 0.2
@@ -59,7 +60,8 @@ class ReportRun:
         self.patched = PatchedModel(built.model, device)
         self.asked = self.tokens = min(tokens, self.patched.steps.positions or tokens)
         self.steps: dict[Mode, StepResult] = {}
-        self.saved: SavedBytes | None = None
+        self.saved: MemoryBytes | None = None
+        self.peak: MemoryBytes | None = None
         self.compiled = compiled
         self.compilation: Compilation | None = None
         self.sides = len((CompiledModel if compiled else PatchedModel).sides)
@@ -88,7 +90,7 @@ class ReportRun:
             )
         return ReportResult(
             self.target, facts, self._model_facts(), tuple(self.notes), self.norms, self.steps.get("forward"),
-            self.steps.get("training"), self.saved, self.budget.seconds, self.budget.phases, _peak_bytes(),
+            self.steps.get("training"), self.saved, self.peak, self.budget.seconds, self.budget.phases, _peak_bytes(),
             self.every_layer, self.compilation,
         )  # fmt: skip
 
@@ -158,7 +160,8 @@ class ReportRun:
         if self.compiled:
             model = compiled = self._compile(tokens, runs)
         if "training" in runs:
-            self.saved = model.saved_bytes(tokens)
+            self.say("measuring the memory of a training step")
+            self.saved, self.peak = model.saved_bytes(tokens), model.peak_bytes(tokens)
         unfused = {}
         for name, rounds in self._rounds(model, tokens, runs).items():
             norms = total(alone, name)
@@ -229,7 +232,7 @@ class ReportRun:
 
     def _seconds_per_call(self, parts: float) -> float:
         """Return how long a call may take for the fewest pairs to fit into 1 / parts of what is left."""
-        return self.budget.left * 0.9 / (self.sides * FEWEST_PAIRS * parts)
+        return self.budget.left * 0.9 / ((self.sides * FEWEST_PAIRS + _MEMORY_STEPS) * parts)
 
     def _leave_out(self, runs: Runs, names: list[Mode], seconds: float) -> None:
         """Leave out steps and note it. `seconds`: the least that one call of each of the runs is expected to take."""
