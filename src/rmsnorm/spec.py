@@ -226,6 +226,9 @@ def check_order(where: str, weight: object, more: tuple[object, ...] = (), norma
         TypeError: If a `normalized_shape` was given, by name or as the weight, or there are arguments after eps.
     """
     fix = f'{where}(x, weight, eps=eps, cast="late")'
+    shape = weight if normalized_shape is None else normalized_shape
+    if isinstance(shape, (tuple, list)) and len(shape) > 1:
+        fix += f", with the last {len(shape)} dimensions of x and weight flattened, or use rmsnorm.TorchRMSNorm"
     if normalized_shape is not None:
         expected = f"no such argument: it belongs to F.rms_norm; write {fix}"
         raise TypeError(complaint(where, "normalized_shape", f"is {normalized_shape!r}", expected))
@@ -442,6 +445,11 @@ def _check_weight(where: str, weight: torch.Tensor | None, x: torch.Tensor, symb
         _refuse(where, "weight", weight)
     if not _same_sizes(weight.shape, x.shape[-1:], symbolic):
         expected = f"({x.shape[-1]},), the last dimension of x"
+        if not symbolic and weight.dim() > 1 and weight.shape == x.shape[-weight.dim() :]:
+            expected += (
+                f"; to normalize over {weight.dim()} dimensions flatten these of x and weight, and for a weight of "
+                "each head multiply the result without a weight by it"
+            )
         raise ValueError(complaint(where, "weight", f"has shape {tuple(weight.shape)}", expected))
     _check_device(where, "weight", weight, x)
 
