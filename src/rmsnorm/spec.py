@@ -9,13 +9,14 @@ import numbers
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NoReturn
+from typing import Literal, NoReturn, get_args
 
 import torch
 
 from rmsnorm.errors import complaint, type_name
 
-Cast = Literal["early", "late"]
+Cast = Literal["early", "late", "first"]
+CASTS = get_args(Cast)
 
 # What x and a weight may have, each. There are kernels for the first three; float64 is computed by the reference.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,6 +50,8 @@ class Spec:
       multiply by `rsqrt(mean + eps)`, convert to the dtype of x, multiply by the weight.
     - *early*, *late*: whether that conversion comes before or after the multiplication by the weight. Early: Llama,
       DeepSeek V2 and V3, Qwen, Mistral. Late: GPT-OSS, Olmo 2, DeepSeek V4 and, with an offset of 1, Gemma.
+    - *first*: as early, but the statistic is converted to the dtype of x before x is multiplied by it. DeepSeek V4,
+      GLM 5 and Inkling 2, in norms without a weight. In fp32 this is early.
     - *statistic*: `1 / sqrt(mean(x²) + eps)`, one number a row, which the code calls rstd.
     - *published*: the statistic as the classes take it, with an fp32 mean and `torch.rsqrt`. Its last bits depend on
       the device. It serves to prove what a class computes.
@@ -56,12 +59,12 @@ class Spec:
 
     Attributes:
         eps: Added to the mean of squares. A number from 0 to `LARGEST_EPS`.
-        cast: "early" or "late".
+        cast: "early", "late" or "first".
         offset: Added to the weight in fp32, 0 or 1. An offset of 1 requires "late".
 
     Raises:
         TypeError: If eps or the offset is not a number.
-        ValueError: If eps, cast or the offset has another value than these, or the offset is 1 with "early".
+        ValueError: If eps, cast or the offset has another value than these, or the offset is 1 without "late".
 
     Example:
         >>> from rmsnorm.spec import Spec
@@ -100,10 +103,10 @@ def result_dtype(x: torch.dtype, weight: torch.dtype | None, cast: str) -> torch
     Args:
         x: The dtype of what is normalized, `sum_dtype`.
         weight: The dtype of the weight; None without one.
-        cast: "early" or "late".
+        cast: "early", "late" or "first".
 
     Returns:
-        For "early" with a weight, the dtype to which PyTorch promotes the product of weight and x; otherwise x's.
+        For "late" or without a weight x's, otherwise the dtype to which PyTorch promotes the product of weight and x.
 
     Example:
         >>> from rmsnorm.spec import result_dtype
@@ -142,9 +145,9 @@ def check_spec(where: str, eps: float, cast: str, offset: float) -> None:
 
     Raises:
         TypeError: If eps or the offset is not a number.
-        ValueError: If one has a value that is not allowed, or the offset is 1 with "early".
+        ValueError: If one has a value that is not allowed, or the offset is 1 without "late".
     """
-    if type(eps) is float and 0.0 <= eps <= LARGEST_EPS and offset == 0.0 and (cast == "early" or cast == "late"):
+    if type(eps) is float and 0.0 <= eps <= LARGEST_EPS and offset == 0.0 and cast in CASTS:
         return  # nearly every call
     for name, value in (("eps", eps), ("offset", offset)):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -152,12 +155,12 @@ def check_spec(where: str, eps: float, cast: str, offset: float) -> None:
             raise TypeError(complaint(where, name, f"is {type_name(value)}", f"a number{torchs}"))
     if not 0.0 <= eps <= LARGEST_EPS:
         raise ValueError(complaint(where, "eps", f"is {eps}", "a number of at least 0 that fp32 can hold"))
-    if cast not in ("early", "late"):
-        raise ValueError(complaint(where, "cast", f"is {cast!r}", "'early' or 'late'"))
+    if cast not in CASTS:
+        raise ValueError(complaint(where, "cast", f"is {cast!r}", "'early', 'late' or 'first'"))
     if offset not in (0.0, 1.0):
         raise ValueError(complaint(where, "offset", f"is {offset}", "0 or 1"))
-    if offset != 0.0 and cast == "early":
-        raise ValueError(complaint(where, "offset", "is 1 with cast='early'", "cast='late' when there is an offset"))
+    if offset != 0.0 and cast != "late":
+        raise ValueError(complaint(where, "offset", f"is 1 with cast={cast!r}", "cast='late' when there is an offset"))
 
 
 def check_bool(where: str, name: str, value: object) -> None:

@@ -227,7 +227,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "short weight": ({"weight": X[0, :5]}, ValueError, "weight has shape (5,), expected (64,)"),
     "no weight": ({"weight": None}, ValueError, "weight is None"),
     "short rstd": ({"rstd": X[:3, 0]}, ValueError, "rstd has shape (3,), expected (4,)"),
-    "cast": ({"cast": "soon"}, ValueError, "cast is 'soon', expected 'early' or 'late'"),
+    "cast": ({"cast": "soon"}, ValueError, "cast is 'soon', expected 'early', 'late' or 'first'"),
     "offset": ({"offset": 1.0}, ValueError, "offset is 1 with cast='early'"),
 }  # fmt: skip
 

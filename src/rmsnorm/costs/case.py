@@ -31,7 +31,7 @@ class Case:
         implementation: One of `IMPLEMENTATIONS`.
         phase: One of `PHASES`.
         device: "cpu" or "cuda".
-        cast: "early" or "late".
+        cast: "early", "late" or "first".
         offset: What is added to the weight, 0 or 1.
         single_row: Whether x has the weight's shape, (N,), so that autograd has no rows to sum over.
         threads: The number of CPU threads that torch uses.
@@ -116,6 +116,8 @@ def check_case(
     ):
         if value not in allowed:
             raise ValueError(complaint("cost", name, f"is {value!r}", " or ".join(map(repr, allowed))))
+    if implementation == "eager" and cast == "first":
+        raise ValueError(complaint("cost", "cast", "is 'first' with implementation='eager'", "'early' or 'late'"))
     weight_dtype = dtype if weight_dtype is None else weight_dtype
     for name, given_dtype in (("dtype", dtype), ("weight_dtype", weight_dtype)):
         if given_dtype not in KERNEL_DTYPES:

@@ -210,8 +210,8 @@ def _invoke(typing_context: Any, call: Any, pointers: Any, first: Any, last: Any
 # Absent tensors are null pointers. Outputs are contiguous. Inputs are contiguous in the last dimension only; `layout`
 # holds N, the rows of a chunk, the two inner sizes of the rows' three dimensions, and three strides for each input.
 # An element holds one or two numbers ("parts"), which divide N. In partial sums, all first parts precede all second.
-# spec: eps, the offset, and whether the cast is early. Without an offset it is -0.0, because adding +0.0 would change
-# a weight of -0.0.
+# spec: eps, the offset, and the cast: 0 is late, 1 early, 2 first. Without an offset it is -0.0, because adding +0.0
+# would change a weight of -0.0.
 
 _FIRST, _SECOND, _THIRD, _FOURTH, _FIFTH = 4, 7, 10, 13, 16
 
@@ -250,6 +250,8 @@ def forward(
         r = np.float32(1) / np.float32(math.sqrt(v))
         if _given(rstd):
             rstd[m] = r
+        if spec[2] == 2:
+            r = _cast(r, x)
         for i in range(steps):
             element = _nothing(y)
             for k in range(parts):
