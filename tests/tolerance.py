@@ -114,7 +114,7 @@ def assert_same_bits(got: Tensor | None, expected: Tensor | None, what: str = ""
 def sums_of_dw(dy: Tensor, x: Tensor, rstd: Tensor, cast: str) -> tuple[Tensor, Tensor]:
     """The fp64 sums over the rows of the rounded products that dw adds up, and of their magnitudes."""
     h = x.float() * rstd.unsqueeze(-1)
-    products = dy.float() * (h.to(x.dtype).float() if cast == "early" else h)
+    products = dy.float() * (h.to(x.dtype).float() if cast != "late" else h)
     products = products.reshape(-1, x.shape[-1]).double()
     return products.sum(0), products.abs().sum(0)
 

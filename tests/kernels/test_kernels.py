@@ -88,7 +88,7 @@ def check(
 
 
 def output_dtype(x: torch.dtype, w: torch.dtype | None, cast: str) -> torch.dtype:
-    return torch.promote_types(x, w) if w is not None and cast == "early" else x
+    return torch.promote_types(x, w) if w is not None and cast != "late" else x
 
 
 def cases() -> Iterator[Any]:

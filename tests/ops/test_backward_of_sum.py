@@ -81,7 +81,7 @@ def test_bits_are_those_of_separate_operators(runner, randn, x_dtype, w_dtype, c
             continue
         w = None if w_dtype is None else randn(shape[-1], dtype=w_dtype)
         x, rstd = randn(*shape, dtype=x_dtype), randn(*shape[:-1], 1).square().squeeze(-1) + 0.5
-        y_dtype = torch.promote_types(x_dtype, w_dtype) if w_dtype is not None and cast == "early" else x_dtype
+        y_dtype = torch.promote_types(x_dtype, w_dtype) if w_dtype is not None and cast != "late" else x_dtype
         dy = [randn(*shape, dtype=y_dtype) for _ in range(count)]
         check(dy, randn(*shape, dtype=x_dtype) if adds else None, x, w, rstd, cast, offset, *needs)
 
