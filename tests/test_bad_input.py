@@ -82,9 +82,10 @@ BAD = [
     Bad("eps", "is a bool", "a number", TypeError, lambda: {"eps": True}),
     Bad("eps", "is a complex", "a number", TypeError, lambda: {"eps": 1j}),
     Bad("eps", "is a Tensor", "a number", TypeError, lambda: {"eps": torch.tensor(1e-6)}),
-    Bad("cast", "is 'Early'", "'early' or 'late'", ValueError, lambda: {"cast": "Early"}),
-    Bad("cast", "is None", "'early' or 'late'", ValueError, lambda: {"cast": None}),
-    Bad("cast", "is torch.float32", "'early' or 'late'", ValueError, lambda: {"cast": torch.float32}),
+    Bad("cast", "is 'Early'", "'early', 'late' or 'first'", ValueError, lambda: {"cast": "Early"}),
+    Bad("offset", "is 1 with cast='first'", "cast='late'", ValueError, lambda: {"cast": "first", "offset": 1.0}),
+    Bad("cast", "is None", "'early', 'late' or 'first'", ValueError, lambda: {"cast": None}),
+    Bad("cast", "is torch.float32", "'early', 'late' or 'first'", ValueError, lambda: {"cast": torch.float32}),
     Bad("offset", "is 1", "cast='late'", ValueError, lambda: {"offset": 1.0}),
     Bad("offset", "is 0.5", "0 or 1", ValueError, lambda: {"offset": 0.5, "cast": "late"}),
     Bad("offset", "is nan", "0 or 1", ValueError, lambda: {"offset": math.nan, "cast": "late"}),
@@ -152,6 +153,18 @@ def test_a_short_weight_raises_the_message_of_the_contract() -> None:
     assert str(raised.value) == "[rms_norm] weight has shape (512,), expected (1280,), the last dimension of x"
 
 
+def test_a_weight_of_two_dimensions_raises_an_error_that_says_what_to_write() -> None:
+    more = "; to normalize over 2 dimensions flatten these of x and weight, and for a weight of each head multiply"
+    for where, call in (
+        ("rms_norm", lambda: rms_norm(x(5, 4, N), x(4, N))),
+        ("add_rms_norm", lambda: add_rms_norm(x(5, 4, N), x(5, 4, N), x(4, N))),
+        ("explain", lambda: explain(x(5, 4, N), x(4, N))),
+    ):
+        start = f"[{where}] weight has shape (4, 8), expected (8,), the last dimension of x{more}"
+        with pytest.raises(ValueError, match=re.escape(start)):
+            call()
+
+
 def test_the_argument_order_of_f_rms_norm_raises_an_error_that_says_so() -> None:
     order = "expected a torch.Tensor: this is the argument order of F.rms_norm; write rms_norm(x, weight, eps=eps, "
     for shape in ((N,), [N], N, torch.Size((N,))):
@@ -159,6 +172,9 @@ def test_the_argument_order_of_f_rms_norm_raises_an_error_that_says_so() -> None
             with pytest.raises(TypeError, match=re.escape(order)) as raised:
                 rms_norm(x(), shape, *more)
             assert str(raised.value).startswith(f"[rms_norm] weight is {type_name(shape)}, ")
+    for call in (lambda: rms_norm(x(), (4, N), x(N)), lambda: rms_norm(x(), normalized_shape=[4, N])):
+        with pytest.raises(TypeError, match="with the last 2 dimensions of x and weight flattened, or use"):
+            call()
     with pytest.raises(
         TypeError, match=re.escape("eps is a NoneType, expected a number; F.rms_norm's None is torch.f")
     ):

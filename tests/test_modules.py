@@ -97,7 +97,7 @@ def test_a_layer_on_the_meta_device_allocates_nothing_and_can_be_materialized() 
         ({"hidden_size": 4.0}, TypeError, "hidden_size is 4.0, expected an int"),
         ({"hidden_size": 4, "eps": -1.0}, ValueError, "eps is -1.0"),
         ({"hidden_size": 4, "eps": float("nan")}, ValueError, "eps is nan"),
-        ({"hidden_size": 4, "cast": "middle"}, ValueError, "cast is 'middle', expected 'early' or 'late'"),
+        ({"hidden_size": 4, "cast": "middle"}, ValueError, "cast is 'middle', expected 'early', 'late' or 'first'"),
         ({"hidden_size": 4, "offset": 1.0}, ValueError, "cast='late'"),
         (
             {"hidden_size": 4, "cast": "late", "offset": 1.0, "elementwise_affine": False},

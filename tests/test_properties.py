@@ -29,7 +29,7 @@ from tolerance import (
 )  # fmt: skip
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-SPECS = (("early", 0.0), ("late", 0.0), ("late", 1.0))
+SPECS = (("early", 0.0), ("late", 0.0), ("late", 1.0), ("first", 0.0))
 
 seeds = st.integers(0, 2**31 - 1)
 dtypes = st.sampled_from(FLOATS)

@@ -21,6 +21,9 @@ SIGNATURES = {
     "DeepseekV2RMSNorm": "hidden_size, eps=1e-06",
     "TorchRMSNorm": "normalized_shape, eps=None, elementwise_affine=True, device=None, dtype=None",
     "patch": "model, *, strict=True, fuse_residual=True, recompute=False",
+    "prove": "module, *, strict=True",
+    "Proof": "class_name, spec=None, reason='', rule=None, matches_published_bits=True, output_changes=<factory>, "
+    "memory_saved_per_row=<factory>",
     "recompute": "",
     "register": "",
     "decompositions": "",

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2RMSNorm
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4UnweightedRMSNorm
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -15,6 +16,7 @@ from rmsnorm import reference
 from tolerance import (
     DEFINITION_SHARE,
     DEFINITION_ULP,
+    FIRST_ROWS,
     FP32_GRADIENT_FROM_N,
     FP32_GRADIENT_NARROW,
     FP32_GRADIENT_OF_EAGER,
@@ -60,6 +62,37 @@ def test_published_gives_the_bits_of_each_class_run_eagerly(cls, w_dtype, x_dtyp
         assert_same_bits(y, module(cls, w, eps)(x), f"N={N} eps={eps}")
 
 
+@pytest.mark.parametrize("x_dtype", [*FLOATS, torch.float64])
+def test_published_gives_the_bits_of_the_class_of_deepseek_v4_without_a_weight(x_dtype, randn) -> None:
+    for N, eps in ((1, 1e-6), (64, 0.0), (127, 1e-5), (1280, 1e-6)):
+        x = torch.cat([randn(32, N), randn(32, N, scale=2e-3)]).to(x_dtype)
+        y = reference.published(x, None, eps, "first", 0.0)
+        assert_same_bits(y, DeepseekV4UnweightedRMSNorm(eps)(x), f"N={N} eps={eps}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_first_gives_the_bits_of_its_class_but_in_rows_whose_statistic_rounds_otherwise(dtype, randn) -> None:
+    """The class's statistic is an fp32 ulp or two off, which matters if a rounding boundary of 16 bits lies between."""
+    x = randn(4096, 320, dtype=dtype)
+    exact = reference.forward(x, None, None, 1e-6, "first", 0.0, False)[0]
+    apart = (ordered(exact) - ordered(DeepseekV4UnweightedRMSNorm(1e-6)(x))).abs()
+    assert apart.max() <= DEFINITION_ULP["first"]
+    assert (apart > 0).any(-1).float().mean() <= FIRST_ROWS[dtype]
+    assert (exact != reference.forward(x, None, None, 1e-6, "early", 0.0, False)[0]).float().mean() > 0.05
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_gradient_of_first_is_no_worse_than_that_of_its_class(dtype, randn) -> None:
+    x, dy = randn(256, 320, dtype=dtype), randn(256, 320, dtype=dtype)
+    rstd = reference.exact_rstd(x, 1e-6)
+    dx = reference.backward(dy, None, x, None, rstd, "first", 0.0, True, False)[0]
+    eager, wide = x.clone().requires_grad_(), x.double().requires_grad_()
+    (theirs,) = torch.autograd.grad(DeepseekV4UnweightedRMSNorm(1e-6)(eager), eager, dy)
+    (truth,) = torch.autograd.grad(reference.truth(wide, None, 1e-6, 0.0), wide, dy.double())
+    ours, eagers = ((d.double() - truth).norm() for d in (dx, theirs))
+    assert ours <= eagers * (FP32_GRADIENT_OF_EAGER if dtype == torch.float32 else HALF_GRADIENT_OF_EAGER)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_early_and_late_give_different_bits_in_16_bits(dtype, randn) -> None:
     x, w = randn(64, 1280, dtype=dtype), randn(1280, dtype=dtype)
@@ -98,10 +131,10 @@ def steps(x: Tensor, w: Tensor | None, eps: float, cast: str, offset: float) -> 
         v = torch.tensor(S / x.shape[-1], dtype=f) + torch.tensor(eps, dtype=f)
         root = torch.tensor(float(v) ** 0.5, dtype=f)
         rstd = torch.tensor(1.0, dtype=f) / root
-        h = row.to(f) * rstd
+        h = row * rstd.to(x.dtype) if cast == "first" else row.to(f) * rstd
         if w is None:
             y.append(h.to(x.dtype))
-        elif cast == "early":
+        elif cast in ("early", "first"):
             y.append(w * h.to(x.dtype))
         else:
             scale = w.to(f) + torch.tensor(offset, dtype=f) if offset else w.to(f)
@@ -109,7 +142,7 @@ def steps(x: Tensor, w: Tensor | None, eps: float, cast: str, offset: float) -> 
     return torch.stack(y).reshape(x.shape)
 
 
-@pytest.mark.parametrize(("cast", "offset"), [("early", 0.0), ("late", 0.0), ("late", 1.0)])
+@pytest.mark.parametrize(("cast", "offset"), [("early", 0.0), ("late", 0.0), ("late", 1.0), ("first", 0.0)])
 @pytest.mark.parametrize("x_dtype", [*FLOATS, torch.float64])
 def test_forward_gives_the_bits_of_the_arithmetic_written_out_by_hand(x_dtype, cast, offset, randn) -> None:
     x = randn(2, 24, 37, dtype=x_dtype)

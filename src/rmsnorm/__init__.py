@@ -3,6 +3,7 @@
 rms_norm, add_rms_norm, rms_norms, gated_rms_norm: the functions.
 RMSNorm, GatedRMSNorm, DeepseekV2RMSNorm, TorchRMSNorm: the layers.
 patch, unpatch, PatchReport: replace the norms of a model, restore them, and what patch found.
+prove, Proof: which RMSNorm a module computes, found by running it.
 explain, warmup: which kernel a call would run and why; compile the kernels ahead of time.
 recompute: a context in which norm outputs are not kept for the backward pass, which recomputes them.
 decompositions: the operators in plain torch, for exported programs that run without this package.
@@ -15,8 +16,10 @@ from rmsnorm.functional import add_rms_norm, explain, gated_rms_norm, rms_norm, 
 from rmsnorm.modules import DeepseekV2RMSNorm, GatedRMSNorm, RMSNorm
 from rmsnorm.ops.eager_recomputation import recompute
 from rmsnorm.ops.plain import decompositions
+from rmsnorm.patching.finding import Proof
 from rmsnorm.patching.patch import patch, unpatch
 from rmsnorm.patching.patch_report import PatchReport
+from rmsnorm.patching.proof import prove
 from rmsnorm.patching.torch_norm import TorchRMSNorm
 from rmsnorm.register import register
 
@@ -27,6 +30,7 @@ __all__ = [
     "DeepseekV2RMSNorm",
     "GatedRMSNorm",
     "PatchReport",
+    "Proof",
     "RMSNorm",
     "TorchRMSNorm",
     "add_rms_norm",
@@ -35,6 +39,7 @@ __all__ = [
     "explain",
     "gated_rms_norm",
     "patch",
+    "prove",
     "recompute",
     "register",
     "rms_norm",

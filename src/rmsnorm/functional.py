@@ -64,12 +64,13 @@ def rms_norm(
         weight: Of shape (N,), in any of these dtypes, or None.
         eps: Added to the mean of the squares; 0 is legal.
         cast: "early" casts to the dtype of x before the multiplication by the weight, as Llama, DeepSeek V2 and V3,
-            Qwen and Mistral do; "late" multiplies in float32 and casts once, as GPT-OSS, Olmo 2 and Gemma do.
+            Qwen and Mistral do; "late" multiplies in float32 and casts once, as GPT-OSS, Olmo 2 and Gemma do; "first"
+            casts the statistic before x is multiplied by it, as the norms of DeepSeek V4 without a weight do.
         offset: 0, or 1 to multiply by 1 + weight, added in float32 (Gemma); needs a weight and cast="late".
 
     Returns:
-        y, contiguous, of the shape of x. Its dtype is `torch.promote_types(weight.dtype, x.dtype)` for
-        cast="early", and that of x for cast="late" or without a weight.
+        y, contiguous, of the shape of x. Its dtype is that of x for cast="late" or without a weight, and otherwise
+        `torch.promote_types(weight.dtype, x.dtype)`.
 
     Raises:
         TypeError: If an argument is of a type or dtype that is not allowed; the message names it.

@@ -65,7 +65,8 @@ class RMSNorm(nn.Module):
         hidden_size: The size N of the last dimension of x, at least 1.
         eps: Added to the mean of squares, 0 or more.
         cast: "early" converts to the dtype of x and then multiplies by the weight (Llama, DeepSeek, Qwen, Mistral);
-            "late" multiplies in fp32 and converts once (GPT-OSS, Olmo 2, Gemma).
+            "late" multiplies in fp32 and converts once (GPT-OSS, Olmo 2, Gemma); "first" converts the statistic before
+            x is multiplied by it (the norms of DeepSeek V4 without a weight).
         offset: 0, or 1 to multiply by 1 + weight (Gemma). 1 requires "late" and a weight.
         elementwise_affine: Whether there is a weight.
         device: The device of the weight.
@@ -127,8 +128,8 @@ class RMSNorm(nn.Module):
             x: (..., hidden_size) float32, bfloat16, float16 or float64.
 
         Returns:
-            y of the shape of x. For "early" with a weight it has the dtype to which PyTorch promotes the product of
-            weight and x, otherwise that of x.
+            y of the shape of x. For "late" or without a weight it has the dtype of x, otherwise that to which PyTorch
+            promotes the product of weight and x.
 
         Raises:
             TypeError: If x is not a dense tensor of these dtypes.

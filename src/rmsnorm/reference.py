@@ -1,7 +1,8 @@
 """The arithmetic in plain torch: the specification, the fallback where there is no kernel, and the tests' oracle.
 
 Every step rounds to fp32 unless the code says otherwise. The modules in `kernels/` offer the same `forward` and
-`backward` and must give the same bits. `Spec` in spec.py defines *exact*, *published*, *early* and *late*.
+`backward` and must give the same bits. `Spec` in spec.py defines *exact*, *published*, *early*, *late* and
+*first*.
 
 Shapes: x, residual, s, y, dy, ds and dx are (..., N), w and dw are (N,), and rstd is (...,), one fp32 number a row.
 """
@@ -53,16 +54,16 @@ def normalize(x: Tensor, w: Tensor | None, rstd: Tensor, cast: str, offset: floa
         x: (..., N).
         w: (N,) or None.
         rstd: (...,) float32.
-        cast: "early" or "late".
+        cast: "early", "late" or "first".
         offset: 0 or 1.
 
     Returns:
         (..., N) in the dtype that `spec.result_dtype` states.
     """
-    h = x.float() * rstd.unsqueeze(-1)
+    h = x * rstd.to(x.dtype).unsqueeze(-1) if cast == "first" else x.float() * rstd.unsqueeze(-1)
     if w is None:
         return h.to(x.dtype)
-    if cast == "early":
+    if cast != "late":
         return w * h.to(x.dtype)  # PyTorch promotes the product, as in the Definition
     return (_scale(w, offset) * h).to(x.dtype)
 
@@ -86,7 +87,7 @@ def forward(
         residual: (..., N), added to x before it is normalized; or None.
         w: (N,) or None.
         eps: Added to the mean of squares.
-        cast: "early" or "late".
+        cast: "early", "late" or "first".
         offset: 0 or 1.
         with_rstd: Whether the statistic is asked for.
 
@@ -124,7 +125,7 @@ def backward(
         x: (..., N), what was normalized: s where there was a residual.
         w: (N,) or None.
         rstd: (...,) float32, from the forward pass.
-        cast: "early" or "late".
+        cast: "early", "late" or "first".
         offset: 0 or 1.
         need_dx: Whether dx is asked for.
         need_dw: Whether dw is asked for.
@@ -158,7 +159,7 @@ def backward_of_sum(
         x: (..., N), as in `backward`, like the arguments that follow.
         w: (N,) or None.
         rstd: (...,) float32.
-        cast: "early" or "late".
+        cast: "early", "late" or "first".
         offset: 0 or 1.
         need_dx: Whether dx is asked for.
         need_dw: Whether dw is asked for.
@@ -190,8 +191,8 @@ def input_gradient(
 
 
 def weight_gradient(dy: Tensor, xh: Tensor, dtype: torch.dtype, w: Tensor, cast: str) -> Tensor:
-    """dw, (N,) in the dtype of w: Σ over rows of dy·xh in fp64. dtype is that of x; early casts xh to it first."""
-    h = xh.to(dtype).float() if cast == "early" else xh
+    """dw, (N,) in the dtype of w: Σ over rows of dy·xh in fp64. dtype is that of x; early and first cast xh to it."""
+    h = xh if cast == "late" else xh.to(dtype).float()
     return (dy.float() * h).double().reshape(xh.shape[:-1].numel(), xh.shape[-1]).sum(0).to(w.dtype)
 
 

@@ -9,14 +9,15 @@ import numbers
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NoReturn
+from typing import Literal, NoReturn, get_args
 
 import torch
 
 from rmsnorm.errors import complaint, type_name
 
-Cast = Literal["early", "late"]
+Cast = Literal["early", "late", "first"]
 Activation = Literal["silu", "sigmoid"]
+CASTS = get_args(Cast)
 
 # What x and a weight may have, each. There are kernels for the first three; float64 is computed by the reference.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -64,6 +65,8 @@ class Spec:
       multiply by `rsqrt(mean + eps)`, convert to the dtype of x, multiply by the weight.
     - *early*, *late*: whether that conversion comes before or after the multiplication by the weight. Early: Llama,
       DeepSeek V2 and V3, Qwen, Mistral. Late: GPT-OSS, Olmo 2, DeepSeek V4 and, with an offset of 1, Gemma.
+    - *first*: as early, but the statistic is converted to the dtype of x before x is multiplied by it. DeepSeek V4,
+      GLM 5 and Inkling 2, in norms without a weight. In fp32 this is early.
     - *statistic*: `1 / sqrt(mean(x²) + eps)`, one number a row, which the code calls rstd.
     - *published*: the statistic as the classes take it, with an fp32 mean and `torch.rsqrt`. Its last bits depend on
       the device. It serves to prove what a class computes.
@@ -71,14 +74,14 @@ class Spec:
 
     Attributes:
         eps: Added to the mean of squares. A number from 0 to `LARGEST_EPS`.
-        cast: "early" or "late".
+        cast: "early", "late" or "first"; with a gate not "first".
         offset: Added to the weight in fp32, 0 or 1. An offset of 1 requires "late".
         gate: What is done with a gate; None for a norm without one. Not with an offset.
         groups: How many parts of equal width a row has, each with its own statistic. More than 1 only with a gate.
 
     Raises:
         TypeError: If eps or the offset is not a number.
-        ValueError: If eps, cast, the offset or groups has another value than these, or if the offset is 1 with "early"
+        ValueError: If eps, cast, the offset or groups has another value than these, or if the offset is 1 without "late"
             or with a gate.
 
     Example:
@@ -100,6 +103,8 @@ class Spec:
         check_groups("Spec", self.groups)
         if self.gate is not None and self.offset != 0.0:
             raise ValueError(complaint("Spec", "offset", f"is {self.offset} with a gate", "0"))
+        if self.gate is not None:
+            _check_gated_cast("Spec", self.cast)
         if self.gate is None and self.groups != 1:
             raise ValueError(complaint("Spec", "groups", f"is {self.groups} without a gate", "1"))
 
@@ -130,10 +135,10 @@ def result_dtype(x: torch.dtype, weight: torch.dtype | None, cast: str) -> torch
     Args:
         x: The dtype of what is normalized, `sum_dtype`.
         weight: The dtype of the weight; None without one.
-        cast: "early" or "late".
+        cast: "early", "late" or "first".
 
     Returns:
-        For "early" with a weight, the dtype to which PyTorch promotes the product of weight and x; otherwise x's.
+        For "late" or without a weight x's, otherwise the dtype to which PyTorch promotes the product of weight and x.
 
     Example:
         >>> from rmsnorm.spec import result_dtype
@@ -187,6 +192,7 @@ def check_gate(where: str, eps: float, cast: str, activation: str, gate_first: b
         ValueError: As `check_spec`, and if the activation is not known or groups is less than 1.
     """
     check_spec(where, eps, cast, 0.0)
+    _check_gated_cast(where, cast)
     if activation not in ("silu", "sigmoid"):
         raise ValueError(complaint(where, "activation", f"is {activation!r}", "'silu' or 'sigmoid'"))
     check_bool(where, "gate_first", gate_first)
@@ -230,9 +236,9 @@ def check_spec(where: str, eps: float, cast: str, offset: float) -> None:
 
     Raises:
         TypeError: If eps or the offset is not a number.
-        ValueError: If one has a value that is not allowed, or the offset is 1 with "early".
+        ValueError: If one has a value that is not allowed, or the offset is 1 without "late".
     """
-    if type(eps) is float and 0.0 <= eps <= LARGEST_EPS and offset == 0.0 and (cast == "early" or cast == "late"):
+    if type(eps) is float and 0.0 <= eps <= LARGEST_EPS and offset == 0.0 and cast in CASTS:
         return  # nearly every call
     for name, value in (("eps", eps), ("offset", offset)):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -240,12 +246,12 @@ def check_spec(where: str, eps: float, cast: str, offset: float) -> None:
             raise TypeError(complaint(where, name, f"is {type_name(value)}", f"a number{torchs}"))
     if not 0.0 <= eps <= LARGEST_EPS:
         raise ValueError(complaint(where, "eps", f"is {eps}", "a number of at least 0 that fp32 can hold"))
-    if cast not in ("early", "late"):
-        raise ValueError(complaint(where, "cast", f"is {cast!r}", "'early' or 'late'"))
+    if cast not in CASTS:
+        raise ValueError(complaint(where, "cast", f"is {cast!r}", "'early', 'late' or 'first'"))
     if offset not in (0.0, 1.0):
         raise ValueError(complaint(where, "offset", f"is {offset}", "0 or 1"))
-    if offset != 0.0 and cast == "early":
-        raise ValueError(complaint(where, "offset", "is 1 with cast='early'", "cast='late' when there is an offset"))
+    if offset != 0.0 and cast != "late":
+        raise ValueError(complaint(where, "offset", f"is 1 with cast={cast!r}", "cast='late' when there is an offset"))
 
 
 def check_bool(where: str, name: str, value: object) -> None:
@@ -314,6 +320,9 @@ def check_order(where: str, weight: object, more: tuple[object, ...] = (), norma
         TypeError: If a `normalized_shape` was given, by name or as the weight, or there are arguments after eps.
     """
     fix = f'{where}(x, weight, eps=eps, cast="late")'
+    shape = weight if normalized_shape is None else normalized_shape
+    if isinstance(shape, (tuple, list)) and len(shape) > 1:
+        fix += f", with the last {len(shape)} dimensions of x and weight flattened, or use rmsnorm.TorchRMSNorm"
     if normalized_shape is not None:
         expected = f"no such argument: it belongs to F.rms_norm; write {fix}"
         raise TypeError(complaint(where, "normalized_shape", f"is {normalized_shape!r}", expected))
@@ -618,6 +627,11 @@ def _check_weight(where: str, weight: torch.Tensor | None, x: torch.Tensor, symb
         _refuse(where, "weight", weight)
     if not _same_sizes(weight.shape, x.shape[-1:], symbolic):
         expected = f"({x.shape[-1]},), the last dimension of x"
+        if not symbolic and weight.dim() > 1 and weight.shape == x.shape[-weight.dim() :]:
+            expected += (
+                f"; to normalize over {weight.dim()} dimensions flatten these of x and weight, and for a weight of "
+                "each head multiply the result without a weight by it"
+            )
         raise ValueError(complaint(where, "weight", f"has shape {tuple(weight.shape)}", expected))
     _check_device(where, "weight", weight, x)
 

@@ -409,6 +409,12 @@ def test_no_rows_cost_nothing_but_the_parameters(implementation, device, phase) 
         (((4, 8),), {"phase": "sideways"}, ValueError, "'backward'"),
         (((4, 8),), {"device": "tpu"}, ValueError, "'cpu' or 'cuda'"),
         (((4, 8),), {"offset": 1.0}, ValueError, "offset is 1 with cast='early'"),
+        (
+            ((4, 8),),
+            {"cast": "first", "implementation": "eager"},
+            ValueError,
+            "cast is 'first' with implementation='eager'",
+        ),
         (((4, 8),), {"offset": 1.0, "cast": "late", "elementwise_affine": False}, ValueError, "elementwise_affine"),
         (((4, 8), F, B), {"implementation": "LayerNorm"}, ValueError, "LayerNorm refuses"),
         (((4, 8), B, F), {"implementation": "LayerNorm", "device": "cuda"}, ValueError, "LayerNorm refuses"),

@@ -38,7 +38,7 @@ from rmsnorm.kernels.host import loader as host  # noqa: E402
 from rmsnorm.tools import machine  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-SPECS = (("early", 0.0), ("late", 0.0), ("late", 1.0))
+SPECS = (("early", 0.0), ("late", 0.0), ("late", 1.0), ("first", 0.0))
 # dtypes of x and w, cast, offset
 COMBINATIONS: tuple[tuple[torch.dtype, torch.dtype | None, str, float], ...] = (
     (BF16, BF16, "early", 0.0),
@@ -202,7 +202,7 @@ def every_width(tally: Tally, dtype: torch.dtype, part: int) -> None:
     random = Draw(4)
     for N in (*range(1 + part, 1025, 2), *PRIMES[part::2]):
         M = 131 if N < 64 else 37 if N < 1024 else 5
-        cast, offset = SPECS[N % 3]
+        cast, offset = SPECS[N % len(SPECS)]
         x, w = random.rows(M, N, dtype=dtype), random.normal(N).to(dtype)
         residual = random.rows(M, N, dtype=dtype) if N % 4 == 3 else None
         hold(tally, random, f"N={N}", x, w, residual, ds=residual, cast=cast, offset=offset)

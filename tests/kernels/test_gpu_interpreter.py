@@ -27,7 +27,7 @@ pytest.importorskip(
 )
 
 FP32, FP16 = torch.float32, torch.float16
-SPECS = (("early", 0.0), ("late", 0.0), ("late", 1.0))
+SPECS = (("early", 0.0), ("late", 0.0), ("late", 1.0), ("first", 0.0))
 WIDTHS = (1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 31, 32, 61, 64, 100, 127, 255, 512, 1000, 1021, 1279, 1280, 2049, 4093, 5000)
 GUARD, SENTINEL = 64, -77.0
 CASES: dict[str, Callable[[], None]] = {}
@@ -174,14 +174,14 @@ WALKS_OF_TWO = {("forward_loop", True), ("backward_loop", True)}
 
 
 def sweep(widths: tuple[int, ...], rows: Callable[[int], int]) -> None:
-    """Runs both dtypes and the three specs in turn, with and without a residual."""
+    """Runs both dtypes and the specs in turn, with and without a residual."""
     for index, N in enumerate(widths):
         for dtype in (FP32, FP16):
-            cast, offset = SPECS[index % 3]
+            cast, offset = SPECS[index % len(SPECS)]
             M = rows(N)
             x, w = draw(M, N, dtype=dtype), draw(N, dtype=dtype)
             check(x, w, cast=cast, offset=offset, eps=(1e-6, 0.0, 1e-3)[index % 3])
-            cast, offset = SPECS[(index + 1) % 3]
+            cast, offset = SPECS[(index + 1) % len(SPECS)]
             check(x, w, draw(M, N, dtype=dtype), ds=draw(M, N, dtype=dtype), cast=cast, offset=offset)
 
 
@@ -306,7 +306,7 @@ def check_sum(
 @case
 def sums_of_gradients() -> None:
     for index, (N, count, dtype) in enumerate(itertools.product((3, 100, 1279, 1280), (1, 2, 3), (FP32, FP16))):
-        cast, offset = SPECS[index % 3]
+        cast, offset = SPECS[index % len(SPECS)]
         needs = ((True, True), (True, False), (False, True))[index // 2 % 3]
         x, w = draw(5, N, dtype=dtype), draw(N, dtype=dtype)
         dy, ds = [draw(5, N, dtype=dtype) for _ in range(count)], draw(5, N, dtype=dtype)

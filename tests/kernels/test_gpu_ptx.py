@@ -183,6 +183,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "fp32 weight, late": {"w": FP32, "cast": "late"},
     "bf16 weight of fp32": {"x": FP32},
     "no weight": {"w": None},
+    "no weight, first": {"w": None, "cast": "first"},
+    "no weight, first, wide": {"w": None, "cast": "first", "N": 32768},
     "frozen weight": {"frozen": "w"},
     "frozen input": {"frozen": "x"},
     "odd width": {"N": 1279},

@@ -43,7 +43,7 @@ from rmsnorm.spec import Spec
 from tolerance import assert_same_bits
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-SPECS = (("early", 0.0), ("late", 0.0), ("late", 1.0))
+SPECS = (("early", 0.0), ("late", 0.0), ("late", 1.0), ("first", 0.0))
 EPS = 1e-6
 Draw = Callable[..., Tensor]
 

@@ -25,7 +25,7 @@ from rmsnorm.kernels.host import loader as host
 from tolerance import assert_same_bits
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-SPECS = (("early", 0.0), ("late", 0.0), ("late", 1.0))
+SPECS = (("early", 0.0), ("late", 0.0), ("late", 1.0), ("first", 0.0))
 WIDTHS = (1, 2, 3, 7, 64, 127, 1021, 1280, 4099, 32768)
 Draw = Callable[..., Tensor]
 
@@ -88,7 +88,7 @@ def check(
 
 
 def output_dtype(x: torch.dtype, w: torch.dtype | None, cast: str) -> torch.dtype:
-    return torch.promote_types(x, w) if w is not None and cast == "early" else x
+    return torch.promote_types(x, w) if w is not None and cast != "late" else x
 
 
 def cases() -> Iterator[Any]:

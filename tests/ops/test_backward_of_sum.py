@@ -56,7 +56,7 @@ def test_bits_are_those_of_separate_operators(runner, randn, x_dtype, w_dtype, c
             continue
         w = None if w_dtype is None else randn(shape[-1], dtype=w_dtype)
         x, rstd = randn(*shape, dtype=x_dtype), randn(*shape[:-1], 1).square().squeeze(-1) + 0.5
-        y_dtype = torch.promote_types(x_dtype, w_dtype) if w_dtype is not None and cast == "early" else x_dtype
+        y_dtype = torch.promote_types(x_dtype, w_dtype) if w_dtype is not None and cast != "late" else x_dtype
         dy = [randn(*shape, dtype=y_dtype) for _ in range(count)]
         check(dy, randn(*shape, dtype=x_dtype) if adds else None, x, w, rstd, cast, offset, *needs)
 
@@ -202,7 +202,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "short weight": ({"weight": X[0, :5]}, ValueError, "weight has shape (5,), expected (64,)"),
     "no weight": ({"weight": None}, ValueError, "weight is None"),
     "short rstd": ({"rstd": X[:3, 0]}, ValueError, "rstd has shape (3,), expected (4,)"),
-    "cast": ({"cast": "soon"}, ValueError, "cast is 'soon', expected 'early' or 'late'"),
+    "cast": ({"cast": "soon"}, ValueError, "cast is 'soon', expected 'early', 'late' or 'first'"),
     "offset": ({"offset": 1.0}, ValueError, "offset is 1 with cast='early'"),
 }  # fmt: skip
 

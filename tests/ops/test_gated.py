@@ -99,6 +99,7 @@ def test_torch_compile_export_and_vmap_give_the_same_bits() -> None:
         ({"groups": 0}, ValueError, "groups is 0, expected at least 1"),
         ({"groups": 2.0}, TypeError, "groups is 2.0, expected an int"),
         ({"activation": "gelu"}, ValueError, "activation is 'gelu', expected 'silu' or 'sigmoid'"),
+        ({"cast": "first"}, ValueError, "cast is 'first' with a gate, expected 'early' or 'late'"),
         ({"gate_first": 1}, TypeError, "gate_first is 1, expected True or False"),
     ],
 )

@@ -20,7 +20,7 @@ from rmsnorm import add_rms_norm, explain, reference, rms_norm
 from tolerance import SUM_TWICE, TANGENT, assert_same_bits, tangent_bound
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-SPECS: tuple[tuple[Any, float], ...] = (("early", 0.0), ("late", 0.0), ("late", 1.0))
+SPECS: tuple[tuple[Any, float], ...] = (("early", 0.0), ("late", 0.0), ("late", 1.0), ("first", 0.0))
 Draw = Callable[..., Tensor]
 FORWARD, BACKWARD = torch.ops.rmsnorm.forward.default, torch.ops.rmsnorm.backward.default
 
@@ -74,7 +74,7 @@ def assert_all_same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> No
 
 
 def forward_samples(randn: Draw) -> Iterator[tuple[Any, ...]]:
-    for dtype, (cast, offset) in zip(FLOATS, SPECS, strict=True):
+    for dtype, (cast, offset) in zip((*FLOATS, torch.bfloat16), SPECS, strict=True):
         x, w, residual = randn(3, 5, 16, dtype=dtype), randn(16, dtype=dtype), randn(3, 5, 16, dtype=dtype)
         yield x, None, w, 1e-6, cast, offset, True
         yield x, residual, w, 1e-6, cast, offset, False

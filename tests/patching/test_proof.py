@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2RMSNorm
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4UnweightedRMSNorm
 
-from rmsnorm import patch
+from rmsnorm import patch, reference, rms_norm
 from rmsnorm.spec import Spec
+from tolerance import assert_same_bits
 
 N = 96
 
@@ -112,6 +114,17 @@ def test_other_arithmetic_is_not_replaced(arithmetic: Callable[..., Tensor]) -> 
 
 def rstd(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def test_a_norm_that_rounds_its_statistic_first_is_proven_without_a_weight() -> None:
+    weighted = changed_norm(lambda plain, self, x: self.weight * (x * rstd(x.float(), self.eps).to(x.dtype)))
+    assert_not_replaced(weighted, "it rounds the inverse root to bfloat16")
+    x = torch.randn(64, N, dtype=torch.bfloat16)
+    bare = DeepseekV4UnweightedRMSNorm(1e-6)
+    before = bare(x)
+    assert [v.spec for v in patch(nn.Sequential(bare)).verdicts] == [Spec(1e-6, "first")]
+    assert_same_bits(bare(x), rms_norm(x, cast="first"))
+    assert_same_bits(before, reference.published(x, None, 1e-6, "first", 0.0))
 
 
 @pytest.mark.parametrize(

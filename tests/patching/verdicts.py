@@ -21,11 +21,18 @@ from torch import nn
 from rmsnorm.patching import replacement
 from rmsnorm.patching.patch import patch
 from rmsnorm.patching.patch_report import Verdict
-from rmsnorm.tools import machine
+from verdict_table import TABLE, N, line, measured, parts, verdict_of
 
-TABLE = Path(__file__).parents[2] / "docs" / "verdicts.md"
-N = 96
-MEASURED = "Measured with torch"
+# Why a class that is neither proven nor a gated norm computes another function.
+OTHER_FUNCTIONS = (
+    "`HYV4UnweightedRMSNorm` returns the factor alone, one number a row; the model multiplies by it later.",
+    "`MuseSparkTextCenteredRMSNorm` adds 1 to the weight in the dtype of the weight, where Gemma's classes add it in fp32. In "
+    'its place, `rms_norm(x, 1 + weight, eps, cast="late")` has its rounding.',
+    "`MuseSparkTextInputScaledRMSNorm` multiplies by the weight first, rounds, and then normalizes without a weight: "
+    "`rms_norm((x.float() * (1 + weight).float()).to(x.dtype), None, eps)`.",
+    "`AXK2GatedRMSNorm` multiplies an `AXK2RMSNorm`, which is proven and replaced, by a gate that it computes from the result.",
+    "`VoxtralRealtimeTextAdaRmsNorm` normalizes nothing: it is two linear layers with a GELU in between.",
+)
 # What the constructors call their arguments, other than the width, which goes by many names.
 ARGUMENTS = {"group_size": N // 4, "activation": "silu"}
 
@@ -75,11 +82,7 @@ class Found:
         v = self.verdict
         if v is None or v.spec is None:
             return "left"
-        if v.own_forward_when:
-            return f"{v.spec.cast}, its own forward {v.own_forward_when}"
-        if "weight" not in dict(self.build().named_parameters()):
-            return "without a weight"
-        return f"{v.spec.cast}, offset 1" if v.spec.offset else v.spec.cast
+        return verdict_of(v)
 
 
 @functools.cache
@@ -144,7 +147,7 @@ def table() -> str:
         "machine. The last three columns do: the share of outputs that change when the norm is replaced, on random rows,",
         "and by how many ulp at most, against the class run eagerly.",
         "",
-        _machine(),
+        measured(),
         "",
         "| classes | verdict |",
         "|---|---|",
@@ -157,22 +160,9 @@ def table() -> str:
     for f in every():
         v = f.verdict
         said = f.group if v is not None and v.spec is not None else f"left: {f.problem or (v and v.reason)}"
-        said = said.replace("|", "\\|")
-        changes = (
-            [] if v is None or v.spec is None else [_change(c.share, c.max_ulp) for c in v.output_changes.values()]
-        )
-        lines.append(f"| {f.folder} | {f.cls} | {said} | {' | '.join(changes or ['-'] * 3)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _machine() -> str:
-    facts = machine.describe()
-    torch_version = facts["versions"]["torch"].partition("+")[0]
-    return f"{MEASURED} {torch_version} on an {facts['cpu']}, {facts['isa']}."
-
-
-def _change(share: float, ulp: int) -> str:
-    return f"{share:.1g}, {ulp} ulp" if ulp else "0"
+        lines.append(line(f.folder, f.cls, said, proof=v))
+    lines += ["", "Why those that are not gated norms are left:", "", *(f"- {one}" for one in OTHER_FUNCTIONS)]
+    return "\n".join(lines) + f"\n\n{parts()[1]}"
 
 
 if __name__ == "__main__":

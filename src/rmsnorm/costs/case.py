@@ -32,7 +32,7 @@ class Case:
         implementation: One of `IMPLEMENTATIONS`.
         phase: One of `PHASES`.
         device: "cpu" or "cuda".
-        cast: "early" or "late".
+        cast: "early", "late" or "first".
         offset: What is added to the weight, 0 or 1.
         recompute: Whether the backward pass recomputes y, so that it is not kept.
         single_row: Whether x has the weight's shape, (N,), so that autograd has no rows to sum over.
@@ -129,6 +129,8 @@ def check_case(
     if recompute and implementation not in RECOMPUTED:
         expected = f"False, or implementation {' or '.join(map(repr, RECOMPUTED))}"
         raise ValueError(complaint("cost", "recompute", f"is True with implementation {implementation!r}", expected))
+    if implementation == "eager" and cast == "first":
+        raise ValueError(complaint("cost", "cast", "is 'first' with implementation='eager'", "'early' or 'late'"))
     weight_dtype = dtype if weight_dtype is None else weight_dtype
     for name, given_dtype in (("dtype", dtype), ("weight_dtype", weight_dtype)):
         if given_dtype not in KERNEL_DTYPES:

@@ -122,7 +122,7 @@ def cost(
             "ours": this package's kernels.
             "ours+residual": `add_rms_norm`.
             "eager": a published class, run by PyTorch operator by operator: the Definition for "early", GPT-OSS's
-            class for "late", Gemma's with an offset.
+            class for "late", Gemma's with an offset; there is no count for "first".
             "F.rms_norm": torch's function, operator by operator on a CPU and fused on CUDA.
             "LayerNorm": torch.nn.LayerNorm with its bias.
             The last two ignore `cast` and `offset`.

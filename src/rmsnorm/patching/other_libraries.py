@@ -31,7 +31,7 @@ def why_model_is_too_late(module: nn.Module) -> str | None:
     """Why it is too late for `patch(model, recompute=True)`, which had to come first; None if it is not."""
     if (why := why_class_is_fixed(module) or _why_class_is_made_for_it(module)) is not None:
         return f"{why}; {ORDER}, or use the context rmsnorm.recompute()"
-    if (function := _forward_on_instance(module)) is not None:
+    if (function := forward_on_instance(module)) is not None:
         return f"has a forward that was set on the instance ({function}); {ORDER}, or use rmsnorm.recompute()"
     return None
 
@@ -53,7 +53,7 @@ def why_too_late(module: nn.Module) -> str | None:
         return f"{why}; {ORDER}"
     if type(module._parameters.get("weight")).__name__ == "DTensor":
         return f"has a sharded weight (a DTensor); {ORDER}"
-    if (function := _forward_on_instance(module)) is not None:
+    if (function := forward_on_instance(module)) is not None:
         return (
             f"has a forward that was set on the instance ({function}): have the library that did it skip the norms "
             f"(for Liger: rms_norm=False), or rebuild the model; {ORDER}"
@@ -66,7 +66,7 @@ def why_inactive(module: nn.Module) -> str | None:
     cls = f"{type(module).__module__}.{type(module).__qualname__}"
     if rule_of(module) is None:
         return f"is not patched any more: its class is {cls}"
-    if (function := _forward_on_instance(module)) is not None:
+    if (function := forward_on_instance(module)) is not None:
         return f"runs a forward that was set on the instance ({function})"
     ours = next(vars(base)["forward"] for base in type(module).__mro__ if "_rmsnorm_rule" in vars(base))
     if type(module).forward is not ours:
@@ -75,7 +75,7 @@ def why_inactive(module: nn.Module) -> str | None:
     return None if why is None else f"runs its own forward, because {why}"
 
 
-def _forward_on_instance(module: nn.Module) -> str | None:
+def forward_on_instance(module: nn.Module) -> str | None:
     """The name of a forward that was set on the instance and is neither its class's nor a hook of accelerate's."""
     own, forward = vars(module), type(module).forward
     if "forward" not in own or is_method(module, own["forward"], forward):

@@ -12,12 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from rmsnorm.errors import complaint, one_line, type_name
-from rmsnorm.modules import DeepseekV2RMSNorm, RMSNorm
-from rmsnorm.patching.eligibility import fingerprint, why_ineligible
+from rmsnorm.errors import complaint, type_name
+from rmsnorm.patching.finding import Proof
+from rmsnorm.patching.layers import LAYERS
 from rmsnorm.patching.other_libraries import check_not_fsdp1, why_class_is_fixed, why_model_is_too_late, why_too_late
 from rmsnorm.patching.patch_report import PatchReport, SkippedModule, UnpatchReport, Verdict
-from rmsnorm.patching.proof import prove
+from rmsnorm.patching.proof import in_words, proof_of
 from rmsnorm.patching.recomputing import is_recomputing, set_recomputing, whole_model
 from rmsnorm.patching.replacement import (
     hints_of,
@@ -26,11 +26,8 @@ from rmsnorm.patching.replacement import (
     rule_of,
     set_class,
 )
-from rmsnorm.patching.rule import Proof
-from rmsnorm.patching.torch_norm import TorchRMSNorm
 from rmsnorm.spec import Hints, check_bool
 
-_OURS = RMSNorm, DeepseekV2RMSNorm, TorchRMSNorm
 _EPS_NAME = re.compile(r"(^|_)eps(ilon)?(_|$)", re.IGNORECASE)  # but not "steps"
 
 
@@ -85,13 +82,13 @@ def patch(model: nn.Module, *, strict: bool = True, fuse_residual: bool = True, 
         if not _is_candidate(module):
             reason = _why_skipped(module)
         else:
-            proof = _proof_of(module, strict, hints, proofs)
+            proof = _replaceable(module, proof_of(module, strict, proofs), hints)
             if proof.rule is not None or "rmsnorm" in cls.__name__.lower() or rule_of(module) is not None:
                 norms.append((name, module, proof))
                 continue
             reason = proof.reason  # neither named like an RMSNorm nor proven to be one
         if reason is not None:
-            resembles_rmsnorm = not isinstance(module, _OURS) and _name_of_eps(module) is not None
+            resembles_rmsnorm = not isinstance(module, LAYERS) and _name_of_eps(module) is not None
             skipped.append(SkippedModule(name, cls.__name__, reason, resembles_rmsnorm))
     for name, module, proof in norms:
         late = why_too_late(module) if _class_for(module, proof, hints) is not type(module) else None
@@ -151,31 +148,13 @@ def _check_module(where: str, model: object) -> None:
 # --- proving and replacing one norm --------------------------------------------------------------------------
 
 
-def _proof_of(module: nn.Module, strict: bool, hints: Hints, proofs: dict[Any, Proof]) -> Proof:
-    """The proof of a norm, shared by norms that it cannot tell apart. An error becomes the reason not to replace it."""
-    cls = original_class(module)
+def _replaceable(module: nn.Module, proof: Proof, hints: Hints) -> Proof:
+    """The proof, or why no class for it can be made, which must not fail later, when norms are replaced already."""
     try:
-        why = why_ineligible(cls, module)
-        if why is not None:
-            return Proof(reason=why)
-        key = fingerprint(cls, module)
-        if key not in proofs:
-            proof = prove(cls, module, strict)
-            if proof.rule is not None:
-                replacement_class(
-                    cls, proof.rule, hints
-                )  # here, because it must not fail later, when some norms are replaced already
-            proofs[key] = proof
-        return proofs[key]
+        _class_for(module, proof, hints)
+        return proof
     except Exception as error:  # noqa: BLE001  # one unusual class must not end patch for the other norms
-        return Proof(reason=f"the proof failed with {_in_words(error)}")
-
-
-def _in_words(error: Exception) -> str:
-    try:
-        return one_line(error)
-    except Exception:  # noqa: BLE001
-        return type(error).__name__
+        return Proof(proof.class_name, reason=f"its class cannot be subclassed: {in_words(error)}")
 
 
 def _replace(name: str, module: nn.Module, proof: Proof, hints: Hints) -> Verdict:
@@ -186,14 +165,8 @@ def _replace(name: str, module: nn.Module, proof: Proof, hints: Hints) -> Verdic
     except Exception as error:  # noqa: BLE001
         if type(module) is not before:
             object.__setattr__(module, "__class__", before)
-        proof = Proof(reason=f"its class cannot be changed: {_in_words(error)}")
-    class_name, rule = original_class(module).__name__, proof.rule
-    if rule is None:
-        return Verdict(name, class_name, None, proof.reason)
-    return Verdict(
-        name, class_name, proof.spec, "", rule.own_forward_when, proof.matches_published_bits, proof.output_changes,
-        proof.memory_saved_per_row,
-    )  # fmt: skip
+        proof = Proof(proof.class_name, reason=f"its class cannot be changed: {in_words(error)}")
+    return Verdict(**vars(proof), name=name)
 
 
 def _set_recomputing(model: nn.Module, recompute: bool) -> None:
@@ -204,7 +177,7 @@ def _set_recomputing(model: nn.Module, recompute: bool) -> None:
         if type(model) is not before:
             object.__setattr__(model, "__class__", before)
         raise RuntimeError(
-            f"[patch] with recompute={recompute}, the class of the model cannot be changed: {_in_words(error)}; "
+            f"[patch] with recompute={recompute}, the class of the model cannot be changed: {in_words(error)}; "
             "use the context rmsnorm.recompute()"
         ) from error
 
@@ -222,7 +195,7 @@ def _class_for(module: nn.Module, proof: Proof, hints: Hints) -> type[nn.Module]
 
 def _is_candidate(module: nn.Module) -> bool:
     """Whether to prove a module. The test is cheap, because a model has thousands of modules."""
-    if isinstance(module, _OURS) or _is_other_torch_module(module):
+    if isinstance(module, LAYERS) or _is_other_torch_module(module):
         return False
     return _is_named_norm(module) or _name_of_eps(module) is not None
 
@@ -239,7 +212,7 @@ def _is_other_torch_module(module: nn.Module) -> bool:
 
 def _why_skipped(module: nn.Module) -> str | None:
     """Why a module that is no candidate is not considered; None if it does not resemble a norm."""
-    if isinstance(module, _OURS):
+    if isinstance(module, LAYERS):
         return "it is a layer of rmsnorm already"
     return "it is a module of torch.nn other than RMSNorm" if _is_named_norm(module) else None
 

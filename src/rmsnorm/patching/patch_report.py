@@ -8,61 +8,34 @@ from typing import Any, TypeVar
 from torch import nn
 
 from rmsnorm.ops.eager_recomputation import Recomputation
+from rmsnorm.patching.finding import Proof, figures
 from rmsnorm.patching.other_libraries import why_inactive
 from rmsnorm.patching.recomputing import last_recomputation
-from rmsnorm.patching.rule import OutputChange
-from rmsnorm.spec import Hints, Spec
+from rmsnorm.spec import Hints
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What `patch` found out about one norm.
+class Verdict(Proof):
+    """What `patch` found out about one norm: the `Proof`, and the norm's name. A norm that is proven was replaced.
 
     Attributes:
         name: Its name in the model, as in `named_modules`.
-        class_name: The name of its own class.
-        spec: What it computes; None if it was not replaced.
-        reason: Why it was not replaced; "" if it was.
-        own_forward_when: When its own forward still runs after it was replaced, because only the other calls are
-            proven; "" if never.
-        matches_published_bits: Whether it computes mean and rsqrt as the published classes do; False only for a norm
-            that `strict=False` accepted.
-        output_changes: How its outputs change on random rows, by dtype of input and weight ("float32", "bfloat16",
-            "float16").
-        memory_saved_per_row: How many fewer bytes per row autograd keeps for the backward pass, by the same dtypes.
     """
 
-    name: str
-    class_name: str
-    spec: Spec | None
-    reason: str = ""
-    own_forward_when: str = ""
-    matches_published_bits: bool = True
-    output_changes: dict[str, OutputChange] = field(default_factory=dict)
-    memory_saved_per_row: dict[str, int] = field(default_factory=dict)
+    name: str = field(kw_only=True)
 
     def __str__(self) -> str:
-        return f"{self.finding}{_figures([self], '; ')}"
+        return f"{self.finding}{figures([self], '; ')}"
 
     @property
     def replaced(self) -> bool:
         """Whether the norm was replaced."""
-        return self.spec is not None
+        return self.proven
 
     @property
     def finding(self) -> str:
         """What was found, in words, without figures. Norms with the same finding and class form a group."""
-        if self.spec is None:
-            return f"not replaced: {self.reason}"
-        offset = f", offset {self.spec.offset:g}" if self.spec.offset else ""
-        how = "proven" if self.matches_published_bits else _ACCEPTED
-        own = f"; its own forward runs {self.own_forward_when}" if self.own_forward_when else ""
-        if "norm" not in self.class_name.lower():
-            how += " although its class is not named a norm"
-        return f"{how}: {self.spec.cast}, eps {self.spec.eps:g}{offset}{own}"
-
-
-_ACCEPTED = "accepted by strict=False (it computes the mean or rsqrt differently)"
+        return super().finding if self.replaced else f"not replaced: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -174,7 +147,7 @@ class PatchReport:
         """The report as a string with a line for each norm below the line of its group."""
         lines = self._head()
         for group in self.groups:
-            lines += [f"  {_line(group)}", *(f"    {v.name}{_figures([v], ': ')}" for v in group)]
+            lines += [f"  {_line(group)}", *(f"    {v.name}{figures([v], ': ')}" for v in group)]
         if self.replaced:
             lines.append("  autograd keeps a norm's input itself: write x = x + f(norm(x)), not x += f(norm(x))")
             compiled = "fuses residual additions with these norms" if self.fuse_residual else "fuses no additions"
@@ -229,7 +202,7 @@ def _grouped(found: Sequence[_Of], key: Callable[[_Of], str]) -> tuple[tuple[_Of
 
 def _line(group: Sequence[Verdict]) -> str:
     """One group in one line: how many norms, their class, the finding, and figures."""
-    return f"{_members(group)} {group[0].finding}{_figures(group, '; ')}"
+    return f"{_members(group)} {group[0].finding}{figures(group, '; ')}"
 
 
 def _members(group: Sequence[Verdict] | Sequence[SkippedModule]) -> str:
@@ -239,16 +212,3 @@ def _members(group: Sequence[Verdict] | Sequence[SkippedModule]) -> str:
 def _first(names: Sequence[str]) -> str:
     first = names[0] or "the model itself"
     return first if len(names) == 1 else f"{first}, …"
-
-
-def _figures(group: Sequence[Verdict], before: str) -> str:
-    """By dtype, the largest output change in a group and the memory that its norms save together."""
-    parts = []
-    for dtype in group[0].output_changes:
-        changes = [v.output_changes[dtype] for v in group]
-        share, ulp = max(c.share for c in changes), max(c.max_ulp for c in changes)
-        change = f"{100 * share:.2g}% of outputs change" + (f" by up to {ulp} ulp" if ulp else "")
-        saved = sum(v.memory_saved_per_row[dtype] for v in group)
-        memory = f"backward keeps {abs(saved):,} {'fewer' if saved >= 0 else 'more'} bytes per row"
-        parts.append(f"{dtype}: {change}, {memory}")
-    return before + "; ".join(parts) if parts else ""

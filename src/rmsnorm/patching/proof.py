@@ -6,38 +6,105 @@
     eps_attribute    the attribute that holds eps
     gradients        that its gradients are the formula's
 
-All of them but the first run its own forward through a probe (probe.py), which observes it on a stand-in. What a proof
-cannot see is listed in docs/patching.md.
+`prove` shows what is found, and `patch` acts on it. All steps but the first run the norm's own forward through a probe
+(probe.py), which observes it on a stand-in. What a proof cannot see is listed in docs/patching.md.
 """
 
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from rmsnorm.bits import differing
+from rmsnorm.errors import complaint, one_line, type_name
 from rmsnorm.patching.coverage import find_coverage
+from rmsnorm.patching.eligibility import fingerprint, why_ineligible
 from rmsnorm.patching.eps_attribute import find_eps_attribute
 from rmsnorm.patching.expression import Refusal
+from rmsnorm.patching.finding import OutputChange, Proof
 from rmsnorm.patching.gradients import check_gradients
+from rmsnorm.patching.layers import proof_of_layer
+from rmsnorm.patching.other_libraries import forward_on_instance
 from rmsnorm.patching.probe import NotProven, Probe, is_close
-from rmsnorm.patching.rule import TRAINING_DTYPES, OutputChange, Proof, Rule, dtype_name
+from rmsnorm.patching.recomputing import whole_model
+from rmsnorm.patching.replacement import original_class
+from rmsnorm.patching.rule import TRAINING_DTYPES, Rule, dtype_name
 from rmsnorm.patching.spec_search import find_spec
-from rmsnorm.spec import Spec
+from rmsnorm.spec import Spec, check_bool
 
 
-def prove(cls: type[nn.Module], module: nn.Module, strict: bool) -> Proof:
-    """Prove what an eligible norm computes.
+def prove(module: nn.Module, *, strict: bool = True) -> Proof:
+    """Find out which RMSNorm a module computes, by running its forward on stand-ins.
+
+    This is what `patch` decides about each norm of a model. The module is only read: its parameters, hooks, mode and
+    class and the random state stay as they are, and nothing keeps it alive. It may be on any device, also on meta.
+
+    The proof is about the module's own forward, without hooks. `patch` says the same of a whole model.
 
     Args:
-        cls: The norm's own class.
-        module: The norm; it is only read.
-        strict: If False, its mean and rsqrt may be computed in another way than *published* computes them.
+        module: The norm; it may be one that `patch` has replaced (its own forward counts), a layer of this package, or
+            what torch.compile returned for a norm.
+        strict: If False, the mean or the rsqrt may be computed in another way than the published classes compute them,
+            such as with `1 / sqrt`.
 
     Returns:
-        The rule that holds in every state and what replacing the norm changes, or the reason why it is not proven.
+        The spec that the module computes, for which dtypes, and how its outputs would change if it were replaced; or
+        the reason why that is not proven. Print it.
+
+    Raises:
+        TypeError: If `module` is not a torch.nn.Module, or `strict` is not a bool.
+
+    Example:
+        >>> rmsnorm.prove(torch.nn.RMSNorm(64, eps=1e-6)).spec
+        Spec(eps=1e-06, cast='late', offset=0.0)
+        >>> print(rmsnorm.prove(torch.nn.LayerNorm(64)))
+        LayerNorm is not proven: it holds more than a weight: bias
     """
+    if not isinstance(module, nn.Module):
+        of_class = isinstance(module, type) and issubclass(module, nn.Module)
+        was = f"is the class {module.__name__}" if of_class else f"is {type_name(module)}"
+        expected = "a torch.nn.Module" + (f": an instance, such as {module.__name__}(64)" if of_class else "")
+        raise TypeError(complaint("prove", "module", was, expected))
+    check_bool("prove", "strict", strict)
+    module = whole_model(module)
+    if (function := forward_on_instance(module)) is not None:
+        reason = f"it has a forward that was set on the instance ({function})"
+        return Proof(original_class(module).__name__, reason=reason)
+    return proof_of_layer(module) or proof_of(module, strict, {})
+
+
+def proof_of(module: nn.Module, strict: bool, proofs: dict[Any, Proof]) -> Proof:
+    """The proof of a module, shared by norms that it cannot tell apart. An error becomes the reason.
+
+    Args:
+        module: The module; it is only read.
+        strict: As in `prove`.
+        proofs: The proofs that were made so far, by `fingerprint`; this one is added.
+    """
+    cls = original_class(module)
+    try:
+        why = why_ineligible(cls, module)
+        if why is not None:
+            return Proof(cls.__name__, reason=why)
+        key = fingerprint(cls, module)
+        if key not in proofs:
+            proofs[key] = _proof_by_running(cls, module, strict)
+        return proofs[key]
+    except Exception as error:  # noqa: BLE001  # one unusual class must not end patch for the other norms
+        return Proof(cls.__name__, reason=f"the proof failed with {in_words(error)}")
+
+
+def in_words(error: Exception) -> str:
+    """The error in one line, also if its own text cannot be made."""
+    try:
+        return one_line(error)
+    except Exception:  # noqa: BLE001
+        return type(error).__name__
+
+
+def _proof_by_running(cls: type[nn.Module], module: nn.Module, strict: bool) -> Proof:
     try:
         with (
             torch.inference_mode(False),
@@ -50,7 +117,7 @@ def prove(cls: type[nn.Module], module: nn.Module, strict: bool) -> Proof:
         ):
             return _prove(Probe(cls, module), strict)
     except (NotProven, Refusal) as reason:
-        return Proof(reason=str(reason))
+        return Proof(cls.__name__, reason=str(reason))
 
 
 def _prove(probe: Probe, strict: bool) -> Proof:
@@ -68,7 +135,8 @@ def _prove(probe: Probe, strict: bool) -> Proof:
     memory_saved = check_gradients(probe, spec, rule.own_dtypes)
     read = {name: value for name, value in probe.attributes.items() if name != rule.eps_attribute}
     rule = replace(rule, attributes=tuple(sorted(read.items())))
-    return Proof(rule, spec, "", found.matches_published_bits, _output_changes(probe, spec), memory_saved)
+    changes = _output_changes(probe, spec)
+    return Proof(probe.cls.__name__, spec, "", rule, found.matches_published_bits, changes, memory_saved)
 
 
 def _output_changes(probe: Probe, spec: Spec) -> dict[str, OutputChange]:

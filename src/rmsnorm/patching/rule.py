@@ -1,11 +1,11 @@
-"""What the proof finds out about a norm: the rule that its replacement follows, and figures."""
+"""The rule that the replacement of a norm follows: what the norm computes, and for which calls that is proven."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from rmsnorm import compat
-from rmsnorm.spec import LARGEST_EPS, Cast, Spec
+from rmsnorm.spec import DTYPES, LARGEST_EPS, Cast
 
 # The dtypes in which a norm must be proven where input and weight share one. For other pairs of dtypes, and in fp64,
 # its own forward may run.
@@ -14,19 +14,6 @@ TRAINING_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEADING_DIMS = range(5)
 
 DtypePair = tuple[torch.dtype, torch.dtype | None]  # of the input and of the weight
-
-
-@dataclass(frozen=True)
-class OutputChange:
-    """How the outputs of a norm change on random rows when it is replaced.
-
-    Attributes:
-        share: The share of outputs that change, from 0 to 1.
-        max_ulp: The largest change, in units in the last place.
-    """
-
-    share: float
-    max_ulp: int
 
 
 @dataclass(frozen=True)
@@ -80,6 +67,12 @@ class Rule:
         return None
 
     @property
+    def dtypes(self) -> tuple[DtypePair, ...]:
+        """The dtypes of input and weight for which it was proven; None for no weight."""
+        pairs = ((x, w) for x in DTYPES for w in (DTYPES if self.weighted else (None,)))
+        return tuple(pair for pair in pairs if pair not in self.own_dtypes)
+
+    @property
     def own_forward_when(self) -> str:
         """When the norm's own forward runs, in words. fp64 is not mentioned: nobody trains in it."""
         pairs = {(x, w) for x, w in self.own_dtypes if torch.float64 not in (x, w)}
@@ -96,18 +89,6 @@ class Rule:
         if missing:
             parts.append(f"for {', '.join(missing)} inputs")
         return " and ".join(parts)
-
-
-@dataclass(frozen=True)
-class Proof:
-    """What was found out about one norm: the rule for its replacement, or None and the reason. Else as in `Verdict`."""
-
-    rule: Rule | None = None
-    spec: Spec | None = None
-    reason: str = ""
-    matches_published_bits: bool = True
-    output_changes: dict[str, OutputChange] = field(default_factory=dict)
-    memory_saved_per_row: dict[str, int] = field(default_factory=dict)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

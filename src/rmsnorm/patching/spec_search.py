@@ -64,8 +64,10 @@ def _candidates(probe: Probe, eps: float | None) -> list[Spec]:
     """The specs that a norm with this eps may compute; none if it is not a valid eps."""
     if eps is None or not 0 <= eps <= LARGEST_EPS:
         return []
-    early = [Spec(eps)]
-    return [*early, *(Spec(eps, "late", offset) for offset in (0.0, 1.0))] if probe.weighted else early
+    if not probe.weighted:
+        return [Spec(eps), Spec(eps, "first")]
+    # Not first: its gradient of the weight would be that of a rounded statistic in the class, and not in our kernels.
+    return [Spec(eps), *(Spec(eps, "late", offset) for offset in (0.0, 1.0))]
 
 
 def _more(

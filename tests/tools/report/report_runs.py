@@ -166,4 +166,4 @@ def a_step(*differences: float, before: float = 1.0, norms: Pair = Pair(0.5, 0.1
 def a_norm(name: str, times: dict[str, Pair], **more: Any) -> NormResult:
     spec = Spec(1e-6, "early", 0.0)
     facts = {"calls": 1, "rows": 8, "outputs": 512} | more
-    return NormResult(Verdict(name, "ARMSNorm", spec), facts.pop("width", 64), times=times, **facts)  # type: ignore[arg-type]
+    return NormResult(Verdict("ARMSNorm", spec, name=name), facts.pop("width", 64), times=times, **facts)  # type: ignore[arg-type]

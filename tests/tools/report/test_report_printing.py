@@ -23,7 +23,7 @@ def a_result(**changes: Any) -> ReportResult:
     norms = (
         a_norm("layers.0.input_layernorm", times, changed=3, ulp=2),
         a_norm("layers.1.input_layernorm", times),
-        NormResult(Verdict("odd", "OddRMSNorm", None, REASON), None),
+        NormResult(Verdict("OddRMSNorm", reason=REASON, name="odd"), None),
     )
     differences = (0.0381, 0.0402, 0.0413, 0.0394, 0.0425, 0.0436, 0.0377)
     timed = a_step(*differences, before=8.07, norms=Pair(0.1, 0.01))

@@ -33,8 +33,8 @@ from rmsnorm.kernels.cpu.intrinsics import (
 
 # Absent tensors are null pointers. Outputs are contiguous. Inputs are contiguous in the last dimension only. An element
 # holds one or two numbers ("parts"), which divide N. In partial sums, all first parts precede all second.
-# spec: eps, the offset, and whether the cast is early. Without an offset it is -0.0, because adding +0.0 would change
-# a weight of -0.0.
+# spec: eps, the offset, and the cast: 0 is late, 1 early, 2 first. Without an offset it is -0.0, because adding +0.0
+# would change a weight of -0.0.
 
 
 def forward(
@@ -61,6 +61,8 @@ def forward(
         r = np.float32(1) / np.float32(math.sqrt(v))
         if given(rstd):
             rstd[m] = r
+        if spec[2] == 2:
+            r = cast(r, x)
         for i in range(steps):
             element = nothing(y)
             for k in range(parts):

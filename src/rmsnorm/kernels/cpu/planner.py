@@ -194,4 +194,4 @@ def _paired(*kinds: TensorKind) -> bool:
 @functools.lru_cache(256)
 def _spec(eps: float, offset: float, cast: str) -> Any:
     """The spec as the array that the kernels read. An offset of -0.0 changes no bit of a weight."""
-    return (ctypes.c_float * 3)(eps, offset or -0.0, cast == "early")
+    return (ctypes.c_float * 3)(eps, offset or -0.0, ("late", "early", "first").index(cast))

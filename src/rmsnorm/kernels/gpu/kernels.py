@@ -77,6 +77,12 @@ def plus_ds(dx, ds, X: tl.constexpr, ROUND_FIRST: tl.constexpr):
 
 
 @triton.jit
+def factor_of(r, X: tl.constexpr, FIRST: tl.constexpr):
+    """What x, of dtype X, is multiplied by: rstd, rounded to that dtype if FIRST."""
+    return r.to(X).to(tl.float32) if FIRST else r
+
+
+@triton.jit
 def scaled_output(h, w, offset, X: tl.constexpr, Y: tl.constexpr, EARLY: tl.constexpr):
     """y from h = x·rstd, for x of dtype X and y of dtype Y."""
     if w is None:
@@ -151,7 +157,7 @@ def _packed(row):
 @triton.jit(do_not_specialize=["M"])
 def forward_block(
     x, residual, w, y, s, rstd, shares, M, N, parts, sizes, x_steps, residual_steps, eps, offset,
-    EARLY: tl.constexpr, STRIDED: tl.constexpr, PARTS: tl.constexpr,
+    EARLY: tl.constexpr, FIRST: tl.constexpr, STRIDED: tl.constexpr, PARTS: tl.constexpr,
     ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Each program computes ROWS rows, reading them once; if PARTS > 1, one part of a row."""
@@ -188,6 +194,7 @@ def forward_block(
     r = rstd_of(S, N, eps)
     if rstd is not None:
         tl.store(rstd + m, r, m < M)
+    r = factor_of(r, x.dtype.element_ty, FIRST)
     for k in tl.static_range(PIECES):
         n = first + k * BLOCK_N
         h = row[k].to(tl.float32) * r
@@ -199,7 +206,7 @@ def forward_block(
 @triton.jit(do_not_specialize=["M"])
 def forward_loop(
     x, residual, w, y, s, rstd, M, N, sizes, x_steps, residual_steps, eps, offset,
-    EARLY: tl.constexpr, STRIDED: tl.constexpr, BLOCK_N: tl.constexpr,
+    EARLY: tl.constexpr, FIRST: tl.constexpr, STRIDED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Each program loops over one row twice: once for the sum, once for y."""
     m = tl.program_id(0).to(tl.int64)
@@ -217,6 +224,7 @@ def forward_loop(
     r = rstd_of(tl.sum(squares, axis=0), N, eps)
     if rstd is not None:
         tl.store(rstd + m, r)
+    r = factor_of(r, x.dtype.element_ty, FIRST)
     if residual is not None:
         rows = s + m * N
         tl.debug_barrier()  # threads read s elements that other threads have written

@@ -70,7 +70,7 @@ def plan_forward(kind: Forward) -> Plan:
         x=row, residual=None if residual is None else "residual", w=None if w is None else "w", y="y",
         s=None if residual is None else "s", rstd="rstd" if kind.with_rstd else None, shares="shares",
         x_steps=rows.steps[0], residual_steps=rows.steps[-1], eps=float(spec.eps), offset=_offset(spec.offset),
-        EARLY=spec.cast == "early",
+        EARLY=spec.cast != "late", FIRST=spec.cast == "first",
     )  # fmt: skip
     return Plan(
         kind.device,
@@ -110,7 +110,7 @@ def plan_backward(kind: Backward) -> Plan:
     if need_dx:
         fresh.append(Fresh("dx", x.dtype, tuple(x.shape)))
     calls = _Calls(device, rows, kinds, fresh)
-    early = spec.cast == "early"
+    early = spec.cast != "late"
     reads = _reads(dict(zip(wanted, rows.steps, strict=True)))
     sums: Launch | None = None  # the launch whose programs compute partial sums of dw
     if need_dx:

@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from rmsnorm.kernels.gpu.kernels import (
     dw_terms,
+    factor_of,
     is_inside,
     mean_of,
     normalized,
@@ -56,7 +57,7 @@ def _begin(buffers, slot, row, n, N, present, PIECES: gl.constexpr, BLOCK_N: gl.
 @gluon.jit(do_not_specialize=["M"])
 def forward_staged(
     x, residual, w, y, s, rstd, shares, M, N, parts, sizes, x_steps, residual_steps, eps, offset,
-    EARLY: gl.constexpr, STRIDED: gl.constexpr, PARTS: gl.constexpr,
+    EARLY: gl.constexpr, FIRST: gl.constexpr, STRIDED: gl.constexpr, PARTS: gl.constexpr,
     PIECES: gl.constexpr, BLOCK_N: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """One part of a row per program; programs that share a row wait for each other's sums."""
@@ -88,6 +89,7 @@ def forward_staged(
     r = rstd_of(_collected(shares + m * parts, parts, PARTS), N, eps)
     if rstd is not None:
         gl.store(rstd + m, r)
+    r = factor_of(r, X, FIRST)
     for k in gl.static_range(PIECES):
         inside = n + k * BLOCK_N < N
         h = row[k].index(0).load(columns).to(gl.float32) * r

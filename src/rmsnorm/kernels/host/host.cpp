@@ -64,9 +64,12 @@ struct Gate {
   int64_t groups;
 };
 
+constexpr std::array<const char*, 3> CASTS{"early", "late", "first"};
+
 struct Spec {
   double eps; // 0 in a backward pass
-  bool early, offset; // the offset is 0 or 1
+  int64_t cast; // its place in CASTS
+  bool offset; // the offset is 0 or 1
   std::optional<Gate> gate = std::nullopt;
 };
 
@@ -121,11 +124,13 @@ struct Call {
 };
 
 // The spec, if its values are among the usual ones; Python validates all others.
-std::optional<Spec> known_spec(double eps, bool early, bool late, double offset) {
-  if (early == late || (offset != 0.0 && offset != 1.0)) {
+template <typename Is>
+std::optional<Spec> known_spec(double eps, const Is& is_cast, double offset) {
+  const auto* cast = std::find_if(CASTS.begin(), CASTS.end(), is_cast);
+  if (cast == CASTS.end() || (offset != 0.0 && offset != 1.0)) {
     return std::nullopt;
   }
-  return Spec{eps, early, offset == 1.0};
+  return Spec{eps, cast - CASTS.begin(), offset == 1.0};
 }
 
 // Whether the tensors are ordinary CPU or CUDA tensors and nothing intercepts operations on them: no subclass, dispatch
@@ -396,8 +401,8 @@ struct Key {
     std::memcpy(&eps, &call.spec.eps, sizeof eps);
     const auto gate = call.spec.gate.value_or(Gate{});
     numbers = {
-        eps, static_cast<int64_t>(call.pass) | call.spec.early << 3 | call.spec.offset << 4 | call.requested[0] << 5 |
-            call.requested[1] << 6 | call.requested[2] << 7 | gate.sigmoid << 8 | gate.first << 9 | gate.groups << 16};
+        eps, static_cast<int64_t>(call.pass) | call.spec.cast << 3 | call.spec.offset << 5 | call.requested[0] << 6 |
+            call.requested[1] << 7 | call.requested[2] << 8 | gate.sigmoid << 9 | gate.first << 10 | gate.groups << 16};
     for (const auto& t : call.tensors) {
       add(t);
     }
@@ -469,7 +474,7 @@ std::shared_ptr<const Plan> request_plan(const Call& call) {
   if (!call.backward()) {
     arguments.append(call.spec.eps);
   }
-  arguments.append(call.spec.early ? "early" : "late");
+  arguments.append(CASTS[call.spec.cast]);
   if (const auto& gate = call.spec.gate) {
     arguments.append(gate->sigmoid ? "sigmoid" : "silu");
     arguments.append(gate->first);
@@ -574,7 +579,7 @@ std::pair<Tensor, Tensor> gradients(const Call& call, const Dtypes& saved) {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("rmsnorm::backward", "").typed<BackwardOperator>();
   auto [dx, dw] = op.call(
-      t[0], given_or_not(t[1]), t[2], given_or_not(t[3]), t[4], call.spec.early ? "early" : "late",
+      t[0], given_or_not(t[1]), t[2], given_or_not(t[3]), t[4], CASTS[call.spec.cast],
       call.spec.offset ? 1.0 : 0.0, call.requested[0], call.requested[1]);
   return {call.requested[0] ? dx : Tensor(), call.requested[1] ? dw : Tensor()};
 }
@@ -610,7 +615,7 @@ struct Norm : torch::autograd::Function<Norm> {
     ctx->save_for_backward({rows, w ? *w : Tensor(), rstd});
     ctx->set_materialize_grads(false);
     const auto dtype = [](const Tensor& t) { return static_cast<int64_t>(t.scalar_type()); };
-    ctx->saved_data["how"] = spec.early | spec.offset << 1 | static_cast<int64_t>(residual.has_value()) << 2 |
+    ctx->saved_data["how"] = spec.cast | spec.offset << 2 | static_cast<int64_t>(residual.has_value()) << 3 |
         dtype(x) << 8 | dtype(residual ? *residual : x) << 16 | dtype(rows) << 24 | dtype(w ? *w : rows) << 32;
     return residual ? variable_list{y, s} : variable_list{y};
   }
@@ -618,7 +623,7 @@ struct Norm : torch::autograd::Function<Norm> {
   static variable_list backward(AutogradContext* ctx, variable_list given) {
     const auto saved = saved_variables(ctx);
     const auto how = ctx->saved_data["how"].toInt();
-    const bool adds = (how & 4) != 0;
+    const bool adds = (how & 8) != 0;
     const auto dtype = [how](int bit) { return static_cast<at::ScalarType>(how >> bit & 0xFF); };
     const bool need_x = ctx->needs_input_grad(0), need_residual = adds && ctx->needs_input_grad(1);
     const bool need_dw = saved[1].defined() && ctx->needs_input_grad(adds ? 2 : 1);
@@ -626,7 +631,7 @@ struct Norm : torch::autograd::Function<Norm> {
     Tensor d_rows, dw;
     if (given[0].defined()) {
       const Call call{
-          Pass::BACKWARD, {given[0], ds, saved[0], saved[1], saved[2]}, {0.0, (how & 1) != 0, (how & 2) != 0},
+          Pass::BACKWARD, {given[0], ds, saved[0], saved[1], saved[2]}, {0.0, how & 3, (how & 4) != 0},
           {need_x || need_residual, need_dw, false}};
       std::tie(d_rows, dw) = gradients(call, {dtype(24), dtype(32)});
     } else {
@@ -689,7 +694,7 @@ std::optional<Call> call_of(Pass pass, torch::jit::Stack& stack) {
     }
     next += 3;
   }
-  const auto spec = known_spec(eps, cast == "early", cast == "late", gate ? 0.0 : (next++)->toDouble());
+  const auto spec = known_spec(eps, [&](const char* one) { return cast == one; }, gate ? 0.0 : (next++)->toDouble());
   if (!spec) {
     return std::nullopt;
   }
@@ -781,8 +786,7 @@ std::optional<Call> call_of(PyObject* const* given, Py_ssize_t count) {
     return std::nullopt;
   }
   const auto is = [&](const char* cast) { return PyUnicode_CompareWithASCIIString(given[4], cast) == 0; };
-  const auto spec =
-      known_spec(PyFloat_AS_DOUBLE(given[3]), is("early"), is("late"), PyFloat_AS_DOUBLE(given[5]));
+  const auto spec = known_spec(PyFloat_AS_DOUBLE(given[3]), is, PyFloat_AS_DOUBLE(given[5]));
   if (!spec || !plain(tensors)) {
     return std::nullopt;
   }

@@ -19,7 +19,7 @@ class VerifyCase:
     Attributes:
         x: The dtype of x.
         w: The dtype of the weight; None for no weight.
-        cast: "early" or "late".
+        cast: "early", "late" or "first".
         offset: What is added to the weight.
         M: The number of rows.
         N: The width of the rows.
@@ -138,6 +138,11 @@ def sweep(quick: bool) -> list[SweepRow]:
             for few, N, form in ((48, 1280, "contiguous"), (48, 512, "512 of 576 columns"), (4, 16384, "contiguous"))
         )
         rows.append(SweepRow("form", f"{short_name(x)}, gradients to add", cases))
+    for x in FLOATS:
+        contiguous = tuple(VerifyCase(x, None, "first", 0.0, 48, N, eps=_EPS[i % 4]) for i, N in enumerate(widths))
+        sliced = VerifyCase(x, None, "first", 0.0, M, 512, "512 of 576 columns")
+        added = VerifyCase(x, None, "first", 0.0, M, 1280, residual=x)
+        rows.append(SweepRow("spec", f"{short_name(x)}, no weight, first", (*contiguous, sliced, added)))
     return [dataclasses.replace(row, seed=1000 * i) for i, row in enumerate(rows)]
 
 
