@@ -81,8 +81,8 @@ class Spec:
 
     Raises:
         TypeError: If eps or the offset is not a number.
-        ValueError: If eps, cast, the offset or groups has another value than these, or if the offset is 1 without "late"
-            or with a gate.
+        ValueError: If eps, cast, the offset or groups has another value than these, or if the offset is 1 without
+            "late" or with a gate.
 
     Example:
         >>> from rmsnorm.spec import Spec
@@ -197,6 +197,11 @@ def check_gate(where: str, eps: float, cast: str, activation: str, gate_first: b
         raise ValueError(complaint(where, "activation", f"is {activation!r}", "'silu' or 'sigmoid'"))
     check_bool(where, "gate_first", gate_first)
     check_groups(where, groups)
+
+
+def _check_gated_cast(where: str, cast: str) -> None:
+    if cast == "first":
+        raise ValueError(complaint(where, "cast", "is 'first' with a gate", "'early' or 'late'"))
 
 
 def gated_spec(where: str, eps: float, cast: Cast, activation: Activation, gate_first: bool, groups: int) -> Spec:
