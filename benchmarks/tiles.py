@@ -100,13 +100,14 @@ class Sweep:
             chosen: dict[str, Any] = dict(zip(names, values, strict=True))
             config = dataclasses.replace(in_use, **chosen)
             parts = -(-self.N // (config.block_n * config.pieces)) if config.parts > 1 else 1
-            pieces = config.pieces if parts > 1 else -(-self.N // config.block_n)
+            body = tiling._body(self.N, self.dtype.itemsize)
+            pieces = config.pieces if parts > 1 else -(-body // config.block_n)
             config = dataclasses.replace(config, parts=parts, pieces=pieces, staged=config.staged and parts > 1)
             if config.rows > 1 and parts > 1:
                 continue
             if self.passes == "backward":
                 config = dataclasses.replace(
-                    config, programs=tiling._programs(self.M, config.programs, config.rows, longest)
+                    config, programs=tiling._programs(config.tiles(self.M), config.programs, longest, config.apart)
                 )
             found.append(config)
         return list(dict.fromkeys(found))
@@ -156,7 +157,7 @@ def using(sweep: Sweep, config: Launch) -> Iterator[None]:
 def in_use(sweep: Sweep) -> Launch:
     """Return the configuration that the library uses."""
     size, of = sweep.dtype.itemsize, gpu._gpu(torch.cuda.current_device())
-    adds, aligned = sweep.mode.adds, sweep.N % 16 == 0
+    adds, aligned = sweep.mode.adds, sweep.N % tiling.WORD[size] == 0
     if sweep.passes == "forward":
         return tiling.forward(sweep.N, size, adds, aligned, of)
     return tiling.backward(sweep.M, sweep.N, size, size, size, adds, aligned, of)

@@ -609,7 +609,7 @@ def sanitizer(tally: Tally) -> None:
 def touch(tally: Tally) -> None:
     """Runs every kernel once, at sizes that leave partial tiles; for the sanitizer."""
     gpu, random = kernels(), Draw(18)
-    for M, N in ((3, 1), (67, 31), (5, 1279), (2, 16411), (3, 17408)):
+    for M, N in ((3, 1), (67, 31), (67, 72), (67, 97), (9, 1001), (5, 1279), (2, 16411), (3, 17408)):
         for x in (random.rows(M, N, dtype=BF16), random.rows(M, N + 1, dtype=BF16)[:, 1:]):
             w = random.normal(N).to(BF16)
             y, s, rstd = gpu.forward(x, x, w, 1e-6, "early", 0.0, True)

@@ -191,6 +191,20 @@ def widths() -> None:
 
 
 @case
+def rows_that_begin_anywhere_in_a_word() -> None:
+    """Rows before and after are loaded with the words at the ends of a row, but do not affect it."""
+    for index, (N, dtype) in enumerate(((65, FP32), (98, FP16), (72, FP16))):
+        cast, offset = SPECS[index % 3]
+        x = draw(67, N, dtype=dtype)
+        x[3], x[8, 0], x[8, -1], x[64] = torch.nan, torch.inf, -torch.inf, torch.nan
+        residual, ds = (draw(67, N, dtype=dtype), draw(67, N, dtype=dtype)) if index % 2 else (None, None)
+        check(x, draw(N, dtype=dtype), residual, ds=ds, cast=cast, offset=offset)
+    with settings(MULTIPROCESSORS=1):
+        check(draw(300, 97, dtype=FP16), draw(97, dtype=FP16))
+    check(draw(9, 104)[1:, 1:], draw(103))
+
+
+@case
 def rows_in_pieces() -> None:
     with walked(32, PIECE=32, COLUMNS=64) as seen:
         sweep((33, 63, 64, 65, 100, 127, 512), lambda N: 5)

@@ -45,6 +45,8 @@ _TABLES = (
     tiling._BACKWARD,
     tiling._FORWARD_STAGED,
     tiling._BACKWARD_STAGED,
+    tiling._FORWARD_PIECES,
+    tiling._BACKWARD_PIECES,
 )
 _WIDEST = {N for table in _TABLES for tiles in table.values() for N in tiles}
 WIDTHS = sorted(_WIDEST | {2**k for k in range(9)} | {2880, 6144, 7168, 32768, 300000})
@@ -290,6 +292,66 @@ def test_strided_rows_are_loaded_16_bytes_at_a_time(tmp_path: Path) -> None:
     assert [values(launch).get("STRIDED") for launch in asked] == [True, True, None, True, None]
     for launch in asked:
         held_to(launch, 90, tmp_path)
+
+
+def launch_of_x(plan: Plan) -> TritonLaunch:
+    """The launch of a plan that reads x and writes y or dx."""
+    return next(launch for launch in plan.launches if launch.kernel.__name__ in ("forward_block", "backward_block"))
+
+
+@pytest.mark.parametrize(
+    ("N", "dtype"), [*((N, BF16) for N in (72, 97, 200, 1000, 1001, 3073)), (76, FP32), (97, FP32)], ids=str
+)
+def test_rows_of_any_width_are_loaded_and_stored_in_whole_words(N: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Also if 16 does not divide N. Single numbers are stored only at the ends of rows that are not whole words."""
+    word = 16 // dtype.itemsize
+    for plan in plans((8192, N), dtype, dtype, "early", 0.0, False):
+        launch = launch_of_x(plan)
+        held_to(launch, 90, tmp_path, aligned=N % word == 0)
+        ptx, given = compile_launch(launch, 90)[1].asm["ptx"], values(launch)
+        # Numbers of each piece for a thread, which a few narrow tiles load half a word at a time.
+        each = given["ROWS"] * given["BLOCK_N"] // (32 * launch.warps)
+        wide = given["PIECES"] * each // min(each, word)
+        assert len(re.findall(r"st\.global\S*\.(?:v4\.b32|v2\.b64|v2\.b32|b64)\s", ptx)) >= wide
+        loads = r"ld\.global\S*\.(?:v4\.b32|v2\.b64|v2\.b32|b64)\s|cp\.async\.c\S* .*, 0x(?:8|10),"
+        assert len(re.findall(loads, ptx)) >= wide
+        assert (given["WORD"], given["MULTIPLE"]) == ((1, word) if N % word == 0 else (word, 1))
+        single = len(re.findall(rf"st\.global\.b{8 * dtype.itemsize}", ptx))
+        if dtype is BF16:
+            assert single <= (0 if N % word == 0 else each), "numbers are stored alone inside a row"
+            assert N % word or "ld.global.b16" not in ptx
+
+
+def test_only_contiguous_aligned_rows_are_read_in_words_across_their_ends() -> None:
+    """Reading other rows so would leave the tensor. How dw is summed does not depend on where rows are."""
+    N, w = 97, TensorKind.dense((97,), BF16)
+    dense = TensorKind.dense((64, N), BF16)
+    of_dw = set()
+    for x, word in (
+        (dense, 8),
+        (dense._replace(alignment=2), 1),
+        (dense._replace(strides=(N + 7, 1)), 1),
+        (dense._replace(strides=(0, 1)), 1),
+        (TensorKind(BF16, (8, 8, N), (16 * N, N, 1)), 1),
+    ):
+        rows = x._replace(alignment=16, strides=(8 * N, N, 1)) if len(x.shape) == 3 else dense
+        forward = gpu.plan_forward(Forward(CPU, x, None, w, Spec(), True)).launches[0]
+        r = TensorKind.dense(x.shape[:-1], FP32)
+        backward = gpu.plan_backward(Backward(CPU, rows, None, x, w, r, Spec(), True, True)).launches[0]
+        for launch in (forward, backward):
+            assert values(launch)["WORD"] == word, x
+            assert values(launch)["PIECES"] * values(launch)["BLOCK_N"] >= (N if word == 1 else N - N % word)
+        of_dw.add(tuple(values(backward)[name] for name in ("programs", "ROWS", "APART")))
+    assert len(of_dw) == 1
+
+
+def test_strides_that_16_does_not_divide_are_known_to_be_multiples_of_a_word(tmp_path: Path) -> None:
+    x = TensorKind(BF16, (64, 512), (520, 1))
+    w = TensorKind.dense((512,), BF16)
+    launch = gpu.plan_forward(Forward(CPU, x, None, w, Spec(), True)).launches[0]
+    assert values(launch)["MULTIPLE"] == 8
+    held_to(launch, 90, tmp_path)
+    assert "ld.global.b16" not in compile_launch(launch, 90)[1].asm["ptx"]
 
 
 def instructions(launch: TritonLaunch) -> str:

@@ -71,12 +71,15 @@ def test_a_row_is_held_by_one_program_or_shared_or_looped_over() -> None:
     for N, itemsize in itertools.product(WIDTHS, (2, 4)):
         forward = tiling.forward(N, itemsize, False, N % 16 == 0, H200)
         backward = tiling.backward(8192, N, itemsize, itemsize, itemsize, False, N % 16 == 0, H200)
-        whole = tiling.BACKWARD_WIDEST[itemsize] if N % 16 == 0 else tiling.UNALIGNED_WIDEST
+        words = N % tiling.WORD[itemsize] == 0
+        whole = tiling.BACKWARD_WIDEST[itemsize] if words else tiling.UNALIGNED_WIDEST
         for config, widest in ((forward, tiling.FORWARD_WIDEST), (backward, whole)):
             width = config.pieces * config.block_n
             if widest >= N:
                 assert config.parts == 1
-                assert width >= N
+                # Another piece holds the ends of rows that are not whole words.
+                assert width >= (N if config.apart == 1 else N - N % tiling.WORD[itemsize])
+                assert config.for_any_strides(N).pieces * config.block_n >= N
             else:
                 assert config.parts == 0 or (config.parts - 1) * width < N <= config.parts * width
                 assert config.rows * config.parts <= tiling.MOST_PARTS  # sum_of_shares: one lane reads each share
@@ -86,14 +89,17 @@ def test_every_program_has_tiles_and_its_sums_are_short() -> None:
     for M, N, of_dw, config in every_launch():
         if M is None or config.parts == 0:
             continue
-        tiles = -(-M // config.rows)
+        tiles = config.tiles(M)
+        assert tiles * config.rows >= M
         assert 1 <= config.programs <= tiles, (M, N, config)
         if config.programs == tiles:
             continue
         most = -(-tiles // config.programs)
         longest = tiling.LONGEST_SUM.get(of_dw, M)  # without dw there are no sums
         assert most <= longest, (M, N, config)
-        assert (config.programs - 1) * most < tiles, (M, N, config)  # one program less would take longer
+        # Fewer programs would take longer; if rows are not whole words, APART divides their number.
+        assert (config.programs - config.apart) * most < tiles, (M, N, config)
+        assert config.programs % config.apart == 0, (M, N, config)
         assert config.programs <= max(20 * tiling.MULTIPROCESSORS, tiles // longest * 4), (M, N, config)
 
 
@@ -104,7 +110,7 @@ def test_without_rows_no_program_is_launched() -> None:
 
 
 def test_the_number_of_programs_does_not_depend_on_the_gpu() -> None:
-    widths = (1, 64, 640, 1280, 1536, 3072, 8192, 10240, 16384, 131072)
+    widths = (1, 64, 72, 97, 640, 1001, 1280, 1536, 3072, 8192, 10240, 16384, 16401, 131072)
     sizes = ((2, 2), (2, 4), (4, 4))  # of a number of x, and of dy
     for M, N, (of_x, of_dy), of_dw, with_ds in itertools.product(ROWS, widths, sizes, (2, 4), (False, True)):
         programs = {
@@ -117,14 +123,14 @@ def test_the_number_of_programs_does_not_depend_on_the_gpu() -> None:
 
 
 def test_kernels_that_take_more_registers_run_in_fewer_programs() -> None:
-    """A dy wider than x counts like a gradient through s; with narrow loads, one program runs on a multiprocessor."""
+    """A dy wider than x counts like a gradient through s; rows that are not whole words, like a whole multiprocessor."""
     for N in (1536, 3072, 16384, 65536, 131072):
         plain, wide, with_ds = (
             tiling.backward(8192, N, 2, of_dy, 2, with_ds, True, H200).programs
             for of_dy, with_ds in ((2, False), (4, False), (2, True))
         )
         assert wide == with_ds < plain, N
-    for N in (8200, 32776):
+    for N in (8201, 32777):
         config = tiling.backward(8192, N, 2, 2, 2, False, False, H200)
         assert tiling.MULTIPROCESSORS // 2 < config.programs * config.parts <= tiling.MULTIPROCESSORS, N
 
@@ -139,7 +145,7 @@ def test_dx_alone_prefetches_tiles_if_that_is_faster() -> None:
             assert (alone.rows, alone.stages, alone.overlap) == (with_dw.rows, with_dw.stages, with_dw.overlap), N
             assert alone.stages > 1, N
             assert alone.programs <= with_dw.programs, N  # with dw, sums of limited length may need more programs
-    for itemsize, widths in ((2, (256, 768, 1001)), (4, (128, 512, 1536, 4096, 5120))):
+    for itemsize, widths in ((2, (33, 256, 768)), (4, (128, 512, 1536, 4096, 5120))):
         for N in widths:
             config = tiling.backward(8192, N, itemsize, itemsize, 0, False, N % 16 == 0, H200)
             assert (config.stages, config.programs) == (1, -(-8192 // config.rows)), N
@@ -158,13 +164,13 @@ def test_programs_that_share_rows_fit_on_the_gpu_together() -> None:
 def test_prefetched_tiles_fit_into_shared_memory() -> None:
     for N, shared in itertools.product(WIDTHS, (99 << 10, 227 << 10)):
         config = tiling.backward(8192, N, 2, 2, 2, False, N % 16 == 0, tiling.Gpu(shared))
-        tile = config.rows * config.pieces * config.block_n * 4
+        tile = config.rows * (config.pieces + (config.apart > 1)) * config.block_n * 4
         assert (config.stages - (0 if config.staged else 1)) * tile <= shared
-        assert config.stages == 1 or N % 16 == 0
+        assert config.stages == 1 or config.apart > 1 or N % tiling.WORD[2] == 0
 
 
 def test_thousands_of_widths_share_few_kernels() -> None:
-    assert len({tiling.forward(N, 2, False, N % 16 == 0, H200) for N in range(1, 40000)}) <= 40
+    assert len({tiling.forward(N, 2, False, N % 16 == 0, H200) for N in range(1, 40000)}) <= 90
     kernels = {
         tuple(tiling.backward(8192, N, 2, 2, 2, False, N % 16 == 0, H200).constants.values()) for N in range(1, 20000)
     }

@@ -115,13 +115,13 @@ def _cuda_backward(tape: Tape, case: Case, inputs: list[Array | None], dx: Array
 
 
 def _forward_launch(case: Case) -> Launch:
-    aligned = tiling.ADD_WIDEST < case.N and case.N % 16 == 0
+    aligned = tiling.ADD_WIDEST < case.N and case.N % tiling.WORD[case.x_dtype.itemsize] == 0
     return tiling.forward(case.N, case.x_dtype.itemsize, case.adds, aligned, _GPU)
 
 
 def _backward_launch(case: Case) -> Launch:
     x, dy, dw = case.x_dtype.itemsize, case.y_dtype.itemsize, 0 if case.w_dtype is None else case.w_dtype.itemsize
-    aligned = tiling.BACKWARD_WIDEST[x] < case.N and case.N % 16 == 0
+    aligned = tiling.BACKWARD_WIDEST[x] < case.N and case.N % tiling.WORD[x] == 0
     return tiling.backward(case.M, case.N, x, dy, dw, case.adds, aligned, _GPU)
 
 

@@ -12,19 +12,150 @@ import triton.language as tl
 # m: rows, n: columns; 64-bit where an address is computed from them. Outputs are contiguous. Inputs are contiguous in
 # the last dimension only; `sizes` and `*_steps` say where a row begins (see rows.Walk).
 # offset: -0.0 if there is none, because adding +0.0 would change a weight of -0.0.
+#
+# 16 bytes, a word, are loaded at once where the compiler can prove that 16 divides the address. Triton tells it which
+# integers 16 divides. For other rows:
+# MULTIPLE: what divides N and all steps, if that is not 16; 1 if nothing does.
+# WORD: how many elements are in a word, if contiguous rows of any N begin anywhere within one; otherwise 1. The first
+# `lead` columns of such a row come before its first whole word. All rows of a program are APART rows apart, so they
+# have the same lead. PIECES hold `body` columns, those in whole words, and one more piece (see `ends_of`) holds the
+# columns at both ends. Column numbers n count from the first whole word.
 
 
 @triton.jit
-def row_start(m, sizes, steps, STRIDED: tl.constexpr):
+def as_multiple(i, OF: tl.constexpr):
+    """i, which OF divides, in a form from which the compiler sees that."""
+    return i if OF == 1 else i // OF * OF
+
+
+@triton.jit
+def row_start(m, sizes, steps, STRIDED: tl.constexpr, MULTIPLE: tl.constexpr):
     """Where row m of an input begins, in elements."""
     if STRIDED:
         middle, inner = sizes[0], sizes[1]
         j = m // inner
         i = j // middle
-        at = i * steps[0] + (j - i * middle) * steps[1] + (m - j * inner) * steps[2]
+        at = i * as_multiple(steps[0], MULTIPLE)
+        at = at + (j - i * middle) * as_multiple(steps[1], MULTIPLE)
+        at = at + (m - j * inner) * as_multiple(steps[2], MULTIPLE)
     else:
-        at = m * steps[2]
+        at = m * as_multiple(steps[2], MULTIPLE)
     return at
+
+
+@triton.jit
+def rows_of(tile, ROWS: tl.constexpr, APART: tl.constexpr):
+    """The rows of a tile, in a column: consecutive ones, or ones that are APART rows apart."""
+    if APART == 1 or ROWS == 1:
+        m = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    else:
+        first = (tile // APART).to(tl.int64) * (ROWS * APART) + tile % APART
+        m = first + tl.arange(0, ROWS)[:, None] * APART
+    return m
+
+
+@triton.jit
+def lead_of(tile, N, APART: tl.constexpr, WORD: tl.constexpr):
+    """How many columns come before the first whole word in the rows of a tile."""
+    return 0 if WORD == 1 else (WORD - tile % APART % WORD * (N % WORD).to(tl.int32) % WORD) % WORD
+
+
+@triton.jit
+def body_of(N, lead, WORD: tl.constexpr):
+    """How many columns of a row are in whole words."""
+    return N if WORD == 1 else as_multiple(N - lead, WORD)
+
+
+@triton.jit
+def start_of(start, lead, WORD: tl.constexpr):
+    """Where the first whole word begins in rows that begin at `start`."""
+    return start if WORD == 1 else as_multiple(start + lead, WORD)
+
+
+@triton.jit
+def _fit(N, lead, body, SIZE: tl.constexpr, BLOCK_N: tl.constexpr, WORD: tl.constexpr):
+    """Which columns of the piece at the ends of rows are among SIZE aligned ones that are all inside the row."""
+    i = tl.arange(0, BLOCK_N)[None, :] // SIZE * SIZE
+    n = tl.where(i < WORD, i - WORD, body - WORD + i)
+    return (n >= -lead) & (n + SIZE <= N - lead)
+
+
+@triton.jit
+def ends_of(N, lead, body, part, BLOCK_N: tl.constexpr, WORD: tl.constexpr):
+    """The piece with the two words in which rows begin and end within a word; () if rows are whole words.
+
+    Returns columns, which of them are inside the row, which are in its first word and in its last, and which to store
+    together: 1/2, 1/4 and 1/8 of a word at a time.
+    """
+    ends = ()
+    if WORD > 1:
+        i = tl.arange(0, BLOCK_N)[None, :]
+        n = tl.where(i < WORD, i - WORD, body - WORD + i)
+        n = tl.max_contiguous(tl.multiple_of(n, [1, WORD]), [1, WORD])
+        word = tl.where(part == 0, i // WORD, 2)
+        head, tail = word == tl.where(lead > 0, 0, -1), word == tl.where(lead + body < N, 1, -1)
+        stored = i < 0
+        together = ()
+        for halvings in tl.static_range(1, 4):
+            if WORD >> halvings > 0:
+                fit = (head | tail) & _fit(N, lead, body, WORD >> halvings, BLOCK_N, WORD)
+                together += (fit & (stored == 0),)
+                stored = fit
+        ends = n, stored, head, tail, together
+    return ends
+
+
+@triton.jit
+def columns(first, ends, k, PIECES: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The columns of piece k."""
+    return first + k * BLOCK_N if k < PIECES else ends[0]
+
+
+@triton.jit
+def at_piece(t, first, ends, k, PIECES: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Pointers to piece k of rows of t."""
+    return t + first + k * BLOCK_N if k < PIECES else t + ends[0]
+
+
+@triton.jit
+def is_inside(n, N, k, PIECES: tl.constexpr, PARTS: tl.constexpr):
+    """Which columns of piece k are inside the row; if one program holds a row, only its last piece can be partial."""
+    return n < N if PARTS > 1 or k == PIECES - 1 else n >= 0
+
+
+@triton.jit
+def is_column(n, body, ends, k, PIECES: tl.constexpr, PARTS: tl.constexpr):
+    """As `is_inside`, also for the piece with the ends of rows."""
+    return is_inside(n, body, k, PIECES, PARTS) if k < PIECES else ends[1]
+
+
+@triton.jit
+def load_piece(piece, inside, m, M, ends, k, PIECES: tl.constexpr):
+    """Loads piece k of rows m; zero outside."""
+    if k < PIECES:
+        loaded = tl.load(piece, inside, 0.0)
+    else:
+        # Whole words, with columns of the rows before and after; but nothing beyond the last row.
+        words = tl.load(piece, (ends[2] & (m < M)) | (ends[3] & (m < M - 1)), 0.0)
+        rest = tl.load(piece, ends[3] & ends[1] & (m == M - 1), 0.0)
+        loaded = tl.where(ends[1], tl.where(ends[3] & (m == M - 1), rest, words), 0.0)
+    return loaded
+
+
+@triton.jit
+def load_weight(w, n, body, ends, k, PIECES: tl.constexpr):
+    """The weight of columns n, which are at w; zero outside."""
+    return tl.load(w, n < body if k < PIECES else ends[1], 0.0)
+
+
+@triton.jit
+def store_piece(piece, values, inside, m, M, ends, k, PIECES: tl.constexpr):
+    """Stores piece k of rows m."""
+    if k < PIECES:
+        tl.store(piece, values, inside)
+    else:
+        for i in tl.static_range(len(ends[4])):
+            tl.store(piece, values, ends[4][i] & (m < M))
 
 
 @triton.jit
@@ -157,29 +288,38 @@ def _packed(row):
 @triton.jit(do_not_specialize=["M"])
 def forward_block(
     x, residual, w, y, s, rstd, shares, M, N, parts, sizes, x_steps, residual_steps, eps, offset,
-    EARLY: tl.constexpr, FIRST: tl.constexpr, STRIDED: tl.constexpr, PARTS: tl.constexpr,
-    ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr,
+    EARLY: tl.constexpr, FIRST: tl.constexpr, STRIDED: tl.constexpr, MULTIPLE: tl.constexpr, WORD: tl.constexpr,
+    PARTS: tl.constexpr, ROWS: tl.constexpr, APART: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Each program computes ROWS rows, reading them once; if PARTS > 1, one part of a row."""
+    N = as_multiple(N, MULTIPLE)
     tile, part = tl.program_id(0) // parts, tl.program_id(0) % parts
-    m = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    m = rows_of(tile, ROWS, APART)
+    lead = lead_of(tile, N, APART, WORD)
+    body = body_of(N, lead, WORD)
     first = part * (PIECES * BLOCK_N) + tl.arange(0, BLOCK_N)[None, :]
+    ends = ends_of(N, lead, body, part, BLOCK_N, WORD)
+    ALL: tl.constexpr = PIECES if WORD == 1 else PIECES + 1
     row = ()
-    for k in tl.static_range(PIECES):
-        n = first + k * BLOCK_N
-        row += (tl.load(x + row_start(m, sizes, x_steps, STRIDED) + n, (m < M) & (n < N), 0.0),)
+    for k in tl.static_range(ALL):
+        n = columns(first, ends, k, PIECES, BLOCK_N)
+        start = start_of(row_start(m, sizes, x_steps, STRIDED, MULTIPLE), lead, WORD)
+        row += (load_piece(x + start + n, (m < M) & (n < body), m, M, ends, k, PIECES),)
     if residual is not None:
         total = ()
-        for k in tl.static_range(PIECES):
-            n = first + k * BLOCK_N
-            other = _load(residual + row_start(m, sizes, residual_steps, STRIDED) + n, (m < M) & (n < N))
-            total += ((row[k].to(tl.float32) + other).to(x.dtype.element_ty),)
+        for k in tl.static_range(ALL):
+            n = columns(first, ends, k, PIECES, BLOCK_N)
+            start = start_of(row_start(m, sizes, residual_steps, STRIDED, MULTIPLE), lead, WORD)
+            other = load_piece(residual + start + n, (m < M) & (n < body), m, M, ends, k, PIECES)
+            total += ((row[k].to(tl.float32) + other.to(tl.float32)).to(x.dtype.element_ty),)
         row = total
-        for k in tl.static_range(PIECES):
-            n = first + k * BLOCK_N
-            tl.store(s + m * N + n, row[k], (m < M) & (n < N))
+        for k in tl.static_range(ALL):
+            n = columns(first, ends, k, PIECES, BLOCK_N)
+            start = start_of(m * N, lead, WORD)
+            store_piece(s + start + n, row[k], (m < M) & (n < body), m, M, ends, k, PIECES)
     squares = tl.zeros([ROWS, BLOCK_N], tl.float64)
-    for k in tl.static_range(PIECES):
+    for k in tl.static_range(ALL):
         d = row[k].to(tl.float32).to(tl.float64)
         squares = tl.fma(d, d, squares)  # the square is exact, so fusing changes nothing
     S = tl.sum(squares, axis=1, keep_dims=True)
@@ -188,35 +328,37 @@ def forward_block(
             tl.extra.cuda.gdc_wait()
         S = sum_of_shares(S, shares + m * parts, part, parts, PARTS)
         packed = ()
-        for k in tl.static_range(PIECES):
+        for k in tl.static_range(ALL):
             packed += (_packed(row[k]),)
         row = packed
     r = rstd_of(S, N, eps)
     if rstd is not None:
         tl.store(rstd + m, r, m < M)
     r = factor_of(r, x.dtype.element_ty, FIRST)
-    for k in tl.static_range(PIECES):
-        n = first + k * BLOCK_N
+    for k in tl.static_range(ALL):
+        n = columns(first, ends, k, PIECES, BLOCK_N)
         h = row[k].to(tl.float32) * r
-        weight = None if w is None else tl.load(w + n, n < N, 0.0)
+        weight = None if w is None else load_weight(w + lead + n, n, body, ends, k, PIECES)
         out = scaled_output(h, weight, offset, x.dtype.element_ty, y.dtype.element_ty, EARLY)
-        tl.store(y + m * N + n, out, (m < M) & (n < N))
+        start = start_of(m * N, lead, WORD)
+        store_piece(y + start + n, out, (m < M) & (n < body), m, M, ends, k, PIECES)
 
 
 @triton.jit(do_not_specialize=["M"])
 def forward_loop(
     x, residual, w, y, s, rstd, M, N, sizes, x_steps, residual_steps, eps, offset,
-    EARLY: tl.constexpr, FIRST: tl.constexpr, STRIDED: tl.constexpr, BLOCK_N: tl.constexpr,
+    EARLY: tl.constexpr, FIRST: tl.constexpr, STRIDED: tl.constexpr, MULTIPLE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Each program loops over one row twice: once for the sum, once for y."""
+    N = as_multiple(N, MULTIPLE)
     m = tl.program_id(0).to(tl.int64)
-    rows = x + row_start(m, sizes, x_steps, STRIDED)
+    rows = x + row_start(m, sizes, x_steps, STRIDED, MULTIPLE)
     squares = tl.zeros([BLOCK_N], tl.float64)
     for first in range(0, N.to(tl.int64), BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         row = tl.load(rows + n, n < N, 0.0)
         if residual is not None:
-            other = _load(residual + row_start(m, sizes, residual_steps, STRIDED) + n, n < N)
+            other = _load(residual + row_start(m, sizes, residual_steps, STRIDED, MULTIPLE) + n, n < N)
             row = (row.to(tl.float32) + other).to(row.dtype)
             tl.store(s + m * N + n, row, n < N)
         d = row.to(tl.float32).to(tl.float64)
@@ -236,81 +378,102 @@ def forward_loop(
 
 
 @triton.jit
-def is_inside(n, N, k, PIECES: tl.constexpr, PARTS: tl.constexpr):
-    """Which columns of piece k are inside the row; if one program holds a row, only its last piece can be partial."""
-    return n < N if PARTS > 1 or k == PIECES - 1 else n >= 0
-
-
-@triton.jit
 def _load_rows(
-    t, m, n, M, N, sizes, steps,
-    STRIDED: tl.constexpr, PARTS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
+    t, m, n, M, lead, body, ends, sizes, steps, STRIDED: tl.constexpr, MULTIPLE: tl.constexpr, WORD: tl.constexpr,
+    PARTS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Loads the pieces of rows of t; zero below the last row."""
     row = ()
-    for k in tl.static_range(PIECES):
-        inside = (m < M) & is_inside(n + k * BLOCK_N, N, k, PIECES, PARTS)
-        row += (tl.load(t + row_start(m, sizes, steps, STRIDED) + n + k * BLOCK_N, inside, 0.0),)
+    for k in tl.static_range(PIECES if WORD == 1 else PIECES + 1):
+        of_piece = columns(n, ends, k, PIECES, BLOCK_N)
+        inside = (m < M) & is_column(of_piece, body, ends, k, PIECES, PARTS)
+        start = start_of(row_start(m, sizes, steps, STRIDED, MULTIPLE), lead, WORD)
+        row += (load_piece(at_piece(t + start, n, ends, k, PIECES, BLOCK_N), inside, m, M, ends, k, PIECES),)
     return row
 
 
 @triton.jit
 def _added(
-    row, t, m, n, M, N, sizes, steps,
-    STRIDED: tl.constexpr, PARTS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
+    row, t, m, n, M, lead, body, ends, sizes, steps, STRIDED: tl.constexpr, MULTIPLE: tl.constexpr,
+    WORD: tl.constexpr, PARTS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The sum of the pieces of `row` and the pieces of t that `_load_rows` loads, rounded to their dtype."""
-    other = _load_rows(t, m, n, M, N, sizes, steps, STRIDED, PARTS, PIECES, BLOCK_N)
+    other = _load_rows(t, m, n, M, lead, body, ends, sizes, steps, STRIDED, MULTIPLE, WORD, PARTS, PIECES, BLOCK_N)
     total = ()
-    for k in tl.static_range(PIECES):
+    for k in tl.static_range(PIECES if WORD == 1 else PIECES + 1):
         total += (rounded_sum(row[k], other[k]),)
     return total
 
 
 @triton.jit
-def _turns(M, program, programs, ROWS: tl.constexpr):
+def _turns(M, program, programs, ROWS: tl.constexpr, APART: tl.constexpr):
     """How many tiles of ROWS rows this program processes. No intermediate value exceeds M, which may be 2³¹ - 1."""
-    return (M - 1) // ROWS // programs + ((M - 1) // ROWS % programs >= program).to(tl.int32)
+    last = (M - 1) // ROWS if APART == 1 or ROWS == 1 else (M - 1) // (ROWS * APART) * APART + (APART - 1)
+    return last // programs + (last % programs >= program).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["M", "programs"])
 def backward_block(
     dy, dy2, dy3, ds, x, w, rstd, dx, partials, shares, M, N, parts, programs,
     sizes, dy_steps, dy2_steps, dy3_steps, ds_steps, x_steps, offset,
-    EARLY: tl.constexpr, ROUND_FIRST: tl.constexpr, STRIDED: tl.constexpr, PARTS: tl.constexpr,
-    ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    EARLY: tl.constexpr, ROUND_FIRST: tl.constexpr,
+    STRIDED: tl.constexpr, MULTIPLE: tl.constexpr, WORD: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, APART: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """dx of every `programs`-th tile of ROWS rows, and their share of dw; if PARTS > 1, of one part of each row.
 
     If STAGES > 1, the next tiles are loaded into shared memory while this one is processed. At any time all programs
-    work on neighbouring tiles, for which memory is faster than if each worked on its own range of rows.
+    work on neighbouring tiles, for which memory is faster than if each worked on its own range of rows. If rows
+    begin anywhere within a word, APART divides `programs` or each program has one tile, so that its rows have one lead.
     """
+    N = as_multiple(N, MULTIPLE)
     program, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     n = part * (PIECES * BLOCK_N) + tl.arange(0, BLOCK_N)[None, :]
+    lead = lead_of(program, N, APART, WORD)
+    body = body_of(N, lead, WORD)
+    ends = ends_of(N, lead, body, part, BLOCK_N, WORD)
+    ALL: tl.constexpr = PIECES if WORD == 1 else PIECES + 1
     dw = ()
     weight = ()
-    for k in tl.static_range(PIECES):
+    for k in tl.static_range(ALL):
         dw += (tl.zeros([ROWS, BLOCK_N], tl.float32),)
         if w is not None:
-            weight += (tl.load(w + n + k * BLOCK_N, n + k * BLOCK_N < N, 0.0),)
+            # Narrow pieces: with a copy for each row, Triton distributes rows over threads as it loads them.
+            of_rows = w + lead + tl.zeros([ROWS, 1], tl.int32) if BLOCK_N < 256 and PIECES > 1 else w + lead
+            at = at_piece(of_rows, n, ends, k, PIECES, BLOCK_N)
+            weight += (load_weight(at, columns(n, ends, k, PIECES, BLOCK_N), body, ends, k, PIECES),)
     width = tl.full([ROWS, 1], N, tl.float64)
     inverse = 1.0 / width
     if PARTS > 1 and OVERLAP:
         tl.extra.cuda.gdc_wait()
-    for turn in tl.range(0, _turns(M, program, programs, ROWS), num_stages=STAGES):
-        m = (program + turn * programs).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-        dy_row = _load_rows(dy, m, n, M, N, sizes, dy_steps, STRIDED, PARTS, PIECES, BLOCK_N)
+    for turn in tl.range(0, _turns(M, program, programs, ROWS, APART), num_stages=STAGES):
+        m = rows_of(program + turn * programs, ROWS, APART)
+        dy_row = _load_rows(
+            dy, m, n, M, lead, body, ends, sizes, dy_steps, STRIDED, MULTIPLE, WORD, PARTS, PIECES, BLOCK_N
+        )
         if dy2 is not None:
-            dy_row = _added(dy_row, dy2, m, n, M, N, sizes, dy2_steps, STRIDED, PARTS, PIECES, BLOCK_N)
+            dy_row = _added(
+                dy_row, dy2, m, n, M, lead, body, ends, sizes, dy2_steps,
+                STRIDED, MULTIPLE, WORD, PARTS, PIECES, BLOCK_N,
+            )  # fmt: skip
         if dy3 is not None:
-            dy_row = _added(dy_row, dy3, m, n, M, N, sizes, dy3_steps, STRIDED, PARTS, PIECES, BLOCK_N)
-        x_row = _load_rows(x, m, n, M, N, sizes, x_steps, STRIDED, PARTS, PIECES, BLOCK_N)
+            dy_row = _added(
+                dy_row, dy3, m, n, M, lead, body, ends, sizes, dy3_steps,
+                STRIDED, MULTIPLE, WORD, PARTS, PIECES, BLOCK_N,
+            )  # fmt: skip
+        x_row = _load_rows(
+            x, m, n, M, lead, body, ends, sizes, x_steps, STRIDED, MULTIPLE, WORD, PARTS, PIECES, BLOCK_N
+        )
         if ds is not None and STAGES > 1:
-            ds_row = _load_rows(ds, m, n, M, N, sizes, ds_steps, STRIDED, PARTS, PIECES, BLOCK_N)
+            ds_row = _load_rows(
+                ds, m, n, M, lead, body, ends, sizes, ds_steps, STRIDED, MULTIPLE, WORD, PARTS, PIECES, BLOCK_N
+            )
         r = tl.load(rstd + m, m < M, 0.0)
         products = tl.zeros([ROWS, BLOCK_N], tl.float64)
-        for k in tl.static_range(PIECES):
-            xh = normalized(x_row[k], r, is_inside(n + k * BLOCK_N, N, k, PIECES, PARTS))
+        for k in tl.static_range(ALL):
+            of_piece = columns(n, ends, k, PIECES, BLOCK_N)
+            xh = normalized(x_row[k], r, is_column(of_piece, body, ends, k, PIECES, PARTS))
             g = times_scale(dy_row[k], None if w is None else weight[k], offset, EARLY)
             products += (g * xh).to(tl.float64)
         S = tl.sum(products, axis=1, keep_dims=True)
@@ -318,24 +481,30 @@ def backward_block(
             S = sum_of_shares(S, shares + m * parts, part, parts, PARTS)
         c = mean_of(S + 0.0, width, inverse)  # +0.0, never -0.0
         if ds is not None and STAGES == 1:  # loaded this late because registers are short before
-            ds_row = _load_rows(ds, m, n, M, N, sizes, ds_steps, STRIDED, PARTS, PIECES, BLOCK_N)
+            ds_row = _load_rows(
+                ds, m, n, M, lead, body, ends, sizes, ds_steps, STRIDED, MULTIPLE, WORD, PARTS, PIECES, BLOCK_N
+            )
         summed = ()
-        for k in tl.static_range(PIECES):
-            inside = is_inside(n + k * BLOCK_N, N, k, PIECES, PARTS)
+        for k in tl.static_range(ALL):
+            of_piece = columns(n, ends, k, PIECES, BLOCK_N)
+            inside = is_column(of_piece, body, ends, k, PIECES, PARTS)
             xh = normalized(x_row[k], r, inside)
             g = times_scale(dy_row[k], None if w is None else weight[k], offset, EARLY)
             dx_row = r * (g - xh * c)
             if ds is not None:
                 dx_row = plus_ds(dx_row, ds_row[k], dx.dtype.element_ty, ROUND_FIRST)
-            tl.store(dx + m * N + n + k * BLOCK_N, dx_row.to(dx.dtype.element_ty), (m < M) & inside)
+            out = at_piece(dx + start_of(m * N, lead, WORD), n, ends, k, PIECES, BLOCK_N)
+            store_piece(out, dx_row.to(dx.dtype.element_ty), (m < M) & inside, m, M, ends, k, PIECES)
             summed += (dw[k] + dw_terms(dy_row[k].to(tl.float32), xh, x.dtype.element_ty, EARLY),)
         dw = summed
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()  # sum_partials may start; it waits for this kernel's end
     if partials is not None:
-        for k in tl.static_range(PIECES):
+        for k in tl.static_range(ALL):
             share = tl.sum(dw[k].to(tl.float64), axis=0, keep_dims=True).to(tl.float32)
-            tl.store(partials + program.to(tl.int64) * N + n + k * BLOCK_N, share, n + k * BLOCK_N < N)
+            at = at_piece(partials + program.to(tl.int64) * N + lead, n, ends, k, PIECES, BLOCK_N)
+            of_piece = columns(n, ends, k, PIECES, BLOCK_N)
+            tl.store(at, share, of_piece < body if k < PIECES else ends[1])
 
 
 @triton.jit
@@ -354,13 +523,15 @@ def dw_terms(dy, xh, X: tl.constexpr, EARLY: tl.constexpr):
 @triton.jit(do_not_specialize=["M"])
 def backward_loop(
     dy, ds, x, w, rstd, dx, M, N, sizes, dy_steps, ds_steps, x_steps, offset,
-    EARLY: tl.constexpr, ROUND_FIRST: tl.constexpr, STRIDED: tl.constexpr, BLOCK_N: tl.constexpr,
+    EARLY: tl.constexpr, ROUND_FIRST: tl.constexpr, STRIDED: tl.constexpr, MULTIPLE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Each program computes dx of one row, looping over it twice: once for the sum, once for dx."""
+    N = as_multiple(N, MULTIPLE)
     m = tl.program_id(0).to(tl.int64)
     r = tl.load(rstd + m)
-    dy += row_start(m, sizes, dy_steps, STRIDED)
-    x += row_start(m, sizes, x_steps, STRIDED)
+    dy += row_start(m, sizes, dy_steps, STRIDED, MULTIPLE)
+    x += row_start(m, sizes, x_steps, STRIDED, MULTIPLE)
     products = tl.zeros([BLOCK_N], tl.float64)
     for first in range(0, N.to(tl.int64), BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
@@ -374,7 +545,7 @@ def backward_loop(
         g = times_scale(_load(dy + n, n < N), None if w is None else _load(w + n, n < N), offset, EARLY)
         dx_row = r * (g - xh * c)
         if ds is not None:
-            ds_row = tl.load(ds + row_start(m, sizes, ds_steps, STRIDED) + n, n < N, 0.0)
+            ds_row = tl.load(ds + row_start(m, sizes, ds_steps, STRIDED, MULTIPLE) + n, n < N, 0.0)
             dx_row = plus_ds(dx_row, ds_row, dx.dtype.element_ty, ROUND_FIRST)
         tl.store(dx + m * N + n, dx_row.to(dx.dtype.element_ty), n < N)
 
@@ -382,25 +553,26 @@ def backward_loop(
 @triton.jit(do_not_specialize=["M", "programs"])
 def dw_alone(
     dy, dy2, dy3, x, rstd, partials, M, N, parts, programs, sizes, dy_steps, dy2_steps, dy3_steps, x_steps,
-    EARLY: tl.constexpr, STRIDED: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    EARLY: tl.constexpr, STRIDED: tl.constexpr, MULTIPLE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A share of dw for BLOCK_N columns: the sum over every `programs`-th tile of ROWS rows."""
+    N = as_multiple(N, MULTIPLE)
     program, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     n = part.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     dw = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    for turn in tl.range(0, _turns(M, program, programs, ROWS), num_stages=STAGES):
-        m = (program + turn * programs).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    for turn in tl.range(0, _turns(M, program, programs, ROWS, 1), num_stages=STAGES):
+        m = rows_of(program + turn * programs, ROWS, 1)
         inside = (m < M) & (n < N)
         r = tl.load(rstd + m, m < M, 0.0)
-        dy_row = tl.load(dy + row_start(m, sizes, dy_steps, STRIDED) + n, inside, 0.0)
+        dy_row = tl.load(dy + row_start(m, sizes, dy_steps, STRIDED, MULTIPLE) + n, inside, 0.0)
         if dy2 is not None:
-            more = tl.load(dy2 + row_start(m, sizes, dy2_steps, STRIDED) + n, inside, 0.0)
+            more = tl.load(dy2 + row_start(m, sizes, dy2_steps, STRIDED, MULTIPLE) + n, inside, 0.0)
             dy_row = rounded_sum(dy_row, more)
         if dy3 is not None:
-            more = tl.load(dy3 + row_start(m, sizes, dy3_steps, STRIDED) + n, inside, 0.0)
+            more = tl.load(dy3 + row_start(m, sizes, dy3_steps, STRIDED, MULTIPLE) + n, inside, 0.0)
             dy_row = rounded_sum(dy_row, more)
-        xh = _load(x + row_start(m, sizes, x_steps, STRIDED) + n, inside) * r
+        xh = _load(x + row_start(m, sizes, x_steps, STRIDED, MULTIPLE) + n, inside) * r
         dw += dw_terms(dy_row.to(tl.float32), xh, x.dtype.element_ty, EARLY)
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
@@ -411,23 +583,26 @@ def dw_alone(
 @triton.jit
 def sum_gradients(
     dy, dy2, dy3, summed, N, parts, sizes, dy_steps, dy2_steps, dy3_steps,
-    STRIDED: tl.constexpr, BLOCK_N: tl.constexpr,
+    STRIDED: tl.constexpr, MULTIPLE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N columns of a row of the sum of gradients, for kernels that take only one gradient."""
+    N = as_multiple(N, MULTIPLE)
     m, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
     n = part * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.load(dy + row_start(m, sizes, dy_steps, STRIDED) + n, n < N, 0.0)
-    total = rounded_sum(total, tl.load(dy2 + row_start(m, sizes, dy2_steps, STRIDED) + n, n < N, 0.0))
+    total = tl.load(dy + row_start(m, sizes, dy_steps, STRIDED, MULTIPLE) + n, n < N, 0.0)
+    total = rounded_sum(total, tl.load(dy2 + row_start(m, sizes, dy2_steps, STRIDED, MULTIPLE) + n, n < N, 0.0))
     if dy3 is not None:
-        total = rounded_sum(total, tl.load(dy3 + row_start(m, sizes, dy3_steps, STRIDED) + n, n < N, 0.0))
+        total = rounded_sum(total, tl.load(dy3 + row_start(m, sizes, dy3_steps, STRIDED, MULTIPLE) + n, n < N, 0.0))
     tl.store(summed + m * N + n, total, n < N)
 
 
 @triton.jit(do_not_specialize=["programs"])
 def sum_partials(
-    partials, dw, programs, N, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr
+    partials, dw, programs, N,
+    MULTIPLE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """dw of BLOCK_N columns: the sum of all programs' shares, always in the same order."""
+    N = as_multiple(N, MULTIPLE)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()  # this kernel may start before the one that computes the partials has ended
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]

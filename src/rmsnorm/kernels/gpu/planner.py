@@ -52,7 +52,7 @@ def plan_forward(kind: Forward) -> Plan:
     rows, kinds, converted = find_layout(walk, wanted)
     before += converted
     gpu = _gpu(_number(kind.device))
-    aligned = rows.N > tiling.ADD_WIDEST and _can_be_staged(rows, kinds)
+    aligned = rows.N > tiling.ADD_WIDEST and _can_be_staged(rows, kinds, x.dtype)
     config = tiling.forward(rows.N, x.dtype.itemsize, residual is not None, aligned, gpu)
     if w is not None:
         kinds["w"] = _dense("w", w, before)
@@ -62,11 +62,11 @@ def plan_forward(kind: Forward) -> Plan:
         fresh.append(Fresh("s", x.dtype, shape))
     if kind.with_rstd:
         fresh.append(Fresh("rstd", torch.float32, shape[:-1]))
-    calls = _Calls(_number(kind.device), rows, kinds, fresh)
+    calls = _Calls(_number(kind.device), rows, kinds, fresh, x.dtype)
     whole_rows = staged.forward_staged if config.staged else kernels.forward_block
     calls.add(
         kernels.forward_loop if config.parts == 0 else whole_rows,
-        _cdiv(rows.M, config.rows) * max(1, config.parts), config, calls.exchange(config, gpu),
+        config.tiles(rows.M) * max(1, config.parts), config, calls.exchange(config, gpu),
         x=row, residual=None if residual is None else "residual", w=None if w is None else "w", y="y",
         s=None if residual is None else "s", rstd="rstd" if kind.with_rstd else None, shares="shares",
         x_steps=rows.steps[0], residual_steps=rows.steps[-1], eps=float(spec.eps), offset=_offset(spec.offset),
@@ -103,13 +103,13 @@ def plan_backward(kind: Backward) -> Plan:
     before += converted
     M, N, device, gpu = rows.M, rows.N, _number(kind.device), _gpu(_number(kind.device))
     of_x, of_dy = x.dtype.itemsize, y_dtype.itemsize
-    aligned = tiling.BACKWARD_WIDEST[of_x] < N and _can_be_staged(rows, kinds)
+    aligned = tiling.BACKWARD_WIDEST[of_x] < N and _can_be_staged(rows, kinds, x.dtype)
     kinds["rstd"] = _dense("rstd", kind.rstd, before)  # only hooks on saved tensors can make a copy necessary
     if w is not None:
         kinds["w"] = _dense("w", w, before)
     if need_dx:
         fresh.append(Fresh("dx", x.dtype, tuple(x.shape)))
-    calls = _Calls(device, rows, kinds, fresh)
+    calls = _Calls(device, rows, kinds, fresh, x.dtype)
     early = spec.cast != "late"
     reads = _reads(dict(zip(wanted, rows.steps, strict=True)))
     sums: Launch | None = None  # the launch whose programs compute partial sums of dw
@@ -171,7 +171,7 @@ def _sum_first(
     before += converted
     summed = Fresh(_SUMMED, dtype, tuple(dys["dy"].shape))
     fresh.append(summed)
-    calls, config = _Calls(device, rows, kinds, fresh), tiling.sum_gradients(rows.N)
+    calls, config = _Calls(device, rows, kinds, fresh, dtype), tiling.sum_gradients(rows.N)
     reads = _reads(dict(zip(dys, rows.steps, strict=True)))
     calls.add(kernels.sum_gradients, rows.M * config.parts, config, False, **reads, summed=_SUMMED)
     return {_SUMMED: TensorKind.dense(summed.shape, dtype)}, calls.launches
@@ -180,10 +180,26 @@ def _sum_first(
 class _Calls:
     """Collects the launches of a plan."""
 
-    def __init__(self, device: int, rows: Walk, kinds: Mapping[str, TensorKind], fresh: list[Fresh]) -> None:
-        """kinds: the inputs as the kernels read them. fresh: the plan's fresh tensors; `exchange` adds to them."""
+    def __init__(
+        self, device: int, rows: Walk, kinds: Mapping[str, TensorKind], fresh: list[Fresh], dtype: torch.dtype
+    ) -> None:
+        """Starts with no launches.
+
+        Args:
+            device: the index of the GPU.
+            rows: where rows begin.
+            kinds: the inputs as the kernels read them.
+            fresh: the plan's fresh tensors; `exchange` adds to them.
+            dtype: that of x, which is at most as wide as those of the other tensors of M rows.
+        """
         self.launches: list[TritonLaunch] = []
         self._device, self._rows, self._kinds, self._fresh = device, rows, kinds, fresh
+        self._word = tiling.WORD[dtype.itemsize]
+        steps = _steps(rows)
+        # Triton itself knows of the factor 16.
+        known = all(step % 16 == 0 for step in steps) or any(step % self._word for step in steps)
+        self._multiple = 1 if known else self._word
+        self._can_be_shifted = not rows.strided and set(steps) == {rows.N} and _are_aligned(kinds)
 
     def add(self, kernel: Any, grid: int, config: Launch, after: bool, /, **named: Any) -> None:
         """Adds a launch of `grid` programs, if there are any.
@@ -194,10 +210,12 @@ class _Calls:
         if grid == 0:
             return
         rows = self._rows
-        values = config.constants | {
+        word = self._word if config.apart > 1 and self._can_be_shifted else 1
+        values = (config if word > 1 else config.for_any_strides(rows.N)).constants | {
             "M": rows.M, "N": rows.N, "parts": config.parts, "sizes": rows.sizes, "STRIDED": rows.strided,
             # One for each lane of a warp: with fewer, every value is held several times, in a third more registers.
             "PARTS": 1 if config.parts == 1 else tiling.MOST_PARTS,
+            "MULTIPLE": self._multiple, "WORD": word,
         } | named  # fmt: skip
         arguments = tuple(self._argument(values[name]) for name in kernel.arg_names)
         given = [self._kinds.get(a.tensor) for a in arguments if isinstance(a, Slot)]
@@ -256,15 +274,22 @@ def _dense(name: str, kind: TensorKind, before: list[Converted]) -> TensorKind:
     return TensorKind.dense(kind.shape, kind.dtype)
 
 
-def _can_be_staged(rows: Walk, kinds: Mapping[str, TensorKind]) -> bool:
-    """Whether the staged kernels can take the rows: there is Gluon, and the rows suit its asynchronous copies.
+def _can_be_staged(rows: Walk, kinds: Mapping[str, TensorKind], dtype: torch.dtype) -> bool:
+    """Whether the staged kernels can take rows of x of this dtype: there is Gluon, and its 16-byte copies fit them."""
+    return (
+        staged is not None
+        and all(step % tiling.WORD[dtype.itemsize] == 0 for step in _steps(rows))
+        and _are_aligned(kinds)
+    )
 
-    Triton knows that they do if they are aligned, and strides and N are multiples of 16.
-    """
-    if staged is None:
-        return False
-    steps = [step for of_tensor in rows.steps for step in (of_tensor if rows.strided else of_tensor[2:])]
-    return all(step % 16 == 0 for step in (rows.N, *steps)) and all(k.alignment == 16 for k in kinds.values())
+
+def _steps(rows: Walk) -> list[int]:
+    """N and the strides that the kernels multiply row numbers with."""
+    return [rows.N, *(step for of_tensor in rows.steps for step in (of_tensor if rows.strided else of_tensor[2:]))]
+
+
+def _are_aligned(kinds: Mapping[str, TensorKind]) -> bool:
+    return all(kind.alignment == 16 for kind in kinds.values())
 
 
 def _cdiv(a: int, b: int) -> int:

@@ -11,6 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from rmsnorm.kernels.gpu.kernels import (
+    as_multiple,
     dw_terms,
     factor_of,
     is_inside,
@@ -57,10 +58,11 @@ def _begin(buffers, slot, row, n, N, present, PIECES: gl.constexpr, BLOCK_N: gl.
 @gluon.jit(do_not_specialize=["M"])
 def forward_staged(
     x, residual, w, y, s, rstd, shares, M, N, parts, sizes, x_steps, residual_steps, eps, offset,
-    EARLY: gl.constexpr, FIRST: gl.constexpr, STRIDED: gl.constexpr, PARTS: gl.constexpr,
+    EARLY: gl.constexpr, FIRST: gl.constexpr, STRIDED: gl.constexpr, MULTIPLE: gl.constexpr, PARTS: gl.constexpr,
     PIECES: gl.constexpr, BLOCK_N: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """One part of a row per program; programs that share a row wait for each other's sums."""
+    N = as_multiple(N, MULTIPLE)
     X: gl.constexpr = x.dtype.element_ty
     columns: gl.constexpr = gl.BlockedLayout([128 // X.primitive_bitwidth], [32], [gl.num_warps()], [0])
     m, part = (gl.program_id(0) // parts).to(gl.int64), gl.program_id(0) % parts
@@ -68,7 +70,7 @@ def forward_staged(
     row = _buffers(X, 1, PIECES, BLOCK_N)
     for k in gl.static_range(PIECES):
         at = n + k * BLOCK_N
-        copy(row[k].index(0), x + row_start(m, sizes, x_steps, STRIDED) + at, mask=at < N)
+        copy(row[k].index(0), x + row_start(m, sizes, x_steps, STRIDED, MULTIPLE) + at, mask=at < N)
         async_copy.commit_group()
     squares = gl.zeros([BLOCK_N], gl.float64, columns)
     for k in gl.static_range(PIECES):
@@ -76,7 +78,7 @@ def forward_staged(
         inside = n + k * BLOCK_N < N
         piece = row[k].index(0).load(columns)
         if residual is not None:
-            at = residual + row_start(m, sizes, residual_steps, STRIDED) + n + k * BLOCK_N
+            at = residual + row_start(m, sizes, residual_steps, STRIDED, MULTIPLE) + n + k * BLOCK_N
             piece = (piece.to(gl.float32) + gl.load(at, inside, 0.0).to(gl.float32)).to(X)
             gl.store(s + m * N + n + k * BLOCK_N, piece, inside)
             row[k].index(0).store(piece)
@@ -145,13 +147,14 @@ def _dot_by_warp(
 @gluon.jit(do_not_specialize=["M", "programs"])
 def backward_staged(
     dy, ds, x, w, rstd, dx, partials, shares, M, N, parts, programs, sizes, dy_steps, ds_steps, x_steps, offset,
-    EARLY: gl.constexpr, ROUND_FIRST: gl.constexpr, STRIDED: gl.constexpr, PARTS: gl.constexpr,
+    EARLY: gl.constexpr, ROUND_FIRST: gl.constexpr, STRIDED: gl.constexpr, MULTIPLE: gl.constexpr, PARTS: gl.constexpr,
     PIECES: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """As backward_block for one part of each row, with STAGES rows loaded or being loaded.
 
     A program stores its share of the next row's sum before it waits for this row's, so that the wait is short.
     """
+    N = as_multiple(N, MULTIPLE)
     X: gl.constexpr = x.dtype.element_ty
     columns: gl.constexpr = gl.BlockedLayout([128 // X.primitive_bitwidth], [32], [gl.num_warps()], [0])
     lanes: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
@@ -163,8 +166,8 @@ def backward_staged(
     by_warp = gl.allocate_shared_memory(gl.float64, [gl.num_warps()], plain)
     for i in gl.static_range(STAGES - 1):
         m = program + i * programs
-        _begin(dy_rows, i, dy + row_start(m, sizes, dy_steps, STRIDED), n, N, m < M, PIECES, BLOCK_N)
-        _begin(x_rows, i, x + row_start(m, sizes, x_steps, STRIDED), n, N, m < M, PIECES, BLOCK_N)
+        _begin(dy_rows, i, dy + row_start(m, sizes, dy_steps, STRIDED, MULTIPLE), n, N, m < M, PIECES, BLOCK_N)
+        _begin(x_rows, i, x + row_start(m, sizes, x_steps, STRIDED, MULTIPLE), n, N, m < M, PIECES, BLOCK_N)
         async_copy.commit_group()
     weight = () if w is None else _staged_weight(w, n, N, PIECES, BLOCK_N)
     dw = ()
@@ -187,8 +190,19 @@ def backward_staged(
         slot_before = gl.where(slot == 0, STAGES - 1, slot - 1)
         slot_next = gl.where(slot == STAGES - 1, 0, slot + 1)
         last = m + (STAGES - 1) * programs
-        _begin(dy_rows, slot_before, dy + row_start(last, sizes, dy_steps, STRIDED), n, N, last < M, PIECES, BLOCK_N)
-        _begin(x_rows, slot_before, x + row_start(last, sizes, x_steps, STRIDED), n, N, last < M, PIECES, BLOCK_N)
+        _begin(
+            dy_rows,
+            slot_before,
+            dy + row_start(last, sizes, dy_steps, STRIDED, MULTIPLE),
+            n,
+            N,
+            last < M,
+            PIECES,
+            BLOCK_N,
+        )
+        _begin(
+            x_rows, slot_before, x + row_start(last, sizes, x_steps, STRIDED, MULTIPLE), n, N, last < M, PIECES, BLOCK_N
+        )
         async_copy.commit_group()
         async_copy.wait_group(STAGES - 2)
         by_warp.store(_dot_by_warp(
@@ -202,7 +216,9 @@ def backward_staged(
         if ds is not None:
             for k in gl.static_range(PIECES):
                 inside = is_inside(n + k * BLOCK_N, N, k, PIECES, PARTS)
-                ds_row += (gl.load(ds + row_start(m, sizes, ds_steps, STRIDED) + n + k * BLOCK_N, inside, 0.0),)
+                ds_row += (
+                    gl.load(ds + row_start(m, sizes, ds_steps, STRIDED, MULTIPLE) + n + k * BLOCK_N, inside, 0.0),
+                )
         c = mean_of(_collected(shares + m * parts, parts, PARTS) + 0.0, width, inverse)  # +0.0, never -0.0
         summed = ()
         for k in gl.static_range(PIECES):

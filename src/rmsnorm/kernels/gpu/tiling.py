@@ -17,7 +17,12 @@ from typing import NamedTuple, TypeVar
 # 1.25 to 1.05 of a copy's time. Not sharing: 16-bit backward of 9216 columns 1.16 to 1.06; of 12,288 it would be 1.4.
 FORWARD_WIDEST, ADD_WIDEST = 16384, 12288
 BACKWARD_WIDEST = {2: 10240, 4: 8192}  # by itemsize
-UNALIGNED_WIDEST = 8192  # backward, if 16 does not divide N: narrow loads take more registers. Not measured alone
+UNALIGNED_WIDEST = 8192  # backward, if rows are not whole words: narrow loads take more registers. Not measured alone
+# Numbers in 16 bytes, the widest load (a word), by itemsize. If rows are not whole words but contiguous, words are
+# loaded nevertheless, and a program takes rows that are APART rows apart: those begin at the same place within a word.
+WORD = {2: 8, 4: 4}
+APART = 8
+SHIFTED_FROM = 64  # columns; narrower rows are loaded number by number. Not measured alone
 # Wider rows are shared between programs, which wait for each other and so must all run at once, even beside other
 # kernels that do the same. That requires a GPU with at least ROOM times as many multiprocessors as a row has programs.
 # On a smaller GPU one program loops over the row. Neither is measured alone.
@@ -108,6 +113,39 @@ _FORWARD = {
         16384: WholeRows(1, 4096, 8),  # 1.01 to 1.04
     },
 }
+# The figures of the next two tables and of their backward counterparts are from the sweeps in benchmarks/LOG.md.
+# Rows of 65 to 256 columns that are whole words, but not a power of two of columns. Small pieces: few of their columns
+# are idle, and few threads compute each rstd.
+_FORWARD_PIECES = {
+    2: {
+        96: WholeRows(16, 32, 2),  # 0.97 to 1.08
+        256: WholeRows(16, 64, 4),  # 0.98 to 1.02
+    },
+    4: {
+        96: WholeRows(8, 32, 2),  # 0.98 to 1.01
+        256: WholeRows(8, 64, 4),  # 1.00 to 1.01
+    },
+}
+# Rows that are not whole words, but contiguous. The piece for their ends is as large as the others, so these are small.
+_FORWARD_SHIFTED = {
+    2: {
+        96: WholeRows(16, 16, 1),  # 1.59 to 1.89
+        128: WholeRows(8, 32, 1),  # 1.44
+        256: WholeRows(8, 32, 2),  # 1.47
+        512: WholeRows(2, 64, 1),  # 1.50
+        1024: WholeRows(1, 128, 1),  # 1.24
+        3328: WholeRows(1, 256, 2),  # 1.28
+        6656: WholeRows(1, 512, 4),  # 1.46
+        16384: WholeRows(1, 1024, 8),  # not measured alone
+    },
+    4: {
+        256: WholeRows(8, 32, 2),  # 1.06 to 1.12
+        512: WholeRows(2, 64, 1),  # 1.09
+        2048: WholeRows(1, 256, 2),  # 1.03
+        6656: WholeRows(1, 512, 4),  # 1.04
+        16384: WholeRows(1, 1024, 8),  # not measured alone
+    },
+}
 # Rows of up to 256 columns; a program of one warp takes several.
 _BACKWARD_NARROW = {
     2: {
@@ -145,6 +183,39 @@ _BACKWARD = {
         8192: Tile(1, 2048, 16, 1),  # 1.07 to 1.10
     },
 }
+# As the tables for the forward pass with these names.
+_BACKWARD_PIECES = {
+    2: {
+        80: Tile(4, 64, 1, 16),  # 1.13 to 1.24
+        128: Tile(4, 64, 1, 12),  # 1.15 to 1.22
+        176: Tile(4, 64, 1, 12, alone=True),  # 1.08 to 1.09
+        256: Tile(4, 64, 1, 8, alone=True),  # 1.13 to 1.16
+    },
+    4: {
+        96: Tile(8, 32, 1, 12, alone=True),  # 1.08 to 1.10
+        176: Tile(8, 32, 1, 8, alone=True),  # 1.06 to 1.08
+        256: Tile(4, 64, 1, 16, 2, alone=True),  # 1.06
+    },
+}
+_BACKWARD_SHIFTED = {
+    2: {
+        96: Tile(4, 32, 1, 12),  # 1.41 to 1.70
+        256: Tile(4, 32, 1, 16),  # 1.32 to 1.47
+        512: Tile(2, 64, 1, 8),  # 1.24
+        1024: Tile(1, 128, 1, 8),  # 1.11
+        2048: Tile(1, 256, 2, 4),  # not measured alone
+        4096: Tile(1, 512, 4, 2),  # 1.20
+        8192: Tile(1, 1024, 8, 2),  # 1.46
+    },
+    4: {
+        128: Tile(8, 32, 2, 12),  # 1.31
+        256: Tile(8, 32, 2, 8, 2),  # 1.15
+        512: Tile(2, 64, 1, 8),  # 1.18
+        1024: Tile(2, 128, 4, 6),  # 1.08
+        4096: Tile(1, 512, 4, 2),  # 1.15
+        8192: Tile(1, 1024, 8, 2),  # not measured alone
+    },
+}
 # Rows that programs share. The staged kernels hold a row in shared memory, the others in registers. In the backward
 # pass both take the number of programs from the staged table.
 _FORWARD_STAGED = {
@@ -169,8 +240,7 @@ _BACKWARD_STAGED = {
         262144: Shared(8, 1024, 8, 1),  # 1.04
     },
 }
-# These serve only rows that the staged kernels do not take. If 16 does not divide N, the backward pass takes 2.3 to 4.6
-# times as long as a copy.
+# These serve only rows that the staged kernels do not take, such as those that are not whole words.
 _FORWARD_SHARED = {
     2: {
         65536: Shared(4, 1024, 4),  # not measured alone
@@ -212,6 +282,7 @@ class Launch:
 
     parts: how many programs share a row; 0 means that one program loops over a row in steps of block_n columns.
     programs: how many programs (or groups of `parts` programs) the backward pass distributes its tiles over.
+    apart: how many rows a program's rows are apart, so that all of them begin at the same place within a word.
     staged: whether rows are held in shared memory instead of registers. overlap: whether one of our kernels may start
     before the previous one has ended.
     """
@@ -223,14 +294,24 @@ class Launch:
     parts: int = 1
     stages: int = 1
     programs: int = 1
+    apart: int = 1
     staged: bool = False
     overlap: bool = False
+
+    def for_any_strides(self, N: int) -> "Launch":
+        """The launch for rows of N columns of which no word is loaded at once."""
+        return self if self.apart == 1 or self.parts != 1 else replace(self, pieces=-(-N // self.block_n))
+
+    def tiles(self, M: int) -> int:
+        """How many tiles M rows have; the last ones can be empty."""
+        return _tiles(M, self.rows, self.apart)
 
     @property
     def constants(self) -> dict[str, int | bool]:
         """The compile-time constants of the kernels, by name."""
         return {
             "ROWS": self.rows,
+            "APART": self.apart,
             "PIECES": self.pieces,
             "BLOCK_N": self.block_n,
             "STAGES": self.stages,
@@ -242,21 +323,15 @@ class Launch:
 def forward(N: int, itemsize: int, with_residual: bool, aligned: bool, gpu: Gpu) -> Launch:
     """The launch of the forward pass: whole rows, or for wide rows several programs that share each.
 
-    aligned: whether rows begin and end at multiples of 16 numbers.
+    aligned: whether rows begin and end at multiples of 16 bytes.
     """
+    body, apart = _body(N, itemsize), _apart(N, itemsize)
     if (ADD_WIDEST if with_residual else FORWARD_WIDEST) < N:
         staged = _FORWARD_STAGED[4 if with_residual else itemsize]  # with a residual the tiles for fp32 are faster
         config = _shared(N, staged, _FORWARD_SHARED[itemsize], itemsize, aligned, gpu)
-        return replace(config, overlap=config.parts > 0 and gpu.capability >= 9)
-    if N <= 256:
-        block_n, rows = _narrow(N, 4096 // itemsize)
-        # 4096 bytes for two warps instead of 2048 numbers for four: 128 columns 1.07 to 1.02 of a copy's time, fp32
-        # 1.04 to 1.01.
-        narrow_loads = itemsize == 2 and N % 16 != 0  # which take more registers
-        warps = max(1, rows * block_n * itemsize // (1024 if narrow_loads else 2048))
-        return Launch(block_n, warps, rows)
-    tile = _narrowest(_FORWARD[itemsize], N)
-    return Launch(tile.block_n, tile.warps, tile.rows, pieces=-(-N // tile.block_n))
+        return replace(config, apart=apart, overlap=config.parts > 0 and gpu.capability >= 9)
+    tile = _forward_tile(N, itemsize)
+    return Launch(tile.block_n, tile.warps, tile.rows, pieces=-(-body // tile.block_n), apart=apart)
 
 
 def backward_is_wide(N: int, itemsize: int) -> bool:
@@ -265,7 +340,7 @@ def backward_is_wide(N: int, itemsize: int) -> bool:
     The kernels for such rows take only one dy, because shared memory has no room for more.
     """
     widest = BACKWARD_WIDEST[itemsize]
-    return (widest if N % 16 == 0 else min(widest, UNALIGNED_WIDEST)) < N
+    return (widest if _is_whole_words(N, itemsize) else min(widest, UNALIGNED_WIDEST)) < N
 
 
 def sum_gradients(N: int) -> Launch:
@@ -287,38 +362,40 @@ def backward(
     overlap = gpu.capability >= 9
     longest = LONGEST_SUM.get(dw_itemsize, M)
     more = (with_ds and not (ds_apart and dw_itemsize > 0)) or dy_itemsize > itemsize
+    body, apart = _body(N, itemsize), _apart(N, itemsize)
     if backward_is_wide(N, itemsize):
         # The rows, and with more than 32 columns a thread also the weight, of at most 4 bytes a number.
         bytes_a_column = STAGES * (itemsize + dy_itemsize) + (4 if itemsize == 2 else 0)
-        config = _shared(N, _BACKWARD_STAGED[itemsize], _BACKWARD_SHARED[itemsize], bytes_a_column, aligned, gpu)
+        staged, shared = _BACKWARD_STAGED[itemsize], _BACKWARD_SHARED[itemsize]
+        config = _shared(N, staged, shared, bytes_a_column, aligned, gpu)
         if config.parts == 0:
             return config
-        # All programs run at once, so that none waits for one that has not started. Unaligned rows need narrow loads,
-        # which take more registers, so only one program fits on a multiprocessor.
-        like = _narrowest(_BACKWARD_STAGED[itemsize], N)
-        at_once = MULTIPROCESSORS * (_at_once(like, more) if N % 16 == 0 else 1) // like.parts(N)
-        programs = _programs(M, max(1, at_once), 1, longest)
-        return replace(config, stages=STAGES if config.staged else 1, programs=programs, overlap=overlap)
-    if N <= 256:
-        narrow = _narrowest(_BACKWARD_NARROW[itemsize], N)
-        block_n, rows = _narrow(N, narrow.elements)
-        tile = Tile(rows, block_n, 1, narrow.programs, alone=itemsize == 4 or N > 128)
-    else:
-        tile = _narrowest(_BACKWARD[itemsize], N)
-        tile = tile._replace(rows=tile.rows if N % 16 == 0 else 1)
+        # All programs run at once, so that none waits for one that has not started. Rows that are not whole words need
+        # narrow loads at their ends, which take more registers, so only one program fits on a multiprocessor.
+        like = _narrowest(staged, N)
+        at_once = MULTIPROCESSORS * (_at_once(like, more) if apart == 1 else 1) // like.parts(N)
+        if at_once < apart:  # one program of each lead does not fit
+            apart = 1
+        programs = _programs(M, max(1, at_once), longest, apart)
+        return replace(
+            config, stages=STAGES if config.staged else 1, programs=programs, apart=apart, overlap=overlap
+        )  # fmt: skip
+    tile = _backward_tile(N, itemsize)
+    narrow_loads = apart == 1 and not _is_whole_words(N, itemsize)
     rows, block_n, warps, most = tile.rows, tile.block_n, tile.warps, tile.stages
     programs = _at_once(tile, more)
-    pieces = -(-N // block_n)
-    if dw_itemsize == 0 and (tile.alone or N % 16 != 0):
-        return Launch(block_n, warps, rows, pieces, programs=-(-M // rows))
-    stages = 1  # unaligned rows cannot be prefetched into shared memory
-    if N % 16 == 0:
-        tile_bytes = rows * pieces * block_n * (dys * dy_itemsize + itemsize * (2 if with_ds else 1))
+    pieces = -(-body // block_n)
+    tiles = _tiles(M, rows, apart)
+    if dw_itemsize == 0 and (tile.alone or narrow_loads):
+        return Launch(block_n, warps, rows, pieces, programs=tiles, apart=apart)
+    stages = 1  # narrow loads cannot be prefetched into shared memory
+    if not narrow_loads:
+        tile_bytes = rows * (pieces + (apart > 1)) * block_n * (dys * dy_itemsize + itemsize * (2 if with_ds else 1))
         stages = _stages(tile_bytes, gpu.shared_memory // programs, most)
         if stages == 1:  # prefetching is worth more than several programs at once
             stages = _stages(tile_bytes, gpu.shared_memory, most)
-    programs = _programs(M, MULTIPROCESSORS * programs, rows, longest)
-    return Launch(block_n, warps, rows, pieces, stages=stages, programs=programs, overlap=overlap)
+    programs = _programs(tiles, MULTIPROCESSORS * programs, longest, apart)
+    return Launch(block_n, warps, rows, pieces, stages=stages, programs=programs, apart=apart, overlap=overlap)
 
 
 @functools.lru_cache(4096)
@@ -326,8 +403,9 @@ def dw_alone(M: int, N: int, loaded: int, dw_itemsize: int, gpu: Gpu) -> Launch:
     """The launch of `dw_alone`: a program processes block_n columns of some of the rows, for any N."""
     block_n = min(power_of_two(N), COLUMNS)
     rows = min(TILE // block_n, MOST_ROWS)
-    programs = _programs(M, max(1, 4 * MULTIPROCESSORS // -(-N // block_n)), rows, LONGEST_SUM[dw_itemsize])
-    stages = _stages(rows * block_n * loaded, gpu.shared_memory // 4, 3) if N % 16 == 0 else 1
+    most = max(1, 4 * MULTIPROCESSORS // -(-N // block_n))
+    programs = _programs(_tiles(M, rows), most, LONGEST_SUM[dw_itemsize])
+    stages = _stages(rows * block_n * loaded, gpu.shared_memory // 4, 3) if N % WORD[2] == 0 else 1
     return Launch(block_n, 4, rows, stages=stages, programs=programs, overlap=gpu.capability >= 9)
 
 
@@ -366,7 +444,7 @@ def _shared(
 
     Prefers rows in shared memory. If no tile fits, one program loops over each row.
     """
-    for widest, tile in staged.items() if aligned and N % 16 == 0 else ():
+    for widest, tile in staged.items() if aligned else ():
         parts = tile.parts(N)
         fits = tile.pieces * tile.block_n * bytes_a_column + 1024 <= gpu.shared_memory
         if widest >= N and fits and ROOM * parts <= gpu.multiprocessors:
@@ -374,11 +452,44 @@ def _shared(
     for widest, tile in tiles.items():
         parts = tile.parts(N)
         if widest >= N and ROOM * parts <= gpu.multiprocessors:
-            # Narrow loads take more registers, and more threads cost them nothing.
-            warps = tile.warps if N % 16 == 0 else 2 * tile.warps
+            # Rows that are not whole words take more registers, and more threads cost them nothing.
+            warps = tile.warps if N % WORD[2] == 0 else 2 * tile.warps
             if warps <= 8:
                 return Launch(tile.block_n, warps, 1, tile.pieces, parts)
     return Launch(PIECE, 16, parts=0)
+
+
+def _forward_tile(N: int, itemsize: int) -> WholeRows:
+    """The tile of the forward pass for whole rows of N columns."""
+    if _apart(N, itemsize) > 1:
+        return _narrowest(_FORWARD_SHIFTED[itemsize], _body(N, itemsize))
+    if N > 256:
+        return _narrowest(_FORWARD[itemsize], N)
+    if _takes_pieces(N):
+        return _narrowest(_FORWARD_PIECES[itemsize], N)
+    block_n, rows = _narrow(N, 4096 // itemsize)
+    # 4096 bytes for two warps instead of 2048 numbers for four: 128 columns 1.07 to 1.02 of a copy's time, fp32
+    # 1.04 to 1.01.
+    narrow_loads = itemsize == 2 and not _is_whole_words(N, itemsize)  # which take more registers
+    return WholeRows(rows, block_n, max(1, rows * block_n * itemsize // (1024 if narrow_loads else 2048)))
+
+
+def _backward_tile(N: int, itemsize: int) -> Tile:
+    """The tile of the backward pass for whole rows of N columns."""
+    if _apart(N, itemsize) > 1:
+        return _narrowest(_BACKWARD_SHIFTED[itemsize], _body(N, itemsize))
+    if N > 256:
+        return _narrowest(_BACKWARD[itemsize], N)
+    if _takes_pieces(N):
+        return _narrowest(_BACKWARD_PIECES[itemsize], N)
+    narrow = _narrowest(_BACKWARD_NARROW[itemsize], N)
+    block_n, rows = _narrow(N, narrow.elements)
+    return Tile(rows, block_n, 1, narrow.programs, alone=itemsize == 4 or N > 128)
+
+
+def _takes_pieces(N: int) -> bool:
+    """Whether a tile of one piece would have many idle columns, for rows of at most 256 columns."""
+    return N > 64 and power_of_two(N) > N
 
 
 def _narrow(N: int, size: int) -> tuple[int, int]:
@@ -402,14 +513,35 @@ def _stages(tile_bytes: int, available: int, most: int) -> int:
     return min(most, 1 + max(0, available - 1024) // tile_bytes)
 
 
-def _programs(M: int, most: int, rows: int, longest: int) -> int:
-    """How many programs process M rows in tiles of `rows` rows: at most `most`, and no more than finish together.
+def _programs(tiles: int, most: int, longest: int, apart: int = 1) -> int:
+    """How many programs process the tiles: at most `most`, and no more than finish together.
 
-    If a program's sums would be over more than `longest` tiles, a multiple of `most` is allowed.
+    If a program's sums would be over more than `longest` tiles, a multiple of `most` is allowed. If the rows of a tile
+    are `apart` rows apart, all tiles of a program have the same remainder modulo `apart`.
     """
-    tiles = -(-M // rows)
     if tiles == 0:
         return 0
+    most = max(1, most // apart) * apart
     turns = -(-tiles // (most * longest))
     a_program = -(-tiles // (most * turns))
-    return -(-tiles // a_program)
+    programs = -(-tiles // a_program)
+    return programs if a_program == 1 else -(-programs // apart) * apart
+
+
+def _tiles(M: int, rows: int, apart: int = 1) -> int:
+    return M if rows == 1 else -(-M // (rows * apart)) * apart
+
+
+def _is_whole_words(N: int, itemsize: int) -> bool:
+    """Whether rows of N numbers, one after the other, all begin and end at multiples of 16 bytes."""
+    return N % WORD[itemsize] == 0
+
+
+def _apart(N: int, itemsize: int) -> int:
+    """`Launch.apart`, for rows that may begin anywhere within a word if they are contiguous."""
+    return 1 if N < SHIFTED_FROM or _is_whole_words(N, itemsize) else APART
+
+
+def _body(N: int, itemsize: int) -> int:
+    """How many columns the pieces of a tile hold: at most those in whole words, if rows begin anywhere within one."""
+    return N if _apart(N, itemsize) == 1 else N // WORD[itemsize] * WORD[itemsize]
