@@ -27,7 +27,8 @@ SIGNATURES = {
     "cast='early', offset=0.0, elementwise_affine=True, master=False, threads=None",
     "Cost": "flops, read, written, kernels, saved, peak, least, parameters, gradients, optimizer, derived, terms",
     "unpatch": "model",
-    "explain": "x, weight=None, residual=None, *, eps=1e-06, cast='early', offset=0.0",
+    "explain": "x, weight=None, residual=None, *, eps=1e-06, cast='early', offset=0.0, gate=None, activation='silu', "
+    "gate_first=False, groups=1",
     "warmup": "device='cpu', dtypes=(torch.float32, torch.bfloat16, torch.float16), weight_dtypes=None, hidden_size=128",
     "PatchReport": "verdicts, skipped=(), fuse_residual=True, recompute=False",
 }

@@ -30,6 +30,11 @@ FOLDED = U * (1 + 2 * U)
 DX = 20 * U
 # As DX, but for an output tangent w·P·x_t + xh·w_t: the factor w, the product xh·w_t and the sum come on top.
 TANGENT = DX + 4 * U
+# An element of a gradient of a gated norm, in units of the sizes of what is multiplied and subtracted. The longest way is
+# dgate with the gate first. z = x·a (a 1, product 1) 2; its square and sum 4, then as above: rstd 3.5 + 2, xh 8.5.
+# c (g 1, xh 8.5, product 1, mean 1) 11.5, xh·c 21, the difference 22, the factor rstd 6.5 more: dz 28.5; times x and
+# a' (rounded once) 31.5. The rest is for products of errors.
+GATED_GRADIENT = 33 * U
 # 6·s by way of 3·s² and its derivative: a few fp32 roundings.
 SUM_TWICE = 8 * U
 # What the ranks sum in another order than one process: matrix products of at most 256 fp32 terms, a few in a row, each

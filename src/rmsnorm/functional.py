@@ -10,14 +10,25 @@ import torch
 from torch import Tensor
 
 from rmsnorm.errors import complaint, one_line, type_name
+from rmsnorm.gated_reference import grouped
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
-from rmsnorm.kernels.plan import ByReference, Forward, Plan
+from rmsnorm.kernels.plan import ByReference, Forward, GatedForward, Plan
 from rmsnorm.ops import eager_recomputation
 from rmsnorm.ops.autograd import needs_gradient, norm
 from rmsnorm.ops.dispatch import is_plain, load_sharding
 from rmsnorm.ops.gated import gated_norm
-from rmsnorm.spec import DTYPES, Activation, Cast, check_int, check_order, check_tensors, spec_of
+from rmsnorm.spec import (
+    DTYPES,
+    Activation,
+    Cast,
+    check_gated,
+    check_int,
+    check_order,
+    check_tensors,
+    gated_spec,
+    spec_of,
+)  # fmt: skip
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -183,8 +194,12 @@ def explain(
     eps: float = 1e-6,
     cast: Cast = "early",
     offset: float = 0.0,
+    gate: Tensor | None = None,
+    activation: Activation = "silu",
+    gate_first: bool = False,
+    groups: int = 1,
 ) -> str:
-    """Say which kernel `rms_norm(x, weight)` would run, or `add_rms_norm` with a residual, and why.
+    """Say which kernel `rms_norm(x, weight)` would run, or `add_rms_norm` or `gated_rms_norm`, and why.
 
     Nothing is computed, but a kernel is compiled as the first call would compile it, to say whether that is possible.
 
@@ -196,13 +211,17 @@ def explain(
         eps: As of `rms_norm`.
         cast: As of `rms_norm`.
         offset: As of `rms_norm`.
+        gate: As of `gated_rms_norm`, or None. For a layer with a gate, None stands for a gate like x.
+        activation: As of `gated_rms_norm`, like the following.
+        gate_first: As of `gated_rms_norm`.
+        groups: As of `gated_rms_norm`.
 
     Returns:
         One line in words; docs/troubleshooting.md explains each that it can say.
 
     Raises:
-        TypeError: As of `rms_norm`.
-        ValueError: As of `rms_norm`.
+        TypeError: As of `rms_norm` and `gated_rms_norm`, and if a layer without a gate is given one.
+        ValueError: As of `rms_norm` and `gated_rms_norm`, and if a gate is given with a residual or an offset.
 
     Example:
         >>> rmsnorm.explain(torch.ones(2, 8, dtype=torch.float64), torch.ones(8))[:12]
@@ -210,11 +229,23 @@ def explain(
     """
     own = getattr(weight, "_rmsnorm_explain", None)
     if own is not None:
-        return own(x)  # type: ignore[no-any-return]
+        if gate is None:
+            return own(x)  # type: ignore[no-any-return]
+        if "gate" not in inspect.signature(own).parameters:
+            raise TypeError(complaint("explain", "gate", "is given", f"None: {type_name(weight)} has no gate"))
+        return own(x, gate)  # type: ignore[no-any-return]
     if isinstance(weight, torch.nn.Module):
         expected = "a torch.Tensor, a layer of rmsnorm or a norm that patch replaced: pass norm.weight"
         raise TypeError(complaint("explain", "weight", f"is {type_name(weight)} that was not patched", expected))
     check_order("explain", weight)
+    if gate is not None:
+        if residual is not None:
+            raise ValueError(complaint("explain", "residual", "is given with a gate", "None"))
+        if offset != 0:
+            raise ValueError(complaint("explain", "offset", f"is {offset} with a gate", "0"))
+        return _explain_gated(x, gate, weight, eps, cast, activation, gate_first, groups)
+    if (activation, gate_first, groups) != ("silu", False, 1):
+        raise ValueError(complaint("explain", "gate", "is None with arguments of gated_rms_norm", "the gate"))
     spec = spec_of("explain", eps, cast, offset)
     check_tensors("explain", x, residual, weight, offset)
     plain = is_plain(x, residual, weight)
@@ -223,28 +254,47 @@ def explain(
     kind = Forward.of(x_, residual_, weight_, spec, needs_gradient(x, residual, weight))._replace(device=x.device)
     by_columns = None if plain else _is_sharded_by_columns(x, residual, weight)
     plan = ByReference(_BY_COLUMNS) if by_columns else dispatch.plan_forward(kind)
-    by_kernel = isinstance(plan, Plan)
     reason = plan.why if isinstance(plan, ByReference) else ""
     if isinstance(plan, Plan) and plain:
         host.look()
         reason = host.made_by(plan, x, residual, weight, eps, cast, offset)
-    name = dispatch.name_of(plan)
-    lines = [f"{x.device.type}, {str(x.dtype).removeprefix('torch.')}: {name}" + (f" ({reason})" if reason else "")]
-    lines.extend(plan.remarks if isinstance(plan, Plan) else ())
-    copied = [
-        label
-        for label, tensor in (("x", x), ("residual", residual), ("weight", weight))
-        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1
-    ]
-    if copied and by_kernel:
-        lines.append(f"copied once, because the last dimension is not contiguous: {', '.join(copied)}")
-    if residual is not None and residual.dtype != x.dtype and by_kernel:
+    lines = _described(plan, reason, x=x, residual=residual, weight=weight)
+    if residual is not None and residual.dtype != x.dtype and isinstance(plan, Plan):
         lines.append("the sum is taken before the kernel, because x and residual differ in dtype")
     if not plain:
         lines.append("reached through torch.ops.rmsnorm, because not every argument is a plain tensor")
     if by_columns is False:
         lines.append("each rank takes its own rows, without communication")
     return "; ".join(lines)
+
+
+def _explain_gated(
+    x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, cast: Cast, activation: Activation, gate_first: bool,
+    groups: int,
+) -> str:  # fmt: skip
+    spec = gated_spec("explain", eps, cast, activation, gate_first, groups)
+    check_gated("explain", x, gate, weight, groups)
+    x_, gate_, weight_ = (x, gate, weight) if is_plain(x, gate, weight) else map(_without_memory, (x, gate, weight))
+    rows, gate_rows = grouped(x_, groups), grouped(gate_, groups)
+    with_rstd = needs_gradient(x, gate, weight)
+    kind = GatedForward.of(rows, gate_rows, weight_, spec, with_rstd)._replace(device=x.device)
+    plan = dispatch.plan_gated_forward(kind)
+    reason = plan.why if isinstance(plan, ByReference) else "called from Python: C++ makes no calls of gated norms"
+    return "; ".join(_described(plan, reason, x=x, gate=gate, weight=weight))
+
+
+def _described(plan: Plan | ByReference, reason: str, **tensors: Tensor | None) -> list[str]:
+    """What runs and why, and which tensors are copied for it. The first tensor is x."""
+    x = tensors["x"]
+    assert x is not None
+    said = f"{x.device.type}, {str(x.dtype).removeprefix('torch.')}: {dispatch.name_of(plan)}"
+    lines = [f"{said} ({reason})" if reason else said]
+    if isinstance(plan, Plan):
+        lines += plan.remarks
+        copied = [name for name, t in tensors.items() if t is not None and t.shape[-1] > 1 and t.stride(-1) != 1]
+        if copied:
+            lines.append(f"copied once, because the last dimension is not contiguous: {', '.join(copied)}")
+    return lines
 
 
 _BY_COLUMNS = "in two parts around an all-reduce, because the last dimension is sharded"

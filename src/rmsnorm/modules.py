@@ -237,6 +237,15 @@ class GatedRMSNorm(nn.Module):
 
     __prepare_scriptable__ = _refuse_script  # torch.jit.script calls it
 
+    def _rmsnorm_explain(self, x: Any, gate: Any = None) -> str:
+        """For `rmsnorm.explain`. Without a gate: about a call with one like x."""
+        spec = self.spec
+        assert spec.gate is not None
+        return explain(
+            x, self.weight, eps=spec.eps, cast=spec.cast, gate=x if gate is None else gate,
+            activation=spec.gate.activation, gate_first=spec.gate.first, groups=spec.groups,
+        )  # fmt: skip
+
     def extra_repr(self) -> str:
         """The arguments of the constructor, for `print(model)`."""
         spec = self.spec

@@ -26,8 +26,8 @@ from rmsnorm.kernels.plan import (
 )
 from rmsnorm.spec import KERNEL_DTYPES, Spec, gated_dtype, result_dtype
 
-# As in planner.py; an element takes about eight times as long.
-_FORWARD_ALONE, _BACKWARD_ALONE = 1 << 14, 1 << 13
+# As in planner.py and launches.py, for elements that take about eight times as long. Not measured.
+_FORWARD_ALONE, _BACKWARD_ALONE, _GRAIN, _CHUNK = 1 << 14, 1 << 13, 1 << 11, 1 << 13
 _NAMES = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
 _NEEDED = "fp16", "fma"  # instructions that the kernels contain, whatever the dtypes of a call
 _BYTES = types.uint8  # tensors of several dtypes are passed as bytes
@@ -57,7 +57,7 @@ def plan_gated_forward(kind: GatedForward) -> Plan | ByReference:
     if isinstance(kernel, str):
         return ByReference(kernel)
     x, gate, w, spec = kind.x, kind.gate, kind.w, kind.spec
-    find = functools.partial(rows_of, groups=spec.groups)
+    find = functools.partial(rows_of, groups=spec.groups, least=_CHUNK)
     rows, _, before = find_layout(find, {"x": (x, x.dtype), "gate": (gate, gate.dtype)})
     before += _weight_made_dense(w)
     y = like_rows("y", x, gated_dtype(x.dtype, None if w is None else w.dtype, spec))
@@ -69,7 +69,7 @@ def plan_gated_forward(kind: GatedForward) -> Plan | ByReference:
         inputs=("x", "gate", "w"),
         before=tuple(before),
         fresh=(y, rstd) if kind.with_rstd else (y,),
-        launches=(over_rows(kernel, tensors, rows, arrays, rows.grain, _FORWARD_ALONE),),
+        launches=(over_rows(kernel, tensors, rows, arrays, max(1, _GRAIN // rows.N), _FORWARD_ALONE),),
         outputs=("y", "rstd" if kind.with_rstd else None),
     )
 
@@ -87,7 +87,7 @@ def plan_gated_backward(kind: GatedBackward) -> Plan | ByReference:
         if isinstance(code, str):
             return ByReference(code)
     dy_dtype = kind.dy.dtype if kind.dy.dtype in KERNEL_DTYPES else torch.float32
-    find = functools.partial(rows_of, groups=spec.groups)
+    find = functools.partial(rows_of, groups=spec.groups, least=_CHUNK)
     wanted = {"dy": (kind.dy, dy_dtype), "x": (x, x.dtype), "gate": (gate, gate.dtype)}
     rows, _, before = find_layout(find, wanted)  # in the order of the kernel's layout
     before += _weight_made_dense(w)

@@ -20,7 +20,7 @@ from rmsnorm.kernels.rows import walk
 _GRAIN = 1 << 14
 # The fewest elements and rows of a partial sum of dw, and the most such sums: each takes 8 bytes a column. Not measured
 # alone. Changing these changes the bits of dw.
-_CHUNK, _MOST_CHUNKS, _FEWEST_ROWS = 1 << 16, 256, 32
+CHUNK, _MOST_CHUNKS, _FEWEST_ROWS = 1 << 16, 256, 32
 # Bytes from which the C library maps new memory for each tensor; 42 MB cause 10,000 page faults, or 20 with huge pages:
 # fp32 of 8192 x 1280 15.1 to 4.8 ms.
 _MAPPED = 32 << 20
@@ -47,13 +47,13 @@ class Rows:
 
 
 @functools.lru_cache(MOST_PLANS)
-def rows_of(shape: Sequence[int], *strides: Sequence[int], groups: int = 1) -> Rows | None:
-    """As `rows.walk`, with the rows divided into chunks, each of a multiple of `groups` rows."""
+def rows_of(shape: Sequence[int], *strides: Sequence[int], groups: int = 1, least: int = CHUNK) -> Rows | None:
+    """As `rows.walk`, with rows divided into chunks of at least `least` elements and a multiple of `groups` rows."""
     found = walk(shape, *strides)
     if found is None:
         return None
     M, N = found.M, found.N
-    chunk = groups * max(_FEWEST_ROWS, -(-_CHUNK // (N * groups)), -(-(M // groups) // _MOST_CHUNKS))
+    chunk = groups * max(_FEWEST_ROWS, -(-least // (N * groups)), -(-(M // groups) // _MOST_CHUNKS))
     sizes = found.sizes if found.strided else (1, M)
     steps = [step for of_one in found.steps for step in of_one]
     values = [N, chunk, *sizes, *steps, *[0] * (3 * _MOST_INPUTS - len(steps))]
