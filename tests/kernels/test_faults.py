@@ -197,9 +197,7 @@ print(rmsnorm.explain(torch.ones(2, 8), gate=torch.ones(2, 8)))
 
 
 @pytest.mark.parametrize("processor", ["generic", "nehalem", "x86-64-v2"])
-def test_the_reference_computes_fp16_and_gated_norms_on_a_processor_without_the_instructions(
-    processor, package, tmp_path
-) -> None:  # noqa: F811
+def test_the_reference_computes_fp16_and_gated_norms_on_an_old_processor(processor, package, tmp_path) -> None:  # noqa: F811
     """The cache may also hold code for another processor, which must not be loaded."""
     if os.uname().machine != "x86_64":
         pytest.skip("the processors are those of x86")

@@ -80,6 +80,29 @@ def test_these_tests_run_the_kernels(dtype) -> None:
     x = torch.zeros(2, 8, dtype=dtype)
     assert "Numba" in explain(x, torch.zeros(8, dtype=dtype), gate=x, groups=2)
     assert "Numba" in explain(x, rmsnorm.GatedRMSNorm(8), gate=x.float())
+    assert "Numba" in explain(x, rmsnorm.GatedRMSNorm(8))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"weight": rmsnorm.RMSNorm(8)}, TypeError, "gate is given, expected None: the layer has no gate"),
+        ({"gate": None, "groups": 2}, ValueError, "gate is None with arguments of gated_rms_norm, expected the gate"),
+        ({"residual": torch.ones(2, 8)}, ValueError, "residual is given with a gate, expected None"),
+        ({"offset": 1.0, "cast": "late"}, ValueError, "offset is 1.0 with a gate, expected 0"),
+        ({"gate": torch.ones(8)}, ValueError, r"gate has shape \(8,\), expected \(2, 8\)"),
+        ({"groups": 3}, ValueError, "groups is 3, expected a number that divides 8"),
+    ],
+)
+def test_explain_refuses_what_no_call_takes(change, error, message) -> None:
+    with pytest.raises(error, match=message):
+        explain(**{"x": torch.ones(2, 8), "gate": torch.ones(2, 8), **change})
+
+
+def test_explain_says_what_is_copied_and_what_has_no_kernel() -> None:
+    x = torch.ones(2, 8)
+    assert explain(x, gate=torch.ones(8, 2).t()).endswith("because the last dimension is not contiguous: gate")
+    assert "gate is torch.float64: computed in fp32" in explain(x, gate=x.double())
 
 
 # --- the sweep -----------------------------------------------------------------------------------------------
