@@ -8,6 +8,8 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import numba
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch import Tensor
 import rmsnorm
 from rmsnorm import compat, explain, gated_reference, gated_rms_norm
 from rmsnorm.kernels.cpu import cache, processor
-from rmsnorm.kernels.cpu.gated_kernels import TILE
+from rmsnorm.kernels.cpu.gated_kernels import TILE, sigmoid
 from rmsnorm.spec import Activation, Cast, Gate, Spec, gated_dtype
 from test_kernels import FLOATS, FORMS, NANS, PATTERNS, allocated, saved, short, special
 from tolerance import GATED_GRADIENT, assert_same_bits
@@ -210,6 +212,20 @@ def test_a_cotangent_and_a_statistic_of_any_dtype_and_strides(randn) -> None:
             got = torch.ops.rmsnorm.gated_backward.default(*arguments, *operator_arguments(spec), True, True, True)
             for a, b in zip(got, gated_reference.backward(*arguments, spec, True, True, True), strict=True):
                 assert_same_bits(a, b)
+
+
+def test_the_sigmoid_has_the_bits_of_the_reference_before_it_is_rounded_to_fp32(randn) -> None:
+    """In fp32 a last bit of fp64, such as that of a product that is rounded alone, shows once in 10^8 numbers."""
+    gates = torch.cat([randn(20_000, scale=20.0), randn(20_000), PATTERNS.float()]).double()
+    found = np.empty(len(gates))
+
+    @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
+    def compute(gates: Any, out: Any) -> None:
+        for i in range(out.size):
+            out[i] = sigmoid(gates[i])
+
+    compute(gates.numpy(), found)
+    assert_same_bits(torch.from_numpy(found), gated_reference._sigmoid(gates))
 
 
 # --- special numbers -----------------------------------------------------------------------------------------
