@@ -271,23 +271,15 @@ def explain(
     """
     own = getattr(weight, "_rmsnorm_explain", None)
     if own is not None:
-        if gate is None:
-            return own(x)  # type: ignore[no-any-return]
-        if "gate" not in inspect.signature(own).parameters:
-            raise TypeError(complaint("explain", "gate", "is given", f"None: {type_name(weight)} has no gate"))
-        return own(x, gate)  # type: ignore[no-any-return]
+        _check_gate_of_layer(gate, own)
+        return own(x) if gate is None else own(x, gate)  # type: ignore[no-any-return]
     if isinstance(weight, torch.nn.Module):
         expected = "a torch.Tensor, a layer of rmsnorm or a norm that patch replaced: pass norm.weight"
         raise TypeError(complaint("explain", "weight", f"is {type_name(weight)} that was not patched", expected))
     check_order("explain", weight)
+    _check_gate_of_call(gate, residual, offset, of_gate=(activation, gate_first, groups) != ("silu", False, 1))
     if gate is not None:
-        if residual is not None:
-            raise ValueError(complaint("explain", "residual", "is given with a gate", "None"))
-        if offset != 0:
-            raise ValueError(complaint("explain", "offset", f"is {offset} with a gate", "0"))
         return _explain_gated(x, gate, weight, eps, cast, activation, gate_first, groups)
-    if (activation, gate_first, groups) != ("silu", False, 1):
-        raise ValueError(complaint("explain", "gate", "is None with arguments of gated_rms_norm", "the gate"))
     spec = spec_of("explain", eps, cast, offset)
     check_tensors("explain", x, residual, weight, offset)
     plain = is_plain(x, residual, weight)
@@ -308,6 +300,22 @@ def explain(
     if by_columns is False:
         lines.append("each rank takes its own rows, without communication")
     return "; ".join(lines)
+
+
+def _check_gate_of_layer(gate: Tensor | None, explain_layer: Callable[..., str]) -> None:
+    if gate is not None and "gate" not in inspect.signature(explain_layer).parameters:
+        raise TypeError(complaint("explain", "gate", "is given", "None: the layer has no gate"))
+
+
+def _check_gate_of_call(gate: Tensor | None, residual: Tensor | None, offset: float, of_gate: bool) -> None:
+    """of_gate: whether there are arguments of gated norms only."""
+    if gate is None:
+        if of_gate:
+            raise ValueError(complaint("explain", "gate", "is None with arguments of gated_rms_norm", "the gate"))
+    elif residual is not None:
+        raise ValueError(complaint("explain", "residual", "is given with a gate", "None"))
+    elif offset != 0:
+        raise ValueError(complaint("explain", "offset", f"is {offset} with a gate", "0"))
 
 
 def _explain_gated(

@@ -154,7 +154,8 @@ def test_a_timeout_during_the_first_call_is_raised_and_the_next_call_works(handl
 
 _EVERYTHING = """
 import itertools, torch, rmsnorm
-from rmsnorm import reference
+from rmsnorm import gated_reference, reference
+from rmsnorm.spec import Gate, Spec
 def same(a, b):
     assert a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
 floats = (torch.float32, torch.bfloat16, torch.float16)
@@ -179,24 +180,34 @@ for dtype, of_w, of_residual, N, cast in itertools.product(floats, (*floats, Non
         same(grads[-1], dw)
 many = torch.randn(3000, 128)
 same(rmsnorm.rms_norm(many), reference.forward(many, None, None, 1e-6, "early", 0.0, False)[0])
+for dtype, of_gate in itertools.product(floats, floats):
+    x, gate, w = (t.requires_grad_() for t in (torch.randn(5, 8).to(dtype), torch.randn(5, 8).to(of_gate), torch.randn(8)))
+    y = rmsnorm.gated_rms_norm(x, gate, w, groups=2)
+    spec, dy = Spec(gate=Gate(), groups=2), torch.randn(5, 8).to(y.dtype)
+    expected, rstd = gated_reference.forward(x, gate, w, spec, True)
+    gradients = gated_reference.backward(dy, x, gate, w, rstd, spec, True, True, True)
+    for a, b in zip((y, *torch.autograd.grad(y, (x, gate, w), dy)), (expected, *gradients), strict=True):
+        same(a, b)
 rmsnorm.warmup()
 for dtype in floats:
     print(rmsnorm.explain(torch.ones(2, 8, dtype=dtype), torch.ones(8, dtype=dtype)))
 print(rmsnorm.explain(torch.ones(2, 8, dtype=floats[1]), residual=torch.ones(2, 8, dtype=floats[1])))
+print(rmsnorm.explain(torch.ones(2, 8), gate=torch.ones(2, 8)))
 """
 
 
 @pytest.mark.parametrize("processor", ["generic", "nehalem", "x86-64-v2"])
-def test_the_reference_computes_fp16_on_a_processor_without_it(processor, package, tmp_path) -> None:  # noqa: F811
+def test_the_reference_computes_fp16_and_gated_norms_on_an_old_processor(processor, package, tmp_path) -> None:  # noqa: F811
     """The cache may also hold code for another processor, which must not be loaded."""
     if os.uname().machine != "x86_64":
         pytest.skip("the processors are those of x86")
     environment = {"NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": ""}
-    fp32, bf16, fp16, added = finish(start(package, _EVERYTHING, **environment)).splitlines()
+    fp32, bf16, fp16, added, gated = finish(start(package, _EVERYTHING, **environment)).splitlines()
     for said in (fp32, bf16, added):
         assert "cpu kernel (Numba)" in said
     assert "reference" in fp16
     assert "no instructions for fp16" in fp16
+    assert "no instructions for fp16 or fma: computed by plain torch" in gated
 
 
 def test_the_kernel_computes_fp16_on_a_processor_with_it(package, tmp_path) -> None:  # noqa: F811
@@ -260,7 +271,7 @@ def test_the_reference_computes_the_backward_pass_if_only_forward_kernels_were_c
     forward = "import torch, rmsnorm\nrmsnorm.rms_norm(torch.randn(3, 8))\n"
     finish(start(package, forward, NUMBA_CACHE_DIR=str(tmp_path)))
     out = finish(start(package, NOTHING_COMPILES + _EVERYTHING, NUMBA_CACHE_DIR=str(tmp_path))).splitlines()
-    assert ["reference" in said for said in out] == [False, True, True, True]
+    assert ["reference" in said for said in out] == [False, True, True, True, True]
 
 
 # --- Numba's cache -------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import numba
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch import Tensor
 import rmsnorm
 from rmsnorm import compat, explain, gated_reference, gated_rms_norm
 from rmsnorm.kernels.cpu import cache, processor
-from rmsnorm.kernels.cpu.gated_kernels import TILE
+from rmsnorm.kernels.cpu.gated_kernels import TILE, sigmoid
 from rmsnorm.spec import Activation, Cast, Gate, Spec, gated_dtype
 from test_kernels import FLOATS, FORMS, NANS, PATTERNS, allocated, saved, short, special
 from tolerance import GATED_GRADIENT, assert_same_bits
@@ -29,6 +31,10 @@ FORMS_OF_GATE = [
     for cast, activation, first in itertools.product(CASTS, ACTIVATIONS, (False, True))
 ]
 every_form = pytest.mark.parametrize("spec", FORMS_OF_GATE, ids=str)
+
+
+# Each value of each property at least once.
+diverse_forms = pytest.mark.parametrize("spec", [FORMS_OF_GATE[i] for i in (0, 3, 6)], ids=str)
 
 
 def in_groups(spec: Spec, groups: int, eps: float = 1e-6) -> Spec:
@@ -76,6 +82,29 @@ def test_these_tests_run_the_kernels(dtype) -> None:
     x = torch.zeros(2, 8, dtype=dtype)
     assert "Numba" in explain(x, torch.zeros(8, dtype=dtype), gate=x, groups=2)
     assert "Numba" in explain(x, rmsnorm.GatedRMSNorm(8), gate=x.float())
+    assert "Numba" in explain(x, rmsnorm.GatedRMSNorm(8))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"weight": rmsnorm.RMSNorm(8)}, TypeError, "gate is given, expected None: the layer has no gate"),
+        ({"gate": None, "groups": 2}, ValueError, "gate is None with arguments of gated_rms_norm, expected the gate"),
+        ({"residual": torch.ones(2, 8)}, ValueError, "residual is given with a gate, expected None"),
+        ({"offset": 1.0, "cast": "late"}, ValueError, "offset is 1.0 with a gate, expected 0"),
+        ({"gate": torch.ones(8)}, ValueError, r"gate has shape \(8,\), expected \(2, 8\)"),
+        ({"groups": 3}, ValueError, "groups is 3, expected a number that divides 8"),
+    ],
+)
+def test_explain_refuses_what_no_call_takes(change, error, message) -> None:
+    with pytest.raises(error, match=message):
+        explain(**{"x": torch.ones(2, 8), "gate": torch.ones(2, 8), **change})
+
+
+def test_explain_says_what_is_copied_and_what_has_no_kernel() -> None:
+    x = torch.ones(2, 8)
+    assert explain(x, gate=torch.ones(8, 2).t()).endswith("because the last dimension is not contiguous: gate")
+    assert "gate is torch.float64: computed in fp32" in explain(x, gate=x.double())
 
 
 # --- the sweep -----------------------------------------------------------------------------------------------
@@ -95,8 +124,8 @@ def test_bits_for_every_dtype(x_dtype, spec, randn) -> None:
 
 @every_form
 def test_bits_at_every_width(spec, randn) -> None:
-    widths = (1, 2, 3, 7, 127, 1021, TILE - 1, TILE, TILE + 1, 2 * TILE + 5)
-    for (N, groups), dtype in zip(itertools.product(widths, (1, 3)), itertools.cycle(FLOATS)):
+    narrow = itertools.product((1, 2, 3, 7, 127, 1021), (1, 3))
+    for (N, groups), dtype in zip([*narrow, (TILE - 1, 1), (TILE + 1, 2)], itertools.cycle(FLOATS)):
         x, gate = randn(2, N * groups, dtype=dtype), randn(2, N * groups, dtype=dtype, scale=3.0)
         w = randn(N * groups, dtype=dtype)
         check(x, gate, w, randn(2, N * groups, dtype=dtype), in_groups(spec, groups))
@@ -117,14 +146,13 @@ diverse = pytest.mark.parametrize(
 @diverse
 @pytest.mark.parametrize("form", FORMS)
 def test_bits_for_every_memory_layout(form, x_dtype, gate_dtype, w_dtype, spec, randn) -> None:
-    for N, groups in ((7, 1), (64, 4)):
+    for N, groups in ((7, 1), (32, 4)):
         of = in_groups(spec, groups)
         x = FORMS[form](randn, N, x_dtype)
         w = None if w_dtype is None else randn(N, dtype=w_dtype)
         dy_dtype = y_dtype(x, w, of)
         gate, dy = randn(*x.shape, dtype=gate_dtype), randn(*x.shape, dtype=dy_dtype)
         check(x, gate, w, dy, of)
-        check(gate.to(x_dtype), FORMS[form](randn, N, gate_dtype), w, dy, of)
         check(x, FORMS[form](randn, N, gate_dtype), w, FORMS[form](randn, N, dy_dtype), of)
 
 
@@ -152,7 +180,7 @@ def test_bits_for_a_strided_weight(x_dtype, gate_dtype, w_dtype, spec, randn) ->
 @diverse
 def test_bits_for_many_rows(x_dtype, gate_dtype, w_dtype, spec, randn) -> None:
     """So many rows that threads share them in pieces, with sizes that do not divide evenly."""
-    for M, N, groups in ((2011, 64, 1), (307, 96, 3), (30_007, 1, 1)):
+    for M, N, groups in ((601, 64, 1), (157, 96, 3), (20_007, 1, 1)):
         of = in_groups(spec, groups)
         x, gate = randn(M, N, dtype=x_dtype), randn(M, N, dtype=gate_dtype)
         w = None if w_dtype is None else randn(N, dtype=w_dtype)
@@ -186,20 +214,31 @@ def test_a_cotangent_and_a_statistic_of_any_dtype_and_strides(randn) -> None:
                 assert_same_bits(a, b)
 
 
+def test_the_sigmoid_has_the_bits_of_the_reference_before_it_is_rounded_to_fp32(randn) -> None:
+    """In fp32 a last bit of fp64, such as that of a product that is rounded alone, shows once in 10^8 numbers."""
+    gates = torch.cat([randn(20_000, scale=20.0), randn(20_000), PATTERNS.float()]).double()
+    found = np.empty(len(gates))
+
+    @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
+    def compute(gates: Any, out: Any) -> None:
+        for i in range(out.size):
+            out[i] = sigmoid(gates[i])
+
+    compute(gates.numpy(), found)
+    assert_same_bits(torch.from_numpy(found), gated_reference._sigmoid(gates))
+
+
 # --- special numbers -----------------------------------------------------------------------------------------
 
 
 @every_form
-def test_bits_for_every_bf16_pattern(spec, randn) -> None:
-    mixed = torch.stack([PATTERNS, *randn(2, 1 << 16, dtype=torch.bfloat16)], 1)[::5]
+def test_bits_for_every_kind_of_bf16_pattern(spec, randn) -> None:
+    mixed = torch.stack([PATTERNS, *randn(2, 1 << 16, dtype=torch.bfloat16)], 1)[:: 13 if spec.cast == "late" else 7]
     plain, w = randn(*mixed.shape, dtype=torch.bfloat16), randn(3, dtype=torch.bfloat16)
-    for eps in (1e-6, 0.0):
-        of = in_groups(spec, 1, eps)
-        check(plain, mixed, w, plain, of)
-        check(mixed, plain, w, plain, of)
-        check(plain, plain, w, mixed, of)
-    wide = randn(2, 1 << 13, dtype=torch.bfloat16)
-    check(wide, wide.flip(0), PATTERNS[3::8], wide, in_groups(spec, 1 << 11))
+    for x, gate, dy, eps in ((plain, mixed, plain, 1e-6), (mixed, plain, plain, 0.0), (plain, plain, mixed, 1e-6)):
+        check(x, gate, w, dy, in_groups(spec, 1, eps))
+    wide = randn(1, 1 << 12, dtype=torch.bfloat16)
+    check(wide, wide.flip(1), PATTERNS[3::16], wide, in_groups(spec, 1 << 10))
 
 
 @every_form
@@ -210,12 +249,10 @@ def test_bits_for_special_numbers_in_every_input(dtype, spec, randn) -> None:
     pairs = torch.cartesian_prod(*[torch.tensor(values, dtype=dtype)] * 2)
     other, w = randn(len(pairs), 2, dtype=dtype), randn(2, dtype=dtype)
     swapped = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(1))]
-    for eps, groups in ((0.0, 1), (1e-6, 2), (1e30, 1)):
+    for eps, groups in ((0.0, 1), (1e-6, 2)):
         of = in_groups(spec, groups, eps)
-        check(pairs, other, w, other, of)
-        check(other, pairs, w, other, of)
         check(pairs, swapped, w, other, of)
-        check(other, other, w, pairs, of)
+        check(other, swapped, w, pairs, of)
     special_w = torch.tensor(values, dtype=dtype)
     x = randn(2, len(values), dtype=dtype)
     check(x, x.flip(0), special_w, x, in_groups(spec, len(values)))
@@ -250,9 +287,9 @@ def everything(x: Tensor, gate: Tensor, w: Tensor, dy: Tensor, spec: Spec) -> tu
     return (y.detach(), *torch.autograd.grad(y, leaves, dy))
 
 
-@every_form
+@diverse_forms
 def test_the_thread_count_changes_no_bit(spec, randn, threads) -> None:
-    for M, N, groups in ((3011, 64, 1), (211, 1280, 4), (5, 2 * TILE + 2, 2)):
+    for M, N, groups in ((1011, 64, 1), (61, 1280, 4), (5, 2 * TILE + 2, 2)):
         x, gate, w, dy = randn(M, N), randn(M, N), randn(N), randn(M, N)
         results = []
         for count in (1, 2, 3):
@@ -345,12 +382,13 @@ def test_calls_allocate_their_outputs_and_little_more(randn) -> None:
     M, N = 600, 512
     x, gate, w = (t.requires_grad_() for t in (randn(M, N, dtype=torch.bfloat16), randn(M, N), randn(N)))
     y = gated_rms_norm(x, gate, w, groups=4)
+    dy = torch.ones_like(y)
     with torch.no_grad():
         assert allocated(lambda: gated_rms_norm(x, gate, w, groups=4)) == [2 * M * N]
-    sizes = allocated(lambda: torch.autograd.grad(y, (x, gate, w), torch.ones_like(y)))
-    *rest, of_dx, of_gate = sizes
-    assert (of_dx, of_gate) == (2 * M * N, 4 * M * N) or rest.pop() == of_dx == 2 * M * N  # the ones may come first
-    assert sum(rest) < M * N
+    sizes = allocated(lambda: torch.autograd.grad(y, (x, gate, w), dy))
+    # dx, dgate, dw, and the partial sums of dw, which are much smaller than M × N.
+    assert sizes[-2:] == [2 * M * N, 4 * M * N]
+    assert sum(sizes[:-2]) < M * N
 
 
 # --- how they are compiled -----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import printed
-from rmsnorm import reference
+from rmsnorm import gated_reference, reference
 from rmsnorm.errors import CommandError
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.plan import ByReference
@@ -83,6 +83,43 @@ def bf16_early(M: int, N: int, count: int) -> list[SweepRow]:
 def test_late_instead_of_early_fails(monkeypatch) -> None:
     monkeypatch.setattr(reference, "normalize", late)
     assert "differ from exact" in faults(bf16_early(16, 512, 1))
+
+
+def gated_row(x: torch.dtype, **more: Any) -> list[SweepRow]:
+    case = VerifyCase(x, x, "early", 0.0, 16, 512, gate=torch.float32, groups=4, **more)
+    return [SweepRow("gated", "gated", (case, dataclasses.replace(case, gate_first=True)))]
+
+
+@pytest.mark.parametrize("x", [torch.float32, torch.bfloat16])
+def test_gated_norms_pass_and_all_their_outputs_are_compared(x, monkeypatch) -> None:
+    (result,) = command.verify_rows(gated_row(x), CPU)
+    assert result.ok
+    assert result.tally.outputs == 2 * 16 * 512
+    backward = gated_reference.backward
+    for i, fault in enumerate(("differ from exact", "differ from exact", "numbers of dw are too far from exact")):
+
+        def changed(*args: Any, i: int = i) -> tuple[torch.Tensor | None, ...]:
+            gradients = list(backward(*args))
+            gradients[i] = gradients[i] * (1 + 2**-5)
+            return tuple(gradients)
+
+        monkeypatch.setattr(gated_reference, "backward", changed)
+        assert fault in faults(gated_row(x))
+
+
+def test_an_activation_that_is_not_correctly_rounded_fails(monkeypatch) -> None:
+    monkeypatch.setattr(
+        gated_reference, "silu_or_sigmoid", lambda gate, activation: torch.nn.functional.silu(gate.float())
+    )
+    assert "differ from exact" in faults(gated_row(torch.float32))
+
+
+def test_the_sweep_has_every_form_of_gated_norm_with_each_pair_of_dtypes_and_groups() -> None:
+    for quick in (True, False):
+        cases = [case for row in sweep(quick) for case in row.cases if case.gate is not None]
+        met = {(c.x, c.gate, c.cast, c.activation, c.gate_first, c.groups > 1) for c in cases}
+        assert len(met) == 3 * 3 * 2 * 2 * 2 * 2
+        assert sum(case.outputs for case in cases) < 6_000_000  # the reference takes about 5 us for each
 
 
 @pytest.fixture
@@ -206,7 +243,7 @@ def test_the_summary_has_the_verdict_and_the_comparisons() -> None:
     rows = counted_rows()
     short = printed.check(printing.blocks(result_of(rows)))
     assert short.startswith(
-        f"PASSED: all {len(rows)} rows of the sweep keep the contract\n169.3 million outputs in 1 s"
+        f"PASSED: all {len(rows)} rows of the sweep keep the contract\n173.8 million outputs in 1 s"
     )
     assert len(short.splitlines()) < 40
     assert "exact, constructed rows  9.437 million" in short
@@ -286,7 +323,7 @@ def test_only_selects_rows_by_name() -> None:
         f"{dtype}, {form}"
         for dtype in ("fp32", "bf16", "fp16")
         for form in ("one row", "no rows", "dy one row expanded")
-    }
+    } | {f"gated {dtype}, {form}" for dtype in ("fp32", "bf16", "fp16") for form in ("no rows", "dy one row expanded")}
     with pytest.raises(CommandError, match="--only 'fp4' matches no row"):
         select_rows(sweep_rows, ["one row", "fp4"])
 
@@ -306,7 +343,9 @@ def test_every_case_is_compiled_ahead_once_grouped_by_kernel() -> None:
     }
     assert set(ahead) == wanted
     for group in groups:
-        assert len({(c.x, c.w, c.cast, c.form, c.residual, c.N.bit_length()) for c in group}) == 1
+        gated = {(c.x, c.gate) for c in group if c.gate is not None}
+        others = {(c.x, c.w, c.cast, c.form, c.residual, c.N.bit_length()) for c in group if c.gate is None}
+        assert len(gated) + len(others) == 1
     assert len(groups) < len(ahead) / 2
 
 

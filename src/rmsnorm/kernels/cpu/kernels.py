@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numba import types
 
 from rmsnorm.kernels.cpu.intrinsics import (
     FIFTH,
@@ -25,6 +26,7 @@ from rmsnorm.kernels.cpu.intrinsics import (
     nothing,
     parts_of,
     put,
+    seen_as,
     start_of,
     take,
     widen,
@@ -131,12 +133,12 @@ def sum_chunks(partials: Any, dw: Any, chunks: int, N: int) -> None:
     for chunk in range(1, chunks):
         for i in range(N):
             partials[i] += partials[chunk * N + i]
-    parts = parts_of(dw)
+    parts, source = parts_of(dw), seen_as(partials, types.float32)  # an fp32 gate can have made any NaN
     steps = N // parts
     for i in range(steps):
         element = nothing(dw)
         for k in range(parts):
-            element = put(element, k, np.float32(partials[k * steps + i]), dw, dw)
+            element = put(element, k, np.float32(partials[k * steps + i]), dw, source)
         dw[i] = element
 
 

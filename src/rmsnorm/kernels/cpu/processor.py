@@ -43,5 +43,5 @@ def _missing_instructions() -> tuple[str, ...]:
     function("fma", double, double, double, double)
     machine = llvmlite.binding.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features)
     assembly = machine.emit_assembly(llvmlite.binding.parse_assembly(str(module)))
-    calls = {"fp16": r"__\w*(hf|f2h|h2f)", "fma": r"\b(callq?|jmpq?|bl?)\s+_?fma\b"}
+    calls = {"fp16": r"__\w*(hf|f2h|h2f)", "fma": r"(?<!\w)_?fma\b"}
     return tuple(name for name, call in calls.items() if re.search(call, assembly))

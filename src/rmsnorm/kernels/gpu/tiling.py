@@ -193,8 +193,7 @@ _BACKWARD_PIECES = {
     },
     4: {
         96: Tile(8, 32, 1, 12, alone=True),  # 1.08 to 1.10
-        176: Tile(8, 32, 1, 8, alone=True),  # 1.06 to 1.08
-        256: Tile(4, 64, 1, 16, 2, alone=True),  # 1.06
+        256: Tile(4, 64, 1, 16, 2, alone=True),  # 1.06 at 200 columns; 8 rows of 32 columns spill at 176 with a ds
     },
 }
 _BACKWARD_SHIFTED = {

@@ -1,13 +1,15 @@
 """The cases of `rmsnorm verify`, and the rows of the sweep that they are grouped into."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from rmsnorm.errors import CommandError
-from rmsnorm.spec import Cast, sum_dtype
+from rmsnorm.spec import Activation, Cast, Gate, Spec, gated_dtype, result_dtype, sum_dtype
 from rmsnorm.tools.verify.bounds import NARROW
 from rmsnorm.tools.verify.layouts import LAYOUTS, ORTHOGONAL, ROUNDING_BOUNDARY, SPECIAL_VALUES
 
@@ -29,6 +31,10 @@ class VerifyCase:
         sharding: How the tensors are sharded, a key of `ranks.SHARDINGS`; empty for a single process.
         summands: How many gradients of y the operator `backward_of_sum` adds to compute dx and dw; 0 if autograd
             computes them.
+        gate: The dtype of the gate of a gated norm; None for a norm without a gate.
+        activation: Of a gated norm, like the following: "silu" or "sigmoid".
+        gate_first: Whether x is multiplied by the gate before it is normalized.
+        groups: The number of groups of a row.
     """
 
     x: torch.dtype
@@ -42,6 +48,10 @@ class VerifyCase:
     residual: torch.dtype | None = None
     sharding: str = ""
     summands: int = 0
+    gate: torch.dtype | None = None
+    activation: Activation = "silu"
+    gate_first: bool = False
+    groups: int = 1
 
     @property
     def outputs(self) -> int:
@@ -53,13 +63,25 @@ class VerifyCase:
         """The dtype of the tensor that is normalized: x, or x + residual."""
         return sum_dtype(self.x, self.residual)
 
+    @property
+    def y(self) -> torch.dtype:
+        """The dtype of y."""
+        if self.gate is not None:
+            return gated_dtype(self.x, self.w, self.gated_spec)
+        return result_dtype(self.s, self.w, self.cast)
+
+    @property
+    def gated_spec(self) -> Spec:
+        """The spec of a gated norm."""
+        return Spec(self.eps, self.cast, gate=Gate(self.activation, self.gate_first), groups=self.groups)
+
 
 @dataclass(frozen=True)
 class SweepRow:
     """A row of the sweep: cases that share their dtypes and are reported together.
 
     Attributes:
-        section: The table that the row belongs to: "spec", "form", "width", "constructed" or "all".
+        section: The table that the row belongs to: "spec", "form", "width", "constructed", "gated" or "all".
         name: The name of the row, unique in the sweep.
         cases: What is run.
         seed: The seed of the first case; the following cases have the next ones. It does not depend on which rows
@@ -80,7 +102,7 @@ _MIXED = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float16, torch.fl
 
 
 def sweep(quick: bool) -> list[SweepRow]:
-    """Return every row: each spec with each pair of dtypes, each layout, each range of widths, constructed rows.
+    """Return every row: each spec with each pair of dtypes, each layout, each range of widths, constructed, gated.
 
     Args:
         quick: Whether to use about a sixth of the outputs.
@@ -143,7 +165,50 @@ def sweep(quick: bool) -> list[SweepRow]:
         sliced = VerifyCase(x, None, "first", 0.0, M, 512, "512 of 576 columns")
         added = VerifyCase(x, None, "first", 0.0, M, 1280, residual=x)
         rows.append(SweepRow("spec", f"{short_name(x)}, no weight, first", (*contiguous, sliced, added)))
+    rows += _gated_rows(quick)
     return [dataclasses.replace(row, seed=1000 * i) for i, row in enumerate(rows)]
+
+
+_GATED: tuple[tuple[Cast, Activation, bool], ...] = tuple(
+    itertools.product(("early", "late"), ("silu", "sigmoid"), (False, True))
+)
+
+
+def _gated_rows(quick: bool) -> list[SweepRow]:
+    """Return the rows of gated norms: every form with each pair of dtypes, each layout, groups and widths.
+
+    There are few outputs, because the reference emulates an fp64 instruction and takes about 500 operations for each.
+    """
+
+    def case(i: int, x: torch.dtype, w: torch.dtype | None, M: int, N: int, **more: Any) -> VerifyCase:
+        cast, activation, first = _GATED[i % len(_GATED)]
+        named = {"eps": _EPS[i % 4], "gate": x, **more}
+        return VerifyCase(x, w, cast, 0.0, M, N, activation=activation, gate_first=first, **named)
+
+    every, M = range(len(_GATED)), 16 if quick else 32
+    rows = []
+    for x, gate in itertools.product(FLOATS, FLOATS):
+        cases = tuple(
+            case(i + j, x, w, 2 if quick else 6, 1024, gate=gate, groups=groups)
+            for i in every
+            for j, (w, groups) in enumerate(zip((x, _MIXED[x], None), (1, 8, 2), strict=True))
+        )
+        rows.append(SweepRow("gated", f"gated {short_name(x)}, gate {short_name(gate)}", cases))
+    for x in FLOATS:
+        for k, form in enumerate(
+            ("512 of 576 columns", "4-D transposed", "columns", "one element off", "dy one row expanded")
+        ):
+            some = every[k % 2 :: 3] if quick else every
+            cases = tuple(case(i, x, x, M, 512, form=form, groups=1 + 3 * (i % 2)) for i in some)
+            rows.append(SweepRow("gated", f"gated {short_name(x)}, {form}", cases))
+        cases = tuple(case(i, x, x, M, 512, form=SPECIAL_VALUES, eps=0.0, groups=1 + i % 2) for i in every)
+        rows.append(SweepRow("gated", f"gated {short_name(x)}, {SPECIAL_VALUES}", cases))
+        widths = [(N, 1) for N in (*range(1, NARROW), *_PRIMES, 32767)] + [(20480, 4), (16384, 128), (999, 333)]
+        cases = tuple(case(i, x, x, max(1, (1 << (10 if quick else 13)) // N), N, groups=G)
+                      for i, (N, G) in enumerate(widths))  # fmt: skip
+        rows.append(SweepRow("gated", f"gated {short_name(x)}, widths and groups", cases))
+        rows.append(SweepRow("gated", f"gated {short_name(x)}, no rows", (case(0, x, x, 0, 512),)))
+    return rows
 
 
 def select_rows(rows: list[SweepRow], only: Sequence[str]) -> list[SweepRow]:

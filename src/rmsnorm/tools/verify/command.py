@@ -105,7 +105,10 @@ def groups_by_kernel(rows: list[SweepRow]) -> list[set[VerifyCase]]:
     groups: dict[VerifyCase, set[VerifyCase]] = {}
     for case in (case for row in rows for case in row.cases):
         few = dataclasses.replace(case, M=min(case.M, _FEW_ROWS), eps=1.0)
-        groups.setdefault(dataclasses.replace(few, M=0, offset=0.0, N=case.N.bit_length()), set()).add(few)
+        of_kernel = dataclasses.replace(few, M=0, offset=0.0, N=case.N.bit_length())
+        if case.gate is not None:  # few cases share a kernel, but more groups than workers are of no use
+            of_kernel = VerifyCase(case.x, None, "early", 0.0, 0, 0, gate=case.gate)
+        groups.setdefault(of_kernel, set()).add(few)
     return list(groups.values())
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rmsnorm import bits, reference
-from rmsnorm.functional import add_rms_norm, rms_norm
+from rmsnorm import bits, gated_reference, reference
+from rmsnorm.functional import add_rms_norm, gated_rms_norm, rms_norm
 from rmsnorm.kernels.host import loader as host
-from rmsnorm.tools.verify.bounds import EAGER_ULP
+from rmsnorm.tools.verify.bounds import EAGER_ULP, FP32_ULP
 from rmsnorm.tools.verify.cases import VerifyCase
 from rmsnorm.tools.verify.inputs import Inputs, draw, place
 from rmsnorm.tools.verify.layouts import ORTHOGONAL, ROUNDING_BOUNDARY, SPECIAL_VALUES
@@ -105,6 +105,7 @@ class CallOutputs:
         s: x + residual, or None without a residual.
         dx: The gradient of x.
         d_residual: The gradient of the residual, or None.
+        dgate: The gradient of the gate, or None without a gate.
         dw: The gradient of the weight. None without a weight, and if each rank keeps its own part of it, since the
             rounding of the parts depends on the number of ranks.
         misplaced: Elements of a rank's part of dw that differ from what the rank's own rows give.
@@ -116,10 +117,11 @@ class CallOutputs:
     d_residual: Tensor | None
     dw: Tensor | None
     misplaced: int = 0
+    dgate: Tensor | None = None
 
     def pairs(self, other: "CallOutputs") -> Iterator[tuple[Tensor, Tensor]]:
         """Yield our tensor and the other's for everything that must have the same bits, which is all but dw."""
-        for name in ("y", "s", "dx", "d_residual"):
+        for name in ("y", "s", "dx", "d_residual", "dgate"):
             a, b = getattr(self, name), getattr(other, name)
             if a is not None:
                 yield a, b
@@ -134,6 +136,8 @@ def run_unsharded(inputs: Inputs, case: VerifyCase) -> CallOutputs:
     """Call the public API, forward and backward."""
     if case.summands:
         return _run_operators(inputs, case)
+    if inputs.gate is not None:
+        return _run_gated(inputs, inputs.gate, case)
     x = inputs.x.detach().requires_grad_()
     w = None if inputs.w is None else inputs.w.detach().requires_grad_()
     into = [x] if w is None else [x, w]
@@ -156,6 +160,50 @@ def _run_operators(inputs: Inputs, case: VerifyCase) -> CallOutputs:
         inputs.dys, inputs.ds, inputs.x, inputs.w, rstd, *spec, True, need_dw
     )  # fmt: skip
     return CallOutputs(y, None, dx, None, dw if need_dw else None)
+
+
+def _run_gated(inputs: Inputs, gate: Tensor, case: VerifyCase) -> CallOutputs:
+    x, gate = (t.detach().requires_grad_() for t in (inputs.x, gate))
+    w = None if inputs.w is None else inputs.w.detach().requires_grad_()
+    y = gated_rms_norm(
+        x, gate, w, case.eps, cast=case.cast, activation=case.activation, gate_first=case.gate_first, groups=case.groups
+    )
+    dx, dgate, *dw = torch.autograd.grad(y, [x, gate] if w is None else [x, gate, w], inputs.dy)
+    return CallOutputs(y.detach(), None, dx, None, dw[0] if dw else None, dgate=dgate)
+
+
+def _compare_gated(ours: CallOutputs, inputs: Inputs, gate: Tensor, case: VerifyCase) -> Tally:
+    """Count in a gated case what differs from the reference, and rows for which the order of a sum could matter."""
+    spec, w = case.gated_spec, inputs.w
+    y, rstd = gated_reference.forward(inputs.x, gate, w, spec, with_rstd=True)
+    assert rstd is not None
+    need_dw = w is not None
+    dx, dgate, dw = gated_reference.backward(inputs.dy, inputs.x, gate, w, rstd, spec, True, True, need_dw)
+    assert dx is not None
+    exact = CallOutputs(y, None, dx, None, dw, dgate=dgate)
+    different = sum(differing(a, b) for a, b in ours.pairs(exact))
+    tally = Tally(case.outputs, different, rows=case.M)
+    if case.outputs == 0 or case.form == SPECIAL_VALUES:
+        return tally
+    factor = gated_reference.silu_or_sigmoid(gate, case.activation)
+    z = gated_reference.grouped(inputs.x.float() * factor if case.gate_first else inputs.x.float(), case.groups)
+    d = inputs.dy.float() if case.gate_first else inputs.dy.float() * factor
+    g = gated_reference.grouped(d if w is None else d * w.float(), case.groups)
+    xh = z * rstd.unsqueeze(-1)
+    digits = 24 if case.gate_first else _significand_bits(case.x)
+    close = close_rows(z.double().square(), 2 * digits) | close_rows((g * xh).double(), 24)
+    tally = dataclasses.replace(tally, close=int(close.any(-1).sum()))
+    if ours.dw is None or dw is None:
+        return tally
+    terms = (d * xh.flatten(-2)).double().abs().reshape(-1, case.N).sum(0)
+    return dataclasses.replace(tally, dw_too_far=_too_far(ours.dw, dw, terms, case.M))
+
+
+def _too_far(dw: Tensor, exact: Tensor, terms: Tensor, rows: int) -> int:
+    """Return how many numbers of dw differ by more than fp32 sums in any order and one rounding allow."""
+    limits = torch.finfo(dw.dtype)
+    allowed = (rows + 1) * FP32_ULP / 2 * terms + exact.double().abs() * limits.eps + limits.smallest_normal
+    return int((~((dw.double() - exact.double()).abs() <= allowed)).sum())
 
 
 def _exact(inputs: Inputs, case: VerifyCase) -> tuple[CallOutputs, Tensor]:
@@ -213,13 +261,14 @@ def compare(case: VerifyCase, seed: int, device: torch.device, run: Run = run_un
     unsteady = ours.misplaced + (sum(ours.changed(other) for other in again) if counts else 0)
     if not counts:
         return Tally(unsteady=unsteady)
+    if inputs.gate is not None:
+        tally = dataclasses.replace(_compare_gated(ours, inputs, inputs.gate, case), unsteady=unsteady)
+        return _with_cpu(tally, ours, drawn, case, device)
     exact, rstd = _exact(inputs, case)
     rows = inputs.x if exact.s is None else exact.s
     different = sum(differing(a, b) for a, b in ours.pairs(exact))
     tally = Tally(case.outputs, different, unsteady=unsteady, rows=case.M)
-    if device.type != "cpu":
-        on_cpu = run_unsharded(place(drawn, case.form, torch.device("cpu")), case)
-        tally = dataclasses.replace(tally, from_cpu=sum(differing(a.cpu(), b) for a, b in ours.pairs(on_cpu)))
+    tally = _with_cpu(tally, ours, drawn, case, device)
     if case.outputs == 0 or case.form == SPECIAL_VALUES or case.summands:
         return tally
     xh = rows.float() * rstd.unsqueeze(-1)
@@ -247,6 +296,14 @@ def compare(case: VerifyCase, seed: int, device: torch.device, run: Run = run_un
         dx=_gradient_error(ours.dx, dx_eager.to(case.x), dx_true, rstd.unsqueeze(-1).double() * g),
         dw=dw_error,
     )
+
+
+def _with_cpu(tally: Tally, ours: CallOutputs, drawn: Inputs, case: VerifyCase, device: torch.device) -> Tally:
+    """Return the tally with the numbers that differ from those of the same call on the CPU, if this is a GPU."""
+    if device.type == "cpu":
+        return tally
+    on_cpu = run_unsharded(place(drawn, case.form, torch.device("cpu")), case)
+    return dataclasses.replace(tally, from_cpu=sum(differing(a.cpu(), b) for a, b in ours.pairs(on_cpu)))
 
 
 def _significand_bits(dtype: torch.dtype) -> int:

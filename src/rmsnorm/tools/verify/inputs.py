@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rmsnorm.spec import result_dtype
 from rmsnorm.tools.verify.cases import VerifyCase
 from rmsnorm.tools.verify.layouts import LAYOUTS, ORTHOGONAL, ROUNDING_BOUNDARY, SPECIAL_VALUES
 
@@ -17,7 +16,7 @@ from rmsnorm.tools.verify.layouts import LAYOUTS, ORTHOGONAL, ROUNDING_BOUNDARY,
 class Inputs:
     """The tensors of one call: (..., N) each, the weight (N,). residual, w and ds may be absent.
 
-    more_dy: further gradients of y, which are added to dy.
+    more_dy: further gradients of y, which are added to dy. gate: that of a gated norm.
     """
 
     x: Tensor
@@ -26,6 +25,7 @@ class Inputs:
     dy: Tensor
     ds: Tensor | None
     more_dy: tuple[Tensor, ...] = ()
+    gate: Tensor | None = None
 
     @property
     def dys(self) -> list[Tensor]:
@@ -41,6 +41,7 @@ class Inputs:
             change(self.dy, True),
             None if self.ds is None else change(self.ds, True),
             tuple(change(t, True) for t in self.more_dy),
+            None if self.gate is None else change(self.gate, False),
         )
 
 
@@ -69,15 +70,24 @@ def draw(case: VerifyCase, seed: int) -> Inputs:
     elif case.form == ORTHOGONAL and w is not None:
         _orthogonalize(x, w, dy, generator)
     residual = None if case.residual is None else (normal() * size).to(case.residual)
-    y_dtype = result_dtype(case.s, case.w, case.cast)
     return Inputs(
         x.to(case.x),
         residual,
         None if w is None else w.to(case.w),
-        dy.to(y_dtype),
+        dy.to(case.y),
         normal().to(case.s) if residual is not None or case.summands else None,
-        tuple((normal() * size).to(y_dtype) for _ in range(case.summands - 1)),
+        tuple((normal() * size).to(case.y) for _ in range(case.summands - 1)),
+        None if case.gate is None else _gate(case, generator).to(case.gate),
     )
+
+
+def _gate(case: VerifyCase, generator: torch.Generator) -> Tensor:
+    """Return the gate. Its special values are those where the activation or its slope changes its form."""
+    gate = 4 * torch.randn((case.M, case.N), generator=generator)
+    if case.form == SPECIAL_VALUES:
+        special = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-40, -1e-40, 90.0, -90.0, 201.0, -201.0, 1e38, -1e38)
+        gate[::2, : len(special)] = torch.tensor(special)
+    return gate
 
 
 def _spoil(x: Tensor, largest: float) -> None:

@@ -92,8 +92,8 @@ def _totals(result: VerifyResult) -> list[Block]:
     return [
         Table("Outputs", columns, tuple(lines)),
         "",
-        "exact: the same arithmetic with a correctly rounded statistic, in plain torch; y, dx and x + residual are "
-        "compared. eager: the published class; it differs where its own fp32 sum is inaccurate.",
+        "exact: the same arithmetic with a correctly rounded statistic, in plain torch; y, dx, dgate and x + residual "
+        "are compared. eager: the published class; it differs where its own fp32 sum is inaccurate.",
         *(
             ["constructed: rows whose result depends on the order of an fp64 sum; in ulp of the row's largest number."]
             if built.outputs
@@ -147,6 +147,7 @@ _SECTIONS = {
     "spec": "Each spec with each pair of dtypes",
     "form": "Each memory layout",
     "width": "Each range of widths",
+    "gated": "Gated norms",
     "constructed": "Constructed rows: the result depends on the order of an fp64 sum, so some numbers may differ",
     "all": "All random rows of a dtype",
 }
@@ -166,8 +167,8 @@ def _details(result: VerifyResult) -> list[Block]:
             printed.append(Table(title, columns, drawn))
     printed += [
         "",
-        "not exact, not the CPU's: numbers of y, dx and x + residual whose bits differ from the exact arithmetic's, or "
-        "from those of the same call on the CPU.",
+        "not exact, not the CPU's: numbers of y, dx, dgate and x + residual whose bits differ from the exact "
+        "arithmetic's, or from those of the same call on the CPU.",
         "not eager's: the share of outputs that differ from the published class's; by ulp: by how many at most.",
         f"dx, dw: the L2 error of a gradient against fp64, ours divided by eager's. {_TOO_FEW}",
         "close: rows for which the order of an fp64 sum could matter.",

@@ -98,7 +98,8 @@ def assign_shardings(rows: list[SweepRow], world: int) -> list[SweepRow]:
             ),
         )
         for i, row in enumerate(rows)
-        if not row.cases[0].summands  # the operator that adds gradients has no rule for sharded tensors
+        # neither the operator that adds gradients nor gated norms have a rule for sharded tensors
+        if not row.cases[0].summands and row.cases[0].gate is None
     ]
 
 

@@ -35,7 +35,7 @@ class Tally:
 
     Attributes:
         outputs: Elements of y.
-        differing: Elements of y, x + residual and dx whose bits differ from the exact arithmetic's.
+        differing: Elements of y, x + residual, dx and dgate whose bits differ from the exact arithmetic's.
         from_cpu: Elements of these whose bits differ from the CPU's.
         unsteady: Numbers that change from run to run, or that are wrong on one rank.
         rows: The number of rows.
@@ -46,6 +46,8 @@ class Tally:
         eager_too_far: Cases with a larger difference than their spec allows.
         off_in_row: Constructed rows only: the largest difference from the exact arithmetic, in ulp of the row's
             largest number.
+        dw_too_far: Gated norms only: elements of dw that are further from the exact arithmetic's than another order of
+            the sum can take them.
         dx: The error of dx.
         dw: The error of dw.
     """
@@ -60,6 +62,7 @@ class Tally:
     eager_ulp: float = 0.0
     eager_too_far: int = 0
     off_in_row: float = 0.0
+    dw_too_far: int = 0
     dx: GradientError = GradientError()
     dw: GradientError = GradientError()
 
