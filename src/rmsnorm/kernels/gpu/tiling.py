@@ -193,6 +193,43 @@ _BACKWARD_SHARED = {
         262144: Shared(8, 1024, 8),  # not measured alone
     },
 }
+# Gated norms, by the larger itemsize of x and the gate. Their fp64 arithmetic takes more registers and more threads than
+# the tiles above have. One program loops over wider rows.
+GATED_FORWARD_WIDEST, GATED_BACKWARD_WIDEST = 8192, 8192
+_GATED_FORWARD = {
+    2: {
+        512: WholeRows(2, 256, 2),
+        1024: WholeRows(1, 512, 2),
+        2048: WholeRows(1, 1024, 4),
+        4096: WholeRows(1, 2048, 8),
+        8192: WholeRows(1, 4096, 16),
+    },
+    4: {
+        512: WholeRows(2, 256, 4),
+        1024: WholeRows(1, 512, 4),
+        2048: WholeRows(1, 1024, 8),
+        4096: WholeRows(1, 2048, 16),
+        8192: WholeRows(1, 4096, 16),
+    },
+}
+_GATED_BACKWARD = {
+    2: {
+        512: Tile(2, 512, 4, 4),
+        1024: Tile(1, 1024, 4, 4),
+        2048: Tile(1, 2048, 8, 2),
+        4096: Tile(1, 4096, 16, 1),
+        8192: Tile(1, 4096, 16, 1),
+    },
+    4: {
+        512: Tile(2, 512, 4, 4),
+        1024: Tile(1, 1024, 4, 4),
+        2048: Tile(1, 2048, 8, 2),
+        4096: Tile(1, 4096, 16, 1),
+        8192: Tile(1, 4096, 16, 1),
+    },
+}
+GATED_NARROW, GATED_WARPS, GATED_PROGRAMS = 1024, 4, 4  # elements of a tile of rows of at most 256 columns
+GATED_PIECE = 4096  # columns of one step of the loop, 8 elements a thread
 STAGES = 3  # rows that a staged backward program has in shared memory; with 4 or 5 it takes 1.6 to 1.7 of a copy's time
 
 AnyTile = TypeVar("AnyTile")
@@ -319,6 +356,49 @@ def backward(
             stages = _stages(tile_bytes, gpu.shared_memory, most)
     programs = _programs(M, MULTIPROCESSORS * programs, rows, longest)
     return Launch(block_n, warps, rows, pieces, stages=stages, programs=programs, overlap=overlap)
+
+
+@functools.lru_cache(4096)
+def gated_forward(N: int, itemsize: int) -> Launch:
+    """The launch of the forward pass of a gated norm. itemsize: the larger of those of x and the gate."""
+    if N > GATED_FORWARD_WIDEST:
+        return Launch(GATED_PIECE, 16, parts=0)
+    if N <= 256:
+        block_n, rows = _narrow(N, GATED_NARROW)
+        return Launch(block_n, GATED_WARPS, rows)
+    tile = _narrowest(_GATED_FORWARD[itemsize], N)
+    return Launch(tile.block_n, tile.warps, tile.rows, pieces=-(-N // tile.block_n))
+
+
+@functools.lru_cache(4096)
+def gated_backward(M: int, N: int, groups: int, itemsize: int, loaded: int, dw_itemsize: int, gpu: Gpu) -> Launch:
+    """The launch of the backward pass of a gated norm: as `backward`, but each program takes rows of one group only.
+
+    M: rows of each group. N: columns of a group. itemsize: the larger of those of x and the gate. loaded: bytes of one
+    number of dy, x and the gate together. dw_itemsize: 0 if dw is not needed.
+    """
+    if N > GATED_BACKWARD_WIDEST:
+        return Launch(GATED_PIECE, 16, parts=0)
+    if N <= 256:
+        block_n, rows = _narrow(N, GATED_NARROW)
+        tile = Tile(rows, block_n, GATED_WARPS, GATED_PROGRAMS)
+    else:
+        tile = _narrowest(_GATED_BACKWARD[itemsize], N)
+    pieces = -(-N // tile.block_n)
+    tile_bytes = tile.rows * pieces * tile.block_n * loaded
+    stages = _stages(tile_bytes, gpu.shared_memory // tile.programs, tile.stages) if N % 16 == 0 else 1
+    most = max(1, MULTIPROCESSORS * tile.programs // groups)
+    programs = _programs(M, most, tile.rows, LONGEST_SUM.get(dw_itemsize, max(1, M)))
+    overlap = gpu.capability >= 9
+    return Launch(tile.block_n, tile.warps, tile.rows, pieces, stages=stages, programs=programs, overlap=overlap)
+
+
+@functools.lru_cache(4096)
+def gated_dw_alone(M: int, N: int, groups: int, loaded: int, dw_itemsize: int, gpu: Gpu) -> Launch:
+    """As `dw_alone`, for M rows of each group of N columns."""
+    config = dw_alone(M, N, loaded, dw_itemsize, gpu)
+    most = max(1, 4 * MULTIPROCESSORS // (groups * -(-N // config.block_n)))
+    return replace(config, programs=_programs(M, most, config.rows, LONGEST_SUM[dw_itemsize]))
 
 
 @functools.lru_cache(4096)
