@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from rmsnorm import gated_reference
+from rmsnorm.kernels.gpu import gated_ptx
 from rmsnorm.kernels.gpu.kernels import (
     _cast,
     _load,
@@ -28,6 +29,10 @@ _LN2_LOW = tl.constexpr(gated_reference.LN2_LOW)
 _COEFFICIENTS = tl.constexpr((*reversed(gated_reference.EXP_COEFFICIENTS), 1.0, 1.0))  # in the order of Horner's scheme
 _TERMS = tl.constexpr(len(gated_reference.EXP_COEFFICIENTS) + 2)
 _LEAST_EXPONENT = tl.constexpr(gated_reference.LEAST_EXPONENT)
+_PTX_SILU_BF16 = tl.constexpr(gated_ptx.product_with_factor("silu", "bf16"))
+_PTX_SILU_FP16 = tl.constexpr(gated_ptx.product_with_factor("silu", "f16"))
+_PTX_SIGMOID_BF16 = tl.constexpr(gated_ptx.product_with_factor("sigmoid", "bf16"))
+_PTX_SIGMOID_FP16 = tl.constexpr(gated_ptx.product_with_factor("sigmoid", "f16"))
 _LARGEST_EXPONENT = tl.constexpr(gated_reference.LARGEST_EXPONENT)
 
 
@@ -37,17 +42,39 @@ def _fp64(c: tl.constexpr):
     return tl.full([], c, tl.float64)
 
 
-@triton.jit
-def _sigmoid(gate):
-    """(g, 1 / (1 + exp(-g))) in fp64 for gates g, with the operations of `gated_reference._sigmoid`.
+_INTERPRETED = tl.constexpr(not isinstance(_fp64, triton.JITFunction))  # Triton's interpreter cannot run PTX
 
-    Three fused multiply-adds stand for two operations each there. That of `shifted` rounds to the same integer, because
-    no fp32 number in the range is so close to an odd multiple of ln 2 / 2 that the product rounds to one (see
-    test_gated_exponent). The products with the parts of ln 2 and with a power of two are exact.
+
+@triton.jit
+def _reciprocal(d):
+    """1 / d, correctly rounded, for fp64 numbers of 1 to 2^290.
+
+    From an approximation with an error of 2^-20, one cubic step yields a result within 0.51 units in the last place, and
+    a last step rounds it correctly, unless all digits of d are ones (Markstein). There the result may be one unit off,
+    which changes no fp32 result: see test_a_gate_whose_reciprocal_may_be_wrong_gives_the_same_results. Unlike `/`, this
+    has no branch for other numbers, so the steps of several elements overlap.
     """
-    g32 = gate.to(tl.float32)
-    g = g32.to(tl.float64)
-    t = tl.where(g32 > -_LEAST_EXPONENT, _fp64(_LEAST_EXPONENT), -g)
+    if _INTERPRETED:
+        y = 1.0 / d
+    else:
+        y = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f64 $0, $1;", "=d,d", [d], dtype=tl.float64, is_pure=True, pack=1
+        )  # fmt: skip
+        e = tl.fma(-d, y, _fp64(1.0))
+        y = tl.fma(y, tl.fma(e, e, e), y)
+        y = tl.fma(y, tl.fma(-d, y, _fp64(1.0)), y)
+    return y
+
+
+@triton.jit
+def _sigmoid(g):
+    """(t, 1 / (1 + exp(-g))) in fp64 for fp32 numbers g of at least -200, with the operations of `gated_reference`.
+
+    t is -g, or -60 for larger gates, of which the sigmoid is 1. Three fused multiply-adds stand for two operations
+    each there. That of `shifted` rounds to the same integer: no fp32 number in the range is so close to an odd multiple
+    of ln 2 / 2 that the product rounds to one. The products with the parts of ln 2 and with a power of two are exact.
+    """
+    t = tl.where(g > -_LEAST_EXPONENT, _LEAST_EXPONENT, -g).to(tl.float64)
     shifted = tl.fma(t, _fp64(_INVERSE_LN2), _fp64(_ROUNDER))
     n = shifted - _fp64(_ROUNDER)
     r = tl.fma(n, _fp64(-_LN2_HIGH), t)
@@ -56,29 +83,61 @@ def _sigmoid(gate):
     for i in tl.static_range(2, _TERMS):
         p = tl.fma(p, r, _fp64(_COEFFICIENTS[i]))
     power = ((shifted.to(tl.int64, bitcast=True) + 1023) << 52).to(tl.float64, bitcast=True)  # 2^n
-    sigma = 1.0 / tl.fma(p, power, _fp64(1.0))
-    return g, tl.where(g32 < -_LARGEST_EXPONENT, 0.0, sigma)
+    return t, _reciprocal(tl.fma(p, power, _fp64(1.0)))
+
+
+@triton.jit
+def _silu(g, product):
+    """silu(g) in fp32 from the fp64 product of t and the sigmoid; the sigmoid is 1 for large g and 0 below -200."""
+    silu = tl.where(g > -_LEAST_EXPONENT, g, -product.to(tl.float32))
+    return tl.where(g < -_LARGEST_EXPONENT, g * 0.0, silu)
 
 
 @triton.jit
 def factor_of(gate, SIGMOID: tl.constexpr):
     """silu(gate) or the sigmoid, in fp32."""
-    g, sigma = _sigmoid(gate)
-    return (sigma if SIGMOID else g * sigma).to(tl.float32)
+    g = gate.to(tl.float32)
+    t, sigma = _sigmoid(g)
+    if SIGMOID:
+        factor = tl.where(g < -_LARGEST_EXPONENT, 0.0, sigma.to(tl.float32))
+    else:
+        factor = _silu(g, t * sigma)
+    return factor
 
 
 @triton.jit
 def factor_and_slope(gate, SIGMOID: tl.constexpr):
     """silu(gate) or the sigmoid, and its derivative, in fp32."""
-    g, sigma = _sigmoid(gate)
+    g = gate.to(tl.float32)
+    t, sigma = _sigmoid(g)
     rest = 1.0 - sigma
     if SIGMOID:
-        factor = sigma
-        slope = sigma * rest
+        factor = tl.where(g < -_LARGEST_EXPONENT, 0.0, sigma.to(tl.float32))
+        slope = tl.where(g < -_LARGEST_EXPONENT, 0.0, (sigma * rest).to(tl.float32))
     else:
-        factor = g * sigma
-        slope = sigma + factor * rest
-    return factor.to(tl.float32), slope.to(tl.float32)
+        product = t * sigma
+        factor = _silu(g, product)
+        slope = (sigma - product * rest).to(tl.float32)
+        slope = tl.where(g < -_LARGEST_EXPONENT, 0.0, slope) + g * 0.0  # NaN for an infinite gate, as inf · 0
+    return factor, slope
+
+
+@triton.jit
+def gated_output(u, gate, Y: tl.constexpr, SIGMOID: tl.constexpr):
+    """u times silu(gate) or the sigmoid, rounded to fp32 and then to Y."""
+    if _INTERPRETED or Y == tl.float32:
+        y = (u * factor_of(gate, SIGMOID)).to(Y)
+    elif Y == tl.bfloat16:
+        y = tl.inline_asm_elementwise(
+            _PTX_SIGMOID_BF16 if SIGMOID else _PTX_SILU_BF16, "=r,r,r,r,r", [u, gate.to(tl.float32)],
+            dtype=tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        y = tl.inline_asm_elementwise(
+            _PTX_SIGMOID_FP16 if SIGMOID else _PTX_SILU_FP16, "=r,r,r,r,r", [u, gate.to(tl.float32)],
+            dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    return y
 
 
 @triton.jit
@@ -148,10 +207,11 @@ def gated_forward_block(
         xh = normed[k].to(tl.float32) * r
         weight = None if w is None else tl.load(w + first + n + k * BLOCK_N, inside, 0.0)
         if GATE_FIRST:
-            out = times_weight(xh, weight, x.dtype.element_ty, EARLY)
+            out = times_weight(xh, weight, x.dtype.element_ty, EARLY).to(y.dtype.element_ty)
         else:
-            out = before_gate(xh, weight, x.dtype.element_ty, EARLY) * factor_of(gates[k], SIGMOID)
-        tl.store(y + m * N + n + k * BLOCK_N, out.to(y.dtype.element_ty), (m < M) & inside)
+            u = before_gate(xh, weight, x.dtype.element_ty, EARLY)
+            out = gated_output(u, gates[k], y.dtype.element_ty, SIGMOID)
+        tl.store(y + m * N + n + k * BLOCK_N, out, (m < M) & inside)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -177,13 +237,15 @@ def gated_forward_loop(
     for first in range(0, N.to(tl.int64), BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         row = _load(x + n, n < N)
-        factor = factor_of(tl.load(gate + n, n < N, 0.0), SIGMOID)
+        gates = tl.load(gate + n, n < N, 0.0)
         weight = None if w is None else tl.load(w + m % groups * N + n, n < N, 0.0)
         if GATE_FIRST:
-            out = times_weight(row * factor * r, weight, x.dtype.element_ty, EARLY)
+            z = row * factor_of(gates, SIGMOID)
+            out = times_weight(z * r, weight, x.dtype.element_ty, EARLY).to(y.dtype.element_ty)
         else:
-            out = before_gate(row * r, weight, x.dtype.element_ty, EARLY) * factor
-        tl.store(y + m * N + n, out.to(y.dtype.element_ty), n < N)
+            u = before_gate(row * r, weight, x.dtype.element_ty, EARLY)
+            out = gated_output(u, gates, y.dtype.element_ty, SIGMOID)
+        tl.store(y + m * N + n, out, n < N)
 
 
 @triton.jit(do_not_specialize=["M", "programs"])
