@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from rmsnorm import gated_reference
-from rmsnorm.kernels.gpu import gated_ptx
 from rmsnorm.kernels.gpu.kernels import (
     _cast,
     _load,
@@ -29,10 +28,6 @@ _LN2_LOW = tl.constexpr(gated_reference.LN2_LOW)
 _COEFFICIENTS = tl.constexpr((*reversed(gated_reference.EXP_COEFFICIENTS), 1.0, 1.0))  # in the order of Horner's scheme
 _TERMS = tl.constexpr(len(gated_reference.EXP_COEFFICIENTS) + 2)
 _LEAST_EXPONENT = tl.constexpr(gated_reference.LEAST_EXPONENT)
-_PTX_SILU_BF16 = tl.constexpr(gated_ptx.product_with_factor("silu", "bf16"))
-_PTX_SILU_FP16 = tl.constexpr(gated_ptx.product_with_factor("silu", "f16"))
-_PTX_SIGMOID_BF16 = tl.constexpr(gated_ptx.product_with_factor("sigmoid", "bf16"))
-_PTX_SIGMOID_FP16 = tl.constexpr(gated_ptx.product_with_factor("sigmoid", "f16"))
 _LARGEST_EXPONENT = tl.constexpr(gated_reference.LARGEST_EXPONENT)
 
 
@@ -74,7 +69,7 @@ def _sigmoid(g):
     each there. That of `shifted` rounds to the same integer: no fp32 number in the range is so close to an odd multiple
     of ln 2 / 2 that the product rounds to one. The products with the parts of ln 2 and with a power of two are exact.
     """
-    t = tl.where(g > -_LEAST_EXPONENT, _LEAST_EXPONENT, -g).to(tl.float64)
+    t = tl.where(g > -_LEAST_EXPONENT, _LEAST_EXPONENT, g * -1.0).to(tl.float64)  # `-g` would be 0 - g, so 0 for 0
     shifted = tl.fma(t, _fp64(_INVERSE_LN2), _fp64(_ROUNDER))
     n = shifted - _fp64(_ROUNDER)
     r = tl.fma(n, _fp64(-_LN2_HIGH), t)
@@ -89,24 +84,12 @@ def _sigmoid(g):
 @triton.jit
 def _silu(g, product):
     """silu(g) in fp32 from the fp64 product of t and the sigmoid; the sigmoid is 1 for large g and 0 below -200."""
-    silu = tl.where(g > -_LEAST_EXPONENT, g, -product.to(tl.float32))
+    silu = tl.where(g > -_LEAST_EXPONENT, g, product.to(tl.float32) * -1.0)
     return tl.where(g < -_LARGEST_EXPONENT, g * 0.0, silu)
 
 
 @triton.jit
-def factor_of(gate, SIGMOID: tl.constexpr):
-    """silu(gate) or the sigmoid, in fp32."""
-    g = gate.to(tl.float32)
-    t, sigma = _sigmoid(g)
-    if SIGMOID:
-        factor = tl.where(g < -_LARGEST_EXPONENT, 0.0, sigma.to(tl.float32))
-    else:
-        factor = _silu(g, t * sigma)
-    return factor
-
-
-@triton.jit
-def factor_and_slope(gate, SIGMOID: tl.constexpr):
+def _computed(gate, SIGMOID: tl.constexpr):
     """silu(gate) or the sigmoid, and its derivative, in fp32."""
     g = gate.to(tl.float32)
     t, sigma = _sigmoid(g)
@@ -122,22 +105,79 @@ def factor_and_slope(gate, SIGMOID: tl.constexpr):
     return factor, slope
 
 
+# A gate of 16 bits has 65,536 values, so for large inputs a kernel computes `_computed` of each into a table, and the
+# others only read it. Nearly all gates have values that lie together in some KB of it, which L1 holds. An entry is a
+# factor in fp32, or 64 bits with the factor in the lower half and the slope in the upper.
+
+
 @triton.jit
-def gated_output(u, gate, Y: tl.constexpr, SIGMOID: tl.constexpr):
-    """u times silu(gate) or the sigmoid, rounded to fp32 and then to Y."""
-    if _INTERPRETED or Y == tl.float32:
-        y = (u * factor_of(gate, SIGMOID)).to(Y)
-    elif Y == tl.bfloat16:
-        y = tl.inline_asm_elementwise(
-            _PTX_SIGMOID_BF16 if SIGMOID else _PTX_SILU_BF16, "=r,r,r,r,r", [u, gate.to(tl.float32)],
-            dtype=tl.bfloat16, is_pure=True, pack=2,
+def tabulate(table, BF16: tl.constexpr, SIGMOID: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr):
+    """Fills the table for gates in bf16, or else in fp16. The kernel that reads it may start before, and waits."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    factor, slope = _computed(i.to(tl.int16).to(tl.bfloat16 if BF16 else tl.float16, bitcast=True), SIGMOID)
+    if table.dtype.element_ty == tl.int64:
+        low = factor.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+        entry = slope.to(tl.int32, bitcast=True).to(tl.int64) << 32 | low
+    else:
+        entry = factor
+    tl.store(table + i, entry)
+
+
+@triton.jit
+def _entry(gate, table):
+    """The entry of the table for each gate.
+
+    `tl.load` would move the gates to other threads and the entries back, and copy entries of later tiles to shared
+    memory. That the PTX is not pure keeps it after `_await_table`.
+    """
+    at = table + (gate.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF)
+    if _INTERPRETED:
+        entry = tl.load(at)
+    elif table.dtype.element_ty == tl.int64:
+        entry = tl.inline_asm_elementwise(
+            "ld.global.b64 $0, [$1];", "=l,l", [at.to(tl.int64)], dtype=tl.int64, is_pure=False, pack=1
         )  # fmt: skip
     else:
-        y = tl.inline_asm_elementwise(
-            _PTX_SIGMOID_FP16 if SIGMOID else _PTX_SILU_FP16, "=r,r,r,r,r", [u, gate.to(tl.float32)],
-            dtype=tl.float16, is_pure=True, pack=2,
+        entry = tl.inline_asm_elementwise(
+            "ld.global.b32 $0, [$1];", "=r,l", [at.to(tl.int64)], dtype=tl.float32, is_pure=False, pack=1
         )  # fmt: skip
-    return y
+    return entry
+
+
+@triton.jit
+def factor_of(gate, table, SIGMOID: tl.constexpr):
+    """silu(gate) or the sigmoid, in fp32; table: None, or of the gate's dtype."""
+    if table is None:
+        factor, _ = _computed(gate, SIGMOID)
+    elif table.dtype.element_ty == tl.int64:
+        factor = _entry(gate, table).to(tl.int32).to(tl.float32, bitcast=True)
+    else:
+        factor = _entry(gate, table)
+    return factor
+
+
+@triton.jit
+def factor_and_slope(gate, table, SIGMOID: tl.constexpr):
+    """silu(gate) or the sigmoid, and its derivative, in fp32; without the derivative if the table has none."""
+    if table is None:
+        factor, slope = _computed(gate, SIGMOID)
+    elif table.dtype.element_ty == tl.int64:
+        entry = _entry(gate, table)
+        factor = entry.to(tl.int32).to(tl.float32, bitcast=True)
+        slope = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    else:
+        factor = _entry(gate, table)
+        slope = factor
+    return factor, slope
+
+
+@triton.jit
+def _await_table(table, OVERLAP: tl.constexpr):
+    """Waits for `tabulate`, before whose end this kernel may have started."""
+    if table is not None and OVERLAP:
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -180,20 +220,21 @@ def _pieces(rows, n, below, N, PIECES: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def gated_forward_block(
-    x, gate, w, y, rstd, M, N, groups, sizes, x_steps, gate_steps, eps,
+    x, gate, table, w, y, rstd, M, N, groups, sizes, x_steps, gate_steps, eps,
     EARLY: tl.constexpr, SIGMOID: tl.constexpr, GATE_FIRST: tl.constexpr, GROUPED: tl.constexpr, STRIDED: tl.constexpr,
-    ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Each program computes ROWS rows, reading them once."""
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     n = tl.arange(0, BLOCK_N)[None, :]
     rows = _pieces(x + row_start(m, sizes, x_steps, STRIDED), n, m < M, N, PIECES, BLOCK_N)
     gates = _pieces(gate + row_start(m, sizes, gate_steps, STRIDED), n, m < M, N, PIECES, BLOCK_N)
+    _await_table(table, OVERLAP)
     squares = tl.zeros([ROWS, BLOCK_N], tl.float64)
     normed = ()  # what is normalized
     for k in tl.static_range(PIECES):
         if GATE_FIRST:
-            normed += (rows[k].to(tl.float32) * factor_of(gates[k], SIGMOID),)
+            normed += (rows[k].to(tl.float32) * factor_of(gates[k], table, SIGMOID),)
         else:
             normed += (rows[k],)
         d = normed[k].to(tl.float32).to(tl.float64)
@@ -207,28 +248,29 @@ def gated_forward_block(
         xh = normed[k].to(tl.float32) * r
         weight = None if w is None else tl.load(w + first + n + k * BLOCK_N, inside, 0.0)
         if GATE_FIRST:
-            out = times_weight(xh, weight, x.dtype.element_ty, EARLY).to(y.dtype.element_ty)
+            out = times_weight(xh, weight, x.dtype.element_ty, EARLY)
         else:
-            u = before_gate(xh, weight, x.dtype.element_ty, EARLY)
-            out = gated_output(u, gates[k], y.dtype.element_ty, SIGMOID)
-        tl.store(y + m * N + n + k * BLOCK_N, out, (m < M) & inside)
+            out = before_gate(xh, weight, x.dtype.element_ty, EARLY) * factor_of(gates[k], table, SIGMOID)
+        tl.store(y + m * N + n + k * BLOCK_N, out.to(y.dtype.element_ty), (m < M) & inside)
 
 
 @triton.jit(do_not_specialize=["M"])
 def gated_forward_loop(
-    x, gate, w, y, rstd, M, N, groups, sizes, x_steps, gate_steps, eps,
+    x, gate, table, w, y, rstd, M, N, groups, sizes, x_steps, gate_steps, eps,
     EARLY: tl.constexpr, SIGMOID: tl.constexpr, GATE_FIRST: tl.constexpr, STRIDED: tl.constexpr, BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Each program loops over one row twice: once for the sum, once for y."""
     m = tl.program_id(0).to(tl.int64)
     x += row_start(m, sizes, x_steps, STRIDED)
     gate += row_start(m, sizes, gate_steps, STRIDED)
+    _await_table(table, OVERLAP)
     squares = tl.zeros([BLOCK_N], tl.float64)
     for first in range(0, N.to(tl.int64), BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         row = _load(x + n, n < N)
         if GATE_FIRST:
-            row = row * factor_of(tl.load(gate + n, n < N, 0.0), SIGMOID)
+            row = row * factor_of(tl.load(gate + n, n < N, 0.0), table, SIGMOID)
         d = row.to(tl.float64)
         squares = tl.fma(d, d, squares)  # the square is exact, so fusing changes nothing
     r = rstd_of(tl.sum(squares, axis=0), N, eps)
@@ -237,20 +279,18 @@ def gated_forward_loop(
     for first in range(0, N.to(tl.int64), BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         row = _load(x + n, n < N)
-        gates = tl.load(gate + n, n < N, 0.0)
+        factor = factor_of(tl.load(gate + n, n < N, 0.0), table, SIGMOID)
         weight = None if w is None else tl.load(w + m % groups * N + n, n < N, 0.0)
         if GATE_FIRST:
-            z = row * factor_of(gates, SIGMOID)
-            out = times_weight(z * r, weight, x.dtype.element_ty, EARLY).to(y.dtype.element_ty)
+            out = times_weight(row * factor * r, weight, x.dtype.element_ty, EARLY)
         else:
-            u = before_gate(row * r, weight, x.dtype.element_ty, EARLY)
-            out = gated_output(u, gates, y.dtype.element_ty, SIGMOID)
-        tl.store(y + m * N + n, out, n < N)
+            out = before_gate(row * r, weight, x.dtype.element_ty, EARLY) * factor
+        tl.store(y + m * N + n, out.to(y.dtype.element_ty), n < N)
 
 
 @triton.jit(do_not_specialize=["M", "programs"])
 def gated_backward_block(
-    dy, x, gate, w, rstd, dx, dgate, partials, M, N, groups, programs, sizes, dy_steps, x_steps, gate_steps,
+    dy, x, gate, table, w, rstd, dx, dgate, partials, M, N, groups, programs, sizes, dy_steps, x_steps, gate_steps,
     EARLY: tl.constexpr, SIGMOID: tl.constexpr, GATE_FIRST: tl.constexpr, STRIDED: tl.constexpr,
     ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -265,9 +305,11 @@ def gated_backward_block(
     weight = ()
     for k in tl.static_range(PIECES):
         dw += (tl.zeros([ROWS, BLOCK_N], tl.float32),)
-        weight += (None if w is None else tl.load(w + column + k * BLOCK_N, n + k * BLOCK_N < N, 0.0),)
+        if w is not None:
+            weight += (tl.load(w + column + k * BLOCK_N, n + k * BLOCK_N < N, 0.0),)
     width = tl.full([ROWS, 1], N, tl.float64)
     inverse = 1.0 / width
+    _await_table(table, OVERLAP)
     for turn in tl.range(0, _turns(M // groups, program, programs, ROWS), num_stages=STAGES):
         i = (program + turn * programs).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
         m = i * groups + group
@@ -281,12 +323,13 @@ def gated_backward_block(
         summed = ()
         for k in tl.static_range(PIECES):
             inside = is_inside(n + k * BLOCK_N, N, k, PIECES, 1)
-            factor, slope = factor_and_slope(gate_row[k], SIGMOID)
-            d, g, xh = operands(dy_row[k], x_row[k], weight[k], factor, r, inside, GATE_FIRST)
+            part = None if w is None else weight[k]
+            factor, slope = factor_and_slope(gate_row[k], table, SIGMOID)
+            d, g, xh = operands(dy_row[k], x_row[k], part, factor, r, inside, GATE_FIRST)
             products += (g * xh).to(tl.float64)
             summed += (dw[k] + dw_terms(d, xh, x.dtype.element_ty, EARLY),)
             if dgate is not None and not GATE_FIRST:
-                of_factor = dy_row[k].to(tl.float32) * before_gate(xh, weight[k], x.dtype.element_ty, EARLY)
+                of_factor = dy_row[k].to(tl.float32) * before_gate(xh, part, x.dtype.element_ty, EARLY)
                 out = (of_factor * slope).to(dgate.dtype.element_ty)
                 tl.store(dgate + m * N + n + k * BLOCK_N, out, (m < M) & inside)
             factors += (factor,)
@@ -295,7 +338,8 @@ def gated_backward_block(
         c = mean_of(tl.sum(products, axis=1, keep_dims=True) + 0.0, width, inverse)  # +0.0, never -0.0
         for k in tl.static_range(PIECES):
             inside = is_inside(n + k * BLOCK_N, N, k, PIECES, 1)
-            d, g, xh = operands(dy_row[k], x_row[k], weight[k], factors[k], r, inside, GATE_FIRST)
+            part = None if w is None else weight[k]
+            d, g, xh = operands(dy_row[k], x_row[k], part, factors[k], r, inside, GATE_FIRST)
             dz = r * (g - xh * c)
             if dx is not None:
                 out = (dz * factors[k] if GATE_FIRST else dz).to(dx.dtype.element_ty)
@@ -314,8 +358,9 @@ def gated_backward_block(
 
 @triton.jit(do_not_specialize=["M"])
 def gated_backward_loop(
-    dy, x, gate, w, rstd, dx, dgate, M, N, groups, sizes, dy_steps, x_steps, gate_steps,
+    dy, x, gate, table, w, rstd, dx, dgate, M, N, groups, sizes, dy_steps, x_steps, gate_steps,
     EARLY: tl.constexpr, SIGMOID: tl.constexpr, GATE_FIRST: tl.constexpr, STRIDED: tl.constexpr, BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Each program computes dx and dgate of one row, looping over it twice: once for the sum, once for the results."""
     m = tl.program_id(0).to(tl.int64)
@@ -323,18 +368,19 @@ def gated_backward_loop(
     dy += row_start(m, sizes, dy_steps, STRIDED)
     x += row_start(m, sizes, x_steps, STRIDED)
     gate += row_start(m, sizes, gate_steps, STRIDED)
+    _await_table(table, OVERLAP)
     products = tl.zeros([BLOCK_N], tl.float64)
     for first in range(0, N.to(tl.int64), BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         weight = None if w is None else tl.load(w + m % groups * N + n, n < N, 0.0)
-        factor = factor_of(tl.load(gate + n, n < N, 0.0), SIGMOID)
+        factor = factor_of(tl.load(gate + n, n < N, 0.0), table, SIGMOID)
         d, g, xh = operands(_load(dy + n, n < N), _load(x + n, n < N), weight, factor, r, n < N, GATE_FIRST)
         products += (g * xh).to(tl.float64)
     c = ((tl.sum(products, axis=0) + 0.0) / N).to(tl.float32)  # +0.0, never -0.0
     for first in range(0, N.to(tl.int64), BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         weight = None if w is None else tl.load(w + m % groups * N + n, n < N, 0.0)
-        factor, slope = factor_and_slope(tl.load(gate + n, n < N, 0.0), SIGMOID)
+        factor, slope = factor_and_slope(tl.load(gate + n, n < N, 0.0), table, SIGMOID)
         dy_row = _load(dy + n, n < N)
         x_row = _load(x + n, n < N)
         d, g, xh = operands(dy_row, x_row, weight, factor, r, n < N, GATE_FIRST)
@@ -348,7 +394,7 @@ def gated_backward_loop(
 
 @triton.jit(do_not_specialize=["M", "programs"])
 def gated_dw_alone(
-    dy, x, gate, rstd, partials, M, N, groups, parts, programs, sizes, dy_steps, x_steps, gate_steps,
+    dy, x, gate, table, rstd, partials, M, N, groups, parts, programs, sizes, dy_steps, x_steps, gate_steps,
     EARLY: tl.constexpr, SIGMOID: tl.constexpr, GATE_FIRST: tl.constexpr, STRIDED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -357,6 +403,7 @@ def gated_dw_alone(
     program, group = rest // groups, rest % groups
     n = part.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     dw = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    _await_table(table, OVERLAP)
     for turn in tl.range(0, _turns(M // groups, program, programs, ROWS), num_stages=STAGES):
         i = (program + turn * programs).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
         m = i * groups + group
@@ -364,7 +411,7 @@ def gated_dw_alone(
         r = tl.load(rstd + m, m < M, 0.0)
         dy_row = tl.load(dy + row_start(m, sizes, dy_steps, STRIDED) + n, inside, 0.0)
         x_row = tl.load(x + row_start(m, sizes, x_steps, STRIDED) + n, inside, 0.0)
-        factor = factor_of(tl.load(gate + row_start(m, sizes, gate_steps, STRIDED) + n, inside, 0.0), SIGMOID)
+        factor = factor_of(tl.load(gate + row_start(m, sizes, gate_steps, STRIDED) + n, inside, 0.0), table, SIGMOID)
         d, _, xh = operands(dy_row, x_row, None, factor, r, n < N, GATE_FIRST)
         dw += dw_terms(d, xh, x.dtype.element_ty, EARLY)
     if OVERLAP:

@@ -1,6 +1,7 @@
 """Plans calls of gated norms on the GPU, as planner.py does for those without a gate."""
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -20,17 +21,20 @@ def plan_gated_forward(kind: GatedForward) -> Plan:
     """Plans a call that computes y and rstd as `gated_reference.forward` does."""
     x, gate, w, spec = kind.x, kind.gate, kind.w, kind.spec
     rows, kinds, before = find_layout(walk, {"x": (x, x.dtype), "gate": (gate, gate.dtype)})
-    config = tiling.gated_forward(rows.N, max(x.dtype.itemsize, gate.dtype.itemsize))
+    device = _number(kind.device)
+    gpu = _gpu(device)
+    config = tiling.gated_forward(rows.N, max(x.dtype.itemsize, gate.dtype.itemsize), gpu)
     _add_weight(w, kinds, before)
     fresh = [Fresh("y", gated_dtype(x.dtype, None if w is None else w.dtype, spec), tuple(x.shape))]
     if kind.with_rstd:
         fresh.append(Fresh("rstd", torch.float32, tuple(x.shape[:-1])))
-    calls = _Calls(_number(kind.device), rows, kinds, fresh)
+    calls = _Calls(device, rows, kinds, fresh)
+    table = _tabulate(gate, torch.float32, spec, calls, fresh, gpu)
     x_steps, gate_steps = rows.steps
     calls.add(
         gated_kernels.gated_forward_loop if config.parts == 0 else gated_kernels.gated_forward_block,
-        _cdiv(rows.M, config.rows), config, False,
-        x="x", gate="gate", w=_present("w", w), y="y", rstd="rstd" if kind.with_rstd else None, groups=spec.groups,
+        _cdiv(rows.M, config.rows), config, table is not None,
+        x="x", gate="gate", table=table, w=_present("w", w), y="y", rstd="rstd" if kind.with_rstd else None, groups=spec.groups,
         x_steps=x_steps, gate_steps=gate_steps, eps=float(spec.eps), GROUPED=spec.groups > 1, **_constants(spec),
     )  # fmt: skip
     return Plan(
@@ -65,7 +69,9 @@ def plan_gated_backward(kind: GatedBackward) -> Plan:
         fresh.append(Fresh("dgate", gate.dtype, tuple(x.shape)))
     calls = _Calls(device, rows, kinds, fresh)
     steps = dict(zip(("dy_steps", "x_steps", "gate_steps"), rows.steps, strict=True))
-    reads = {"dy": "dy", "x": "x", "gate": "gate", "rstd": "rstd", "groups": groups} | steps | _constants(spec)
+    table = _tabulate(gate, torch.int64 if kind.need_dgate else torch.float32, spec, calls, fresh, gpu)
+    reads = {"dy": "dy", "x": "x", "gate": "gate", "table": table, "rstd": "rstd", "groups": groups}
+    reads |= steps | _constants(spec)
     sums: Launch | None = None  # the launch whose programs compute partial sums of dw
     if kind.need_dx or kind.need_dgate:
         config = tiling.gated_backward(
@@ -76,7 +82,7 @@ def plan_gated_backward(kind: GatedBackward) -> Plan:
             fresh.append(Fresh("partials", torch.float32, (sums.programs, groups * N)))
         calls.add(
             gated_kernels.gated_backward_loop if config.parts == 0 else gated_kernels.gated_backward_block,
-            rows.M if config.parts == 0 else config.programs * groups, config, False,
+            rows.M if config.parts == 0 else config.programs * groups, config, table is not None,
             **reads, w=_present("w", w), dx="dx" if kind.need_dx else None, dgate="dgate" if kind.need_dgate else None,
             partials=_present("partials", sums), programs=config.programs,
         )  # fmt: skip
@@ -86,8 +92,8 @@ def plan_gated_backward(kind: GatedBackward) -> Plan:
             parts = _cdiv(N, sums.block_n)
             fresh.append(Fresh("partials", torch.float32, (sums.programs, groups * N)))
             calls.add(
-                gated_kernels.gated_dw_alone, sums.programs * groups * parts, sums, False, **reads,
-                partials="partials", parts=parts, programs=sums.programs,
+                gated_kernels.gated_dw_alone, sums.programs * groups * parts, sums, table is not None and len(calls.launches) == 1,
+                **reads, partials="partials", parts=parts, programs=sums.programs,
             )  # fmt: skip
         config = tiling.sum_partials(sums.programs, groups * N, gpu)
         fresh.append(Fresh("dw", of_dw, (groups * N,)))
@@ -105,6 +111,21 @@ def plan_gated_backward(kind: GatedBackward) -> Plan:
             "dx" if kind.need_dx else None, "dgate" if kind.need_dgate else None, None if of_dw is None else "dw",
         ),
     )  # fmt: skip
+
+
+def _tabulate(
+    gate: TensorKind, entry: torch.dtype, spec: Spec, calls: _Calls, fresh: list[Fresh], gpu: tiling.Gpu
+) -> str | None:
+    """Adds the launch that computes a table of all gates, if that is worth it, and returns the table's name."""
+    config = tiling.tabulate(math.prod(gate.shape), gate.dtype.itemsize, gpu)
+    if config is None:
+        return None
+    fresh.append(Fresh("table", entry, (1 << 16,)))
+    calls.add(
+        gated_kernels.tabulate, (1 << 16) // config.block_n, config, False,
+        table="table", BF16=gate.dtype is torch.bfloat16, **_constants(spec),
+    )  # fmt: skip
+    return "table"
 
 
 def _add_weight(w: TensorKind | None, kinds: dict[str, TensorKind], before: list[Converted]) -> None:

@@ -229,6 +229,8 @@ _GATED_BACKWARD = {
     },
 }
 GATED_NARROW, GATED_WARPS, GATED_PROGRAMS = 1024, 4, 4  # elements of a tile of rows of at most 256 columns
+# With at least so many gates of 16 bits, a table of their functions is computed first and then read.
+TABLE_LEAST = 1 << 20
 GATED_PIECE = 4096  # columns of one step of the loop, 8 elements a thread
 STAGES = 3  # rows that a staged backward program has in shared memory; with 4 or 5 it takes 1.6 to 1.7 of a copy's time
 
@@ -359,15 +361,23 @@ def backward(
 
 
 @functools.lru_cache(4096)
-def gated_forward(N: int, itemsize: int) -> Launch:
+def gated_forward(N: int, itemsize: int, gpu: Gpu) -> Launch:
     """The launch of the forward pass of a gated norm. itemsize: the larger of those of x and the gate."""
+    overlap = gpu.capability >= 9
     if N > GATED_FORWARD_WIDEST:
-        return Launch(GATED_PIECE, 16, parts=0)
+        return Launch(GATED_PIECE, 16, parts=0, overlap=overlap)
     if N <= 256:
         block_n, rows = _narrow(N, GATED_NARROW)
-        return Launch(block_n, GATED_WARPS, rows)
+        return Launch(block_n, GATED_WARPS, rows, overlap=overlap)
     tile = _narrowest(_GATED_FORWARD[itemsize], N)
-    return Launch(tile.block_n, tile.warps, tile.rows, pieces=-(-N // tile.block_n))
+    return Launch(tile.block_n, tile.warps, tile.rows, pieces=-(-N // tile.block_n), overlap=overlap)
+
+
+def tabulate(elements: int, gate_itemsize: int, gpu: Gpu) -> Launch | None:
+    """The launch of the kernel that tabulates the functions of all gates; None if the others compute them faster."""
+    if gate_itemsize != 2 or elements < TABLE_LEAST:
+        return None
+    return Launch(256, 4, overlap=gpu.capability >= 9)
 
 
 @functools.lru_cache(4096)
@@ -377,8 +387,9 @@ def gated_backward(M: int, N: int, groups: int, itemsize: int, loaded: int, dw_i
     M: rows of each group. N: columns of a group. itemsize: the larger of those of x and the gate. loaded: bytes of one
     number of dy, x and the gate together. dw_itemsize: 0 if dw is not needed.
     """
+    overlap = gpu.capability >= 9
     if N > GATED_BACKWARD_WIDEST:
-        return Launch(GATED_PIECE, 16, parts=0)
+        return Launch(GATED_PIECE, 16, parts=0, overlap=overlap)
     if N <= 256:
         block_n, rows = _narrow(N, GATED_NARROW)
         tile = Tile(rows, block_n, GATED_WARPS, GATED_PROGRAMS)
@@ -389,7 +400,6 @@ def gated_backward(M: int, N: int, groups: int, itemsize: int, loaded: int, dw_i
     stages = _stages(tile_bytes, gpu.shared_memory // tile.programs, tile.stages) if N % 16 == 0 else 1
     most = max(1, MULTIPROCESSORS * tile.programs // groups)
     programs = _programs(M, most, tile.rows, LONGEST_SUM.get(dw_itemsize, max(1, M)))
-    overlap = gpu.capability >= 9
     return Launch(tile.block_n, tile.warps, tile.rows, pieces, stages=stages, programs=programs, overlap=overlap)
 
 
