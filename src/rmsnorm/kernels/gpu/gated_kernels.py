@@ -44,10 +44,10 @@ _INTERPRETED = tl.constexpr(not isinstance(_fp64, triton.JITFunction))  # Triton
 def _reciprocal(d):
     """1 / d, correctly rounded, for fp64 numbers of 1 to 2^290.
 
-    From an approximation with an error of 2^-20, one cubic step yields a result within 0.51 units in the last place, and
-    a last step rounds it correctly, unless all digits of d are ones (Markstein). There the result may be one unit off,
-    which changes no fp32 result: see test_a_gate_whose_reciprocal_may_be_wrong_gives_the_same_results. Unlike `/`, this
-    has no branch for other numbers, so the steps of several elements overlap.
+    From an approximation with an error of 2^-20, a cubic step yields a result within 0.51 units in the last place, and
+    another step rounds it correctly, unless all digits of d are ones (Markstein). There the result may be one unit
+    off, which changes no fp32 result (test_a_gate_whose_reciprocal_may_be_wrong_gives_the_same_results). Unlike `/`,
+    this has no branch for other numbers, so the steps of several elements overlap.
     """
     if _INTERPRETED:
         y = 1.0 / d
@@ -189,7 +189,7 @@ def times_weight(xh, w, X: tl.constexpr, EARLY: tl.constexpr):
 
 @triton.jit
 def before_gate(xh, w, X: tl.constexpr, EARLY: tl.constexpr):
-    """What the gate multiplies if it comes last, in fp32: xh·w, if EARLY rounded to the dtype of a product of the two."""
+    """What a gate that comes last multiplies, in fp32: xh·w, if EARLY rounded to their promoted dtype."""
     u = times_weight(xh, w, X, EARLY)
     if EARLY and w is not None and w.dtype == X:
         u = _cast(u, X)  # two different dtypes are promoted to fp32
@@ -339,7 +339,7 @@ def gated_backward_block(
         for k in tl.static_range(PIECES):
             inside = is_inside(n + k * BLOCK_N, N, k, PIECES, 1)
             part = None if w is None else weight[k]
-            d, g, xh = operands(dy_row[k], x_row[k], part, factors[k], r, inside, GATE_FIRST)
+            _, g, xh = operands(dy_row[k], x_row[k], part, factors[k], r, inside, GATE_FIRST)
             dz = r * (g - xh * c)
             if dx is not None:
                 out = (dz * factors[k] if GATE_FIRST else dz).to(dx.dtype.element_ty)
@@ -374,7 +374,7 @@ def gated_backward_loop(
         n = first + tl.arange(0, BLOCK_N)
         weight = None if w is None else tl.load(w + m % groups * N + n, n < N, 0.0)
         factor = factor_of(tl.load(gate + n, n < N, 0.0), table, SIGMOID)
-        d, g, xh = operands(_load(dy + n, n < N), _load(x + n, n < N), weight, factor, r, n < N, GATE_FIRST)
+        _, g, xh = operands(_load(dy + n, n < N), _load(x + n, n < N), weight, factor, r, n < N, GATE_FIRST)
         products += (g * xh).to(tl.float64)
     c = ((tl.sum(products, axis=0) + 0.0) / N).to(tl.float32)  # +0.0, never -0.0
     for first in range(0, N.to(tl.int64), BLOCK_N):
@@ -383,7 +383,7 @@ def gated_backward_loop(
         factor, slope = factor_and_slope(tl.load(gate + n, n < N, 0.0), table, SIGMOID)
         dy_row = _load(dy + n, n < N)
         x_row = _load(x + n, n < N)
-        d, g, xh = operands(dy_row, x_row, weight, factor, r, n < N, GATE_FIRST)
+        _, g, xh = operands(dy_row, x_row, weight, factor, r, n < N, GATE_FIRST)
         dz = r * (g - xh * c)
         if dx is not None:
             tl.store(dx + m * N + n, (dz * factor if GATE_FIRST else dz).to(dx.dtype.element_ty), n < N)

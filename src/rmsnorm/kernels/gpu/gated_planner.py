@@ -9,7 +9,16 @@ import torch
 from rmsnorm.kernels.gpu import gated_kernels, kernels, tiling
 from rmsnorm.kernels.gpu.planner import _Calls, _cdiv, _dense, _gpu, _number
 from rmsnorm.kernels.gpu.tiling import Launch
-from rmsnorm.kernels.plan import MOST_PLANS, Converted, Fresh, GatedBackward, GatedForward, Plan, TensorKind, find_layout
+from rmsnorm.kernels.plan import (
+    MOST_PLANS,
+    Converted,
+    Fresh,
+    GatedBackward,
+    GatedForward,
+    Plan,
+    TensorKind,
+    find_layout,
+)
 from rmsnorm.kernels.rows import walk
 from rmsnorm.spec import Spec, gated_dtype
 
@@ -34,7 +43,8 @@ def plan_gated_forward(kind: GatedForward) -> Plan:
     calls.add(
         gated_kernels.gated_forward_loop if config.parts == 0 else gated_kernels.gated_forward_block,
         _cdiv(rows.M, config.rows), config, table is not None,
-        x="x", gate="gate", table=table, w=_present("w", w), y="y", rstd="rstd" if kind.with_rstd else None, groups=spec.groups,
+        x="x", gate="gate", table=table, w=_present("w", w), y="y",
+        rstd="rstd" if kind.with_rstd else None, groups=spec.groups,
         x_steps=x_steps, gate_steps=gate_steps, eps=float(spec.eps), GROUPED=spec.groups > 1, **_constants(spec),
     )  # fmt: skip
     return Plan(
@@ -69,7 +79,9 @@ def plan_gated_backward(kind: GatedBackward) -> Plan:
         fresh.append(Fresh("dgate", gate.dtype, tuple(x.shape)))
     calls = _Calls(device, rows, kinds, fresh)
     steps = dict(zip(("dy_steps", "x_steps", "gate_steps"), rows.steps, strict=True))
-    table = _tabulate(gate, torch.int64 if kind.need_dgate else torch.float32, spec, calls, fresh, gpu)
+    table = None
+    if kind.need_dx or kind.need_dgate or of_dw is not None:
+        table = _tabulate(gate, torch.int64 if kind.need_dgate else torch.float32, spec, calls, fresh, gpu)
     reads = {"dy": "dy", "x": "x", "gate": "gate", "table": table, "rstd": "rstd", "groups": groups}
     reads |= steps | _constants(spec)
     sums: Launch | None = None  # the launch whose programs compute partial sums of dw
@@ -92,8 +104,9 @@ def plan_gated_backward(kind: GatedBackward) -> Plan:
             parts = _cdiv(N, sums.block_n)
             fresh.append(Fresh("partials", torch.float32, (sums.programs, groups * N)))
             calls.add(
-                gated_kernels.gated_dw_alone, sums.programs * groups * parts, sums, table is not None and len(calls.launches) == 1,
-                **reads, partials="partials", parts=parts, programs=sums.programs,
+                gated_kernels.gated_dw_alone, sums.programs * groups * parts, sums,
+                table is not None and len(calls.launches) == 1, **reads, partials="partials",
+                parts=parts, programs=sums.programs,
             )  # fmt: skip
         config = tiling.sum_partials(sums.programs, groups * N, gpu)
         fresh.append(Fresh("dw", of_dw, (groups * N,)))
@@ -108,9 +121,11 @@ def plan_gated_backward(kind: GatedBackward) -> Plan:
         fresh=tuple(fresh),
         launches=tuple(calls.launches),
         outputs=(
-            "dx" if kind.need_dx else None, "dgate" if kind.need_dgate else None, None if of_dw is None else "dw",
+            "dx" if kind.need_dx else None,
+            "dgate" if kind.need_dgate else None,
+            None if of_dw is None else "dw",
         ),
-    )  # fmt: skip
+    )
 
 
 def _tabulate(

@@ -193,45 +193,51 @@ _BACKWARD_SHARED = {
         262144: Shared(8, 1024, 8),  # not measured alone
     },
 }
-# Gated norms, by the larger itemsize of x and the gate. Their fp64 arithmetic takes more registers and more threads than
-# the tiles above have. One program loops over wider rows.
-GATED_FORWARD_WIDEST, GATED_BACKWARD_WIDEST = 8192, 8192
+# Gated norms, by the larger itemsize of x and the gate. The times are with a gate of the dtype of x that comes last.
+# One program loops over wider rows.
+GATED_FORWARD_WIDEST = 8192
+GATED_BACKWARD_WIDEST = {2: 8192, 4: 4096}
+GATED_NARROW = 512  # elements of a tile of at most 256 columns in the forward pass, for one warp: 1.15 (fp32 1.18)
 _GATED_FORWARD = {
     2: {
-        512: WholeRows(2, 256, 2),
-        1024: WholeRows(1, 512, 2),
-        2048: WholeRows(1, 1024, 4),
-        4096: WholeRows(1, 2048, 8),
-        8192: WholeRows(1, 4096, 16),
+        512: WholeRows(1, 256, 1),  # 1.09
+        1024: WholeRows(1, 512, 1),  # 1.10
+        2048: WholeRows(1, 1024, 2),  # not measured
+        4096: WholeRows(1, 2048, 4),  # 1.11
+        8192: WholeRows(1, 4096, 8),  # not measured
     },
     4: {
-        512: WholeRows(2, 256, 4),
-        1024: WholeRows(1, 512, 4),
-        2048: WholeRows(1, 1024, 8),
-        4096: WholeRows(1, 2048, 16),
-        8192: WholeRows(1, 4096, 16),
+        512: WholeRows(2, 256, 2),  # 1.16
+        1024: WholeRows(1, 512, 2),  # not measured
+        2048: WholeRows(1, 1024, 4),  # not measured
+        4096: WholeRows(1, 1024, 8),  # 0.97
+        8192: WholeRows(1, 2048, 16),  # not measured
     },
+}
+_GATED_BACKWARD_NARROW = {
+    2: NarrowRows(256, 20),  # 1.47
+    4: NarrowRows(256, 12),  # 1.22
 }
 _GATED_BACKWARD = {
     2: {
-        512: Tile(2, 512, 4, 4),
-        1024: Tile(1, 1024, 4, 4),
-        2048: Tile(1, 2048, 8, 2),
-        4096: Tile(1, 4096, 16, 1),
-        8192: Tile(1, 4096, 16, 1),
+        512: Tile(1, 512, 1, 12),  # 1.19
+        1024: Tile(1, 1024, 2, 6),  # 1.21
+        2048: Tile(1, 2048, 4, 3),  # not measured
+        4096: Tile(1, 1024, 4, 2, 2),  # 1.44
+        8192: Tile(1, 4096, 16, 1),  # not measured
     },
     4: {
-        512: Tile(2, 512, 4, 4),
-        1024: Tile(1, 1024, 4, 4),
-        2048: Tile(1, 2048, 8, 2),
-        4096: Tile(1, 4096, 16, 1),
-        8192: Tile(1, 4096, 16, 1),
+        512: Tile(2, 512, 4, 4),  # 1.14
+        1024: Tile(1, 1024, 4, 4),  # not measured
+        2048: Tile(1, 2048, 8, 2),  # not measured
+        4096: Tile(1, 4096, 16, 1),  # 1.12
     },
 }
-GATED_NARROW, GATED_WARPS, GATED_PROGRAMS = 1024, 4, 4  # elements of a tile of rows of at most 256 columns
-# With at least so many gates of 16 bits, a table of their functions is computed first and then read.
-TABLE_LEAST = 1 << 20
-GATED_PIECE = 4096  # columns of one step of the loop, 8 elements a thread
+# With at least so many gates of 16 bits, a table of their functions is computed first. It costs a launch; with it the
+# forward pass with the gate first takes 1.10 to 1.17 of a copy's time, without it 1.7 to 2.1.
+TABLE_LEAST = 1 << 22
+TABLE_PIECE = 256  # entries that one program computes
+GATED_PIECE = 4096  # columns of one step of the loop over wide rows, 8 elements a thread
 STAGES = 3  # rows that a staged backward program has in shared memory; with 4 or 5 it takes 1.6 to 1.7 of a copy's time
 
 AnyTile = TypeVar("AnyTile")
@@ -368,7 +374,7 @@ def gated_forward(N: int, itemsize: int, gpu: Gpu) -> Launch:
         return Launch(GATED_PIECE, 16, parts=0, overlap=overlap)
     if N <= 256:
         block_n, rows = _narrow(N, GATED_NARROW)
-        return Launch(block_n, GATED_WARPS, rows, overlap=overlap)
+        return Launch(block_n, 1, rows, overlap=overlap)
     tile = _narrowest(_GATED_FORWARD[itemsize], N)
     return Launch(tile.block_n, tile.warps, tile.rows, pieces=-(-N // tile.block_n), overlap=overlap)
 
@@ -377,7 +383,7 @@ def tabulate(elements: int, gate_itemsize: int, gpu: Gpu) -> Launch | None:
     """The launch of the kernel that tabulates the functions of all gates; None if the others compute them faster."""
     if gate_itemsize != 2 or elements < TABLE_LEAST:
         return None
-    return Launch(256, 4, overlap=gpu.capability >= 9)
+    return Launch(TABLE_PIECE, 4, overlap=gpu.capability >= 9)
 
 
 @functools.lru_cache(4096)
@@ -388,11 +394,12 @@ def gated_backward(M: int, N: int, groups: int, itemsize: int, loaded: int, dw_i
     number of dy, x and the gate together. dw_itemsize: 0 if dw is not needed.
     """
     overlap = gpu.capability >= 9
-    if N > GATED_BACKWARD_WIDEST:
+    if GATED_BACKWARD_WIDEST[itemsize] < N:
         return Launch(GATED_PIECE, 16, parts=0, overlap=overlap)
     if N <= 256:
-        block_n, rows = _narrow(N, GATED_NARROW)
-        tile = Tile(rows, block_n, GATED_WARPS, GATED_PROGRAMS)
+        narrow = _GATED_BACKWARD_NARROW[itemsize]
+        block_n, rows = _narrow(N, narrow.elements)
+        tile = Tile(rows, block_n, 1, narrow.programs)
     else:
         tile = _narrowest(_GATED_BACKWARD[itemsize], N)
     pieces = -(-N // tile.block_n)
