@@ -197,44 +197,50 @@ _BACKWARD_SHARED = {
 # One program loops over wider rows.
 GATED_FORWARD_WIDEST = 8192
 GATED_BACKWARD_WIDEST = {2: 8192, 4: 4096}
-GATED_NARROW = 512  # elements of a tile of at most 256 columns in the forward pass, for one warp: 1.15 (fp32 1.18)
+GATED_NARROW = 512  # elements of a tile of at most 256 columns in the forward pass, for one warp: 1.14 (fp32 1.17)
 _GATED_FORWARD = {
     2: {
-        512: WholeRows(1, 256, 1),  # 1.09
-        1024: WholeRows(1, 512, 1),  # 1.10
-        2048: WholeRows(1, 1024, 2),  # not measured
-        4096: WholeRows(1, 2048, 4),  # 1.11
-        8192: WholeRows(1, 4096, 8),  # not measured
+        512: WholeRows(1, 256, 1),  # 1.06
+        1024: WholeRows(1, 512, 1),  # 1.06
+        2048: WholeRows(1, 1024, 2),  # 1.06
+        4096: WholeRows(1, 2048, 4),  # 0.98 to 1.11
+        8192: WholeRows(1, 2048, 8),  # not measured; in pieces of 4096: 8192 columns 1.14, 5120 columns 1.34
     },
     4: {
-        512: WholeRows(2, 256, 2),  # 1.16
+        512: WholeRows(2, 256, 2),  # 1.15
         1024: WholeRows(1, 512, 2),  # not measured
-        2048: WholeRows(1, 1024, 4),  # not measured
-        4096: WholeRows(1, 1024, 8),  # 0.97
-        8192: WholeRows(1, 2048, 16),  # not measured
+        2048: WholeRows(1, 1024, 4),  # 1.07
+        4096: WholeRows(1, 2048, 8),  # 0.98 to 1.06
+        8192: WholeRows(1, 2048, 16),  # 1.11
     },
 }
 _GATED_BACKWARD_NARROW = {
-    2: NarrowRows(256, 20),  # 1.47
-    4: NarrowRows(256, 12),  # 1.22
+    2: {
+        128: NarrowRows(128, 24),  # 1.33
+        256: NarrowRows(256, 20),  # not measured
+    },
+    4: {
+        256: NarrowRows(256, 12),  # 1.20
+    },
 }
 _GATED_BACKWARD = {
     2: {
-        512: Tile(1, 512, 1, 12),  # 1.19
-        1024: Tile(1, 1024, 2, 6),  # 1.21
-        2048: Tile(1, 2048, 4, 3),  # not measured
-        4096: Tile(1, 1024, 4, 2, 2),  # 1.44
-        8192: Tile(1, 4096, 16, 1),  # not measured
+        512: Tile(1, 512, 1, 12),  # 1.16
+        1024: Tile(1, 1024, 2, 6),  # 1.24
+        2048: Tile(1, 2048, 4, 3),  # 1.27
+        4096: Tile(1, 1024, 4, 2, 2),  # 1.42
+        6144: Tile(1, 2048, 8, 1),  # not measured; by the next tile 5120 columns 2.00
+        8192: Tile(1, 4096, 16, 1),  # 1.83
     },
     4: {
-        512: Tile(2, 512, 4, 4),  # 1.14
+        512: Tile(2, 512, 4, 4),  # 1.12
         1024: Tile(1, 1024, 4, 4),  # not measured
-        2048: Tile(1, 2048, 8, 2),  # not measured
+        2048: Tile(1, 2048, 8, 2),  # 1.22
         4096: Tile(1, 4096, 16, 1),  # 1.12
     },
 }
 # With at least so many gates of 16 bits, a table of their functions is computed first. It costs a launch; with it the
-# forward pass with the gate first takes 1.10 to 1.17 of a copy's time, without it 1.7 to 2.1.
+# forward pass with the gate first takes 1.08 to 1.14 of a copy's time, without it 1.7 to 2.1.
 TABLE_LEAST = 1 << 22
 TABLE_PIECE = 256  # entries that one program computes
 GATED_PIECE = 4096  # columns of one step of the loop over wide rows, 8 elements a thread
@@ -397,7 +403,7 @@ def gated_backward(M: int, N: int, groups: int, itemsize: int, loaded: int, dw_i
     if GATED_BACKWARD_WIDEST[itemsize] < N:
         return Launch(GATED_PIECE, 16, parts=0, overlap=overlap)
     if N <= 256:
-        narrow = _GATED_BACKWARD_NARROW[itemsize]
+        narrow = _narrowest(_GATED_BACKWARD_NARROW[itemsize], N)
         block_n, rows = _narrow(N, narrow.elements)
         tile = Tile(rows, block_n, 1, narrow.programs)
     else:
