@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import pytest
 from torch import Tensor
 
+from rmsnorm.gated_reference import grouped
 from rmsnorm.kernels.host import loader as host
-from rmsnorm.kernels.plan import Backward, Forward, Fresh, Native, NativeLaunch, Plan
+from rmsnorm.kernels.plan import Backward, Forward, Fresh, GatedBackward, GatedForward, Native, NativeLaunch, Plan
 from rmsnorm.kernels.run import run
 from rmsnorm.spec import Spec
 
@@ -43,6 +44,27 @@ class Kernels(NamedTuple):
         plan = self.planner.plan_backward(Backward.of_sum(dy, ds, x, w, rstd, spec, need_dx, need_dw))
         assert isinstance(plan, Plan), plan.why
         return run(plan, (dy[0], ds, x, w, rstd, *dy[1:]))
+
+
+class GatedKernels(NamedTuple):
+    """`forward` and `backward` with the signatures of `gated_reference`, computed by the kernels of one planner."""
+
+    planner: ModuleType
+
+    def forward(self, x: Tensor, gate: Tensor, w: Tensor | None, spec: Spec, with_rstd: bool) -> list[Tensor | None]:
+        rows, gates = grouped(x, spec.groups), grouped(gate, spec.groups)
+        y, rstd = run(
+            self.planner.plan_gated_forward(GatedForward.of(rows, gates, w, spec, with_rstd)), (rows, gates, w)
+        )
+        assert y is not None
+        return [y.view(x.shape), rstd]
+
+    def backward(
+        self, dy: Tensor, x: Tensor, gate: Tensor, w: Tensor | None, rstd: Tensor, spec: Spec, *needs: bool
+    ) -> list[Tensor | None]:
+        tensors = (*(grouped(t, spec.groups) for t in (dy, x, gate)), w, rstd)
+        *gradients, dw = run(self.planner.plan_gated_backward(GatedBackward.of(*tensors, spec, *needs)), tensors)
+        return [*(t if t is None else t.view(x.shape) for t in gradients), dw]
 
 
 def planning(monkeypatch: pytest.MonkeyPatch, *launches: NativeLaunch, keeps: Any = None) -> None:

@@ -401,6 +401,181 @@ def extremes() -> None:
                         check(x, weight, eps=eps, cast=cast, offset=offset, dy=dy, ds=dy)
 
 
+FORMS_OF_GATE = tuple(itertools.product(("early", "late"), ("silu", "sigmoid"), (False, True)))
+
+
+def check_gated(
+    x: Tensor,
+    gate: Tensor,
+    w: Tensor | None,
+    form: int,
+    *,
+    groups: int = 1,
+    eps: float = 1e-6,
+    dy: Tensor | None = None,
+    with_rstd: bool = True,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> None:
+    """Compares both passes of a gated norm with the reference, and checks the memory around the outputs."""
+    from planned import GatedKernels
+    from rmsnorm import gated_reference as reference
+    from rmsnorm.kernels.gpu import gated_planner
+    from rmsnorm.spec import Gate, Spec
+
+    cast, activation, first = FORMS_OF_GATE[form % len(FORMS_OF_GATE)]
+    spec = Spec(eps, cast, gate=Gate(activation, first), groups=groups)
+    kernels = GatedKernels(gated_planner)
+    with guarded() as buffers:
+        got = kernels.forward(x, gate, w, spec, with_rstd)
+    assert buffers, "no output is guarded"
+    y, rstd = reference.forward(x, gate, w, spec, True)
+    assert rstd is not None
+    wrong = {"y": differing(got[0], y), "rstd": differing(got[1], rstd if with_rstd else None)}
+    dy = draw(*y.shape, dtype=y.dtype) if dy is None else dy
+    needs = (*needs[:2], needs[2] and w is not None)
+    with guarded():
+        gradients = kernels.backward(dy, x, gate, w, rstd, spec, *needs)
+    right = reference.backward(dy, x, gate, w, rstd, spec, *needs)
+    wrong |= {name: differing(a, b) for name, a, b in zip(("dx", "dgate"), gradients, right, strict=False)}
+    if needs[2]:
+        factor = reference.silu_or_sigmoid(gate, activation)
+        d, z = (dy.float(), x.float() * factor) if first else (dy.float() * factor, x.float())
+        h = (reference.grouped(z, groups) * rstd.unsqueeze(-1)).flatten(-2)
+        terms = (d * (h.to(x.dtype).float() if cast == "early" else h)).reshape(-1, x.shape[-1]).double()
+        count = tolerance.dw_too_far_off(gradients[2], terms.sum(0), terms.abs().sum(0), terms.shape[0])
+        wrong["dw"] = f"{count} are too far off" if count else ""
+    said = {name: what for name, what in wrong.items() if what}
+    assert not said, f"{tuple(x.shape)} {x.dtype} {gate.dtype} {spec} {needs}: {said}"
+
+
+@contextmanager
+def gated_settings(**values: Any) -> Iterator[None]:
+    """Changes thresholds of gated norms in tiling.py."""
+    from rmsnorm.kernels.gpu import gated_planner as gpu
+    from rmsnorm.kernels.gpu import tiling
+
+    def put(numbers: dict[str, Any]) -> None:
+        for name, value in numbers.items():
+            setattr(tiling, name, value)
+        plans = (gpu.plan_gated_forward, gpu.plan_gated_backward)
+        for function in (tiling.gated_forward, tiling.gated_backward, tiling.gated_dw_alone, tiling.dw_alone, *plans):
+            function.cache_clear()
+
+    before = {name: getattr(tiling, name) for name in values}
+    put(values)
+    try:
+        yield
+    finally:
+        put(before)
+
+
+# A table for any number of gates, and rows that one program loops over.
+TABLES = {"TABLE_LEAST": 0, "TABLE_PIECE": 1 << 16}
+LOOPS = {"GATED_FORWARD_WIDEST": 16, "GATED_BACKWARD_WIDEST": {2: 16, 4: 16}, "GATED_PIECE": 16, "COLUMNS": 16}
+
+
+def gates(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
+    """Random gates, of which many are large."""
+    return (torch.randn(*shape, generator=_random) * 6).to(dtype)
+
+
+@case
+def gated_forms_and_widths() -> None:
+    for form, (N, groups) in itertools.product(range(8), ((1, 1), (24, 3), (61, 1), (1282, 2))):
+        dtype = FP16 if (form + N) % 2 else FP32
+        w = draw(N, dtype=dtype) if form % 3 else None
+        check_gated(draw(2, N, dtype=dtype), gates(2, N, dtype=dtype), w, form, groups=groups)
+
+
+@case
+def gated_with_a_table() -> None:
+    with gated_settings(**TABLES):
+        for form in (0, 3, 5, 6):
+            dtype = FP16 if form % 3 else FP32
+            check_gated(draw(5, 96, dtype=dtype), gates(5, 96, dtype=FP16), draw(96, dtype=dtype), form, groups=3)
+        every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(FP16).view(16, 4096)
+        for form in (0, 2):
+            check_gated(draw(16, 4096), every, draw(4096), form, dy=torch.ones(16, 4096))
+
+
+@case
+def gated_rows_in_pieces() -> None:
+    for tables, form in itertools.product(({}, TABLES), range(8)):
+        with gated_settings(**LOOPS, **tables):
+            N, groups, dtype = (51, 3, FP16) if form % 2 else (33, 1, FP32)
+            w = draw(N, dtype=dtype) if form % 3 else None
+            check_gated(draw(2, N, dtype=dtype), gates(2, N, dtype=dtype), w, form, groups=groups)
+
+
+@case
+def gated_programs_and_their_tails() -> None:
+    with gated_settings(MULTIPROCESSORS=1):
+        for M, (N, groups) in itertools.product((1, 193), ((31, 1), (96, 3))):
+            for needs in ((True, True, True), (False, False, True)):
+                check_gated(draw(M, N, dtype=FP16), gates(M, N), draw(N), M, groups=groups, needs=needs)
+
+
+@case
+def gated_dtypes_that_differ() -> None:
+    for form, (x, gate, w) in enumerate(itertools.product((FP32, FP16), repeat=3)):
+        for other in (form, form + 1):
+            check_gated(draw(5, 100, dtype=x), gates(5, 100, dtype=gate), draw(100, dtype=w), other, groups=2)
+
+
+@case
+def gated_strides() -> None:
+    N = 48
+    wide = gates(2, 3, 2, 128)
+    wide[..., N : 128 - N] = torch.nan  # memory between the rows must not affect them
+    transposed, whole, sliced, one = (
+        lambda t: t.transpose(0, 1),
+        lambda t: t,
+        lambda t: t[:, 1:3],
+        lambda t: t[0, :1, 0],
+    )
+    for settings_, views in (({}, (transposed, whole, sliced, one)), (LOOPS, (transposed,))):
+        with gated_settings(**settings_):
+            for i, view in enumerate(views):
+                x, gate = view(wide)[..., :N], view(wide)[..., 128 - N :]
+                for groups in (1, 4):
+                    check_gated(x, gate, draw(2 * N)[::2], 3 * i + groups, groups=groups)
+                    dy = draw(1, N).expand(x.shape)
+                    check_gated(x, gate.flip(-1), None, 3 * i + groups + 1, groups=groups, dy=dy)
+
+
+@case
+def gated_only_what_is_needed() -> None:
+    for i, settings_ in enumerate(({}, LOOPS, TABLES)):
+        with gated_settings(**settings_):
+            for j, needs in enumerate(itertools.product((True, False), repeat=3)):
+                x, gate = draw(2, 51, dtype=FP16), gates(2, 51, dtype=FP16)
+                check_gated(x, gate, draw(51, dtype=FP16), i + j, groups=3, needs=needs, with_rstd=False)
+
+
+@case
+def gated_without_rows_or_with_one() -> None:
+    for shape, form in itertools.product(((0, 33), (3, 0, 33), (33,), (1, 1)), (0, 5)):
+        for settings_ in ({}, LOOPS):
+            with gated_settings(**settings_):
+                check_gated(draw(*shape), gates(*shape), draw(shape[-1]), form, groups=shape[-1])
+
+
+@case
+def gated_extremes() -> None:
+    inf, nan = torch.inf, torch.nan
+    for form, dtype in itertools.product(range(8), (FP32, FP16)):
+        special = [0.0, -0.0, 60.0, -60.0, 61.0, -104.0, -150.0, -200.0, -201.0, 88.0, -88.0, 1e-40, -1e-40, 6e-8, 1e30]
+        x, gate, w = draw(12, 24, dtype=dtype), gates(12, 24, dtype=dtype), draw(24, dtype=dtype)
+        gate[0, :15] = torch.tensor(special).clamp(-60000.0, 60000.0).to(dtype)
+        gate[1, 1], gate[2, 2], gate[3, 3], x[4, 4], x[5, 5], x[6, 6] = inf, -inf, nan, inf, -inf, nan
+        x[7], gate[8], gate[9] = 0.0, 0.0, -0.0
+        x[10], gate[10] = (draw(1, 24)[0] * 1e-20).to(dtype), gate[0]
+        infinite = w.index_fill(0, torch.tensor([2]), inf)
+        for weight, eps, tables in ((w, 0.0, {}), (infinite, 1e-6, {}), (infinite, 0.0, TABLES)):
+            with gated_settings(**tables):
+                check_gated(x, gate, weight, form, groups=2, eps=eps)
+
+
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str]:
     """The errors of each case."""

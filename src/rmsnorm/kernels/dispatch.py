@@ -163,16 +163,7 @@ def _gated_planner(kind: GatedForward | GatedBackward) -> ModuleType | ByReferen
         return planner
     if kind.gate.dtype not in KERNEL_DTYPES:
         return _by_plain_torch("gate", kind.gate.dtype)
-    return _gated_module(kind.device.type)
-
-
-@functools.cache
-def _gated_module(device_type: str) -> ModuleType | ByReference:
-    """The planner module of gated norms of a device type whose other planner could be imported."""
-    try:
-        return importlib.import_module(f"rmsnorm.kernels.{_KERNELS[device_type][0]}.gated_planner")
-    except ModuleNotFoundError:
-        return ByReference(f"there is no kernel for gated norms for {device_type}")
+    return _module(kind.device.type, "gated_planner")
 
 
 def _by_plain_torch(name: str, dtype: torch.dtype) -> ByReference:
@@ -202,13 +193,13 @@ def _planner(
 
 
 @functools.cache
-def _module(device_type: str) -> ModuleType | ByReference:
-    """The planner module of a device type, imported at the first call."""
+def _module(device_type: str, planner: str = "planner") -> ModuleType | ByReference:
+    """The planner module of a device type, or that for gated norms, imported at the first call."""
     if device_type not in _KERNELS:
         return ByReference(f"there is no kernel for {device_type}")
     name, library = _KERNELS[device_type]
     try:
-        return importlib.import_module(f"rmsnorm.kernels.{name}.planner")
+        return importlib.import_module(f"rmsnorm.kernels.{name}.{planner}")
     except Exception as error:  # the reference still works if the library is missing or broken
         if kernels.raised_by_signal_handler(error):
             raise

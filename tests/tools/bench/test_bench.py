@@ -17,6 +17,7 @@ from torch import Tensor
 import printed
 import rmsnorm
 from rmsnorm.errors import CommandError
+from rmsnorm.spec import Spec
 from rmsnorm.tools import machine, timing
 from rmsnorm.tools.bench import cases, command, line, measure, overheads, peers, plot, printing
 from rmsnorm.tools.bench.cases import (
@@ -24,6 +25,7 @@ from rmsnorm.tools.bench.cases import (
     ADD_FORWARD,
     BACKWARD,
     FORWARD,
+    GATED_MODES,
     MODES,
     STRIDED_FORWARD,
     TRAINING,
@@ -111,7 +113,7 @@ def test_the_cases_of_a_cpu_and_of_a_gpu() -> None:
     assert {(c.M, c.N) for c in full} == shapes
     gpu = list(cases.cases("cuda", quick=False))
     assert {(8192, 1280), (65536, 1280), (512, 262144)} <= {(c.M, c.N) for c in gpu}
-    modes = {FORWARD, STRIDED_FORWARD, BACKWARD, ADD_FORWARD, ADD_BACKWARD}
+    modes = {FORWARD, STRIDED_FORWARD, BACKWARD, ADD_FORWARD, ADD_BACKWARD, *GATED_MODES}
     assert {c.mode for c in gpu} == modes
     slices = [c for c in gpu if c.mode == STRIDED_FORWARD]  # compared with the same rows without gaps
     assert slices
@@ -154,6 +156,36 @@ def test_every_mode_detects_wrong_bits(mode: Mode, monkeypatch: pytest.MonkeyPat
     row = measure.measure(case, torch.device("cpu"), peers.providers("cpu"), quick=True)
     assert bool(row.fault) == case.mode.adds
     assert (row.providers["ours"].timing is None) == case.mode.adds
+
+
+@pytest.mark.parametrize("mode", GATED_MODES, ids=lambda mode: mode.slug)
+def test_gated_modes_measure_providers_with_a_gate_and_detect_wrong_bits(
+    mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "_QUICK_SECONDS", 0.01)
+    case = BenchCase(8, 64, torch.bfloat16, mode)
+    monkeypatch.setattr(peers, "PROVIDERS", EAGER)
+    row = measure.measure(case, torch.device("cpu"), peers.providers("cpu"), quick=True)
+    assert row.fault == ""
+    assert set(row.providers) == {p.name for p in EAGER if p.name == "copy" or p.gated}
+    assert all(m.timing for m in row.providers.values())
+    differs = row.providers["ours"].differs
+    assert differs is not None
+    assert differs < 0.01  # from the class: its statistic and activation may differ by a unit in the last place
+    spec = mode.gated
+    assert spec is not None
+    ours = next(p.gated for p in EAGER if p.name == "ours")
+    assert ours is not None
+
+    def wrong(x: Tensor, gate: Tensor, w: Tensor, spec: Spec) -> Tensor:
+        y = ours(x, gate, w, spec)
+        return y + 0.5 * (gate - gate.detach()) if mode.backward else y + 1
+
+    broken = tuple(dataclasses.replace(p, gated=wrong) if p.name == "ours" else p for p in EAGER)
+    monkeypatch.setattr(peers, "PROVIDERS", broken)
+    row = measure.measure(case, torch.device("cpu"), peers.providers("cpu"), quick=True)
+    assert ("dgate" if mode.backward else "y") in row.fault
+    assert row.providers["ours"].timing is None
 
 
 @pytest.mark.parametrize("mode", [FORWARD, STRIDED_FORWARD, BACKWARD, ADD_FORWARD, ADD_BACKWARD])

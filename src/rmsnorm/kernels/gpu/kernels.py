@@ -159,7 +159,7 @@ def store_piece(piece, values, inside, m, M, ends, k, PIECES: tl.constexpr):
 
 
 @triton.jit
-def _load(pointer, inside):
+def load_fp32(pointer, inside):
     """Loads elements and converts them to fp32, exactly; zero outside."""
     return tl.load(pointer, inside, 0.0).to(tl.float32)
 
@@ -172,7 +172,7 @@ def rstd_of(S, N, eps):
 
 
 @triton.jit
-def _cast(h, X: tl.constexpr):
+def cast_to(h, X: tl.constexpr):
     """h rounded to the dtype X and converted back to fp32."""
     if X == tl.bfloat16:  # noqa: SIM300
         # Triton converts one number at a time, with an instruction at 1/16 of the usual rate; this converts two.
@@ -189,7 +189,7 @@ def _cast(h, X: tl.constexpr):
 def rounded_sum(a, b):
     """a + b, rounded to their dtype."""
     if a.dtype == tl.bfloat16:
-        # One instruction for two numbers: a·1 + b. Triton would round each sum separately, as in `_cast`.
+        # One instruction for two numbers: a·1 + b. Triton would round each sum separately, as in `cast_to`.
         total = tl.inline_asm_elementwise(
             "{ .reg .b32 one; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 $0, $1, one, $2; }",
             "=r,r,r", [a, b], dtype=tl.bfloat16, is_pure=True, pack=2,
@@ -203,7 +203,7 @@ def rounded_sum(a, b):
 def plus_ds(dx, ds, X: tl.constexpr, ROUND_FIRST: tl.constexpr):
     """dx plus ds, the gradient that arrives through s; ROUND_FIRST: dx is rounded to the dtype X before that."""
     if ROUND_FIRST:
-        dx = _cast(dx, X)
+        dx = cast_to(dx, X)
     return dx + ds.to(tl.float32)
 
 
@@ -219,7 +219,7 @@ def scaled_output(h, w, offset, X: tl.constexpr, Y: tl.constexpr, EARLY: tl.cons
     if w is None:
         y = h.to(X)
     elif EARLY:
-        y = (w.to(tl.float32) * _cast(h, X)).to(Y)
+        y = (w.to(tl.float32) * cast_to(h, X)).to(Y)
     else:
         y = ((w.to(tl.float32) + offset) * h).to(Y)
     return y
@@ -358,7 +358,7 @@ def forward_loop(
         n = first + tl.arange(0, BLOCK_N)
         row = tl.load(rows + n, n < N, 0.0)
         if residual is not None:
-            other = _load(residual + row_start(m, sizes, residual_steps, STRIDED, MULTIPLE) + n, n < N)
+            other = load_fp32(residual + row_start(m, sizes, residual_steps, STRIDED, MULTIPLE) + n, n < N)
             row = (row.to(tl.float32) + other).to(row.dtype)
             tl.store(s + m * N + n, row, n < N)
         d = row.to(tl.float32).to(tl.float64)
@@ -372,7 +372,7 @@ def forward_loop(
         tl.debug_barrier()  # threads read s elements that other threads have written
     for first in range(0, N.to(tl.int64), BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
-        h = _load(rows + n, n < N) * r
+        h = load_fp32(rows + n, n < N) * r
         weight = None if w is None else tl.load(w + n, n < N, 0.0)
         tl.store(y + m * N + n, scaled_output(h, weight, offset, x.dtype.element_ty, y.dtype.element_ty, EARLY), n < N)
 
@@ -406,7 +406,7 @@ def _added(
 
 
 @triton.jit
-def _turns(M, program, programs, ROWS: tl.constexpr, APART: tl.constexpr):
+def turns_of(M, program, programs, ROWS: tl.constexpr, APART: tl.constexpr):
     """How many tiles of ROWS rows this program processes. No intermediate value exceeds M, which may be 2³¹ - 1."""
     last = (M - 1) // ROWS if APART == 1 or ROWS == 1 else (M - 1) // (ROWS * APART) * APART + (APART - 1)
     return last // programs + (last % programs >= program).to(tl.int32)
@@ -447,7 +447,7 @@ def backward_block(
     inverse = 1.0 / width
     if PARTS > 1 and OVERLAP:
         tl.extra.cuda.gdc_wait()
-    for turn in tl.range(0, _turns(M, program, programs, ROWS, APART), num_stages=STAGES):
+    for turn in tl.range(0, turns_of(M, program, programs, ROWS, APART), num_stages=STAGES):
         m = rows_of(program + turn * programs, ROWS, APART)
         dy_row = _load_rows(
             dy, m, n, M, lead, body, ends, sizes, dy_steps, STRIDED, MULTIPLE, WORD, PARTS, PIECES, BLOCK_N
@@ -516,7 +516,7 @@ def normalized(x, r, inside):
 @triton.jit
 def dw_terms(dy, xh, X: tl.constexpr, EARLY: tl.constexpr):
     """The terms that each element adds to dw."""
-    h = _cast(xh, X) if EARLY else xh
+    h = cast_to(xh, X) if EARLY else xh
     return dy * h
 
 
@@ -535,14 +535,14 @@ def backward_loop(
     products = tl.zeros([BLOCK_N], tl.float64)
     for first in range(0, N.to(tl.int64), BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
-        xh = normalized(_load(x + n, n < N), r, n < N)
-        g = times_scale(_load(dy + n, n < N), None if w is None else _load(w + n, n < N), offset, EARLY)
+        xh = normalized(load_fp32(x + n, n < N), r, n < N)
+        g = times_scale(load_fp32(dy + n, n < N), None if w is None else load_fp32(w + n, n < N), offset, EARLY)
         products += (g * xh).to(tl.float64)
     c = (tl.sum(products, axis=0) / N).to(tl.float32)
     for first in range(0, N.to(tl.int64), BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
-        xh = _load(x + n, n < N) * r
-        g = times_scale(_load(dy + n, n < N), None if w is None else _load(w + n, n < N), offset, EARLY)
+        xh = load_fp32(x + n, n < N) * r
+        g = times_scale(load_fp32(dy + n, n < N), None if w is None else load_fp32(w + n, n < N), offset, EARLY)
         dx_row = r * (g - xh * c)
         if ds is not None:
             ds_row = tl.load(ds + row_start(m, sizes, ds_steps, STRIDED, MULTIPLE) + n, n < N, 0.0)
@@ -561,7 +561,7 @@ def dw_alone(
     program, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     n = part.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     dw = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    for turn in tl.range(0, _turns(M, program, programs, ROWS, 1), num_stages=STAGES):
+    for turn in tl.range(0, turns_of(M, program, programs, ROWS, 1), num_stages=STAGES):
         m = rows_of(program + turn * programs, ROWS, 1)
         inside = (m < M) & (n < N)
         r = tl.load(rstd + m, m < M, 0.0)
@@ -572,7 +572,7 @@ def dw_alone(
         if dy3 is not None:
             more = tl.load(dy3 + row_start(m, sizes, dy3_steps, STRIDED, MULTIPLE) + n, inside, 0.0)
             dy_row = rounded_sum(dy_row, more)
-        xh = _load(x + row_start(m, sizes, x_steps, STRIDED, MULTIPLE) + n, inside) * r
+        xh = load_fp32(x + row_start(m, sizes, x_steps, STRIDED, MULTIPLE) + n, inside) * r
         dw += dw_terms(dy_row.to(tl.float32), xh, x.dtype.element_ty, EARLY)
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()

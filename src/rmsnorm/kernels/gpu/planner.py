@@ -51,18 +51,18 @@ def plan_forward(kind: Forward) -> Plan:
     wanted = {row: (x, x.dtype)} | ({} if residual is None else {"residual": (residual, x.dtype)})
     rows, kinds, converted = find_layout(walk, wanted)
     before += converted
-    gpu = _gpu(_number(kind.device))
+    gpu = gpu_at(index_of(kind.device))
     aligned = rows.N > tiling.ADD_WIDEST and _can_be_staged(rows, kinds, x.dtype)
     config = tiling.forward(rows.N, x.dtype.itemsize, residual is not None, aligned, gpu)
     if w is not None:
-        kinds["w"] = _dense("w", w, before)
+        kinds["w"] = dense("w", w, before)
     shape = tuple(x.shape)
     fresh = [Fresh("y", _y_dtype(x.dtype, w, spec.cast), shape)]
     if residual is not None:
         fresh.append(Fresh("s", x.dtype, shape))
     if kind.with_rstd:
         fresh.append(Fresh("rstd", torch.float32, shape[:-1]))
-    calls = _Calls(_number(kind.device), rows, kinds, fresh, x.dtype)
+    calls = Calls(index_of(kind.device), rows, kinds, fresh, x.dtype)
     whole_rows = staged.forward_staged if config.staged else kernels.forward_block
     calls.add(
         kernels.forward_loop if config.parts == 0 else whole_rows,
@@ -95,21 +95,21 @@ def plan_backward(kind: Backward) -> Plan:
     fresh: list[Fresh] = []
     first: list[TritonLaunch] = []
     if len(dys) > 1 and need_dx and tiling.backward_is_wide(x.shape[-1], x.dtype.itemsize):
-        dys, first = _sum_first(dys, y_dtype, _number(kind.device), before, fresh)
+        dys, first = _sum_first(dys, y_dtype, index_of(kind.device), before, fresh)
     wanted = {name: (of, y_dtype) for name, of in dys.items()} | {"x": (x, x.dtype)}
     if kind.ds is not None and with_ds:
         wanted["ds"] = kind.ds, x.dtype
     rows, kinds, converted = find_layout(walk, wanted)
     before += converted
-    M, N, device, gpu = rows.M, rows.N, _number(kind.device), _gpu(_number(kind.device))
+    M, N, device, gpu = rows.M, rows.N, index_of(kind.device), gpu_at(index_of(kind.device))
     of_x, of_dy = x.dtype.itemsize, y_dtype.itemsize
     aligned = tiling.BACKWARD_WIDEST[of_x] < N and _can_be_staged(rows, kinds, x.dtype)
-    kinds["rstd"] = _dense("rstd", kind.rstd, before)  # only hooks on saved tensors can make a copy necessary
+    kinds["rstd"] = dense("rstd", kind.rstd, before)  # only hooks on saved tensors can make a copy necessary
     if w is not None:
-        kinds["w"] = _dense("w", w, before)
+        kinds["w"] = dense("w", w, before)
     if need_dx:
         fresh.append(Fresh("dx", x.dtype, tuple(x.shape)))
-    calls = _Calls(device, rows, kinds, fresh, x.dtype)
+    calls = Calls(device, rows, kinds, fresh, x.dtype)
     early = spec.cast != "late"
     reads = _reads(dict(zip(wanted, rows.steps, strict=True)))
     sums: Launch | None = None  # the launch whose programs compute partial sums of dw
@@ -132,7 +132,7 @@ def plan_backward(kind: Backward) -> Plan:
     if of_dw is not None:
         if sums is None:
             sums = tiling.dw_alone(M, N, len(dys) * of_dy + of_x, of_dw.itemsize, gpu)
-            parts = _cdiv(N, sums.block_n)
+            parts = cdiv(N, sums.block_n)
             fresh.append(Fresh("partials", torch.float32, (sums.programs, N)))
             calls.add(
                 kernels.dw_alone, sums.programs * parts, sums, False, **reads, rstd="rstd", partials="partials",
@@ -141,7 +141,7 @@ def plan_backward(kind: Backward) -> Plan:
         config = tiling.sum_partials(sums.programs, N, gpu)
         fresh.append(Fresh("dw", of_dw, (N,)))
         calls.add(
-            kernels.sum_partials, _cdiv(N, config.block_n), config, sums.programs > 0, partials="partials", dw="dw",
+            kernels.sum_partials, cdiv(N, config.block_n), config, sums.programs > 0, partials="partials", dw="dw",
             programs=sums.programs,
         )  # fmt: skip
     return Plan(
@@ -171,13 +171,13 @@ def _sum_first(
     before += converted
     summed = Fresh(_SUMMED, dtype, tuple(dys["dy"].shape))
     fresh.append(summed)
-    calls, config = _Calls(device, rows, kinds, fresh, dtype), tiling.sum_gradients(rows.N)
+    calls, config = Calls(device, rows, kinds, fresh, dtype), tiling.sum_gradients(rows.N)
     reads = _reads(dict(zip(dys, rows.steps, strict=True)))
     calls.add(kernels.sum_gradients, rows.M * config.parts, config, False, **reads, summed=_SUMMED)
     return {_SUMMED: TensorKind.dense(summed.shape, dtype)}, calls.launches
 
 
-class _Calls:
+class Calls:
     """Collects the launches of a plan."""
 
     def __init__(
@@ -233,7 +233,7 @@ class _Calls:
             return False
         self._fresh.append(Fresh("shares", torch.int64, (size,)))
         config = tiling.no_shares_yet(gpu)
-        self.add(kernels.no_shares_yet, _cdiv(size, config.block_n), config, False, shares="shares", size=size)
+        self.add(kernels.no_shares_yet, cdiv(size, config.block_n), config, False, shares="shares", size=size)
         return size > 0
 
     def _argument(self, value: Any) -> Any:
@@ -243,13 +243,13 @@ class _Calls:
         return None if kind is None else Slot(value, kind.dtype)  # there is no tensor `shares` if no sums are exchanged
 
 
-def _number(device: torch.device) -> int:
+def index_of(device: torch.device) -> int:
     """The index of a GPU; -1 for Triton's interpreter, whose tensors are on the CPU."""
     return -1 if device.index is None or device.type != "cuda" else device.index
 
 
 @functools.cache
-def _gpu(device: int) -> Gpu:
+def gpu_at(device: int) -> Gpu:
     """The properties of the GPU with this index; for the interpreter, of a typical GPU older than Hopper."""
     if device < 0:
         return Gpu(capability=8)
@@ -266,7 +266,7 @@ def _offset(offset: float) -> float:
     return float(offset) or -0.0
 
 
-def _dense(name: str, kind: TensorKind, before: list[Converted]) -> TensorKind:
+def dense(name: str, kind: TensorKind, before: list[Converted]) -> TensorKind:
     """The kind of a tensor that a kernel reads as contiguous; adds a copy to `before` if it is not."""
     if kind.is_dense:
         return kind
@@ -292,5 +292,5 @@ def _are_aligned(kinds: Mapping[str, TensorKind]) -> bool:
     return all(kind.alignment == 16 for kind in kinds.values())
 
 
-def _cdiv(a: int, b: int) -> int:
+def cdiv(a: int, b: int) -> int:
     return -(-a // b)

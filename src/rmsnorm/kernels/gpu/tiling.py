@@ -262,6 +262,57 @@ _BACKWARD_SHARED = {
         262144: Shared(8, 1024, 8),  # not measured alone
     },
 }
+# Gated norms, by the larger itemsize of x and the gate. The times are with a gate of the dtype of x that comes last.
+# One program loops over wider rows.
+GATED_FORWARD_WIDEST = 8192
+GATED_BACKWARD_WIDEST = {2: 8192, 4: 4096}
+GATED_NARROW = 512  # elements of a tile of at most 256 columns in the forward pass, for one warp: 1.14 (fp32 1.17)
+_GATED_FORWARD = {
+    2: {
+        512: WholeRows(1, 256, 1),  # 1.06
+        1024: WholeRows(1, 512, 1),  # 1.06
+        2048: WholeRows(1, 1024, 2),  # 1.06
+        4096: WholeRows(1, 2048, 4),  # 0.98 to 1.11
+        8192: WholeRows(1, 2048, 8),  # not measured; in pieces of 4096: 8192 columns 1.14, 5120 columns 1.34
+    },
+    4: {
+        512: WholeRows(2, 256, 2),  # 1.15
+        1024: WholeRows(1, 512, 2),  # not measured
+        2048: WholeRows(1, 1024, 4),  # 1.07
+        4096: WholeRows(1, 2048, 8),  # 0.98 to 1.06
+        8192: WholeRows(1, 2048, 16),  # 1.11
+    },
+}
+_GATED_BACKWARD_NARROW = {
+    2: {
+        128: NarrowRows(128, 24),  # 1.33
+        256: NarrowRows(256, 20),  # not measured
+    },
+    4: {
+        256: NarrowRows(256, 12),  # 1.20
+    },
+}
+_GATED_BACKWARD = {
+    2: {
+        512: Tile(1, 512, 1, 12),  # 1.16
+        1024: Tile(1, 1024, 2, 6),  # 1.24
+        2048: Tile(1, 2048, 4, 3),  # 1.27
+        4096: Tile(1, 1024, 4, 2, 2),  # 1.42
+        6144: Tile(1, 2048, 8, 1),  # not measured; by the next tile 5120 columns 2.00
+        8192: Tile(1, 4096, 16, 1),  # 1.83
+    },
+    4: {
+        512: Tile(2, 512, 4, 4),  # 1.12
+        1024: Tile(1, 1024, 4, 4),  # not measured
+        2048: Tile(1, 2048, 8, 2),  # 1.22
+        4096: Tile(1, 4096, 16, 1),  # 1.12
+    },
+}
+# With at least so many gates of 16 bits, a table of their functions is computed first. It costs a launch; with it the
+# forward pass with the gate first takes 1.08 to 1.14 of a copy's time, without it 1.7 to 2.1.
+TABLE_LEAST = 1 << 22
+TABLE_PIECE = 256  # entries that one program computes
+GATED_PIECE = 4096  # columns of one step of the loop over wide rows, 8 elements a thread
 STAGES = 3  # rows that a staged backward program has in shared memory; with 4 or 5 it takes 1.6 to 1.7 of a copy's time
 
 AnyTile = TypeVar("AnyTile")
@@ -395,6 +446,58 @@ def backward(
             stages = _stages(tile_bytes, gpu.shared_memory, most)
     programs = _programs(tiles, MULTIPROCESSORS * programs, longest, apart)
     return Launch(block_n, warps, rows, pieces, stages=stages, programs=programs, apart=apart, overlap=overlap)
+
+
+@functools.lru_cache(4096)
+def gated_forward(N: int, itemsize: int, gpu: Gpu) -> Launch:
+    """The launch of the forward pass of a gated norm. itemsize: the larger of those of x and the gate."""
+    overlap = gpu.capability >= 9
+    if N > GATED_FORWARD_WIDEST:
+        return Launch(GATED_PIECE, 16, parts=0, overlap=overlap)
+    if N <= 256:
+        block_n, rows = _narrow(N, GATED_NARROW)
+        return Launch(block_n, 1, rows, overlap=overlap)
+    tile = _narrowest(_GATED_FORWARD[itemsize], N)
+    return Launch(tile.block_n, tile.warps, tile.rows, pieces=-(-N // tile.block_n), overlap=overlap)
+
+
+def tabulate(elements: int, gate_itemsize: int, gpu: Gpu) -> Launch | None:
+    """The launch of the kernel that tabulates the functions of all gates; None if the others compute them faster."""
+    if gate_itemsize != 2 or elements < TABLE_LEAST:
+        return None
+    return Launch(TABLE_PIECE, 4, overlap=gpu.capability >= 9)
+
+
+@functools.lru_cache(4096)
+def gated_backward(M: int, N: int, groups: int, itemsize: int, loaded: int, dw_itemsize: int, gpu: Gpu) -> Launch:
+    """The launch of the backward pass of a gated norm: as `backward`, but each program takes rows of one group only.
+
+    M: rows of each group. N: columns of a group. itemsize: the larger of those of x and the gate. loaded: bytes of one
+    number of dy, x and the gate together. dw_itemsize: 0 if dw is not needed.
+    """
+    overlap = gpu.capability >= 9
+    if GATED_BACKWARD_WIDEST[itemsize] < N:
+        return Launch(GATED_PIECE, 16, parts=0, overlap=overlap)
+    if N <= 256:
+        narrow = _narrowest(_GATED_BACKWARD_NARROW[itemsize], N)
+        block_n, rows = _narrow(N, narrow.elements)
+        tile = Tile(rows, block_n, 1, narrow.programs)
+    else:
+        tile = _narrowest(_GATED_BACKWARD[itemsize], N)
+    pieces = -(-N // tile.block_n)
+    tile_bytes = tile.rows * pieces * tile.block_n * loaded
+    stages = _stages(tile_bytes, gpu.shared_memory // tile.programs, tile.stages) if N % WORD[2] == 0 else 1
+    most = max(1, MULTIPROCESSORS * tile.programs // groups)
+    programs = _programs(_tiles(M, tile.rows), most, LONGEST_SUM.get(dw_itemsize, max(1, M)))
+    return Launch(tile.block_n, tile.warps, tile.rows, pieces, stages=stages, programs=programs, overlap=overlap)
+
+
+@functools.lru_cache(4096)
+def gated_dw_alone(M: int, N: int, groups: int, loaded: int, dw_itemsize: int, gpu: Gpu) -> Launch:
+    """As `dw_alone`, for M rows of each group of N columns."""
+    config = dw_alone(M, N, loaded, dw_itemsize, gpu)
+    most = max(1, 4 * MULTIPROCESSORS // (groups * -(-N // config.block_n)))
+    return replace(config, programs=_programs(_tiles(M, config.rows), most, LONGEST_SUM[dw_itemsize]))
 
 
 @functools.lru_cache(4096)

@@ -9,6 +9,7 @@ import torch
 
 import rmsnorm
 from rmsnorm.costs.counts import Phase
+from rmsnorm.spec import Gate, Spec
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Mode:
         phases: The phases of `rmsnorm.cost` that make up the call.
         backward: Whether the call needs gradients.
         adds: Whether a residual is added before the norm.
+        gated: What a gated norm computes; None for a norm without a gate.
     """
 
     slug: str
@@ -30,6 +32,7 @@ class Mode:
     phases: tuple[Phase, ...]
     backward: bool = False
     adds: bool = False
+    gated: Spec | None = None
 
 
 FORWARD = Mode("forward", "forward", 2, ("inference",))
@@ -39,10 +42,18 @@ ADD_FORWARD = Mode("add-forward", "add + norm, forward", 4, ("inference",), adds
 ADD_BACKWARD = Mode("add-backward", "add + norm, backward", 4, ("backward",), backward=True, adds=True)
 # The rows of x are columns of wider rows, as those that DeepSeek's kv_a_layernorm gets: 512 of 576 columns.
 STRIDED_FORWARD = Mode("strided-forward", "forward, of rows 64 columns apart", 2, ("inference",))
+_GATED, _GATE_FIRST = Spec(gate=Gate()), Spec(cast="late", gate=Gate(first=True), groups=8)  # Qwen3-Next, Mamba 2
+GATED_FORWARD = Mode("gated-forward", "gated norm, forward", 3, ("inference",), gated=_GATED)
+GATED_BACKWARD = Mode("gated-backward", "gated norm, backward", 5, ("backward",), backward=True, gated=_GATED)
+GATE_FIRST_FORWARD = Mode("gate-first-forward", "gate first, 8 groups, forward", 3, ("inference",), gated=_GATE_FIRST)
+GATE_FIRST_BACKWARD = Mode(
+    "gate-first-backward", "gate first, 8 groups, backward", 5, ("backward",), backward=True, gated=_GATE_FIRST
+)
 GAP = 64  # columns between the rows
 # What is measured on each device.
 CPU_MODES = (FORWARD, TRAINING)
-CUDA_MODES = (FORWARD, STRIDED_FORWARD, BACKWARD, ADD_FORWARD, ADD_BACKWARD)
+GATED_MODES = (GATED_FORWARD, GATED_BACKWARD, GATE_FIRST_FORWARD, GATE_FIRST_BACKWARD)
+CUDA_MODES = (FORWARD, STRIDED_FORWARD, BACKWARD, ADD_FORWARD, ADD_BACKWARD, *GATED_MODES)
 MODES = {mode.slug: mode for mode in dict.fromkeys((*CPU_MODES, *CUDA_MODES))}
 
 
@@ -85,6 +96,8 @@ _CUDA_SHAPES: Shapes = (
 # its format.
 _CUDA_SHAPES_QUICK: Shapes = ((8192, 1280), (65536, 1280), (16384, 4096), (16384, 7168))
 _CUDA_SLICES: Shapes = ((65536, 512),)
+_CUDA_HEADS: Shapes = ((1 << 20, 128), (65536, 128), (16384, 4096))
+_CUDA_GROUPS: Shapes = ((16384, 4096), (8192, 8192))
 
 
 def cases(device_type: str, quick: bool) -> Iterator[BenchCase]:
@@ -102,13 +115,19 @@ def cases(device_type: str, quick: bool) -> Iterator[BenchCase]:
         return
     for dtype, mode in itertools.product(dtypes, CUDA_MODES):
         few = quick or mode.adds or dtype == torch.float16
-        shapes = _CUDA_SLICES if mode == STRIDED_FORWARD else _CUDA_SHAPES_QUICK if few else _CUDA_SHAPES
+        if mode.gated is not None:
+            shapes = _CUDA_HEADS if mode.gated.groups == 1 else _CUDA_GROUPS
+        else:
+            shapes = _CUDA_SLICES if mode == STRIDED_FORWARD else _CUDA_SHAPES_QUICK if few else _CUDA_SHAPES
         for M, N in shapes:
             yield BenchCase(M, N, dtype, mode)
 
 
 def moved_bytes(case: BenchCase) -> int:
     """Return the bytes that every implementation of the case must read and write; see `rmsnorm.cost`."""
+    if case.mode.gated is not None:
+        weights, statistics = (2, case.M * case.mode.gated.groups) if case.mode.backward else (1, 0)
+        return (case.mode.tensors * case.M + weights) * case.N * case.dtype.itemsize + 4 * statistics
     implementation: Any = "ours+residual" if case.mode.adds else "ours"
     return sum(
         rmsnorm.cost((case.M, case.N), case.dtype, implementation=implementation, phase=phase).least

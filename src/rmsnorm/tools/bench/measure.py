@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rmsnorm import bits, compat, memory, reference
+from rmsnorm import bits, compat, gated_reference, memory, reference
 from rmsnorm.tools import timing
 from rmsnorm.tools.bench import peers
 from rmsnorm.tools.bench.cases import GAP, STRIDED_FORWARD, TRAINING, BenchCase
@@ -23,8 +23,8 @@ Run = Callable[..., tuple[Tensor, ...]]
 def compile_once(case: BenchCase, device: torch.device, names: Sequence[str]) -> None:
     """Call each provider once, to fill the caches on disk with its kernels."""
     inputs, cotangents = draw_inputs(case, device)
-    for provider in peers.providers(device.type, names):
-        if provider.norm is not None:
+    for provider in _taking(case, peers.providers(device.type, names)):
+        if provider.name != "copy":
             with contextlib.suppress(Exception):
                 _timed_call(runner(provider, case), case, inputs, cotangents)()
     del inputs, cotangents
@@ -39,12 +39,12 @@ def draw_inputs(case: BenchCase, device: torch.device) -> tuple[tuple[Tensor, ..
         device: Where they are to be.
 
     Returns:
-        (x, w) or (x, residual, w); and the cotangents of the outputs, (dy,) or (dy, ds).
+        (x, w), (x, residual, w) or (x, gate, w); and the cotangents of the outputs, (dy,) or (dy, ds).
     """
     generator = torch.Generator(device).manual_seed(case.M * 7919 + case.N)
     x, dy, *others = (
         torch.randn(case.M, case.N, generator=generator, device=device).to(case.dtype)
-        for _ in range(4 if case.mode.adds else 2)
+        for _ in range(4 if case.mode.adds else 3 if case.mode.gated else 2)
     )
     if case.mode == STRIDED_FORWARD:
         x = torch.nn.functional.pad(x, (0, GAP))[:, : case.N]
@@ -67,21 +67,20 @@ def measure(case: BenchCase, device: torch.device, measured: Sequence[Provider],
     """
     inputs, cotangents = draw_inputs(case, device)
     with torch.no_grad():
-        x, *residual, w = inputs
-        expected = definition(x + residual[0] if residual else x, w)
+        expected = _expected(case, inputs)
 
     calls: dict[str, Callable[[], object]] = {}
     found: dict[str, Measurement] = {}
     fault = ""
-    for provider in measured:
+    for provider in _taking(case, measured):
         name = provider.name
-        if provider.norm is None:
+        if name == "copy":
             calls[name], found[name] = copy_call(case, device), Measurement(None)
             continue
         try:
             run = runner(provider, case)
             if name == "ours":
-                fault = _bit_errors(run, inputs, cotangents)
+                fault = _bit_errors(case, run, inputs, cotangents)
             y, *_ = run(*inputs)
             differs = bits.differing(y, expected)[0] / y.numel() if provider.equal else None
             saved = _saved_bytes(run, inputs) if case.mode == TRAINING else None
@@ -108,9 +107,30 @@ def measure(case: BenchCase, device: torch.device, measured: Sequence[Provider],
     return BenchRow(case, fault, {name: replace(m, timing=timings.get(name)) for name, m in found.items()})
 
 
+def _taking(case: BenchCase, measured: Sequence[Provider]) -> list[Provider]:
+    """Return the providers that can be called in a case, and the copy."""
+    return [p for p in measured if p.name == "copy" or (p.gated if case.mode.gated else p.norm) is not None]
+
+
+def _expected(case: BenchCase, inputs: tuple[Tensor, ...]) -> Tensor:
+    """Return y as a published class computes it."""
+    x, *second, w = inputs
+    if case.mode.gated is not None:
+        return gated_reference.published(x, second[0], w, case.mode.gated)
+    return definition(x + second[0] if second else x, w)
+
+
 def runner(provider: Provider, case: BenchCase) -> Run:
-    """Return the function that computes the outputs (y,) or (y, s) of a case from (x, w) or (x, residual, w)."""
-    norm, add = provider.norm, provider.add
+    """Return the function that computes the outputs (y,) or (y, s) of a case from its inputs; see `draw_inputs`."""
+    norm, add, gated, spec = provider.norm, provider.add, provider.gated, case.mode.gated
+
+    def with_gate(x: Tensor, gate: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        assert gated is not None
+        assert spec is not None
+        return (gated(x, gate, w, spec),)
+
+    if spec is not None:
+        return _compile(with_gate) if provider.compiled else with_gate
     assert norm is not None
 
     def plain(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
@@ -158,15 +178,43 @@ def copy_call(case: BenchCase, device: torch.device) -> Callable[[], object]:
     return lambda: target.copy_(source)
 
 
-def _bit_errors(run: Run, inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> str:
+def _bit_errors(case: BenchCase, run: Run, inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> str:
     """Return what differs in bits from the reference on these inputs; empty if nothing does."""
+    pairs = (_pairs if case.mode.gated is None else _gated_pairs)(case, run, inputs, cotangents)
+    wrong = {name: bits.differing(*pair)[0] for name, pair in pairs.items()}
+    return ", ".join(f"{count} of {pairs['y'][0].numel()} {name} differ" for name, count in wrong.items() if count)
+
+
+Pairs = dict[str, tuple[Tensor, Tensor]]
+
+
+def _gated_pairs(case: BenchCase, run: Run, inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> Pairs:
+    """Return what ours computes and what the reference computes, by name, in a gated mode."""
+    x, gate, w = (t.detach() for t in inputs)
+    spec = case.mode.gated
+    assert spec is not None
+    y, rstd = gated_reference.forward(x, gate, w, spec, True)
+    outputs = run(*inputs)
+    pairs = {"y": (outputs[0], y)}
+    if case.mode.backward:
+        assert rstd is not None
+        found = torch.autograd.grad(outputs, inputs[:2], cotangents)
+        wanted = gated_reference.backward(cotangents[0], x, gate, w, rstd, spec, True, True, False)[:2]
+        for name, got, right in zip(("dx", "dgate"), found, wanted, strict=True):
+            assert right is not None
+            pairs[name] = (got, right)
+    return pairs
+
+
+def _pairs(case: BenchCase, run: Run, inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> Pairs:
+    """Return what ours computes and what the reference computes, by name."""
     x, *residual, w = (t.detach() for t in inputs)
     y, s, rstd = reference.forward(x, residual[0] if residual else None, w, EPS, "early", 0.0, with_rstd=True)
     outputs = run(*inputs)
     pairs = {"y": (outputs[0], y)}
     if s is not None:
         pairs["s"] = (outputs[1], s)
-    if any(t.requires_grad for t in inputs):
+    if case.mode.backward:
         assert rstd is not None
         dx = torch.autograd.grad(outputs, inputs[0], cotangents)[0]
         dy, ds = (*cotangents, None)[:2]
@@ -174,5 +222,4 @@ def _bit_errors(run: Run, inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, 
         wanted = reference.backward(dy, ds, x if s is None else s, w, rstd, "early", 0.0, True, False)[0]
         assert wanted is not None
         pairs["dx"] = (dx, wanted)
-    wrong = {name: bits.differing(*pair)[0] for name, pair in pairs.items()}
-    return ", ".join(f"{count} of {y.numel()} {name} differ" for name, count in wrong.items() if count)
+    return pairs

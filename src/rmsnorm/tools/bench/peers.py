@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rmsnorm
+from rmsnorm import gated_reference
 from rmsnorm.errors import CommandError
 from rmsnorm.spec import Spec
 
@@ -17,6 +18,7 @@ EPS = 1e-6
 
 Norm = Callable[[Tensor, Tensor], Tensor]
 AddNorm = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+GatedNorm = Callable[[Tensor, Tensor, Tensor, Spec], Tensor]
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Provider:
         equal: Whether it computes the Definition up to rounding.
         add: (x, residual, w) -> (y, x + residual); without it, the sum and then `norm` are called.
         package: The package that it needs; without that package it is left out.
+        gated: (x, gate, w, spec) -> y; without it, the provider is left out of gated modes.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Provider:
     equal: bool = True
     add: AddNorm | None = None
     package: str = ""
+    gated: GatedNorm | None = None
 
 
 def definition(x: Tensor, w: Tensor) -> Tensor:
@@ -104,17 +108,50 @@ def _fla_add(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     return y, s
 
 
+def _ours_gated(x: Tensor, gate: Tensor, w: Tensor, spec: Spec) -> Tensor:
+    assert spec.gate is not None
+    return rmsnorm.gated_rms_norm(
+        x, gate, w, spec.eps, cast=spec.cast, activation=spec.gate.activation, gate_first=spec.gate.first,
+        groups=spec.groups,
+    )  # fmt: skip
+
+
+def _fla_gated(x: Tensor, gate: Tensor, w: Tensor, spec: Spec) -> Tensor:
+    from fla.modules.fused_norm_gate import rms_norm_gated as norm
+
+    assert spec.gate is not None
+    if spec.gate.first or spec.groups > 1:
+        raise ValueError("its gated norm has neither groups nor a gate that comes first")
+    y: Tensor = norm(x, gate, w, None, eps=spec.eps)
+    return y
+
+
+def _mamba_ssm_gated(x: Tensor, gate: Tensor, w: Tensor, spec: Spec) -> Tensor:
+    from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn as norm
+
+    assert spec.gate is not None
+    width = x.shape[-1] // spec.groups
+    y: Tensor = norm(x, w, None, z=gate, eps=spec.eps, group_size=width, norm_before_gate=not spec.gate.first)
+    return y
+
+
 PROVIDERS = (
-    Provider("ours", lambda x, w: rmsnorm.rms_norm(x, w, EPS), add=lambda x, r, w: rmsnorm.add_rms_norm(x, r, w, EPS)),
+    Provider(
+        "ours",
+        lambda x, w: rmsnorm.rms_norm(x, w, EPS),
+        add=lambda x, r, w: rmsnorm.add_rms_norm(x, r, w, EPS),
+        gated=_ours_gated,
+    ),
     Provider("copy", None),
-    Provider("Definition", definition),
+    Provider("Definition", definition, gated=gated_reference.published),
     Provider("F.rms_norm", lambda x, w: F.rms_norm(x, (x.shape[-1],), w, EPS)),
     Provider("LayerNorm", lambda x, w: F.layer_norm(x, (x.shape[-1],), w, None, EPS), equal=False),
-    Provider("torch.compile", definition, compiled=True),
+    Provider("torch.compile", definition, compiled=True, gated=gated_reference.published),
     Provider("Liger", lambda x, w: liger(x, w, Spec(EPS)), add=_liger_add, package="liger_kernel"),
     Provider("QuACK", _quack, add=_quack_add, package="quack"),
     Provider("FlashInfer", _flashinfer, package="flashinfer"),
-    Provider("fla", _fla, add=_fla_add, package="fla"),
+    Provider("fla", _fla, add=_fla_add, package="fla", gated=_fla_gated),
+    Provider("mamba_ssm", None, package="mamba_ssm", gated=_mamba_ssm_gated),
 )
 
 
