@@ -12,14 +12,14 @@ from rmsnorm import gated_reference
 from rmsnorm.kernels.gpu.kernels import (
     as_multiple,
     cast_to,
-    load_fp32,
-    turns_of,
     dw_terms,
     is_inside,
+    load_fp32,
     mean_of,
     normalized,
     row_start,
     rstd_of,
+    turns_of,
 )  # fmt: skip
 
 _INVERSE_LN2 = tl.constexpr(gated_reference.INVERSE_LN2)
@@ -295,7 +295,8 @@ def gated_forward_loop(
 def gated_backward_block(
     dy, x, gate, table, w, rstd, dx, dgate, partials, M, N, groups, programs, sizes, dy_steps, x_steps, gate_steps,
     EARLY: tl.constexpr, SIGMOID: tl.constexpr, GATE_FIRST: tl.constexpr, STRIDED: tl.constexpr,
-    MULTIPLE: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    MULTIPLE: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """dx and dgate of every `programs`-th tile of ROWS rows of one group, and their share of dw.
 
