@@ -156,7 +156,7 @@ def using(sweep: Sweep, config: Launch) -> Iterator[None]:
 
 def in_use(sweep: Sweep) -> Launch:
     """Return the configuration that the library uses."""
-    size, of = sweep.dtype.itemsize, gpu._gpu(torch.cuda.current_device())
+    size, of = sweep.dtype.itemsize, gpu.gpu_at(torch.cuda.current_device())
     adds, aligned = sweep.mode.adds, sweep.N % tiling.WORD[size] == 0
     if sweep.passes == "forward":
         return tiling.forward(sweep.N, size, adds, aligned, of)

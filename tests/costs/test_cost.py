@@ -354,7 +354,7 @@ def test_the_counts_ask_for_the_launches_that_the_kernels_ask_for(monkeypatch) -
     # All arguments but the GPU.
     for name, used in (("forward", 4), ("backward", 7), ("dw_alone", 4)):
         monkeypatch.setattr(tiling, name, spy(name, used))
-    monkeypatch.setattr(gpu, "_gpu", lambda _: tiling.Gpu(227 << 10))
+    monkeypatch.setattr(gpu, "gpu_at", lambda _: tiling.Gpu(227 << 10))
     for (x, w), N, adds in itertools.product(DTYPES, (7, 1280, 12000, 14336, 40000), (False, True)):
         asked.clear()
         rows, rstd = TensorKind.dense((33, N), x), TensorKind.dense((33,), torch.float32)

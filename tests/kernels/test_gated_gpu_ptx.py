@@ -54,7 +54,7 @@ def plans(
 ) -> tuple[Plan, Plan]:
     """The plans of both passes for M rows of groups of width N."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gated_planner, "_gpu", lambda device: Gpu(SHARED_MEMORY[capability], capability=capability))
+        patch.setattr(gated_planner, "gpu_at", lambda device: Gpu(SHARED_MEMORY[capability], capability=capability))
         cast, activation, first = FORMS[form]
         spec, shape = Spec(1e-6, cast, gate=Gate(activation, first), groups=groups), (M, groups, N)
         x_, gate_ = TensorKind.dense(shape, x), TensorKind.dense(shape, gate or x)

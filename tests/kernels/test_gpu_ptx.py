@@ -78,7 +78,7 @@ def plans(
 ) -> tuple[Plan, Plan]:
     """The plans of a forward and a backward pass."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu, "_gpu", lambda device: Gpu(SHARED_MEMORY[capability], capability=capability))
+        patch.setattr(gpu, "gpu_at", lambda device: Gpu(SHARED_MEMORY[capability], capability=capability))
         gpu.plan_forward.cache_clear()
         gpu.plan_backward.cache_clear()
         spec, x_ = Spec(1e-6, cast, offset), TensorKind.dense(shape, x)
@@ -95,7 +95,7 @@ def plan_of_sum(
 ) -> Plan:
     """The plan of a backward pass that adds gradients."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu, "_gpu", lambda device: Gpu(SHARED_MEMORY[capability], capability=capability))
+        patch.setattr(gpu, "gpu_at", lambda device: Gpu(SHARED_MEMORY[capability], capability=capability))
         gpu.plan_backward.cache_clear()
         rows, w, rstd = (TensorKind.dense(shape, t) for shape, t in (((M, N), x), ((N,), x), ((M,), FP32)))
         kind = Backward(CPU, rows, rows if adds else None, rows, w, rstd, Spec(), frozen != "x", frozen != "w")
