@@ -124,6 +124,30 @@ def check(
     assert not said, f"{tuple(x.shape)} {x.dtype} {cast} {offset}: {said}"
 
 
+@case
+def two_norms_in_one_launch() -> None:
+    from rmsnorm import reference
+    from rmsnorm.kernels.gpu import planner as gpu
+    from rmsnorm.kernels.plan import Forward, both
+    from rmsnorm.kernels.run import run
+    from rmsnorm.spec import Spec
+
+    shapes = (((5, 64), (3, 96)), ((2, 3, 1280), (7, 16)), ((4, 72), (1, 513)))
+    for (cast, offset), dtype, (shape, shape2) in itertools.product(SPECS[:3], (FP32, FP16), shapes):
+        xs = draw(*shape, dtype=dtype), draw(*shape2[:-1], shape2[-1] + 16)[..., : shape2[-1]]
+        ws = draw(shape[-1], dtype=dtype), None if offset == 0 and dtype is FP16 else draw(shape2[-1])
+        spec = Spec(1e-6, cast, offset)
+        apart = [gpu.plan_forward(Forward.of(x, None, w, spec, True)) for x, w in zip(xs, ws, strict=True)]
+        plan = gpu.merge_launches(both(*apart, (0, 2)))
+        assert len(plan.launches) == 1
+        with guarded():
+            found = run(plan, (xs[0], None, ws[0], xs[1], None, ws[1]))
+        for i, (x, w) in enumerate(zip(xs, ws, strict=True)):
+            y, _, rstd = reference.forward(x, None, w, 1e-6, cast, offset, True)
+            said = differing(found[2 * i], y) or differing(found[2 * i + 1], rstd)
+            assert not said, f"norm {i} of {shape} and {shape2}, {dtype}, {cast}: {said}"
+
+
 @contextmanager
 def settings(**values: Any) -> Iterator[None]:
     """Changes thresholds in tiling.py, so that a small row takes the path of a wide one."""

@@ -130,7 +130,9 @@ def plan_backward(kind: Backward) -> Plan | ByReference:
 @functools.lru_cache(MOST_PLANS)
 def plan_forward_pair(first: Forward, second: Forward) -> Plan | ByReference:
     """The plan of a call that computes y and rstd of two norms, or the reason why they are computed apart."""
-    return _pair(plan_forward(first), plan_forward(second), (0, 2))
+    plan = _pair(plan_forward(first), plan_forward(second), (0, 2))
+    merge = getattr(_module(first.device.type), "merge_launches", None)
+    return plan if merge is None or isinstance(plan, ByReference) else merge(plan)
 
 
 @functools.lru_cache(MOST_PLANS)

@@ -285,16 +285,15 @@ def _packed(row):
 # A row is held in PIECES of BLOCK_N columns, so that few threads are idle if N is far from a power of two.
 
 
-@triton.jit(do_not_specialize=["M"])
-def forward_block(
-    x, residual, w, y, s, rstd, shares, M, N, parts, sizes, x_steps, residual_steps, eps, offset,
+@triton.jit
+def forward_tile(
+    tile, part, x, residual, w, y, s, rstd, shares, M, N, parts, sizes, x_steps, residual_steps, eps, offset,
     EARLY: tl.constexpr, FIRST: tl.constexpr, STRIDED: tl.constexpr, MULTIPLE: tl.constexpr, WORD: tl.constexpr,
     PARTS: tl.constexpr, ROWS: tl.constexpr, APART: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Each program computes ROWS rows, reading them once; if PARTS > 1, one part of a row."""
+    """Computes the ROWS rows of a tile, reading them once; if PARTS > 1, one part of a row."""
     N = as_multiple(N, MULTIPLE)
-    tile, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     m = rows_of(tile, ROWS, APART)
     lead = lead_of(tile, N, APART, WORD)
     body = body_of(N, lead, WORD)
@@ -342,6 +341,42 @@ def forward_block(
         out = scaled_output(h, weight, offset, x.dtype.element_ty, y.dtype.element_ty, EARLY)
         start = start_of(m * N, lead, WORD)
         store_piece(y + start + n, out, (m < M) & (n < body), m, M, ends, k, PIECES)
+
+
+@triton.jit(do_not_specialize=["M"])
+def forward_block(
+    x, residual, w, y, s, rstd, shares, M, N, parts, sizes, x_steps, residual_steps, eps, offset,
+    EARLY: tl.constexpr, FIRST: tl.constexpr, STRIDED: tl.constexpr, MULTIPLE: tl.constexpr, WORD: tl.constexpr,
+    PARTS: tl.constexpr, ROWS: tl.constexpr, APART: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Each program computes a tile, or one part of it."""
+    forward_tile(
+        tl.program_id(0) // parts, tl.program_id(0) % parts, x, residual, w, y, s, rstd, shares, M, N, parts,
+        sizes, x_steps, residual_steps, eps, offset,
+        EARLY, FIRST, STRIDED, MULTIPLE, WORD, PARTS, ROWS, APART, PIECES, BLOCK_N, OVERLAP,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "M2", "tiles"])
+def forward_two(
+    x, w, y, rstd, x2, w2, y2, rstd2, M, N, sizes, x_steps, M2, N2, sizes2, x2_steps, tiles, eps, offset,
+    EARLY: tl.constexpr, FIRST: tl.constexpr,
+    STRIDED: tl.constexpr, MULTIPLE: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
+    STRIDED2: tl.constexpr, MULTIPLE2: tl.constexpr, ROWS2: tl.constexpr, PIECES2: tl.constexpr, BLOCK_N2: tl.constexpr,
+):  # fmt: skip
+    """Two calls of `forward_block` without a residual: the first `tiles` programs make the first."""
+    program = tl.program_id(0)
+    if program < tiles:
+        forward_tile(
+            program, 0, x, None, w, y, None, rstd, None, M, N, 1, sizes, x_steps, None, eps, offset,
+            EARLY, FIRST, STRIDED, MULTIPLE, 1, 1, ROWS, 1, PIECES, BLOCK_N, False,
+        )  # fmt: skip
+    else:
+        forward_tile(
+            program - tiles, 0, x2, None, w2, y2, None, rstd2, None, M2, N2, 1, sizes2, x2_steps, None, eps, offset,
+            EARLY, FIRST, STRIDED2, MULTIPLE2, 1, 1, ROWS2, 1, PIECES2, BLOCK_N2, False,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,6 +81,40 @@ def plan_forward(kind: Forward) -> Plan:
         launches=tuple(calls.launches),
         outputs=("y", None if kind.residual is None else "s", "rstd" if kind.with_rstd else None),
     )
+
+
+_SHARED_BY_TWO = "eps", "offset", "EARLY", "FIRST"
+_OF_EACH = "M", "N", "sizes", "STRIDED", "MULTIPLE", "ROWS", "PIECES", "BLOCK_N"
+
+
+def merge_launches(plan: Plan) -> Plan:
+    """The plan of two forward passes with one launch for both, if each has one that holds whole rows, of few tiles."""
+    if len(plan.launches) != 2:
+        return plan
+    first, second = plan.launches
+    assert isinstance(first, TritonLaunch)
+    assert isinstance(second, TritonLaunch)
+    a, b = (dict(zip(launch.kernel.arg_names, launch.arguments, strict=True)) for launch in (first, second))
+    whole_rows = all(
+        launch.kernel is kernels.forward_block and named["residual"] is None and named["WORD"] == named["PARTS"] == 1
+        for launch, named in ((first, a), (second, b))
+    )
+    tiles = first.grid[0]
+    if not whole_rows or tiles + second.grid[0] > tiling.MOST_TILES_OF_TWO:
+        return plan
+    values = {name: a[name] for name in _SHARED_BY_TWO} | {"tiles": tiles}
+    for number, named in (("", a), ("2", b)):
+        values |= {f"{name}{number}": named[name] for name in (*_OF_EACH, "x", "w", "y", "rstd")}
+        values[f"x{number}_steps"] = named["x_steps"]
+    merged = replace(
+        first,
+        kernel=kernels.forward_two,
+        grid=(tiles + second.grid[0],),
+        warps=max(first.warps, second.warps),
+        arguments=tuple(values[name] for name in kernels.forward_two.arg_names),
+        aligned=first.aligned and second.aligned,
+    )
+    return replace(plan, launches=(merged,))
 
 
 @functools.lru_cache(MOST_PLANS)

@@ -313,6 +313,9 @@ _GATED_BACKWARD = {
 TABLE_LEAST = 1 << 22
 TABLE_PIECE = 256  # entries that one program computes
 GATED_PIECE = 4096  # columns of one step of the loop over wide rows, 8 elements a thread
+# The most tiles of two forward passes that are launched together. More keep the GPU busy for longer than a launch. Not
+# measured alone.
+MOST_TILES_OF_TWO = 8 * MULTIPROCESSORS
 STAGES = 3  # rows that a staged backward program has in shared memory; with 4 or 5 it takes 1.6 to 1.7 of a copy's time
 
 AnyTile = TypeVar("AnyTile")
