@@ -14,7 +14,7 @@ TORCH_FOR_PIP := $(if $(filter 0% 1% 2% 3% 4% 5% 6% 7% 8% 9%,$(TORCH)),torch==$(
 # The tests whose outcome could depend on how a processor sums and takes roots, if a verdict or bound were wrong.
 SENSITIVE := tests/patching tests/test_properties.py tests/test_reference.py
 
-.PHONY: setup report test test-compiled test-short test-processors check bench tables test-gpu
+.PHONY: setup report test test-compiled test-short test-processors test-integrations check bench tables test-gpu
 
 setup: $(STAMP)
 
@@ -48,6 +48,14 @@ test-processors: $(STAMP)
 	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not compiled" $(SENSITIVE)
 	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not compiled" $(SENSITIVE)
 
+# The adapters to other libraries, each with the library itself and in a process of its own (5: no tests, skipped).
+INTEGRATIONS := .venv-integrations
+
+test-integrations: $(INTEGRATIONS)/.complete
+	for file in tests/integrations/test_*.py; do \
+		$(INTEGRATIONS)/bin/python -m pytest -q --disable-warnings $$file || [ $$? = 5 ] || exit 1; \
+	done
+
 test-gpu: $(STAMP)
 	$(BIN)/rmsnorm verify --device cuda
 	$(BIN)/python tests/kernels/gpu_check.py
@@ -71,3 +79,18 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	$(BIN)/python -m pip list --format=freeze | grep -E '^(torch|triton)==' >> $(PINS)
 	$(BIN)/python -m pip install -e '.[dev]' -c $(PINS)
 	@touch $@
+
+# It finds the packages of .venv through a .pth file, and has those of tests/integrations/requirements.txt in front.
+# What cannot be installed is named, its tests are skipped, and the next run tries again.
+$(INTEGRATIONS)/.complete: $(STAMP) tests/integrations/requirements.txt
+	$(PYTHON) -m venv --clear $(INTEGRATIONS)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(INTEGRATIONS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	$(INTEGRATIONS)/bin/python -m pip install -q --no-deps -e .
+	if $(INTEGRATIONS)/bin/python -m pip install -q --no-deps -r tests/integrations/requirements.txt; then \
+		touch $@; \
+	else \
+		grep -oE '^[^#]+==[^ ]+' tests/integrations/requirements.txt | while read -r package; do \
+			$(INTEGRATIONS)/bin/python -m pip install -q --no-deps "$$package" || echo "could not install $$package"; \
+		done; \
+	fi
