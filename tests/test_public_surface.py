@@ -17,6 +17,7 @@ SIGNATURES = {
     "DeepseekV2RMSNorm": "hidden_size, eps=1e-06",
     "TorchRMSNorm": "normalized_shape, eps=None, elementwise_affine=True, device=None, dtype=None",
     "patch": "model, *, strict=True, fuse_residual=True, recompute=False",
+    "batch_invariant": "",
     "recompute": "",
     "register": "",
     "decompositions": "",
