@@ -23,6 +23,7 @@ LAYERS = (
     ("patching",),
     ("register",),
     ("",),
+    ("integrations",),
     ("tools",),
     ("__main__",),
 )
@@ -30,7 +31,7 @@ LAYER = {package: i for i, layer in enumerate(LAYERS) for package in layer}
 FILES = sorted(ROOT.rglob("*.py"))
 # What `import rmsnorm` must not load: each takes long, or is there for one command alone.
 HEAVY = ("numba", "triton", "transformers", "matplotlib", "multiprocessing.pool", "concurrent.futures.process",
-         "rmsnorm.tools", "rmsnorm.kernels.cpu.kernels", "rmsnorm.kernels.gpu.kernels")  # fmt: skip
+         "rmsnorm.tools", "rmsnorm.integrations", "rmsnorm.kernels.cpu.kernels", "rmsnorm.kernels.gpu.kernels")  # fmt: skip
 
 
 def module_of(file: Path, root: Path = ROOT) -> str:

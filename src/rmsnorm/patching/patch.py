@@ -85,7 +85,7 @@ def patch(model: nn.Module, *, strict: bool = True, fuse_residual: bool = True, 
         if not _is_candidate(module):
             reason = _why_skipped(module)
         else:
-            proof = _proof_of(module, strict, hints, proofs)
+            proof = proof_of(module, strict, hints, proofs)
             if proof.rule is not None or "rmsnorm" in cls.__name__.lower() or rule_of(module) is not None:
                 norms.append((name, module, proof))
                 continue
@@ -103,7 +103,7 @@ def patch(model: nn.Module, *, strict: bool = True, fuse_residual: bool = True, 
         raise RuntimeError(f"[patch] with recompute={recompute}, the model {late}")
     # First, because it may fail. A norm alone has no part that saves its output.
     _set_recomputing(whole, recompute and not any(module is whole and proof.rule for _, module, proof in norms))
-    verdicts = [_replace(name, module, proof, hints) for name, module, proof in norms]
+    verdicts = [replace_norm(name, module, proof, hints) for name, module, proof in norms]
     return PatchReport.of_model(verdicts, skipped, hints, whole, [module for _, module, _ in norms])
 
 
@@ -151,7 +151,7 @@ def _check_module(where: str, model: object) -> None:
 # --- proving and replacing one norm --------------------------------------------------------------------------
 
 
-def _proof_of(module: nn.Module, strict: bool, hints: Hints, proofs: dict[Any, Proof]) -> Proof:
+def proof_of(module: nn.Module, strict: bool, hints: Hints, proofs: dict[Any, Proof]) -> Proof:
     """The proof of a norm, shared by norms that it cannot tell apart. An error becomes the reason not to replace it."""
     cls = original_class(module)
     try:
@@ -178,7 +178,7 @@ def _in_words(error: Exception) -> str:
         return type(error).__name__
 
 
-def _replace(name: str, module: nn.Module, proof: Proof, hints: Hints) -> Verdict:
+def replace_norm(name: str, module: nn.Module, proof: Proof, hints: Hints) -> Verdict:
     """Give the module the class for what was proven. If that fails it keeps its class, and the verdict says so."""
     before = type(module)
     try:
