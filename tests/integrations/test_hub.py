@@ -218,9 +218,9 @@ def test_one_mapping_serves_every_mode(kernels: Any, mapping: Any) -> None:
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("cls", [Qwen3RMSNorm, GptOssRMSNorm])
 def test_a_kernelized_norm_compiles_without_a_graph_break(kernels: Any, mapping: Any, cls: type[nn.Module]) -> None:
-    model, ours = (randomized(nn.Sequential(nn.Linear(32, 32), cls(32))) for _ in range(2))
+    model, ours = (randomized(nn.Sequential(nn.Linear(32, 32), cls(32))).bfloat16() for _ in range(2))
     kernelized(kernels, model, kernels.Mode.TRAINING | kernels.Mode.TORCH_COMPILE, mapping)
-    x = torch.randn(50, 32, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(50, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
     assert_same_bits(torch.compile(model, backend="aot_eager", fullgraph=True)(x), patched(ours)(x))
 
 

@@ -90,7 +90,7 @@ def test_every_public_form_of_the_function_is_covered(function: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_has_the_same_bits_alone_as_in_a_batch(dtype: torch.dtype) -> None:
-    """Of y and dx, at a width at which torch's own sum depends on the batch."""
+    """Of y and dx, at a width at which sums are split into parts."""
     norm, x, dy = norm_of(70001), rows(3, 70001, dtype=dtype), rows(3, 70001, dtype=dtype, seed=2)
     with batch_invariant():
         leaf = x.clone().requires_grad_()
