@@ -61,6 +61,10 @@ def stored(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
+def is_stored(name: str) -> bool:
+    return (RESULTS / f"{name}.json").exists()
+
+
 @dataclass(frozen=True)
 class Case:
     """One case of a stored benchmark; figure: which of its times counts, the median on a GPU, the minimum on a CPU."""
@@ -577,6 +581,36 @@ def cost_check() -> str:
         f"On an {r['device']} with torch {r['torch'].partition('+')[0]}, of {len(phases)} phases the number of kernels "
         f"is right in {right['kernels']}, the saved bytes in {right['saved']} and the peak in {right['peak']}."
     )
+
+
+@part
+def batch_invariance() -> str:
+    """How many rows change with the batch, on each device on which that was counted."""
+    found = [stored(name) for name in ("batch-invariance-cpu", "batch-invariance-cuda") if is_stored(name)]
+
+    def changed(result: dict[str, Any], dtype: str, name: str) -> str:
+        counts = result["changed"][dtype][name]
+        return f"{counts['y']}, {counts['dx']}"
+
+    cells = [(result, dtype) for result in found for dtype in result["changed"]]
+    header = [
+        f"{result['machine']['device'].upper().replace('CUDA', 'GPU')}, {_DTYPES[dtype]}" for result, dtype in cells
+    ]
+    lines = [[label, *(changed(*cell, name) for cell in cells)] for name, label in _INVARIANCE.items()]
+    machines = "; ".join(machine(result["machine"]) for result in found)
+    first = found[0]
+    sizes = ", ".join(map(str, first["batches"]))
+    said = f"Rows of y, of dx that change, of {first['rows']} of width {first['width']}, in batches of {sizes} rows"
+    return f"{said} ({machines}):\n\n{table(['', *header], lines)}"
+
+
+_INVARIANCE = {
+    "Definition": "Definition, eager",
+    "torch.compile": "Definition, `torch.compile`",
+    "F.rms_norm": "`F.rms_norm`",
+    "F.rms_norm in batch_invariant": "**`F.rms_norm` in `rmsnorm.batch_invariant()`**",
+    "ours": "**rmsnorm**",
+}
 
 
 # --- the command ---------------------------------------------------------------------------------------------

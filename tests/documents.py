@@ -27,6 +27,12 @@ ROOT = Path(__file__).parent.parent
 _FENCE = re.compile(r"^```(?P<info>[^\n`]+)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
+def _is_installed(package: str) -> bool:
+    """Whether it can be imported; a folder of that name without __init__.py, such as tests/kernels, is no package."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
 @dataclass(frozen=True)
 class Block:
     """A fenced block: its language, the words after it, its text, and where the text is in the document."""
@@ -41,7 +47,7 @@ class Block:
     def missing(self) -> str | None:
         """The package that it needs and that cannot be imported."""
         needed = (word.removeprefix("needs=") for word in self.words if word.startswith("needs="))
-        return next((name for name in needed if importlib.util.find_spec(name) is None), None)
+        return next((name for name in needed if not _is_installed(name)), None)
 
     @property
     def is_output(self) -> bool:

@@ -6,11 +6,13 @@ What replaces them is slower and right.
 import importlib
 import operator
 import sys
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 from rmsnorm import TorchRMSNorm, compat, explain, rms_norm
 from rmsnorm.tools.bench.peers import definition
@@ -154,3 +156,21 @@ def test_without_those_devices_torchs_own_forward_runs_under_autocast(monkeypatc
         monkeypatch.delattr(torch._C, "_dispatch_has_kernel_for_dispatch_key")
         monkeypatch.setattr(compat, "RMS_NORM_UNCHANGED_BY_AUTOCAST", compat._rms_norm_unchanged_by_autocast())
         assert "own forward, because autocast may cast its input" in explain(x, norm)
+
+
+def test_the_backward_functions_of_torch_run_without_their_check_for_modes() -> None:
+    class Seen(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    seen: list[Any] = []
+    x = torch.ones(3, requires_grad=True)
+    with Seen():
+        (dx,) = compat.without_override_check(torch.autograd.grad)((x * 2).sum(), x)
+        compat.without_override_check(torch.autograd.backward)((x * 3).sum(), inputs=[x])
+    assert dx.tolist() == [2, 2, 2]
+    assert x.grad is not None
+    assert x.grad.tolist() == [3, 3, 3]
+    assert not {torch.autograd.grad, torch.autograd.backward} & set(seen)
+    assert compat.without_override_check(torch.add) is torch.add  # the fallback

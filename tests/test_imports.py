@@ -24,7 +24,7 @@ LAYERS = (
     ("patching",),
     ("register",),
     ("",),
-    ("tools", "integrations"),
+    ("integrations", "tools"),
     ("__main__",),
 )
 LAYER = {package: i for i, layer in enumerate(LAYERS) for package in layer}

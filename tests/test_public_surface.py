@@ -24,6 +24,7 @@ SIGNATURES = {
     "prove": "module, *, strict=True",
     "Proof": "class_name, spec=None, reason='', rule=None, matches_published_bits=True, output_changes=<factory>, "
     "memory_saved_per_row=<factory>",
+    "batch_invariant": "",
     "recompute": "",
     "register": "",
     "decompositions": "",

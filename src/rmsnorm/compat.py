@@ -5,10 +5,12 @@ fallback assumes the case that goes through torch's dispatcher, which is slower 
 """
 
 import contextlib
+import functools
 import importlib
 import pickle
 import sys
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -83,6 +85,23 @@ def _rms_norm_unchanged_by_autocast() -> frozenset[str]:
 
 # Which of "cpu" and "cuda" these are depends on the version of torch. There is no public equivalent.
 RMS_NORM_UNCHANGED_BY_AUTOCAST = _rms_norm_unchanged_by_autocast()
+
+
+@functools.cache
+def without_override_check(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A Python function of torch, without its check whether a mode or a class of tensors overrides it.
+
+    torch takes a TorchFunctionMode away while that handles a call. A backward pass that is such a call thus runs
+    without the mode, and so does the forward pass that activation checkpointing runs in it. There is no public
+    equivalent; the fallback is the function itself.
+    """
+    own = getattr(function, "__globals__", {})
+    if not isinstance(function, FunctionType) or "has_torch_function" not in own:
+        return function
+    names = {**own, "has_torch_function": lambda tensors: False}
+    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def in_forward_ad() -> bool:

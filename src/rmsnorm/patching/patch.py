@@ -82,7 +82,7 @@ def patch(model: nn.Module, *, strict: bool = True, fuse_residual: bool = True, 
         if not _is_candidate(module):
             reason = _why_skipped(module)
         else:
-            proof = _replaceable(module, proof_of(module, strict, proofs), hints)
+            proof = replaceable(module, proof_of(module, strict, proofs), hints)
             if proof.rule is not None or "rmsnorm" in cls.__name__.lower() or rule_of(module) is not None:
                 norms.append((name, module, proof))
                 continue
@@ -100,7 +100,7 @@ def patch(model: nn.Module, *, strict: bool = True, fuse_residual: bool = True, 
         raise RuntimeError(f"[patch] with recompute={recompute}, the model {late}")
     # First, because it may fail. A norm alone has no part that saves its output.
     _set_recomputing(whole, recompute and not any(module is whole and proof.rule for _, module, proof in norms))
-    verdicts = [_replace(name, module, proof, hints) for name, module, proof in norms]
+    verdicts = [replace_norm(name, module, proof, hints) for name, module, proof in norms]
     return PatchReport.of_model(verdicts, skipped, hints, whole, [module for _, module, _ in norms])
 
 
@@ -148,7 +148,7 @@ def _check_module(where: str, model: object) -> None:
 # --- proving and replacing one norm --------------------------------------------------------------------------
 
 
-def _replaceable(module: nn.Module, proof: Proof, hints: Hints) -> Proof:
+def replaceable(module: nn.Module, proof: Proof, hints: Hints) -> Proof:
     """The proof, or why no class for it can be made, which must not fail later, when norms are replaced already."""
     try:
         _class_for(module, proof, hints)
@@ -157,7 +157,7 @@ def _replaceable(module: nn.Module, proof: Proof, hints: Hints) -> Proof:
         return Proof(proof.class_name, reason=f"its class cannot be subclassed: {in_words(error)}")
 
 
-def _replace(name: str, module: nn.Module, proof: Proof, hints: Hints) -> Verdict:
+def replace_norm(name: str, module: nn.Module, proof: Proof, hints: Hints) -> Verdict:
     """Give the module the class for what was proven. If that fails it keeps its class, and the verdict says so."""
     before = type(module)
     try:

@@ -197,7 +197,7 @@ def weight_of(module: Any) -> Any:
     """The weight, also where a parametrization or FSDP1 has put something else in the parameter's place."""
     try:
         return module._parameters["weight"]
-    except KeyError:
+    except (AttributeError, KeyError):
         return getattr(module, "weight", None)
 
 
