@@ -14,7 +14,7 @@ TORCH_FOR_PIP := $(if $(filter 0% 1% 2% 3% 4% 5% 6% 7% 8% 9%,$(TORCH)),torch==$(
 # The tests whose outcome could depend on how a processor sums and takes roots, if a verdict or bound were wrong.
 SENSITIVE := tests/patching tests/test_properties.py tests/test_reference.py
 
-.PHONY: setup report test test-compiled test-short test-processors test-integrations check bench tables test-gpu
+.PHONY: setup report test test-compiled test-gpu-code test-short test-processors test-integrations check bench tables test-gpu
 
 setup: $(STAMP)
 
@@ -32,11 +32,15 @@ tables: $(STAMP)
 WORKERS ?= 2
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not compiled"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not compiled and not gpu_code" --ignore tests/integrations
 
 # The tests that compile models, which take minutes.
 test-compiled: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m compiled
+
+# The tests that interpret GPU kernels, or compile them and read the machine code; none of them needs a GPU.
+test-gpu-code: $(STAMP)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m gpu_code tests/kernels
 
 # The tests marked `short`, which show within a minute whether the package works with another torch.
 test-short: $(STAMP)
@@ -48,12 +52,16 @@ test-processors: $(STAMP)
 	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not compiled" $(SENSITIVE)
 	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not compiled" $(SENSITIVE)
 
-# The adapters to other libraries, each with the library itself and in a process of its own (5: no tests, skipped).
-INTEGRATIONS := .venv-integrations
+# The adapters to other libraries, with the libraries themselves. Each environment adds to .venv what a file in
+# tests/integrations names; its tests run in a process for each file (5: no tests, all were skipped).
+INTEGRATIONS := engines hub transformers-4.46
 
-test-integrations: $(INTEGRATIONS)/.complete
-	for file in tests/integrations/test_*.py; do \
-		$(INTEGRATIONS)/bin/python -m pytest -q --disable-warnings $$file || [ $$? = 5 ] || exit 1; \
+test-integrations: $(INTEGRATIONS:%=.venv-%/.complete)
+	for name in $(INTEGRATIONS); do \
+		for file in $$(sed -n 's/^# tests: //p' tests/integrations/$$name.txt); do \
+			.venv-$$name/bin/python -m pytest -q --disable-warnings tests/integrations/$$file.py \
+				|| [ $$? = 5 ] || exit 1; \
+		done; \
 	done
 
 test-gpu: $(STAMP)
@@ -80,17 +88,17 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	$(BIN)/python -m pip install -e '.[dev]' -c $(PINS)
 	@touch $@
 
-# It finds the packages of .venv through a .pth file, and has those of tests/integrations/requirements.txt in front.
-# What cannot be installed is named, its tests are skipped, and the next run tries again.
-$(INTEGRATIONS)/.complete: $(STAMP) tests/integrations/requirements.txt
-	$(PYTHON) -m venv --clear $(INTEGRATIONS)
+# Finds the packages of .venv through a .pth file, and has its own in front. What cannot be installed is named, its tests
+# are skipped, and the next run tries again.
+$(INTEGRATIONS:%=.venv-%/.complete): .venv-%/.complete: $(STAMP) tests/integrations/%.txt
+	$(PYTHON) -m venv --clear .venv-$*
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-		> "$$($(INTEGRATIONS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
-	$(INTEGRATIONS)/bin/python -m pip install -q --no-deps -e .
-	if $(INTEGRATIONS)/bin/python -m pip install -q --no-deps -r tests/integrations/requirements.txt; then \
+		> "$$(.venv-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	.venv-$*/bin/python -m pip install -q --no-deps -e .
+	if .venv-$*/bin/python -m pip install -q --no-deps -r tests/integrations/$*.txt; then \
 		touch $@; \
 	else \
-		grep -oE '^[^#]+==[^ ]+' tests/integrations/requirements.txt | while read -r package; do \
-			$(INTEGRATIONS)/bin/python -m pip install -q --no-deps "$$package" || echo "could not install $$package"; \
+		grep -oE '^[^#]+==[^ ]+' tests/integrations/$*.txt | while read -r package; do \
+			.venv-$*/bin/python -m pip install -q --no-deps "$$package" || echo "could not install $$package"; \
 		done; \
 	fi

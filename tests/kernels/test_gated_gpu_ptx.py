@@ -28,6 +28,8 @@ from test_gpu_ptx import (  # skips this file too if Triton is missing or in its
     values,
 )  # fmt: skip
 
+pytestmark = pytest.mark.gpu_code
+
 WIDTHS = sorted(
     {N for table in (tiling._GATED_FORWARD, tiling._GATED_BACKWARD) for tiles in table.values() for N in tiles}
 )

@@ -26,6 +26,8 @@ pytest.importorskip(
     reason="no Triton of 3.9 or later: the interpreter of 3.6 takes an argument of -0.0 for 0.0",
 )
 
+pytestmark = pytest.mark.gpu_code
+
 FP32, FP16 = torch.float32, torch.float16
 SPECS = (("early", 0.0), ("late", 0.0), ("late", 1.0), ("first", 0.0))
 WIDTHS = (1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 31, 32, 61, 64, 100, 127, 255, 512, 1000, 1021, 1279, 1280, 2049, 4093, 5000)

@@ -35,6 +35,8 @@ from rmsnorm.kernels.plan import Backward, Forward, Plan, TensorKind  # noqa: E4
 from rmsnorm.kernels.run import run  # noqa: E402
 from rmsnorm.spec import Spec  # noqa: E402
 
+pytestmark = pytest.mark.gpu_code
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CAPABILITIES = (80, 90, 100)
 # Bytes of shared memory that a program may use; for 8.x and 12.x those of the smallest GPU (8.6, 8.9, 12.0).
