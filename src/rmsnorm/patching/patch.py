@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from rmsnorm.errors import complaint, one_line, type_name
-from rmsnorm.modules import DeepseekV2RMSNorm, RMSNorm
+from rmsnorm.modules import DeepseekV2RMSNorm, GatedRMSNorm, RMSNorm
 from rmsnorm.patching.eligibility import fingerprint, why_ineligible
 from rmsnorm.patching.other_libraries import check_not_fsdp1, why_class_is_fixed, why_model_is_too_late, why_too_late
 from rmsnorm.patching.patch_report import PatchReport, SkippedModule, UnpatchReport, Verdict
 from rmsnorm.patching.proof import prove
 from rmsnorm.patching.recomputing import is_recomputing, set_recomputing, whole_model
 from rmsnorm.patching.replacement import (
+    hints_for,
     hints_of,
     original_class,
     replacement_class,
@@ -30,7 +31,7 @@ from rmsnorm.patching.rule import Proof
 from rmsnorm.patching.torch_norm import TorchRMSNorm
 from rmsnorm.spec import Hints, check_bool
 
-_OURS = RMSNorm, DeepseekV2RMSNorm, TorchRMSNorm
+_OURS = RMSNorm, GatedRMSNorm, DeepseekV2RMSNorm, TorchRMSNorm
 _EPS_NAME = re.compile(r"(^|_)eps(ilon)?(_|$)", re.IGNORECASE)  # but not "steps"
 
 
@@ -212,7 +213,7 @@ def _set_recomputing(model: nn.Module, recompute: bool) -> None:
 def _class_for(module: nn.Module, proof: Proof, hints: Hints) -> type[nn.Module]:
     if proof.rule is None:
         return original_class(module)
-    if proof.rule == rule_of(module) and hints == hints_of(module):
+    if proof.rule == rule_of(module) and hints_for(proof.rule, hints) == hints_of(module):
         return type(module)  # ours, or FSDP's subclass of ours
     return replacement_class(original_class(module), proof.rule, hints)
 

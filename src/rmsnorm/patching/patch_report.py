@@ -10,7 +10,7 @@ from torch import nn
 from rmsnorm.ops.eager_recomputation import Recomputation
 from rmsnorm.patching.other_libraries import why_inactive
 from rmsnorm.patching.recomputing import last_recomputation
-from rmsnorm.patching.rule import OutputChange
+from rmsnorm.patching.rule import OutputChange, kind_in_words
 from rmsnorm.spec import Hints, Spec
 
 
@@ -54,12 +54,12 @@ class Verdict:
         """What was found, in words, without figures. Norms with the same finding and class form a group."""
         if self.spec is None:
             return f"not replaced: {self.reason}"
-        offset = f", offset {self.spec.offset:g}" if self.spec.offset else ""
         how = "proven" if self.matches_published_bits else _ACCEPTED
         own = f"; its own forward runs {self.own_forward_when}" if self.own_forward_when else ""
         if "norm" not in self.class_name.lower():
             how += " although its class is not named a norm"
-        return f"{how}: {self.spec.cast}, eps {self.spec.eps:g}{offset}{own}"
+        cast, *others = kind_in_words(self.spec)
+        return f"{how}: {', '.join((cast, f'eps {self.spec.eps:g}', *others))}{own}"
 
 
 _ACCEPTED = "accepted by strict=False (it computes the mean or rsqrt differently)"
@@ -181,6 +181,8 @@ class PatchReport:
             lines.append(f"  torch.compile {compiled} (fuse_residual={self.fuse_residual}); eager mode adds separately")
             if self.recompute:
                 lines.append("  the backward pass recomputes norm outputs, which are not kept for it (recompute=True)")
+            if any(v.spec is not None and v.spec.gate is not None for v in self.replaced):
+                lines.append("  neither fuse_residual nor recompute applies to the norms with a gate")
         return "\n".join(lines)
 
     def _head(self) -> list[str]:
