@@ -21,6 +21,7 @@ from torch import nn
 from rmsnorm.patching import replacement
 from rmsnorm.patching.patch import patch
 from rmsnorm.patching.patch_report import Verdict
+from rmsnorm.patching.rule import kind_in_words
 from rmsnorm.tools import machine
 
 TABLE = Path(__file__).parents[2] / "docs" / "verdicts.md"
@@ -70,16 +71,20 @@ class Found:
         return module
 
     @property
+    def gated(self) -> bool:
+        """Whether it is proven to be a gated norm."""
+        return self.verdict is not None and self.verdict.spec is not None and self.verdict.spec.gate is not None
+
+    @property
     def group(self) -> str:
         """The line of the summary that it belongs to."""
         v = self.verdict
         if v is None or v.spec is None:
             return "left"
+        kind = ", ".join(kind_in_words(v.spec))
         if v.own_forward_when:
-            return f"{v.spec.cast}, its own forward {v.own_forward_when}"
-        if "weight" not in dict(self.build().named_parameters()):
-            return "without a weight"
-        return f"{v.spec.cast}, offset 1" if v.spec.offset else v.spec.cast
+            return f"{kind}, its own forward {v.own_forward_when}"
+        return kind if "weight" in dict(self.build().named_parameters()) else "without a weight"
 
 
 @functools.cache

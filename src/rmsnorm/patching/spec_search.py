@@ -90,7 +90,7 @@ def _more(
     hint = "" if loosely else _hint(probe, seen, x, w, candidates)
     if hint:
         return hint
-    why = difference(seen.expression)
+    why = difference(seen.expression, probe.gated)
     return (f": {why}" if why else "") + (_nearest(probe, seen, state, shape) if loosely else "")
 
 
