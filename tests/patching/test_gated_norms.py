@@ -1,6 +1,7 @@
 """Gated norms: how patch proves them, which it leaves, and what a replaced one does."""
 
 import copy
+import functools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -36,13 +37,41 @@ N = 64
 GROUPS = 4
 
 
-def replaced(norm: nn.Module) -> tuple[nn.Module, nn.Module, Spec]:
-    """(the norm, replaced and with a random weight; the same norm as it was; what it computes)."""
-    nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(0))
-    own = copy.deepcopy(norm)
+MAMBA = functools.partial(MambaRMSNormGated, N, group_size=N // GROUPS)
+FALCON = functools.partial(FalconH1RMSNormGated, N, n_groups=GROUPS)
+KIMI = functools.partial(KimiLinearRMSNormGated, N)
+QWEN = functools.partial(Qwen3NextRMSNormGated, N)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: Callable[[int], None]) -> None:
+    """Many small tensors: on a busy machine the threads wait for one another far longer than they work."""
+    threads(1)
+
+
+def patched(norm: nn.Module) -> Spec:
+    """What `patch`, which replaces the norm, finds."""
     (verdict,) = patch(nn.ModuleDict({"norm": norm})).verdicts
     assert verdict.spec is not None, verdict
-    return norm, own, verdict.spec
+    return verdict.spec
+
+
+@functools.cache
+def _proven(build: Callable[[], nn.Module]) -> tuple[type[nn.Module], Spec]:
+    """A proof takes a second or more, so tests share it."""
+    norm = build()
+    spec = patched(norm)
+    return type(norm), spec
+
+
+def replaced(build: Callable[[], nn.Module]) -> tuple[Any, Any, Spec]:
+    """(a norm, replaced and with a random weight; the same norm as it was; what it computes)."""
+    cls, spec = _proven(build)
+    norm: Any = build()
+    nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(0))
+    own = copy.deepcopy(norm)
+    replacement.set_class(norm, cls)
+    return norm, own, spec
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -74,8 +103,9 @@ def exact(norm: nn.Module, x: Tensor, gate: Tensor, spec: Spec) -> Tensor:
 )
 def test_the_attributes_of_a_gated_norm_decide_what_is_proven(norm: nn.Module, spec: Spec) -> None:
     """The classes themselves, with their default arguments, are in test_verdicts.py."""
-    norm, own, found = replaced(norm)
-    assert found == spec
+    nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(0))
+    own = copy.deepcopy(norm)
+    assert patched(norm) == spec
     x, gate = draw(3, 5, N, dtype=torch.bfloat16)
     assert_same_bits(own(x, gate), gated_reference.published(x, gate, own.weight, spec))
     for y in (norm(x, gate), norm(x, gate=gate), norm(gate=gate, hidden_states=x)):
@@ -210,20 +240,20 @@ def test_the_classes_above_are_left_for_what_they_change() -> None:
     class GatedRMSNorm(Gated):
         pass
 
-    assert replaced(GatedRMSNorm())[2] == Spec(1e-6, "late", gate=Gate())
+    assert patched(GatedRMSNorm()) == Spec(1e-6, "late", gate=Gate())
 
 
 def test_an_activation_of_the_table_is_proven_after_torch_compile_has_tagged_modules() -> None:
     """torch.compile keeps weak references to new modules, whose callbacks run when an activation is freed."""
     torch.compile(nn.Linear(2, 2), backend="eager")(torch.ones(2))
-    assert replaced(KimiLinearRMSNormGated(N))[2] == Spec(1e-6, "late", gate=Gate("sigmoid"))
+    assert patched(KIMI()) == Spec(1e-6, "late", gate=Gate("sigmoid"))
 
 
 # --- which calls run its own forward -------------------------------------------------------------------------
 
 
 def test_a_call_that_was_not_proven_runs_its_own_forward() -> None:
-    norm, own, spec = replaced(MambaRMSNormGated(N, group_size=N // GROUPS))
+    norm, own, spec = replaced(MAMBA)
     x, gate = draw(3, 5, N)
     for arguments, reason in {
         (x,): "it is called without a gate",
@@ -244,17 +274,17 @@ def test_a_call_that_was_not_proven_runs_its_own_forward() -> None:
 
 def test_a_gate_that_cannot_be_left_out_still_cannot() -> None:
     x, _ = draw(3, N)
-    norm, own, _ = replaced(KimiLinearRMSNormGated(N))
+    norm, own, _ = replaced(KIMI)
     for one in (norm, own):
         with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'to'"):
             one(x)
-    norm, _, _ = replaced(Qwen3NextRMSNormGated(N))
+    norm, _, _ = replaced(QWEN)
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'gate'"):
         norm(x)
 
 
 def test_an_attribute_that_changed_since_the_proof_runs_its_own_forward_and_eps_may_change() -> None:
-    norm, own, spec = replaced(FalconH1RMSNormGated(N, n_groups=GROUPS))
+    norm, own, spec = replaced(FALCON)
     x, gate = draw(3, 5, N)
     for one in (norm, own):
         one.variance_epsilon = 0.5
@@ -271,7 +301,7 @@ def test_an_attribute_that_changed_since_the_proof_runs_its_own_forward_and_eps_
 
 
 def test_a_gate_from_inference_mode_that_reaches_a_trained_norm_runs_its_own_forward() -> None:
-    norm, own, _ = replaced(Qwen3NextRMSNormGated(N))
+    norm, own, _ = replaced(QWEN)
     x, _ = draw(3, N, dtype=torch.bfloat16)
     with torch.inference_mode():
         gate = x + 1
@@ -281,7 +311,7 @@ def test_a_gate_from_inference_mode_that_reaches_a_trained_norm_runs_its_own_for
 
 
 def test_tracers_see_its_own_operators() -> None:
-    norm, own, _ = replaced(MambaRMSNormGated(N, group_size=N // GROUPS))
+    norm, own, _ = replaced(MAMBA)
     x, gate = draw(3, N)
     traced = torch.jit.trace(norm, (x, gate))
     assert "rmsnorm" not in str(traced.inlined_graph)
@@ -294,7 +324,7 @@ def test_tracers_see_its_own_operators() -> None:
 
 
 def test_copies_pickles_state_and_hooks_stay_and_unpatch_restores_the_class() -> None:
-    norm, own, spec = replaced(MambaRMSNormGated(N, group_size=N // GROUPS))
+    norm, own, spec = replaced(MAMBA)
     x, gate = draw(3, N)
     y = exact(norm, x, gate, spec)
     for copied in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
@@ -314,7 +344,7 @@ def test_copies_pickles_state_and_hooks_stay_and_unpatch_restores_the_class() ->
 
 
 def test_the_report_says_what_was_proven_and_that_the_options_do_not_apply() -> None:
-    model = nn.ModuleDict({"norm": MambaRMSNormGated(N, group_size=N // GROUPS), "ours": rmsnorm.GatedRMSNorm(N)})
+    model = nn.ModuleDict({"norm": MAMBA(), "ours": rmsnorm.GatedRMSNorm(N)})
     report = patch(model, recompute=True)
     (verdict,) = report.verdicts
     assert verdict.finding == "proven: early, eps 1e-06, silu gate first, 4 groups; its own forward runs without a gate"
@@ -326,7 +356,7 @@ def test_the_report_says_what_was_proven_and_that_the_options_do_not_apply() -> 
 
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_compiled_and_exported_it_runs_our_operator_with_the_same_bits() -> None:
-    norm, _, spec = replaced(FalconH1RMSNormGated(N, n_groups=GROUPS, norm_before_gate=False))
+    norm, _, spec = replaced(FALCON)
     x, gate = draw(2, 3, N)
     expected = exact(norm, x, gate, spec)
     assert_same_bits(torch.compile(norm, backend="aot_eager", fullgraph=True)(x, gate), expected)
@@ -337,7 +367,7 @@ def test_compiled_and_exported_it_runs_our_operator_with_the_same_bits() -> None
 
 @pytest.mark.parametrize("move", [lambda t: t.transpose(0, 1), lambda t: t.movedim(-1, 1).contiguous().movedim(1, -1)])
 def test_the_output_has_the_memory_layout_of_its_own_forwards(move: Callable[[Tensor], Tensor]) -> None:
-    norm, own, spec = replaced(MambaRMSNormGated(N, group_size=N // GROUPS))
+    norm, own, spec = replaced(MAMBA)
     x, gate = map(move, draw(3, 5, N))
     assert norm(x, gate).stride() == own(x, gate).stride()
     assert_same_bits(norm(x, gate), exact(norm, x, gate, spec))
@@ -348,7 +378,7 @@ def test_the_output_has_the_memory_layout_of_its_own_forwards(move: Callable[[Te
 
 @pytest.mark.parametrize("gate_dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_training_keeps_the_inputs_and_one_number_a_group_and_the_gradients_are_the_formulas(gate_dtype: Any) -> None:
-    norm, _, spec = replaced(MambaRMSNormGated(N, group_size=N // GROUPS))
+    norm, _, spec = replaced(MAMBA)
     x, gate = draw(32, N)
     gate = gate.to(gate_dtype)
     x.requires_grad_()
@@ -436,8 +466,8 @@ def test_models_train_as_unpatched_ones_whose_norms_are_off_by_an_ulp(
     torch.manual_seed(3)
     model = build()
     plain = losses(copy.deepcopy(model))
-    patched = copy.deepcopy(model)
-    report = patch(patched)
+    replacing = copy.deepcopy(model)
+    report = patch(replacing)
     gated = [v for v in report.replaced if v.spec is not None and v.spec.gate is not None]
     assert {v.class_name for v in gated} == {cls}
     assert report.not_replaced == ()
@@ -447,7 +477,7 @@ def test_models_train_as_unpatched_ones_whose_norms_are_off_by_an_ulp(
         perturbed([noisy.get_submodule(v.name) for v in report.replaced], seed)
         noise.append(max(abs(a - b) for a, b in zip(losses(noisy), plain, strict=True)))
     assert max(noise) > 0
-    ours = losses(patched)
+    ours = losses(replacing)
     assert ours != plain
     assert report.check() == ()
     assert max(abs(a - b) for a, b in zip(ours, plain, strict=True)) <= 8 * max(noise)
