@@ -76,7 +76,8 @@ def replaced(build: Callable[[], nn.Module]) -> tuple[Any, Any, Spec]:
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """An input and a gate."""
-    x, gate = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    x, gate = (torch.randn(*shape, generator=generator).to(dtype) for _ in range(2))
     return x, gate
 
 
@@ -88,24 +89,23 @@ def exact(norm: nn.Module, x: Tensor, gate: Tensor, spec: Spec) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("norm", "spec"),
+    ("build", "spec"),
     [
-        (MambaRMSNormGated(N, group_size=N, eps=1e-5), Spec(1e-5, gate=Gate(first=True))),
-        (FalconH1RMSNormGated(N, n_groups=GROUPS), Spec(1e-6, "late", gate=Gate(), groups=GROUPS)),
+        (functools.partial(MambaRMSNormGated, N, group_size=N, eps=1e-5), Spec(1e-5, gate=Gate(first=True))),
+        (FALCON, Spec(1e-6, "late", gate=Gate(), groups=GROUPS)),
         (
-            FalconH1RMSNormGated(N, n_groups=2, norm_before_gate=False),
+            functools.partial(FalconH1RMSNormGated, N, n_groups=2, norm_before_gate=False),
             Spec(1e-6, "late", gate=Gate(first=True), groups=2),
         ),
-        (Qwen4ExpTextRMSNormGated(N, activation="sigmoid"), Spec(1e-6, gate=Gate("sigmoid"))),
-        (Qwen4ExpTextRMSNormGated(N, activation="swish"), Spec(1e-6, gate=Gate("silu"))),
+        (functools.partial(Qwen4ExpTextRMSNormGated, N, activation="sigmoid"), Spec(1e-6, gate=Gate("sigmoid"))),
+        (functools.partial(Qwen4ExpTextRMSNormGated, N, activation="swish"), Spec(1e-6, gate=Gate("silu"))),
     ],
-    ids=str,
+    ids=["Mamba 2 in one group", "Falcon-H1", "Falcon-H1, gate first", "Qwen4 with sigmoid", "Qwen4 with swish"],
 )
-def test_the_attributes_of_a_gated_norm_decide_what_is_proven(norm: nn.Module, spec: Spec) -> None:
+def test_the_attributes_of_a_gated_norm_decide_what_is_proven(build: Callable[[], nn.Module], spec: Spec) -> None:
     """The classes themselves, with their default arguments, are in test_verdicts.py."""
-    nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(0))
-    own = copy.deepcopy(norm)
-    assert patched(norm) == spec
+    norm, own, found = replaced(build)
+    assert found == spec
     x, gate = draw(3, 5, N, dtype=torch.bfloat16)
     assert_same_bits(own(x, gate), gated_reference.published(x, gate, own.weight, spec))
     for y in (norm(x, gate), norm(x, gate=gate), norm(gate=gate, hidden_states=x)):
@@ -158,12 +158,12 @@ class GatedRMSNormRoundedBetween(Gated):
 
 class GatedRMSNormOfUnevenGroups(Gated):
     def normalized(self, x: Tensor) -> Tensor:
-        return torch.cat([super(type(self), self).normalized(part) for part in x.split([16, 48], -1)], -1)
+        return torch.cat([Gated.normalized(self, part) for part in x.split([16, 48], -1)], -1)
 
 
 class GatedRMSNormOfInterleavedGroups(Gated):
     def normalized(self, x: Tensor) -> Tensor:
-        groups = x.unflatten(-1, (N // 4, 4)).transpose(-1, -2)
+        groups = x.unflatten(-1, (16, 4)).transpose(-1, -2)
         h = groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight.float() * h.transpose(-1, -2).flatten(-2)
 
@@ -180,7 +180,7 @@ class GatedRMSNormWithResidual(Gated):
 
 class GatedRMSNormOfDetachedGate(Gated):
     def activated(self, gate: Tensor) -> Tensor:
-        return super(type(self), self).activated(gate.detach())
+        return F.silu(gate.detach().float())
 
 
 class GatedRMSNormOfStatefulActivation(Gated):
@@ -316,8 +316,10 @@ def test_tracers_see_its_own_operators() -> None:
     traced = torch.jit.trace(norm, (x, gate))
     assert "rmsnorm" not in str(traced.inlined_graph)
     assert_same_bits(traced(x, gate), own(x, gate))
-    graph = torch.fx.symbolic_trace(Qwen3NextRMSNormGated(N))
-    assert graph(x, gate).shape == x.shape
+    simple, own, _ = replaced(Gated)
+    graph = torch.fx.symbolic_trace(simple)
+    assert not any("rmsnorm" in str(node.target) for node in graph.graph.nodes)
+    assert_same_bits(graph(x, gate), own(x, gate))
 
 
 # --- what stays as it was ------------------------------------------------------------------------------------
@@ -422,11 +424,11 @@ def falcon_h1() -> PreTrainedModel:
 
 
 def losses(model: nn.Module) -> list[float]:
-    generator = torch.Generator().manual_seed(5)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    """Of ten steps that learn one batch by heart."""
+    tokens = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(5))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     found = []
     for _ in range(10):
-        tokens = torch.randint(64, (2, 16), generator=generator)
         loss = model(input_ids=tokens, labels=tokens).loss
         optimizer.zero_grad()
         loss.backward()
@@ -459,9 +461,9 @@ def perturbed(norms: list[nn.Module], seed: int) -> None:
 def test_models_train_as_unpatched_ones_whose_norms_are_off_by_an_ulp(
     build: Callable[[], PreTrainedModel], cls: str
 ) -> None:
-    """Replacing a norm changes its fp32 outputs by an ulp or two, so training may differ as much as from such noise.
+    """Replacing a norm changes a part of its fp32 outputs, by one or two ulp and seldom by more.
 
-    A change of up to 8 ulp was seen in outputs, and what follows is linear in it while it is small.
+    While such a change is small, what follows is linear in it: four times the noise of one ulp in every output is enough.
     """
     torch.manual_seed(3)
     model = build()
@@ -480,4 +482,4 @@ def test_models_train_as_unpatched_ones_whose_norms_are_off_by_an_ulp(
     ours = losses(replacing)
     assert ours != plain
     assert report.check() == ()
-    assert max(abs(a - b) for a, b in zip(ours, plain, strict=True)) <= 8 * max(noise)
+    assert max(abs(a - b) for a, b in zip(ours, plain, strict=True)) <= 4 * max(noise)

@@ -56,10 +56,14 @@ def test_the_counts() -> None:
     assert summary() == {
         "early": 143,
         "late": 24,
-        "left": 22,
         "late, offset 1": 14,
         "early, its own forward when input and weight have different dtypes": 10,
+        "left": 8,
         "without a weight": 5,
+        "early, silu gate first, 4 groups, its own forward without a gate": 5,
+        "early, silu gate last": 5,
+        "late, sigmoid gate last": 3,
+        "late, silu gate last, its own forward without a gate and for 1-D, 4-D, 5-D inputs": 1,
     }
 
 

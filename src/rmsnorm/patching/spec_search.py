@@ -3,7 +3,6 @@
 import contextlib
 import math
 from dataclasses import dataclass
-from typing import get_args
 
 from torch import Tensor
 
@@ -75,7 +74,8 @@ def _gated_candidates(probe: Probe, seen: Observation, eps: float) -> list[Spec]
     """With the activation and the groups that were seen."""
     activations = {node.op for node in nodes(seen.expression)} & {*ACTIVATIONS}
     gates = [Gate(a, first) for a in ACTIVATIONS if a in activations for first in (False, True)]
-    specs = [Spec(eps, cast, gate=gate, groups=seen.groups) for gate in gates for cast in get_args(Cast)]
+    casts: tuple[Cast, ...] = ("early", "late")
+    specs = [Spec(eps, cast, gate=gate, groups=seen.groups) for gate in gates for cast in casts]
     if probe.weighted:
         return specs
     # Without a weight, and the gate first, there is one rounding only.
