@@ -203,6 +203,13 @@ class GatedRMSNormThatAsksItsGate(Gated):
         return F.silu(gate.float()) if gate.requires_grad else torch.sigmoid(gate.float())
 
 
+class GatedRMSNormThatComparesItsInputs(Gated):
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        if gate.requires_grad and not x.requires_grad:
+            return x
+        return super().forward(x, gate)
+
+
 class GatedRMSNormThatWritesToItsGate(Gated):
     def activated(self, gate: Tensor) -> Tensor:
         return F.silu(gate.mul_(2).float())
@@ -225,6 +232,7 @@ class GatedRMSNormThatWritesToItsGate(Gated):
         (GatedRMSNormOfStatefulActivation(), "it holds more than a weight: act"),
         (GatedRMSNormOverTwoDimensions(), "it normalizes over 2 dimensions"),
         (GatedRMSNormThatAsksItsGate(), "its operators match no supported RMSNorm"),
+        (GatedRMSNormThatComparesItsInputs(), "its operators match no supported RMSNorm"),
         (GatedRMSNormThatWritesToItsGate(), "it writes to its gate"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",

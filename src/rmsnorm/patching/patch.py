@@ -42,6 +42,8 @@ def patch(model: nn.Module, *, strict: bool = True, fuse_residual: bool = True, 
     RMSNorm: one 1-D parameter and an eps. It runs each norm's own forward on stand-ins and proves from the operators
     what it computes. A replaced norm keeps its parameters, name, hooks and `isinstance`; where our kernels cannot serve
     a call, it runs its own forward. All other norms stay as they are. Patching a model again proves its norms again.
+    Norms with a gate, such as Qwen3-Next's and Mamba 2's, are proven and replaced too; `fuse_residual` and `recompute`
+    do not apply to them.
 
     Patch a model first, then apply PEFT, torch.compile, FSDP, tensor parallelism or accelerate.
 
