@@ -52,7 +52,7 @@ def test_it_says_what_patch_says(name: str, strict: bool) -> None:
     (verdict,) = patch(nn.ModuleDict({"norm": module}), strict=strict).verdicts
     assert {**vars(proof), "name": "norm"} == vars(verdict)
     assert (proof.dtypes, proof.own_forward_when) == (verdict.dtypes, verdict.own_forward_when)
-    assert proof.proven == (proof.reason == "") == (name != "gate" and not (strict and name == "root"))
+    assert proof.proven == (proof.reason == "") == (not (strict and name == "root"))
     assert prove(module, strict=strict) == proof, "a replaced norm"
 
 
