@@ -137,8 +137,10 @@ def test_a_layer_of_this_package_computes_what_it_says_and_changes_nothing(layer
     proof = prove(layer)
     assert (proof.spec, proof.class_name, proof.reason) == (spec, type(layer).__name__, "")
     assert {(c.share, c.max_ulp) for c in proof.output_changes.values()} == {(0.0, 0)}
-    every = [DTYPES, (None,) if layer.weight is None else DTYPES, *([] if spec.gate is None else [DTYPES])]
-    assert set(proof.dtypes) == set(itertools.product(*every))
+    floats = DTYPES[:3]
+    every = [floats, (None,) if layer.weight is None else floats, *([] if spec.gate is None else [floats])]
+    assert set(itertools.product(*every)) <= set(proof.dtypes)
+    assert {len(dtypes) for dtypes in proof.dtypes} == {len(every)}
 
 
 def test_a_subclass_of_a_layer_is_judged_by_its_own_forward() -> None:
