@@ -239,7 +239,8 @@ def test_the_cost_document_states_the_presets_counts_that_are_tested() -> None:
 
 # The functions whose texts `explain` repeats,
 EXPLAINED = {
-    "explain", "explain_norm", "_explain_gated", "_described", "refuses", "refusal", "_module", "_planner", "described", "remark", "made_by", "native", "why_own_forward",
+    "explain", "explain_norm", "_explain_gated", "_described", "refuses", "refusal", "_module", "_planner", "described",
+    "remark", "_by_python", "native", "why_own_forward",
     "_why_changed", "_why_unproven", "_why_unsupported", "_unsupported_tensor", "_why_exported",
     "_why_inference_tensor", "_why_autocast", "_rmsnorm_explain",
 }  # fmt: skip

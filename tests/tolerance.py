@@ -61,6 +61,11 @@ DEFINITION_ULP = {"early": 2, "late": 1, "first": 2}
 # For first, the share of rows that differ: those whose statistic is less than two fp32 ulp from a rounding boundary of 16
 # bits, which lie 2¹⁶ (bf16) or 2¹³ (fp16) of them apart, and a factor of four for chance among a few thousand rows.
 FIRST_ROWS = {torch.bfloat16: 4 * 4 * 2.0**-16, torch.float16: 4 * 4 * 2.0**-13}
+# The same of gated norms. Their gate is off by as much as the statistic, so outputs change up to twice as often. After
+# an early cast that changes by 1 ulp, w·h is off by at most 2 ulp; where a gate follows that is 4 ulp of the product at
+# most, since the same relative change is up to twice as many ulp.
+GATED_SHARE = {dtype: 2 * share for dtype, share in DEFINITION_SHARE.items()}
+GATED_ULP = {("early", False): 4, ("early", True): 2, ("late", False): 1, ("late", True): 1}  # cast, gate first
 # A tie too: dw of an fp32 weight when early. Both sum dy·cast(xh), whose casts, of error ulp/√12, differ by an ulp in
 # that share of places: by √(12·share) of the error in L2.
 HALF_GRADIENT_CAST_TIE = {dtype: 1 + (12 * share) ** 0.5 for dtype, share in DEFINITION_SHARE.items()}

@@ -324,12 +324,16 @@ def _explain_gated(
 ) -> str:  # fmt: skip
     spec = gated_spec("explain", eps, cast, activation, gate_first, groups)
     check_gated("explain", x, gate, weight, groups)
-    x_, gate_, weight_ = (x, gate, weight) if is_plain(x, gate, weight) else map(_without_memory, (x, gate, weight))
+    plain = is_plain(x, gate, weight)
+    x_, gate_, weight_ = (x, gate, weight) if plain else map(_without_memory, (x, gate, weight))
     rows, gate_rows = grouped(x_, groups), grouped(gate_, groups)
     with_rstd = needs_gradient(x, gate, weight)
     kind = GatedForward.of(rows, gate_rows, weight_, spec, with_rstd)._replace(device=x.device)
     plan = dispatch.plan_gated_forward(kind)
-    reason = plan.why if isinstance(plan, ByReference) else "called from Python: C++ makes no calls of gated norms"
+    reason = plan.why if isinstance(plan, ByReference) else ""
+    if isinstance(plan, Plan) and plain:
+        host.look()
+        reason = host.operator_made_by(plan)
     return "; ".join(_described(plan, reason, x=x, gate=gate, weight=weight))
 
 

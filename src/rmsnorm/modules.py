@@ -210,6 +210,11 @@ class GatedRMSNorm(nn.Module):
         weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype)) if elementwise_affine else None
         self.register_parameter("weight", weight)
 
+    @property
+    def eps(self) -> float:
+        """The number that is added to the mean of squares."""
+        return self.spec.eps
+
     def reset_parameters(self) -> None:
         """Set the weight to one."""
         if self.weight is not None:

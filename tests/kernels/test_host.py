@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from concurrency import in_threads
 from planned import planning
-from rmsnorm import add_rms_norm, explain, functional, rms_norm
+from rmsnorm import add_rms_norm, explain, functional, gated_rms_norm, rms_norm
 from rmsnorm.functional import wait_for_host
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.cpu import compiling, launches
@@ -1061,3 +1061,20 @@ def test_explain_says_whether_cpp_makes_the_call(cpp, randn) -> None:
     assert "called from" not in explain(x.double(), w)
     assert "called from" not in explain(TwoTensor(x, x), w)
     assert functional.explain(x, w) == explain(x, w)
+
+
+def test_explain_says_whether_cpp_makes_the_call_of_a_gated_norm(cpp, randn, monkeypatch) -> None:
+    x, w, by_python, gated_forward = randn(4, 8), randn(8), [], dispatch.gated_forward
+
+    def noted(*arguments: Any) -> Any:
+        by_python.append(True)
+        return gated_forward(*arguments)
+
+    monkeypatch.setattr(dispatch, "gated_forward", noted)
+    for gate, said in (
+        (randn(4, 8), "called from C++"),
+        (randn(8, 4).t(), "called from Python: torch converts gate at each call"),
+    ):
+        assert explain(x, w, gate=gate, groups=2).startswith(f"cpu, float32: cpu kernel (Numba) ({said})")
+        gated_rms_norm(x, gate, w, groups=2)
+        assert bool(by_python) == ("Python" in said)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from rmsnorm import Proof
+from rmsnorm.patching.rule import kind_in_words
 from rmsnorm.tools import machine
 
 TABLE = Path(__file__).parents[2] / "docs" / "verdicts.md"
@@ -23,9 +24,8 @@ def verdict_of(proof: Proof) -> str:
     if proof.spec is None:
         return f"left: {proof.reason}"
     weight = "" if proof.rule is None or proof.rule.weighted else "without a weight, "
-    offset = f", offset {proof.spec.offset:g}" if proof.spec.offset else ""
     own = f", its own forward {proof.own_forward_when}" if proof.own_forward_when else ""
-    return f"{weight}{proof.spec.cast}{offset}{own}"
+    return f"{weight}{', '.join(kind_in_words(proof.spec))}{own}"
 
 
 def line(*cells: str, proof: Proof | None) -> str:

@@ -23,7 +23,7 @@ from rmsnorm.patching.patch import patch
 from rmsnorm.patching.patch_report import Verdict
 from verdict_table import TABLE, N, line, measured, parts, verdict_of
 
-# Why a class that is neither proven nor a gated norm computes another function.
+# Why the classes that are left compute another function.
 OTHER_FUNCTIONS = (
     "`HYV4UnweightedRMSNorm` returns the factor alone, one number a row; the model multiplies by it later.",
     "`MuseSparkTextCenteredRMSNorm` adds 1 to the weight in the dtype of the weight, where Gemma's classes add it in fp32. In "
@@ -75,6 +75,11 @@ class Found:
         for parameter in module.parameters():
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
         return module
+
+    @property
+    def gated(self) -> bool:
+        """Whether it is proven to be a gated norm."""
+        return self.verdict is not None and self.verdict.spec is not None and self.verdict.spec.gate is not None
 
     @property
     def group(self) -> str:
@@ -161,7 +166,7 @@ def table() -> str:
         v = f.verdict
         said = f.group if v is not None and v.spec is not None else f"left: {f.problem or (v and v.reason)}"
         lines.append(line(f.folder, f.cls, said, proof=v))
-    lines += ["", "Why those that are not gated norms are left:", "", *(f"- {one}" for one in OTHER_FUNCTIONS)]
+    lines += ["", "Why these classes are left:", "", *(f"- {one}" for one in OTHER_FUNCTIONS)]
     return "\n".join(lines) + f"\n\n{parts()[1]}"
 
 

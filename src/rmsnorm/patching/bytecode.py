@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from rmsnorm.errors import type_name
+from rmsnorm.patching import activations
 
 _STORES = {"STORE_ATTR": "the attribute", "DELETE_ATTR": "the attribute", "STORE_GLOBAL": "the global variable",
            "DELETE_GLOBAL": "the global variable", "STORE_SUBSCR": "an item of a container",
@@ -114,6 +115,8 @@ def _allowed(value: Any, path: list[str], cls: type) -> bool:
         return known or value in _PURE
     if isinstance(value, BuiltinFunctionType):
         return is_pure(value)
+    if value is not None and value is activations.table():
+        return True
     constant = isinstance(value, (torch.dtype, torch.device, int, float))
     return constant and path[0] in ("torch", "math") and len(path) > 1
 

@@ -7,8 +7,9 @@ from types import CodeType, FrameType, ModuleType
 from typing import Any
 
 import torch
+from torch import nn
 
-from rmsnorm.patching import bytecode
+from rmsnorm.patching import activations, bytecode
 from rmsnorm.patching.stand_in import Record, StandIn
 
 # Modules of torch, in Python, whose functions compute or say how to.
@@ -16,6 +17,7 @@ _TORCH_MODULES = ("torch.nn.functional", "torch.functional", "torch._tensor", "t
                   "torch._VF", "torch.amp.autocast_mode", "torch.cuda.amp.autocast_mode",
                   "torch.cpu.amp.autocast_mode")  # fmt: skip
 _DECORATORS = ("__call__", "decorate_autocast", "autocast_decorator")
+_CALL_OF_MODULE = nn.Module.__call__.__code__
 # The stand-in's own code, which calls the getters of properties.
 _STAND_IN_CODE = (StandIn.__getattribute__.__code__, StandIn.__getattr__.__code__)
 
@@ -34,11 +36,13 @@ class Calls:
         module = record.module
         self.names = {*vars(module), *module._parameters, *module._buffers, *module._modules}
         self.scanned: set[CodeType] = set()
+        self.lookup = activations.code_of_lookup()
+        self.kept: list[Any] = []  # whose finalizers would count as calls of the forward
 
     def __call__(self, frame: FrameType, event: str, arg: Any) -> None:
         if event == "call":
             self._enter(frame)
-        elif event == "c_call" and not _is_torch_or_ours(frame) and self._by_forward(frame):
+        elif event == "c_call" and not self._is_trusted(frame) and self._by_forward(frame):
             name = getattr(arg, "__name__", "")
             if name in bytecode.TORCH_QUERIES:
                 self.record.queries.add(name)
@@ -47,15 +51,18 @@ class Calls:
 
     def _enter(self, frame: FrameType) -> None:
         before = frame.f_back
-        if not _is_torch_or_ours(frame):
+        if not self._is_trusted(frame):
             if self._by_forward(frame) and frame.f_code not in self.scanned:
                 self.scanned.add(frame.f_code)
                 self.record.constants |= {float(n) for n in frame.f_code.co_consts if type(n) in (int, float)}
                 reason = bytecode.why_refused(frame, self.cls, self.names, StandIn)
                 if reason is not None:
                     self.record.refuse(reason)
-        elif before is not None and (before.f_code is self.caller or not _is_torch_or_ours(before)):
+        elif before is not None and (before.f_code is self.caller or not self._is_trusted(before)):
             module, name = str(frame.f_globals["__name__"]), frame.f_code.co_name
+            if frame.f_code is _CALL_OF_MODULE and activations.is_entry(frame.f_locals["self"]):
+                self.kept.append(frame.f_locals["self"])
+                return
             if module.partition(".")[0] == "torch" and self._by_forward(before):
                 is_forward = before.f_code is self.caller and module != "torch.nn.modules.normalization"
                 if is_forward or module not in _TORCH_MODULES or name in _DECORATORS:
@@ -63,13 +70,14 @@ class Calls:
 
     def _by_forward(self, frame: FrameType | None) -> bool:
         """Whether the frame is the forward's, or was called by it without torch in between."""
-        while frame is not None and (not _is_torch_or_ours(frame) or frame.f_code in _STAND_IN_CODE):
+        while frame is not None and (not self._is_trusted(frame) or frame.f_code in _STAND_IN_CODE):
             frame = frame.f_back
         return frame is not None and frame.f_code is self.caller
 
-
-def _is_torch_or_ours(frame: FrameType) -> bool:
-    return f"{frame.f_globals.get('__name__', '')}.".startswith(("torch.", "rmsnorm."))
+    def _is_trusted(self, frame: FrameType) -> bool:
+        """Whether it is torch's code, ours, or a look-up in a table of activation functions."""
+        ours = f"{frame.f_globals.get('__name__', '')}.".startswith(("torch.", "rmsnorm."))
+        return ours or frame.f_code is self.lookup
 
 
 def _of_immutable(function: Any) -> bool:

@@ -6,9 +6,18 @@ from dataclasses import dataclass
 import torch
 
 from rmsnorm.patching.probe import ForwardRaised, NotProven, Probe
-from rmsnorm.patching.rule import TRAINING_DTYPES, DtypePair
+from rmsnorm.patching.rule import TRAINING_DTYPES, Dtypes
 from rmsnorm.patching.spec_search import mismatch
-from rmsnorm.patching.states import GRAD_MODES, PERMUTED_LAYOUTS, State, all_autocasts, all_modes, all_shapes, one_dtype
+from rmsnorm.patching.states import (
+    GATED_GRAD_MODES,
+    GRAD_MODES,
+    PERMUTED_LAYOUTS,
+    State,
+    all_autocasts,
+    all_modes,
+    all_shapes,
+    one_dtype,
+)  # fmt: skip
 from rmsnorm.patching.tensor_queries import DECISIVE
 from rmsnorm.spec import DTYPES, Spec
 
@@ -18,7 +27,7 @@ class Coverage:
     """Where a norm computes its spec, by the names that `Rule` has for it."""
 
     ranks: frozenset[int]
-    own_dtypes: frozenset[DtypePair]
+    own_dtypes: frozenset[Dtypes]
     own_under_autocast: bool
     keeps_memory_order: bool
 
@@ -38,7 +47,7 @@ def _proven_ranks(probe: Probe, spec: Spec) -> frozenset[int]:
     """The numbers of dimensions of an input for which the norm computes the spec. It may raise for the others."""
     ranks, raising = set(), set()
     for shape in probe.shapes:
-        for state in all_shapes(probe.weighted):
+        for state in all_shapes(probe.weighted, probe.gated):
             rank = probe.normalized_dims + len(state.leading)
             try:
                 seen, x, w = probe.run(state, shape)
@@ -55,18 +64,19 @@ def _proven_ranks(probe: Probe, spec: Spec) -> frozenset[int]:
 
 @dataclass(frozen=True)
 class _Failing:
-    dtypes: frozenset[DtypePair]
+    dtypes: frozenset[Dtypes]
     under_autocast: bool
 
 
 def _all_combinations(probe: Probe, spec: Spec, ranks: frozenset[int]) -> _Failing:
     """Where the norm fails in some combination of all answers that its forward could branch on."""
     dtypes, under_autocast = set(), False
+    modes = GATED_GRAD_MODES if probe.gated else GRAD_MODES
     leadings = [
         one for one in ((), (2,), (1, 2), (2, 3), (1, 3, 2), (1, 2, 1, 3)) if probe.normalized_dims + len(one) in ranks
     ]
     for pair, leading, training, grad, autocast in itertools.product(
-        probe.dtype_pairs(TRAINING_DTYPES), leadings, (False, True), GRAD_MODES, (None, torch.bfloat16)
+        probe.dtype_pairs(TRAINING_DTYPES), leadings, (False, True), modes, (None, torch.bfloat16)
     ):
         state = State(pair, leading, training, grad, autocast=autocast)
         holds = probe.holds(spec, state, probe.shapes[0])
@@ -79,11 +89,15 @@ def _all_combinations(probe: Probe, spec: Spec, ranks: frozenset[int]) -> _Faili
     return _Failing(frozenset(dtypes), under_autocast)
 
 
-def _own_dtypes(probe: Probe, spec: Spec, failing: frozenset[DtypePair]) -> frozenset[DtypePair]:
-    """The dtypes for which the norm does not compute the spec, so that only its own forward gives its bits."""
+def _own_dtypes(probe: Probe, spec: Spec, failing: frozenset[Dtypes]) -> frozenset[Dtypes]:
+    """The dtypes for which the norm does not compute the spec, so that only its own forward gives its bits.
+
+    For a gated norm these are also all with fp64, for which there is no kernel; each would have to be proven.
+    """
     proven = {probe.same_dtypes(dtype) for dtype in TRAINING_DTYPES}
-    asked = [p for p in probe.dtype_pairs(DTYPES) if p not in failing and p not in proven]
-    return failing.union(
+    own = {p for p in probe.dtype_pairs(DTYPES) if probe.gated and torch.float64 in p} | failing
+    asked = [p for p in probe.dtype_pairs(DTYPES) if p not in own and p not in proven]
+    return frozenset(own).union(
         pair
         for pair in asked
         if not all(probe.holds(spec, state, shape) for shape in probe.shapes for state in all_modes(pair))

@@ -4,16 +4,23 @@ from collections.abc import Iterator
 
 import torch
 
-from rmsnorm.patching.expression import Node, Term, nodes
+from rmsnorm.patching.expression import ACTIVATIONS, Node, Term, nodes
 from rmsnorm.patching.rule import dtype_name
 
 _ROOTS = ("rsqrt", "sqrt")
 _IN_16_BITS = (torch.bfloat16, torch.float16)
 
 
-def difference(found: Node) -> str | None:
-    """How a norm's expression differs from an RMSNorm; None if the difference is not a common one."""
+def difference(found: Node, gated: bool) -> str | None:
+    """How a norm's expression differs from an RMSNorm; None if the difference is not a common one.
+
+    Args:
+        found: The expression.
+        gated: Whether the norm was given a gate.
+    """
     every = list(nodes(found))
+    if gated and not any(node.op == "g" for node in every):
+        return "it does not use its second argument"
     roots = [node for node in every if node.op in _ROOTS]
     if not roots:
         return "it takes no square root"
@@ -24,6 +31,8 @@ def _differences(every: list[Node], roots: list[Node]) -> Iterator[str | None]:
     yield from map(_of_statistic, roots)
     yield _of_eps(every, roots)
     yield from map(_of_rounding, every)
+    yield _of_gate(every)
+    yield from map(_of_gated_input, roots)
 
 
 def _of_statistic(root: Node) -> str | None:
@@ -53,6 +62,23 @@ def _of_eps(every: list[Node], roots: list[Node]) -> str | None:
 def _of_rounding(node: Node) -> str | None:
     if node.op == "cast" and node.dtype in _IN_16_BITS and _uncast(node.args[0]).op in (*_ROOTS, "reciprocal"):
         return f"it rounds the inverse root to {dtype_name(node.dtype)}"
+    return None
+
+
+def _of_gate(every: list[Node]) -> str | None:
+    """What is unusual in what is done with a gate."""
+    activations = [node for node in every if node.op in ACTIVATIONS]
+    if not activations and any(node.op == "g" for node in every):
+        return "it applies neither silu nor sigmoid to its second argument"
+    narrow = [node for node in activations if node.dtype in _IN_16_BITS]
+    return f"it takes {narrow[0].op} in {dtype_name(narrow[0].dtype)}, not in float32" if narrow else None
+
+
+def _of_gated_input(root: Node) -> str | None:
+    """What is unusual in the product of input and gate, if that is normalized."""
+    for node in nodes(root):
+        if node.op == "cast" and node.dtype in _IN_16_BITS and any(inner.op in ACTIVATIONS for inner in nodes(node)):
+            return f"it rounds the product of input and gate to {dtype_name(node.dtype)} before it normalizes it"
     return None
 
 

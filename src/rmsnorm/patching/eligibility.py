@@ -23,14 +23,22 @@ def forward_parameters(cls: type[nn.Module]) -> list[inspect.Parameter]:
     return list(inspect.signature(cls.forward).parameters.values())[1:]
 
 
+def may_be_gated(cls: type[nn.Module]) -> bool:
+    """Whether the class's forward takes a second argument, which may be a gate."""
+    return len(forward_parameters(cls)) == 2
+
+
 def why_ineligible(cls: type[nn.Module], module: nn.Module) -> str | None:
     """Why a norm cannot be proven, seen from what it holds and from its own class, `cls`; None if it may be."""
     try:
         parameters = forward_parameters(cls)
     except (TypeError, ValueError):
         return "its forward has no signature that can be read"
-    if len(parameters) != 1 or parameters[0].kind not in _POSITIONAL:
-        return f"its forward takes ({', '.join(map(str, parameters))}), not one tensor"
+    if len(parameters) not in (1, 2) or any(p.kind not in _POSITIONAL for p in parameters):
+        return f"its forward takes ({', '.join(map(str, parameters))}), not one tensor, or one and a gate"
+    shape = normalized_shape(module)
+    if len(parameters) == 2 and shape is not None and len(shape) > 1:
+        return f"its forward takes ({', '.join(map(str, parameters))}), and it normalizes over {len(shape)} dimensions"
     held = {name for name, value in {**module._parameters, **module._modules}.items() if value is not None}
     if others := sorted(held - {"weight"}):
         if len(held) == 1:

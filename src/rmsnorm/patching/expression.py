@@ -1,4 +1,4 @@
-"""What a forward pass computes, as an expression of x and the weight, built from the operators that it runs.
+"""What a forward pass computes, as an expression of x, the weight and the gate, built from the operators that it runs.
 
 Two expressions are equal if they denote the same arithmetic: the same rounded steps, with commuting arguments in any
 order and intermediate results of any shape. `loosened` also equates different ways to compute the mean and the rsqrt.
@@ -7,11 +7,13 @@ order and intermediate results of any shape. `loosened` also equates different w
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any, Union, get_args
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from rmsnorm.spec import Activation
 
 _WIDER = {torch.bfloat16: (torch.float32, torch.float64), torch.float16: (torch.float32, torch.float64),
           torch.float32: (torch.float64,), torch.float64: ()}  # fmt: skip
@@ -19,7 +21,7 @@ _WIDER = {torch.bfloat16: (torch.float32, torch.float64), torch.float16: (torch.
 
 @dataclass(frozen=True)
 class Node:
-    """One step: `op` of the arguments, rounded to dtype. The leaves are the tensors "x" and "w", and floats."""
+    """One step: `op` of the arguments, rounded to dtype. The leaves are the tensors "x", "w" and "g", and floats."""
 
     op: str
     dtype: torch.dtype
@@ -139,19 +141,23 @@ def nodes(e: Term) -> Iterator[Node]:
 
 
 class Operators(TorchDispatchMode):
-    """Follows x and w through the operators that run inside, and refuses every operator that no RMSNorm needs.
+    """Follows x, w and the gate through the operators that run inside, and refuses those that no RMSNorm needs.
 
     The first refusal is also kept in `refusal`, in case the forward catches it.
 
     Args:
-        leaves: x and the weight, under the names "x" and "w".
+        leaves: x, and the weight and the gate if there are any, under the names "x", "w" and "g".
         N: The number of elements of a row.
+
+    Attributes:
+        N: The number of elements over which means are taken: of a row, or if there is a gate of a group.
     """
 
     def __init__(self, leaves: dict[str, Tensor], N: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.N = N
         self.leaves = leaves
+        self._may_divide = "g" in leaves
         self.refusal: str | None = None
         self._terms: dict[int, Node] = {}
         self._kept: list[Tensor] = []  # keeps them alive, so that no id is reused
@@ -172,7 +178,7 @@ class Operators(TorchDispatchMode):
                 return out
         try:
             self._check_written(func, args)
-            if name not in _RULES:
+            if name not in _RULES or (name in ACTIVATIONS and "g" not in self.leaves):
                 raise Refusal(f"its forward runs {func}{self._as_layer_norm(name, args)}")
             term = _RULES[name](self, [self._argument(a, func) for a in args], args, kwargs)
         except Refusal as refusal:
@@ -194,7 +200,8 @@ class Operators(TorchDispatchMode):
 
     def _term(self, t: Tensor, what: str) -> Node:
         if id(t) not in self._terms:
-            raise Refusal(f"its forward {what} that comes from neither its input nor its weight")
+            own = "none of its input, its gate and" if "g" in self.leaves else "neither its input nor"
+            raise Refusal(f"its forward {what} that comes from {own} its weight")
         return self._terms[id(t)]
 
     def _as_layer_norm(self, name: str, args: tuple[Any, ...]) -> str:
@@ -204,12 +211,18 @@ class Operators(TorchDispatchMode):
             return ": it subtracts the mean, as LayerNorm does"
         return ": it takes a variance, as LayerNorm does" if name.startswith(("var", "std")) else ""
 
+    def takes_mean_over(self, size: int) -> bool:
+        """Whether a mean or a sum over so many elements is one over a row, or over a group as of the first such."""
+        if self._may_divide and size and self.N % size == 0:
+            self.N, self._may_divide = size, False
+        return size == self.N
+
     def _check_written(self, func: Any, args: tuple[Any, ...]) -> None:
         """Refuse to overwrite a tensor unless the forward made it and it shares memory with no other."""
         if not func._schema.is_mutable:
             return
         target = args[0]
-        for name, whose in (("x", "input"), ("w", "weight")):
+        for name, whose in (("x", "input"), ("w", "weight"), ("g", "gate")):
             if name in self.leaves and _share(target, self.leaves[name]):
                 raise Refusal(f"it writes to its {whose} ({func})")
         if id(target) not in self._terms or any(t is not target and _share(target, t) for t in self._kept):
@@ -247,7 +260,7 @@ def _reduced(op: str) -> OperatorRule:
         size = 1
         for d in dims:
             size *= t.shape[d]
-        if dims != list(range(t.dim() - len(dims), t.dim())) or size != self.N:
+        if dims != list(range(t.dim() - len(dims), t.dim())) or not self.takes_mean_over(size):
             raise Refusal(f"its forward takes a {op} over dimensions other than the normalized ones")
         dtype = kwargs.get("dtype") or t.dtype
         return Node(op, dtype, (cast(terms[0], dtype),))
@@ -277,6 +290,8 @@ def _raised(self: Operators, terms: list[Any], args: tuple[Any, ...], kwargs: di
     return _power(terms[0], args[0].dtype, terms[1])
 
 
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+
 _RULES: dict[str, OperatorRule] = {
     **dict.fromkeys(
         ("view", "_unsafe_view", "unsqueeze", "squeeze.dim", "squeeze.dims", "expand", "clone", "detach", "alias",
@@ -290,6 +305,7 @@ _RULES: dict[str, OperatorRule] = {
     **{f"{name}.{kind}": _binary(name.rstrip("_"))
        for name in ("add", "mul", "div", "add_", "mul_", "div_") for kind in ("Tensor", "Scalar")},
     **{name: _unary(name.rstrip("_")) for name in ("rsqrt", "sqrt", "reciprocal", "rsqrt_", "sqrt_", "reciprocal_")},
+    **{name: _unary(name) for name in ACTIVATIONS},
     "pow.Tensor_Scalar": _raised,
     "pow_.Scalar": _raised,
 }  # fmt: skip
@@ -298,4 +314,5 @@ _RULES: dict[str, OperatorRule] = {
 BACKWARD: Sequence[str] = (
     *_RULES, "neg", "mul.Scalar", "div.Scalar", "sum.dim_IntList", "squeeze", "ones_like", "zeros_like", "new_zeros",
     "empty_like", "new_empty_strided", "copy_", "_fused_rms_norm_backward",
+    "silu_backward", "sigmoid_backward",
 )  # fmt: skip

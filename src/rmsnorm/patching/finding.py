@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from rmsnorm.patching.rule import DtypePair, Rule
+from rmsnorm.patching.rule import Dtypes, Rule, kind_in_words
 from rmsnorm.spec import Spec
 
 
@@ -34,8 +34,8 @@ class Proof:
             not proven.
         matches_published_bits: Whether it computes mean and rsqrt as the published classes do; False only for a norm
             that `strict=False` accepted.
-        output_changes: How its outputs would change on random rows if our kernels computed them, by dtype of input and
-            weight ("float32", "bfloat16", "float16").
+        output_changes: How its outputs would change on random rows if our kernels computed them, by the dtype that all
+            its tensors have ("float32", "bfloat16", "float16").
         memory_saved_per_row: How many fewer bytes per row autograd would keep for the backward pass, by the same
             dtypes.
 
@@ -66,8 +66,11 @@ class Proof:
         return self.spec is not None
 
     @property
-    def dtypes(self) -> tuple[DtypePair, ...]:
-        """The dtypes of input and weight for which it is proven, as pairs; None for no weight."""
+    def dtypes(self) -> tuple[Dtypes, ...]:
+        """The dtypes of input and weight for which it is proven, as pairs; None for no weight.
+
+        For a gated norm they are triples, whose third is the dtype of the gate.
+        """
         return () if self.rule is None else self.rule.dtypes
 
     @property
@@ -80,12 +83,12 @@ class Proof:
         """What was found, in words, without figures."""
         if self.spec is None:
             return f"not proven: {self.reason}"
-        offset = f", offset {self.spec.offset:g}" if self.spec.offset else ""
         how = "proven" if self.matches_published_bits else _ACCEPTED
         own = f"; its own forward runs {self.own_forward_when}" if self.own_forward_when else ""
         if "norm" not in self.class_name.lower():
             how += " although its class is not named a norm"
-        return f"{how}: {self.spec.cast}, eps {self.spec.eps:g}{offset}{own}"
+        cast, *others = kind_in_words(self.spec)
+        return f"{how}: {', '.join((cast, f'eps {self.spec.eps:g}', *others))}{own}"
 
 
 _ACCEPTED = "accepted by strict=False (it computes the mean or rsqrt differently)"

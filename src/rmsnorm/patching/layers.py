@@ -2,13 +2,12 @@
 
 from torch import nn
 
-from rmsnorm.modules import DeepseekV2RMSNorm, RMSNorm
+from rmsnorm.modules import DeepseekV2RMSNorm, GatedRMSNorm, RMSNorm
 from rmsnorm.patching.finding import OutputChange, Proof
 from rmsnorm.patching.rule import LEADING_DIMS, TRAINING_DTYPES, Rule, dtype_name
 from rmsnorm.patching.torch_norm import TorchRMSNorm, torch_rule
-from rmsnorm.spec import Spec
 
-LAYERS = RMSNorm, DeepseekV2RMSNorm, TorchRMSNorm
+LAYERS = RMSNorm, GatedRMSNorm, DeepseekV2RMSNorm, TorchRMSNorm
 
 
 def proof_of_layer(module: nn.Module) -> Proof | None:
@@ -20,8 +19,7 @@ def proof_of_layer(module: nn.Module) -> Proof | None:
         return None
     dtypes = [dtype_name(dtype) for dtype in TRAINING_DTYPES]
     unchanged = dict.fromkeys(dtypes, OutputChange(0.0, 0))
-    spec = Spec(eps, rule.cast, rule.offset)
-    return Proof(type(module).__name__, spec, "", rule, True, unchanged, dict.fromkeys(dtypes, 0))
+    return Proof(type(module).__name__, rule.spec(eps), "", rule, True, unchanged, dict.fromkeys(dtypes, 0))
 
 
 def _rule(module: nn.Module) -> Rule | None:
@@ -30,5 +28,8 @@ def _rule(module: nn.Module) -> Rule | None:
         return torch_rule(module.normalized_shape, weighted)
     if isinstance(module, DeepseekV2RMSNorm):
         return Rule("early", 0.0, "variance_epsilon", weighted, ranks=ranks)
+    if isinstance(module, GatedRMSNorm):
+        spec = module.spec
+        return Rule(spec.cast, spec.offset, "eps", weighted, ranks=ranks, gate=spec.gate, groups=spec.groups)
     assert isinstance(module, RMSNorm)
     return Rule(module.cast, module.offset, "eps", weighted, ranks=ranks)

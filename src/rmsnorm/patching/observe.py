@@ -15,11 +15,21 @@ from rmsnorm.patching.tensor_queries import TensorQueries
 
 @dataclass
 class Observation:
-    """What was seen of one call: its output, the expression that the output is, and the record of everything else."""
+    """What was seen of one call.
+
+    Attributes:
+        y: Its output.
+        expression: What the output is, in terms of the leaves "x", "w" and "g", the gate.
+        record: Everything else.
+        gate: The gate that it was given, if any.
+        groups: How many parts of equal width it divided a row into; 1 for a norm without a gate.
+    """
 
     y: Tensor
     expression: Node
     record: Record
+    gate: Tensor | None = None
+    groups: int = 1
 
 
 def observe(
@@ -29,6 +39,7 @@ def observe(
     N: int,
     row: tuple[int, ...],
     device: torch.device | None = None,
+    gate: Tensor | None = None,
 ) -> Observation:
     """Call the forward of the class on the stand-in.
 
@@ -36,21 +47,23 @@ def observe(
         cls: The norm's own class.
         stand_in: What `make_stand_in` made for the norm.
         x: The input.
-        N: The number of elements that are normalized together.
+        N: The number of elements of a row.
         row: The last dimensions of x that are the same in every call; empty if none is.
         device: The device that tensors report, if not the one that they are on.
+        gate: The second argument of a gated norm.
 
     Raises:
         Refusal: If the forward does something that no RMSNorm needs. Whatever the forward raises is passed on.
     """
     record = record_of(stand_in)
-    leaves = {"x": x} if record.weight is None else {"x": x, "w": record.weight}
-    operators, queries = Operators(leaves, N), TensorQueries(record, row, device)
+    given = {"x": x, "w": record.weight, "g": gate}
+    operators = Operators({name: t for name, t in given.items() if t is not None}, N)
+    queries = TensorQueries(record, row, device)
     calls = Calls(record, cls, observe.__code__)
     forward: Any = cls.forward
     try:
         with operators, queries, Profiled(calls):
-            y = forward(stand_in, x)
+            y = forward(stand_in, x) if gate is None else forward(stand_in, x, gate)
     except BaseException:
         if record.refusal or operators.refusal:
             raise Refusal(record.refusal or operators.refusal) from None
@@ -60,4 +73,4 @@ def observe(
         raise Refusal(reason)
     if not isinstance(y, Tensor):
         raise Refusal(f"its forward returns {type_name(y)}")
-    return Observation(y, operators.expression(y), record)
+    return Observation(y, operators.expression(y), record, gate, N // operators.N)

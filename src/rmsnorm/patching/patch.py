@@ -20,6 +20,7 @@ from rmsnorm.patching.patch_report import PatchReport, SkippedModule, UnpatchRep
 from rmsnorm.patching.proof import in_words, proof_of
 from rmsnorm.patching.recomputing import is_recomputing, set_recomputing, whole_model
 from rmsnorm.patching.replacement import (
+    hints_for,
     hints_of,
     original_class,
     replacement_class,
@@ -38,6 +39,8 @@ def patch(model: nn.Module, *, strict: bool = True, fuse_residual: bool = True, 
     RMSNorm: one 1-D parameter and an eps. It runs each norm's own forward on stand-ins and proves from the operators
     what it computes. A replaced norm keeps its parameters, name, hooks and `isinstance`; where our kernels cannot serve
     a call, it runs its own forward. All other norms stay as they are. Patching a model again proves its norms again.
+    Norms with a gate, such as Qwen3-Next's and Mamba 2's, are proven and replaced too; `fuse_residual` and `recompute`
+    do not apply to them.
 
     Patch a model first, then apply PEFT, torch.compile, FSDP, tensor parallelism or accelerate.
 
@@ -185,7 +188,7 @@ def _set_recomputing(model: nn.Module, recompute: bool) -> None:
 def _class_for(module: nn.Module, proof: Proof, hints: Hints) -> type[nn.Module]:
     if proof.rule is None:
         return original_class(module)
-    if proof.rule == rule_of(module) and hints == hints_of(module):
+    if proof.rule == rule_of(module) and hints_for(proof.rule, hints) == hints_of(module):
         return type(module)  # ours, or FSDP's subclass of ours
     return replacement_class(original_class(module), proof.rule, hints)
 

@@ -154,6 +154,8 @@ class PatchReport:
             lines.append(f"  torch.compile {compiled} (fuse_residual={self.fuse_residual}); eager mode adds separately")
             if self.recompute:
                 lines.append("  the backward pass recomputes norm outputs, which are not kept for it (recompute=True)")
+            if any(v.spec is not None and v.spec.gate is not None for v in self.replaced):
+                lines.append("  neither fuse_residual nor recompute applies to the norms with a gate")
         return "\n".join(lines)
 
     def _head(self) -> list[str]:

@@ -6,21 +6,21 @@ Nothing of the live module is touched: no parameter, no hook, no random state.
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rmsnorm import reference
+from rmsnorm import gated_reference, reference
 from rmsnorm.bits import differing
 from rmsnorm.errors import one_line
-from rmsnorm.patching.eligibility import normalized_shape
+from rmsnorm.patching.eligibility import may_be_gated, normalized_shape
 from rmsnorm.patching.expression import Node, Operators, Refusal, loosened
 from rmsnorm.patching.observe import Observation, observe
-from rmsnorm.patching.rule import DtypePair
+from rmsnorm.patching.rule import Dtypes, dtype_combinations
 from rmsnorm.patching.stand_in import make_stand_in, stand_in_class
-from rmsnorm.patching.states import State
+from rmsnorm.patching.states import State, same_dtypes
 from rmsnorm.spec import Spec
 
 # A norm without a weight takes rows of any width. The smaller of these divides the larger, so that groups of a fixed
@@ -45,6 +45,7 @@ class Probe:
         cls: The norm's own class.
         module: The norm; it is only read.
         weighted: Whether it has a weight.
+        gated: Whether it is called with a second argument, a gate of the shape of the input.
         normalized_shape: The last dimensions, over which it normalizes, if it fixes them.
         shapes: The shapes of the normalized dimensions with which it is run.
         normalized_dims: Over how many of the last dimensions it normalizes.
@@ -61,6 +62,7 @@ class Probe:
         self._generator = torch.Generator("cpu").manual_seed(0)
         weight = module._parameters.get("weight")
         self.weighted = weight is not None
+        self.gated = may_be_gated(cls)
         self.normalized_shape = normalized_shape(module)
         self.shapes = [(n,) for n in _WIDTHS] if self.normalized_shape is None else [self.normalized_shape]
         if weight is not None:
@@ -98,14 +100,17 @@ class Probe:
             elif state.grad != "no_grad":
                 contexts.enter_context(torch.enable_grad())
             x, w = self.draw(shape, state.dtypes, state.leading, state.values, state.layout)
-            x.requires_grad_(state.grad in ("both", "input"))
+            gate = self.draw_gate(x, state.dtypes, state.layout)
+            x.requires_grad_(state.grad in ("both", "input", "input without gate"))
+            if gate is not None:
+                gate.requires_grad_(state.grad in ("both", "input", "gate alone"))
             stand_in = self.stand_in(w, state.training, state.grad in ("both", "weight"), **attributes)
             if state.autocast is not None:
                 contexts.enter_context(torch.autocast("cpu", state.autocast))
                 contexts.enter_context(_autocast_flag("cuda"))
             device = None if state.device is None else torch.device(state.device)
             try:
-                seen = observe(self.cls, stand_in, x, math.prod(shape), self._row, device)
+                seen = observe(self.cls, stand_in, x, math.prod(shape), self._row, device, gate)
             except Refusal as refusal:
                 raise NotProven(str(refusal)) from None
             except KeyboardInterrupt:
@@ -124,6 +129,18 @@ class Probe:
         weight = None if w is None else nn.Parameter(w.clone(), requires_grad)
         return make_stand_in(self._stand_in_class, self.module, weight, training=training, **attributes)
 
+    def call(self, norm: nn.Module, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """The output of its own forward on a stand-in, unobserved."""
+        forward: Any = self.cls.forward
+        return forward(norm, x) if gate is None else forward(norm, x, gate)  # type: ignore[no-any-return]
+
+    def runs_without_gate(self) -> bool:
+        """Whether the forward of a gated norm can be called without a gate."""
+        x, w = self.draw(self.shapes[0], self.same_dtypes(torch.float32))
+        with contextlib.suppress(Exception):
+            return isinstance(self.call(self.stand_in(w), x), Tensor)
+        return False
+
     # --- comparing it ---
 
     def holds(self, spec: Spec, state: State, shape: tuple[int, ...]) -> bool:
@@ -139,38 +156,46 @@ class Probe:
 
         `loosely` is as in the probe, for this comparison alone.
         """
-        expected: Any = _published_expression(x.dtype, None if w is None else w.dtype, spec)
+        gate = None if seen.gate is None else seen.gate.detach()
+        expected: Any = _published_expression(
+            x.dtype, None if w is None else w.dtype, None if gate is None else gate.dtype, spec
+        )
         found: Any = seen.expression
         if loosely or self.loosely:
-            N = math.prod(x.shape[x.dim() - self.normalized_dims :])
+            N = math.prod(x.shape[x.dim() - self.normalized_dims :]) // seen.groups
             expected, found = loosened(expected, N), loosened(found, N)
-        return found == expected and is_close(seen.y.detach(), self.published(x, w, spec))
+        return found == expected and is_close(seen.y.detach(), self.published(x, w, spec, gate))
 
-    def published(self, x: Tensor, w: Tensor | None, spec: Spec) -> Tensor:
-        return self._by_rows(reference.published, x, w, spec)
+    def published(self, x: Tensor, w: Tensor | None, spec: Spec, gate: Tensor | None = None) -> Tensor:
+        rows, weight, gates = self._as_rows(x, w, gate)
+        if gates is None:
+            return reference.published(rows, weight, spec.eps, spec.cast, spec.offset).view(x.shape)
+        return gated_reference.published(rows, gates, weight, spec).view(x.shape)
 
-    def exact(self, x: Tensor, w: Tensor | None, spec: Spec) -> Tensor:
-        def forward(x: Tensor, w: Tensor | None, eps: float, cast: str, offset: float) -> Tensor:
-            return reference.forward(x, None, w, eps, cast, offset, with_rstd=False)[0]
+    def exact(self, x: Tensor, w: Tensor | None, spec: Spec, gate: Tensor | None = None) -> Tensor:
+        rows, weight, gates = self._as_rows(x, w, gate)
+        if gates is None:
+            y = reference.forward(rows, None, weight, spec.eps, spec.cast, spec.offset, with_rstd=False)[0]
+        else:
+            y = gated_reference.forward(rows, gates, weight, spec, with_rstd=False)[0]
+        return y.view(x.shape)
 
-        return self._by_rows(forward, x, w, spec)
-
-    def _by_rows(self, compute: Callable[..., Tensor], x: Tensor, w: Tensor | None, spec: Spec) -> Tensor:
-        rows = x.flatten(-self.normalized_dims)
-        return compute(rows, None if w is None else w.flatten(), spec.eps, spec.cast, spec.offset).view(x.shape)
+    def _as_rows(self, x: Tensor, w: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        k = self.normalized_dims
+        return x.flatten(-k), None if w is None else w.flatten(), None if gate is None else gate.flatten(-k)
 
     # --- inputs ---
 
-    def dtype_pairs(self, dtypes: Sequence[torch.dtype]) -> list[DtypePair]:
-        """Every dtype for the input with every dtype for the weight, if there is one."""
-        return [(x, w) for x in dtypes for w in (dtypes if self.weighted else (None,))]
+    def dtype_pairs(self, dtypes: Sequence[torch.dtype]) -> list[Dtypes]:
+        """Every dtype for the input with every dtype for the weight and every one for the gate, if there are any."""
+        return dtype_combinations(dtypes, self.weighted, self.gated)
 
-    def same_dtypes(self, dtype: torch.dtype) -> DtypePair:
-        """The dtype for the input, and for the weight if there is one."""
-        return dtype, dtype if self.weighted else None
+    def same_dtypes(self, dtype: torch.dtype) -> Dtypes:
+        """The dtype for the input, and for the weight and the gate if there are any."""
+        return same_dtypes(dtype, self.weighted, self.gated)
 
     def draw(
-        self, shape: tuple[int, ...], dtypes: DtypePair, leading: Sequence[int] = (2, 3), values: str = "random",
+        self, shape: tuple[int, ...], dtypes: Dtypes, leading: Sequence[int] = (2, 3), values: str = "random",
         layout: str = "dense", smallest: float = -4.0,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """An input and a random weight. Random rows range from large ones to 10^smallest, where eps decides."""
@@ -183,13 +208,19 @@ class Probe:
         else:
             sizes = torch.full((count,), 0.01)
             x[(0,) * x.dim()] = {"infinite": math.inf, "NaN": math.nan, "spiky": 3e4}[values]
-        x_dtype, w_dtype = dtypes
+        x_dtype, w_dtype = dtypes[:2]
         limits = torch.finfo(x_dtype)
         x = x * sizes.view(*leading, *(1 for _ in shape))
         if values == "huge":
             x = x.clamp(-limits.max, limits.max)
         w = self.randn(shape) if self.weighted else None
         return _laid_out(x.to(x_dtype), layout), None if w is None or w_dtype is None else w.to(w_dtype)
+
+    def draw_gate(self, x: Tensor, dtypes: Dtypes, layout: str = "dense") -> Tensor | None:
+        """A random gate for an input; None for a norm that takes none. Its activation is near 0, near 1 and between."""
+        if not self.gated:
+            return None
+        return _laid_out((4 * self.randn(x.shape)).to(dtypes[-1]), layout)
 
     def draw_many(self, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
         """An input with at least 2¹⁶ elements in a batch of one, and a random weight."""
@@ -212,12 +243,16 @@ def _autocast_flag(device: str) -> Iterator[None]:
 
 
 @functools.lru_cache(1024)
-def _published_expression(x: torch.dtype, w: torch.dtype | None, spec: Spec) -> Node:
+def _published_expression(x: torch.dtype, w: torch.dtype | None, gate: torch.dtype | None, spec: Spec) -> Node:
     """What *published* computes in these dtypes."""
-    rows = torch.ones(1, 4, dtype=x)
-    weight = None if w is None else torch.ones(4, dtype=w)
-    with Operators({"x": rows} if weight is None else {"x": rows, "w": weight}, 4) as operators:
-        y = reference.published(rows, weight, spec.eps, spec.cast, spec.offset)
+    N = 4 * spec.groups
+    shapes = {"x": ((1, N), x), "w": ((N,), w), "g": ((1, N), gate)}
+    leaves = {name: torch.ones(shape, dtype=dtype) for name, (shape, dtype) in shapes.items() if dtype is not None}
+    with Operators(leaves, N) as operators:
+        if gate is None:
+            y = reference.published(leaves["x"], leaves.get("w"), spec.eps, spec.cast, spec.offset)
+        else:
+            y = gated_reference.published(leaves["x"], leaves["g"], leaves.get("w"), spec)
     found: Node = operators.expression(y)
     return found
 

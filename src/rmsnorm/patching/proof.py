@@ -20,7 +20,7 @@ from torch import nn
 from rmsnorm.bits import differing
 from rmsnorm.errors import complaint, one_line, type_name
 from rmsnorm.patching.coverage import find_coverage
-from rmsnorm.patching.eligibility import fingerprint, why_ineligible
+from rmsnorm.patching.eligibility import fingerprint, forward_parameters, may_be_gated, why_ineligible
 from rmsnorm.patching.eps_attribute import find_eps_attribute
 from rmsnorm.patching.expression import Refusal
 from rmsnorm.patching.finding import OutputChange, Proof
@@ -117,7 +117,10 @@ def _proof_by_running(cls: type[nn.Module], module: nn.Module, strict: bool) -> 
         ):
             return _prove(Probe(cls, module), strict)
     except (NotProven, Refusal) as reason:
-        return Proof(cls.__name__, reason=str(reason))
+        if not may_be_gated(cls):
+            return Proof(cls.__name__, reason=str(reason))
+        takes = f"its forward takes ({', '.join(map(str, forward_parameters(cls)))})"
+        return Proof(cls.__name__, reason=f"{takes}; taken as a gated norm, {reason}")
 
 
 def _prove(probe: Probe, strict: bool) -> Proof:
@@ -129,6 +132,7 @@ def _prove(probe: Probe, strict: bool) -> Proof:
         found.spec.cast, found.spec.offset, eps_attribute.name, probe.weighted, eps_attribute.none_is_torch_eps,
         coverage.own_dtypes, coverage.own_under_autocast, calls_rms_norm="rms_norm" in probe.queries,
         keeps_memory_order=coverage.keeps_memory_order, ranks=coverage.ranks, normalized_shape=probe.normalized_shape,
+        gate=found.spec.gate, groups=found.spec.groups, gate_optional=probe.gated and probe.runs_without_gate(),
     )  # fmt: skip
     eps = rule.eps(probe.attributes[rule.eps_attribute])  # the operators have rounded it to fp32
     spec = found.spec if eps is None else replace(found.spec, eps=eps)
@@ -144,9 +148,10 @@ def _output_changes(probe: Probe, spec: Spec) -> dict[str, OutputChange]:
     changes = {}
     for dtype in TRAINING_DTYPES:
         x, w = probe.draw_many(dtype, probe.shapes[0])
-        y = probe.cls.forward(probe.stand_in(w), x)
-        if not is_close(y, probe.published(x, w, spec)):
+        gate = probe.draw_gate(x, probe.same_dtypes(dtype))
+        y = probe.call(probe.stand_in(w), x, gate)
+        if not is_close(y, probe.published(x, w, spec, gate)):
             raise NotProven(f"its operators match no supported RMSNorm for {x.shape[1]} rows")
-        count, ulp = differing(y, probe.exact(x, w, spec))
+        count, ulp = differing(y, probe.exact(x, w, spec, gate))
         changes[dtype_name(dtype)] = OutputChange(count / y.numel(), ulp)
     return changes

@@ -6,22 +6,22 @@ A replaced norm has a class of ours, made from the rule and put in front of the 
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rmsnorm import compat, reference
+from rmsnorm import compat, gated_reference, reference
 from rmsnorm.errors import type_name, with_article
-from rmsnorm.functional import explain, rms_norm
+from rmsnorm.functional import explain, gated_rms_norm, rms_norm
 from rmsnorm.kernels.host import loader as host
 from rmsnorm.ops import eager_recomputation
 from rmsnorm.ops.autograd import norm
 from rmsnorm.ops.dispatch import exported_to_onnx
 from rmsnorm.patching.eligibility import forward_parameters
-from rmsnorm.patching.rule import Rule, dtype_name, dtypes_in_words
+from rmsnorm.patching.rule import Dtypes, Rule, dtype_name, dtypes_in_words, kind_in_words
 from rmsnorm.patching.stand_in import Absent, InFront, Method, identity, is_plain, put_in_front
 from rmsnorm.spec import DTYPES, LARGEST_EPS, NO_HINTS, Hints, Spec
 
@@ -75,41 +75,60 @@ class _Replacement(ReplacedClass):
     def extra_repr(self) -> str:
         """Adds what our kernel computes, so that the repr of a model shows which norms are replaced."""
         own = super().extra_repr()  # type: ignore[misc]
-        offset = f", offset {self._rmsnorm_rule.offset:g}" if self._rmsnorm_rule.offset else ""
-        return f"{own}{', ' if own else ''}rmsnorm: {self._rmsnorm_rule.cast}{offset}"
+        return f"{own}{', ' if own else ''}rmsnorm: {', '.join(kind_in_words(self._rmsnorm_rule))}"
 
     def _rmsnorm_explain(self, x: Any) -> str:
         """What `rmsnorm.explain` says."""
         return explain_norm(self, self._rmsnorm_rule, x)
 
 
+class _GatedReplacement(_Replacement):
+    """Put in front of the class of a replaced norm with a gate."""
+
+    def _rmsnorm_explain(self, x: Any, gate: Any = None) -> str:
+        """What `rmsnorm.explain` says. Without a gate: about a call with one like x."""
+        return explain_norm(self, self._rmsnorm_rule, x, x if gate is None else gate)
+
+
+def hints_for(rule: Rule, hints: Hints) -> Hints:
+    """Those of the hints that apply to a norm with this rule: none to a gated norm."""
+    return hints if rule.gate is None else NO_HINTS
+
+
 def replacement_class(cls: type[nn.Module], rule: Rule, hints: Hints) -> type[nn.Module]:
     """A subclass of the class with the same name, since users of transformers match on names."""
-    return _make_class(cls, rule, hints, cls.forward)  # type: ignore[arg-type]  # classes hash by identity
+    return _make_class(cls, rule, hints_for(rule, hints), cls.forward)  # type: ignore[arg-type]  # classes hash by identity
 
 
 @functools.cache
 def _make_class(cls: type[nn.Module], rule: Rule, hints: Hints, own_forward: Callable[..., Tensor]) -> type[nn.Module]:
-    (parameter,) = forward_parameters(cls)
-    forward = _with_parameter(forward_by_rule(rule, own_forward, hints), parameter, own_forward.__defaults__)
+    if rule.gate is None:
+        front, by_rule = _Replacement, forward_by_rule(rule, own_forward, hints)
+    else:
+        front, by_rule = _GatedReplacement, gated_forward(rule, own_forward)
+    forward = _with_parameters(by_rule, forward_parameters(cls), own_forward.__defaults__)
     # Not functools.wraps: code that follows __wrapped__ would find the norm's own forward.
     forward.__name__, forward.__qualname__, forward.__doc__ = "forward", own_forward.__qualname__, own_forward.__doc__
     forward.__signature__ = inspect.signature(own_forward)  # type: ignore[attr-defined]
-    return put_in_front(
-        _Replacement, cls, _rmsnorm_rule=rule, _rmsnorm_hints=hints, _rmsnorm_original=cls, forward=forward
-    )
+    return put_in_front(front, cls, _rmsnorm_rule=rule, _rmsnorm_hints=hints, _rmsnorm_original=cls, forward=forward)
 
 
-def _with_parameter(
-    by_rule: Callable[..., Tensor], parameter: inspect.Parameter, defaults: tuple[Any, ...] | None
+def _with_parameters(
+    by_rule: Callable[..., Tensor], parameters: Sequence[inspect.Parameter], defaults: tuple[Any, ...] | None
 ) -> Callable[..., Tensor]:
-    """The function with the norm's own name for its input, which callers may use as a keyword and torch.fx reads."""
+    """The function with the norm's own names for its inputs, which callers may use as keywords and torch.fx reads."""
 
-    def forward(self: Any, x: Tensor) -> Tensor:
+    def of_one(self: Any, x: Tensor) -> Tensor:
         return by_rule(self, x)
 
-    positional = 2 if parameter.kind is parameter.POSITIONAL_ONLY else 0
-    code = forward.__code__.replace(co_varnames=("self", parameter.name), co_posonlyargcount=positional)
+    def of_two(self: Any, x: Tensor, gate: Tensor | None) -> Tensor:
+        return by_rule(self, x, gate)
+
+    forward = of_one if len(parameters) == 1 else of_two
+    positional = sum(p.kind is p.POSITIONAL_ONLY for p in parameters)
+    code = forward.__code__.replace(
+        co_varnames=("self", *(p.name for p in parameters)), co_posonlyargcount=positional and 1 + positional
+    )
     return FunctionType(code, globals(), "forward", defaults, forward.__closure__)
 
 
@@ -162,12 +181,7 @@ def forward_by_rule(rule: Rule, own_forward: Callable[..., Tensor], hints: Hints
             return own_forward(self, x)
         if x.is_contiguous() or (order := _memory_order(x, rule)) is None:
             return by_kernel(self, x, w, eps)
-        usual = list(range(x.dim()))
-        if order[-k:] == usual[-k:]:  # the kernel reads and writes the rows where they lie
-            y = by_kernel(self, x.permute(order), w, eps)
-        else:
-            y = by_kernel(self, x, w, eps).permute(order).contiguous()
-        return y.permute([order.index(axis) for axis in usual])
+        return _in_memory_order(order, k, lambda x: by_kernel(self, x, w, eps), x)
 
     def by_kernel(self: Any, x: Tensor, w: Tensor | None, eps: float) -> Tensor:
         if k == 1 and not torch.compiler.is_compiling() and (shape is None or _has_size(x, shape)):
@@ -186,6 +200,37 @@ def forward_by_rule(rule: Rule, own_forward: Callable[..., Tensor], hints: Hints
         return y if k == 1 else y.view(x.shape)  # type: ignore[no-any-return]
 
     return forward
+
+
+def gated_forward(rule: Rule, own_forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """As `forward_by_rule`, for a gated norm: a forward of an input and a gate."""
+    assert rule.gate is not None
+    cast, activation, gate_first, groups = rule.cast, rule.gate.activation, rule.gate.first, rule.groups
+
+    def forward(self: Any, x: Tensor, gate: Tensor | None) -> Tensor:
+        w, eps = _weight_and_eps(self, rule)
+        if eps is None or gate is None or _why_own(rule, self, x, w, eps, gate) is not None:
+            return own_forward(self, x, gate)
+
+        def by_kernel(x: Tensor, gate: Tensor) -> Tensor:
+            return gated_rms_norm(
+                x, gate, w, eps, cast=cast, activation=activation, gate_first=gate_first, groups=groups
+            )
+
+        order = None if x.is_contiguous() else _memory_order(x, rule)
+        return by_kernel(x, gate) if order is None else _in_memory_order(order, 1, by_kernel, x, gate)
+
+    return forward
+
+
+def _in_memory_order(order: list[int], k: int, by_kernel: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """What the kernel returns for the inputs, with its dimensions in memory in this order; it normalizes over k."""
+    usual = list(range(len(order)))
+    if order[-k:] == usual[-k:]:  # the kernel reads and writes the rows where they lie
+        y = by_kernel(*(x.permute(order) for x in inputs))
+    else:
+        y = by_kernel(*inputs).permute(order).contiguous()
+    return y.permute([order.index(axis) for axis in usual])
 
 
 def _has_size(x: Tensor, shape: tuple[int, ...]) -> bool:
@@ -225,33 +270,51 @@ def _is_channels_last(x: Tensor) -> bool:
 # --- which of the two runs -----------------------------------------------------------------------------------
 
 
-def explain_norm(module: Any, rule: Rule, x: Any) -> str:
-    """Which kernel a norm with this rule would run on x, or why its own forward would run."""
-    why = why_own_forward(module, x, rule)
+def explain_norm(module: Any, rule: Rule, x: Any, gate: Any = None) -> str:
+    """Which kernel a norm with this rule would run on x, and a gate if it has one, or why its own forward would run."""
+    why = why_own_forward(module, x, rule, gate)
     if why is not None:
         return f"the norm's own forward, because {why}"
     x, w, spec = _kernel_arguments(module, x, rule)
-    return explain(x, w, eps=spec.eps, cast=spec.cast, offset=spec.offset)
+    if spec.gate is None:
+        return explain(x, w, eps=spec.eps, cast=spec.cast, offset=spec.offset)
+    return explain(
+        x, w, eps=spec.eps, cast=spec.cast, gate=gate, activation=spec.gate.activation, gate_first=spec.gate.first,
+        groups=spec.groups,
+    )  # fmt: skip
 
 
-def exact_output(module: nn.Module, x: Tensor) -> Tensor | None:
+def exact_output(module: nn.Module, x: Tensor, gate: Tensor | None = None) -> Tensor | None:
     """The output of *exact* for a norm that `patch` replaced; None where its own forward runs."""
     rule = rule_of(module)
     assert rule is not None
-    if why_own_forward(module, x, rule) is not None:
+    if why_own_forward(module, x, rule, gate) is not None:
         return None
+    if gate is not None:
+        w = weight_of(module) if rule.weighted else None
+        return gated_reference.forward(x, gate, w, _spec(module, rule), with_rstd=False)[0]
     rows, w, spec = _kernel_arguments(module, x, rule)
     y = reference.forward(rows, None, w, spec.eps, spec.cast, spec.offset, with_rstd=False)[0]
     return y.view(x.shape)
 
 
-def why_own_forward(module: Any, x: Any, rule: Rule | None = None) -> str | None:
-    """Why the norm's own forward runs on x; None if our kernel runs. The rule is by default a replaced norm's."""
+def why_own_forward(module: Any, x: Any, rule: Rule | None = None, gate: Any = None) -> str | None:
+    """Why the norm's own forward runs on x; None if our kernel runs.
+
+    Args:
+        module: The norm.
+        x: Its input.
+        rule: The rule that it follows; by default that of a replaced norm.
+        gate: The second argument of a gated norm; not used for others.
+    """
     rule = rule or rule_of(module)
     assert rule is not None
-    w, eps = _weight_and_eps(module, rule)
-    why = _why_changed(rule, module, w, eps) or _why_unproven(rule, x, w)
-    return why or _why_unsupported(x, w, rule.normalized_shape)
+    return _why_own(rule, module, x, *_weight_and_eps(module, rule), None if rule.gate is None else gate)
+
+
+def _why_own(rule: Rule, module: Any, x: Any, w: Any, eps: float | None, gate: Any) -> str | None:
+    why = _why_changed(rule, module, w, eps) or _why_unproven(rule, x, w, gate)
+    return why or _why_unsupported(x, w, rule.normalized_shape, gate)
 
 
 def why_always_own_forward(module: Any) -> str | None:
@@ -268,9 +331,15 @@ def _weight_and_eps(module: Any, rule: Rule) -> tuple[Any, float | None]:
 
 def _kernel_arguments(module: Any, x: Tensor, rule: Rule) -> tuple[Tensor, Tensor | None, Spec]:
     """What our kernel gets, where it runs: x as rows, the weight as a vector, and the spec."""
-    w, eps = _weight_and_eps(module, rule)
+    w = weight_of(module) if rule.weighted else None
+    return x.flatten(-rule.normalized_dims), None if w is None else w.flatten(), _spec(module, rule)
+
+
+def _spec(module: Any, rule: Rule) -> Spec:
+    """The spec that the module computes with its present eps, which is a valid one."""
+    eps = _weight_and_eps(module, rule)[1]
     assert eps is not None
-    return x.flatten(-rule.normalized_dims), None if w is None else w.flatten(), Spec(eps, rule.cast, rule.offset)
+    return rule.spec(eps)
 
 
 def _why_changed(rule: Rule, module: Any, w: Any, eps: float | None) -> str | None:
@@ -290,11 +359,15 @@ def _why_changed(rule: Rule, module: Any, w: Any, eps: float | None) -> str | No
     return None
 
 
-def _why_unproven(rule: Rule, x: Any, w: Any) -> str | None:
+def _why_unproven(rule: Rule, x: Any, w: Any, gate: Any = None) -> str | None:
     """Why the proof does not cover this input."""
     if not isinstance(x, Tensor):
         return f"its input is {type_name(x)}"
-    dtypes = x.dtype, None if w is None else w.dtype
+    dtypes: Dtypes = x.dtype, None if w is None else w.dtype
+    if rule.gate is not None:
+        if not isinstance(gate, Tensor):
+            return "it is called without a gate" if gate is None else f"its gate is {type_name(gate)}"
+        dtypes = *dtypes, gate.dtype
     if rule.own_dtypes and dtypes in rule.own_dtypes:
         return f"it was not proven for {dtypes_in_words(dtypes)}"
     if x.dim() not in rule.ranks:
@@ -318,25 +391,31 @@ def _why_autocast(rule: Rule, x: Tensor, w: Tensor | None) -> str | None:
 
 # Tensor subclasses that decompose our operators themselves, or that our operators handle.
 _KNOWN_SUBCLASSES = ("torch._subclasses.", "torch.distributed.")
+_KNOWN_SUBCLASSES_WITH_GATE = ("torch._subclasses.",)  # the operators of gated norms have no rules for DTensors
 
 
-def _why_unsupported(x: Tensor, w: Tensor | None, shape: tuple[int, ...] | None) -> str | None:
+def _why_unsupported(
+    x: Tensor, w: Tensor | None, shape: tuple[int, ...] | None, gate: Tensor | None = None
+) -> str | None:
     """Why our kernels cannot serve a call that the norm's own forward may well serve."""
     if (why := _why_exported()) is not None:
         return why  # first, because a tracer warns where a size is compared
-    for name, t in (("input", x), ("weight", w)):
-        if t is not None and (what := _unsupported_tensor(t)) is not None:
+    known = _KNOWN_SUBCLASSES if gate is None else _KNOWN_SUBCLASSES_WITH_GATE
+    for name, t in (("input", x), ("weight", w), ("gate", gate)):
+        if t is not None and (what := _unsupported_tensor(t, known)) is not None:
             return f"its {name} {what}"
+    if gate is not None and (gate.shape != x.shape or gate.device != x.device):
+        return f"its gate has shape {tuple(gate.shape)}, on {gate.device}, its input {tuple(x.shape)}, on {x.device}"
     if shape is not None and x.shape[-len(shape) :] != shape:
         return f"its input has shape {tuple(x.shape)}, which does not end in {shape}"
     if w is not None and w.shape != (x.shape[-1:] if shape is None else shape):
         return f"its weight has shape {tuple(w.shape)}, its input {tuple(x.shape)}"
     if w is not None and w.device != x.device:
         return f"its weight is on {w.device}, its input on {x.device}"
-    return _why_inference_tensor(x, w)
+    return _why_inference_tensor(x, w, gate)
 
 
-def _unsupported_tensor(t: Tensor) -> str | None:
+def _unsupported_tensor(t: Tensor, known: tuple[str, ...]) -> str | None:
     if t.is_nested:
         return "is a nested tensor"
     if t.layout is not torch.strided:
@@ -345,7 +424,7 @@ def _unsupported_tensor(t: Tensor) -> str | None:
         return f"has dtype {dtype_name(t.dtype)}"
     cls = type(t)
     plain = cls in (Tensor, nn.Parameter) or cls.__torch_dispatch__ is Tensor.__torch_dispatch__
-    return None if plain or cls.__module__.startswith(_KNOWN_SUBCLASSES) else f"is {with_article(cls.__name__)}"
+    return None if plain or cls.__module__.startswith(known) else f"is {with_article(cls.__name__)}"
 
 
 def _why_exported() -> str | None:
@@ -356,8 +435,13 @@ def _why_exported() -> str | None:
     return "it is being traced by torch.jit" if traced else None
 
 
-def _why_inference_tensor(x: Tensor, w: Tensor | None) -> str | None:
+def _why_inference_tensor(x: Tensor, w: Tensor | None, gate: Tensor | None) -> str | None:
     """Autograd cannot save a tensor that was made in inference mode; the norm's own forward saves a copy."""
-    if w is None or not w.requires_grad or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
-    return "its input was made in inference mode and its weight requires a gradient" if x.is_inference() else None
+    for name, t in (("input", x), ("gate", gate)):
+        if t is not None and t.is_inference():
+            for other, of in (("weight", w), ("input", x), ("gate", gate)):
+                if of is not None and of.requires_grad:
+                    return f"its {name} was made in inference mode and its {other} requires a gradient"
+    return None

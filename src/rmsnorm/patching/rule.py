@@ -1,11 +1,13 @@
 """The rule that the replacement of a norm follows: what the norm computes, and for which calls that is proven."""
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from rmsnorm import compat
-from rmsnorm.spec import DTYPES, LARGEST_EPS, Cast
+from rmsnorm.spec import DTYPES, LARGEST_EPS, Cast, Gate, Spec
 
 # The dtypes in which a norm must be proven where input and weight share one. For other pairs of dtypes, and in fp64,
 # its own forward may run.
@@ -14,6 +16,7 @@ TRAINING_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEADING_DIMS = range(5)
 
 DtypePair = tuple[torch.dtype, torch.dtype | None]  # of the input and of the weight
+Dtypes = DtypePair | tuple[torch.dtype, torch.dtype | None, torch.dtype]  # and of the gate, if the norm has one
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Rule:
         eps_attribute: The name of the attribute that holds eps. It is read at each call.
         weighted: Whether the norm has a weight.
         none_is_torch_eps: Whether an eps of None means fp32's machine epsilon, as in torch.nn.RMSNorm.
-        own_dtypes: The dtypes of input and weight for which its own forward runs.
+        own_dtypes: The dtypes of input and weight, and of the gate if there is one, for which its own forward runs.
         own_under_autocast: Whether its own forward runs under autocast.
         calls_rms_norm: Whether it calls F.rms_norm, whose input and weight autocast casts to fp32 on some devices.
             There its own forward runs, unless both are fp32 already.
@@ -38,6 +41,9 @@ class Rule:
             own forward runs.
         normalized_shape: The last dimensions, over which it normalizes, if the norm fixes them; None for the last
             dimension, of any size.
+        gate: As in `Spec`. If it is called without a gate, its own forward runs.
+        groups: As in `Spec`.
+        gate_optional: Whether its own forward can be called without a gate.
     """
 
     cast: Cast
@@ -45,13 +51,16 @@ class Rule:
     eps_attribute: str
     weighted: bool
     none_is_torch_eps: bool = False
-    own_dtypes: frozenset[DtypePair] = frozenset()
+    own_dtypes: frozenset[Dtypes] = frozenset()
     own_under_autocast: bool = False
     calls_rms_norm: bool = False
     keeps_memory_order: bool = False
     ranks: frozenset[int] = frozenset()
     attributes: tuple[tuple[str, object], ...] = ()
     normalized_shape: tuple[int, ...] | None = None
+    gate: Gate | None = None
+    groups: int = 1
+    gate_optional: bool = False
 
     @property
     def normalized_dims(self) -> int:
@@ -66,21 +75,28 @@ class Rule:
             return float(value)  # type: ignore[arg-type]
         return None
 
+    def spec(self, eps: float) -> Spec:
+        """The spec that it stands for with this eps."""
+        return Spec(eps, self.cast, self.offset, self.gate, self.groups)
+
     @property
-    def dtypes(self) -> tuple[DtypePair, ...]:
-        """The dtypes of input and weight for which it was proven; None for no weight."""
-        pairs = ((x, w) for x in DTYPES for w in (DTYPES if self.weighted else (None,)))
-        return tuple(pair for pair in pairs if pair not in self.own_dtypes)
+    def dtypes(self) -> tuple[Dtypes, ...]:
+        """The dtypes of input, weight and gate for which it was proven, as in `Dtypes`; None for no weight."""
+        every = dtype_combinations(DTYPES, self.weighted, self.gate is not None)
+        return tuple(dtypes for dtypes in every if dtypes not in self.own_dtypes)
 
     @property
     def own_forward_when(self) -> str:
         """When the norm's own forward runs, in words. fp64 is not mentioned: nobody trains in it."""
-        pairs = {(x, w) for x, w in self.own_dtypes if torch.float64 not in (x, w)}
-        parts = []
-        if pairs and all((x, w) in pairs for x in TRAINING_DTYPES for w in TRAINING_DTYPES if x != w):
-            parts.append("when input and weight have different dtypes")
-        elif pairs:
-            parts.append("for " + ", ".join(sorted(dtypes_in_words((x, w)) for x, w in pairs if w)))
+        own = {dtypes for dtypes in self.own_dtypes if torch.float64 not in dtypes}
+        parts = ["without a gate"] if self.gate_optional else []
+        tensors = "input and weight" if self.gate is None else "input, weight and gate"
+        every = itertools.product(TRAINING_DTYPES, repeat=2 if self.gate is None else 3)
+        if own and own.issuperset(dtypes for dtypes in every if len(set(dtypes)) > 1):
+            parts.append(f"when {tensors} have different dtypes")
+        elif own:
+            shown = {dtypes_in_words(dtypes) for dtypes in own if dtypes[1] is not None or self.gate is not None}
+            parts.append("for " + ", ".join(sorted(shown)))
         if self.own_under_autocast:
             parts.append("under autocast")
         elif self.calls_rms_norm and "cuda" not in compat.RMS_NORM_UNCHANGED_BY_AUTOCAST:
@@ -91,12 +107,31 @@ class Rule:
         return " and ".join(parts)
 
 
+def dtype_combinations(dtypes: Sequence[torch.dtype], weighted: bool, gated: bool) -> list[Dtypes]:
+    """Every dtype for the input with every one for the weight and every one for the gate, if there are any."""
+    pairs = [(x, w) for x in dtypes for w in (dtypes if weighted else (None,))]
+    return [(x, w, g) for x, w in pairs for g in dtypes] if gated else list(pairs)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """`bfloat16` for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
-def dtypes_in_words(pair: DtypePair) -> str:
-    """`bfloat16 input with float32 weight`."""
-    x, w = pair
-    return f"{dtype_name(x)} input" + ("" if w is None else f" with {dtype_name(w)} weight")
+def kind_in_words(of: Rule | Spec) -> list[str]:
+    """What distinguishes it besides eps: `late`, `offset 1`; with a gate `early`, `silu gate first`, `8 groups`."""
+    words: list[str] = [of.cast]
+    if of.offset:
+        words.append(f"offset {of.offset:g}")
+    if of.gate is not None:
+        words.append(f"{of.gate.activation} gate {'first' if of.gate.first else 'last'}")
+    if of.groups > 1:
+        words.append(f"{of.groups} groups")
+    return words
+
+
+def dtypes_in_words(dtypes: Dtypes) -> str:
+    """`bfloat16 input with float32 weight`, and for a gated norm `and bfloat16 gate`."""
+    x, w, *gates = dtypes
+    others = [f"{dtype_name(dtype)} {name}" for dtype, name in ((w, "weight"), *((g, "gate") for g in gates)) if dtype]
+    return f"{dtype_name(x)} input" + (f" with {' and '.join(others)}" if others else "")

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
-from rmsnorm.patching.rule import TRAINING_DTYPES, DtypePair, dtypes_in_words
+from rmsnorm.patching.rule import TRAINING_DTYPES, Dtypes, dtypes_in_words
 
 # What requires a gradient; or that gradients are off.
 GRAD_MODES = ("no_grad", "both", "input", "weight", "neither", "inference")
+# For a gated norm, "both" and "input" include the gate; a forward that asks runs in these too.
+GATED_GRAD_MODES = (*GRAD_MODES, "input without gate", "gate alone")
 PERMUTED_LAYOUTS = ("transposed", "columns first")
 _LAYOUTS = ("sliced", "every second element", "expanded", *PERMUTED_LAYOUTS)
 _VALUES = ("zero", "tiny", "huge", "infinite", "NaN", "spiky")
@@ -22,17 +24,17 @@ class State:
     """One way to call a norm.
 
     Attributes:
-        dtypes: Of input and weight; None for no weight.
+        dtypes: Of input and weight, None for no weight; and of the gate, if the norm has one.
         leading: The dimensions of the input in front of the normalized ones.
         training: Whether the module is in training mode.
-        grad: One of `GRAD_MODES`.
-        layout: How the input lies in memory.
+        grad: One of `GRAD_MODES`, or for a gated norm of `GATED_GRAD_MODES`.
+        layout: How the input lies in memory, and the gate.
         values: What its rows hold.
         autocast: The dtype of autocast, if it is on.
         device: The device that tensors report, if not the one that they are on.
     """
 
-    dtypes: DtypePair
+    dtypes: Dtypes
     leading: tuple[int, ...] = (2, 3)
     training: bool = False
     grad: str = "no_grad"
@@ -56,12 +58,18 @@ class State:
         return text if self.device is None else f"{text}, on {self.device}"
 
 
-def one_dtype(dtypes: DtypePair) -> bool:
-    """Whether input and weight have the same dtype, or there is no weight."""
-    return dtypes[1] in (dtypes[0], None)
+def one_dtype(dtypes: Dtypes) -> bool:
+    """Whether input, weight and gate have the same dtype, as far as there are any."""
+    return all(dtype in (dtypes[0], None) for dtype in dtypes[1:])
 
 
-def all_modes(dtypes: DtypePair) -> Iterator[State]:
+def same_dtypes(dtype: torch.dtype, weighted: bool, gated: bool) -> Dtypes:
+    """The dtype for the input, and for the weight and the gate if there are any."""
+    w = dtype if weighted else None
+    return (dtype, w, dtype) if gated else (dtype, w)
+
+
+def all_modes(dtypes: Dtypes) -> Iterator[State]:
     """Training and evaluation, with and without gradients; fewer of these for dtypes in which nobody trains."""
     for training in (False, True):
         every = one_dtype(dtypes) or (torch.float64 not in dtypes and not training)
@@ -69,7 +77,7 @@ def all_modes(dtypes: DtypePair) -> Iterator[State]:
             yield State(dtypes, training=training, grad=grad)
 
 
-def all_shapes(weighted: bool) -> Iterator[State]:
+def all_shapes(weighted: bool, gated: bool = False) -> Iterator[State]:
     """Inputs of every rank and on every device in each dtype, and of other sizes, layouts and values in some of them.
 
     A forward cannot tell sizes, layouts and values apart without being refused, so each dtype gets some of these.
@@ -79,7 +87,7 @@ def all_shapes(weighted: bool) -> Iterator[State]:
 
     def state(way: tuple[torch.dtype, bool, str], leading: tuple[int, ...], **others: Any) -> State:
         dtype, training, grad = way
-        return State((dtype, dtype if weighted else None), leading, training, grad, **others)
+        return State(same_dtypes(dtype, weighted, gated), leading, training, grad, **others)
 
     for way in ways:
         yield from (state(way, leading) for leading in ((), (2,), (2, 3), (2, 1, 5), (2, 3, 2, 2)))
@@ -91,7 +99,7 @@ def all_shapes(weighted: bool) -> Iterator[State]:
         yield from (state(way, (2, 4), values=values) for way in ways[::2])
 
 
-def all_autocasts(dtypes: DtypePair) -> Iterator[State]:
+def all_autocasts(dtypes: Dtypes) -> Iterator[State]:
     """Autocast to both 16-bit dtypes, with and without gradients."""
     for autocast in (torch.bfloat16, torch.float16):
         for grad in ("no_grad", "both"):

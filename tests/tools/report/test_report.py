@@ -123,7 +123,7 @@ def qwen3_next() -> PreTrainedModel:
         (lambda: T5Model(T5Config(**T5)), 12, 0, {64}),
         (lambda: Gemma4TextModel(Gemma4TextConfig(**TINY)), 18, 0, {64, 16, 256, 512}),
         (falcon_mamba, 9, 0, {64, 8, 4}),
-        (qwen3_next, 8, 1, {64, 16}),
+        (qwen3_next, 8, 0, {64, 16}),
     ],
     ids=["T5's encoder", "T5", "Gemma 4", "Falcon Mamba", "Qwen3-Next"],
 )

@@ -150,6 +150,16 @@ def made_by(plan: Plan, *arguments: Any) -> str:
     """Whether a call of `norm` with these arguments and this plan would be made from C++ or Python, and why."""
     if _State.module is None or _State.module.makes(*arguments):
         return described()
+    return _by_python(plan)
+
+
+def operator_made_by(plan: Plan) -> str:
+    """As `made_by`, for a call of an operator by Python, with plain tensors and this plan."""
+    fits = isinstance(plan.native, Native) and (plan.gpu is None or plan.gpu == torch.cuda.current_device())
+    return described() if _State.module is None or fits else _by_python(plan)
+
+
+def _by_python(plan: Plan) -> str:
     why = plan.native if isinstance(plan.native, str) else "C++ takes tensors of the current GPU"
     return f"called from Python: {why}"
 

@@ -79,7 +79,7 @@ def model_cost(target: str, progress: Progress, *, batch: int, seq: int, dtype: 
             unpatch(model)
         progress(3, 4, "running it without data")
         modules = dict(model.named_modules())
-        proven = {v.name: v for v in report.replaced}
+        proven = {v.name: v for v in report.replaced if _why_uncounted(v) is None}
         model.to(DTYPES[dtype])  # a cast of an output is a copy, which is saved instead, or the output itself
         calls, more = calls_of_norms({name: modules[name] for name in proven}, model, config, batch, seq)
     notes += more
@@ -147,10 +147,18 @@ def _groups(
         yield NormGroup(len(names), called, width, cls, names[0], spec, weighted)
 
 
+def _why_uncounted(verdict: Verdict) -> str | None:
+    """Why the cost of a norm is not counted; None if it is."""
+    if verdict.spec is None:
+        return verdict.reason
+    return None if verdict.spec.gate is None else "it has a gate, and only norms without one are counted"
+
+
 def _uncounted(report: PatchReport) -> Iterator[UncountedNorms]:
     found: dict[tuple[str, str], list[str]] = {}
-    for v in report.not_replaced:
-        found.setdefault((v.class_name, v.reason), []).append(v.name)
+    for v in report.verdicts:
+        if (why := _why_uncounted(v)) is not None:
+            found.setdefault((v.class_name, why), []).append(v.name)
     for (cls, reason), names in found.items():
         yield UncountedNorms(len(names), cls, names[0], reason)
 

@@ -79,9 +79,7 @@ def _costs(result: CostResult, verbose: bool) -> Table:
 
 def _cautions(result: CostResult) -> list[Block]:
     """Return what is not counted, and what may make the counts wrong."""
-    lines = [
-        f"not counted: {n.count} × {n.cls} ({n.first}), which patch does not replace: {n.reason}" for n in result.left
-    ]
+    lines = [f"not counted: {n.count} × {n.cls} ({n.first}): {n.reason}" for n in result.left]
     lines += [f"note: {note}" for note in result.notes]
     if result.gpu is not None and result.gpu.few_fp64:
         lines.append(f"note: {result.gpu.name} has few fp64 units, so ours will be slower than predicted")

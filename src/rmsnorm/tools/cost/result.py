@@ -66,7 +66,7 @@ class NormGroup:
 
 @dataclass(frozen=True)
 class UncountedNorms:
-    """Norms of one class that `patch` does not replace, for one reason; they are not counted."""
+    """Norms of one class that are not counted, for one reason."""
 
     count: int
     cls: str

@@ -1,7 +1,8 @@
 """Checks and times the norms alone, when activations reach them in a forward pass."""
 
+import inspect
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,10 +42,11 @@ def examine(patched: PatchedModel, tokens: int, timer: "NormTimer | None") -> tu
             def hook(
                 module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], y: Tensor, n: NormResult = n
             ) -> None:
-                (x,) = (*args, *named.values())
-                check_outputs(n, patched.own[n.verdict.name], module, x, y)
+                own = patched.own[n.verdict.name]
+                inputs = inspect.signature(own.forward).bind(module, *args, **named).args[1:]
+                check_outputs(n, own, module, inputs, y)
                 if timer is not None and not n.wrong and n.calls == 1:
-                    timer.time(n, x, y)
+                    timer.time(n, inputs, y)
 
             hooks.append(patched.modules[n.verdict.name].register_forward_hook(hook, with_kwargs=True))
     try:
@@ -56,13 +58,13 @@ def examine(patched: PatchedModel, tokens: int, timer: "NormTimer | None") -> tu
     return norms
 
 
-def check_outputs(n: NormResult, own: type[nn.Module], module: nn.Module, x: Tensor, y: Tensor) -> None:
-    """Compare y, which our norm returned for x, with *exact* and with the norm's own class."""
-    before = own.forward(module, x)
-    expected = exact_output(module, x)
+def check_outputs(n: NormResult, own: type[nn.Module], module: nn.Module, inputs: Sequence[Any], y: Tensor) -> None:
+    """Compare y, which our norm returned for x and perhaps a gate, with *exact* and with the norm's own class."""
+    before = own.forward(module, *inputs)
+    expected = exact_output(module, *inputs)
     n.width = n.width or y.shape[-1]
     n.calls += 1
-    n.rows += x.numel() // n.width
+    n.rows += inputs[0].numel() // n.width
     n.outputs += y.numel()
     n.wrong += bits.differing(y, before if expected is None else expected)[0]
     changed, ulp = bits.differing(y, before)
@@ -94,8 +96,9 @@ class NormTimer:
         self.spent = 0.0
         self.kinds: dict[Any, list[NormResult]] = {}
 
-    def time(self, n: NormResult, x: Tensor, y: Tensor) -> None:
-        """Time a norm on its input x, unless the budget does not allow it; y is its output."""
+    def time(self, n: NormResult, inputs: Sequence[Any], y: Tensor) -> None:
+        """Time a norm on its inputs, unless the budget does not allow it; y is its output."""
+        x = inputs[0]
         kind = self.kinds.setdefault((n.verdict.class_name, n.verdict.finding, x.shape, x.stride(), x.dtype), [])
         seconds = max(0.0, self.seconds - self.spent) / max(1, self.to_come)
         self.to_come -= 1
@@ -103,11 +106,11 @@ class NormTimer:
             return
         self.say(f"timing {n.verdict.name}")
         start = timing.now()
-        n.times = self._times(n, x, y, seconds)
+        n.times = self._times(n, inputs, y, seconds)
         kind.append(n)
         for other in kind:
             while self._is_outlier(other, kind) and other.again < _AGAIN:
-                again = self._times(other, x, y, seconds)
+                again = self._times(other, inputs, y, seconds)
                 other.again += 1
                 # Disturbances make a measurement longer, never shorter.
                 other.times = {
@@ -128,28 +131,29 @@ class NormTimer:
                     return True
         return False
 
-    def _times(self, n: NormResult, x: Tensor, y: Tensor, seconds: float) -> dict[Mode, Pair]:
+    def _times(self, n: NormResult, inputs: Sequence[Any], y: Tensor, seconds: float) -> dict[Mode, Pair]:
         name = n.verdict.name
         own, ours, module = self.patched.own[name], self.patched.ours[name], self.patched.modules[name]
-        token = x[..., -1:, :].contiguous()
+        device = y.device
+        token = [None if t is None else t[..., -1:, :].contiguous() for t in inputs]
         w = module._parameters.get("weight")
-        leaf = x.detach().requires_grad_()
-        inputs = [leaf] if w is None or not w.requires_grad else [leaf, w]
-        dy = torch.randn(y.shape, dtype=y.dtype, device=y.device)
+        leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+        wanted = [t for t in (*leaves, w) if t is not None and t.requires_grad]
+        dy = torch.randn(y.shape, dtype=y.dtype, device=device)
         makes: dict[Mode, tuple[int, float, Callable[[Any], Callable[[], object]]]] = {
-            "forward": (_NORM_SAMPLES, 0.3, lambda f: lambda: f(module, x)),
-            "token": (_TOKEN_SAMPLES, 0.1, lambda f: lambda: f(module, token)),
-            "training": (_NORM_SAMPLES, 0.6, lambda f: lambda: torch.autograd.grad(f(module, leaf), inputs, dy)),
+            "forward": (_NORM_SAMPLES, 0.3, lambda f: lambda: f(module, *inputs)),
+            "token": (_TOKEN_SAMPLES, 0.1, lambda f: lambda: f(module, *token)),
+            "training": (_NORM_SAMPLES, 0.6, lambda f: lambda: torch.autograd.grad(f(module, *leaves), wanted, dy)),
         }
         times: dict[Mode, Pair] = {}
         for mode in self.modes:
             samples, part, make = makes[mode]
             with torch.set_grad_enabled(mode == "training"):
                 timings = timing.interleave(
-                    {"before": make(own.forward), "after": make(ours.forward)}, x.device, samples=samples,
+                    {"before": make(own.forward), "after": make(ours.forward)}, device, samples=samples,
                     fewest=_FEWEST_SAMPLES, seconds=part * seconds / 2, with_host=self.with_host,
                 )  # fmt: skip
-            times[mode] = Pair(*(_undisturbed(timings[side], x.device) for side in ("before", "after")))
+            times[mode] = Pair(*(_undisturbed(timings[side], device) for side in ("before", "after")))
         return times
 
 

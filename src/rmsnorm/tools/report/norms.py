@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rmsnorm.patching.patch_report import Verdict
+from rmsnorm.spec import Spec
 
 Mode = Literal["forward", "training", "token"]  # training: forward and backward; token: forward of one token
 WITH_BACKWARD: tuple[Mode, ...] = ("forward", "training")
@@ -80,7 +81,7 @@ class NormResult:
             "name": self.verdict.name,
             "class": self.verdict.class_name,
             "width": self.width,
-            "spec": None if spec is None else {"eps": spec.eps, "cast": spec.cast, "offset": spec.offset},
+            "spec": None if spec is None else _spec_to_json(spec),
             "left_because": self.verdict.reason or None,
             "own_forward": self.verdict.own_forward_when or None,
             "calls": self.calls,
@@ -95,6 +96,13 @@ class NormResult:
             "measured_again": self.again,
             "outlier": self.outlier,
         }
+
+
+def _spec_to_json(spec: Spec) -> dict[str, Any]:
+    found: dict[str, Any] = {"eps": spec.eps, "cast": spec.cast, "offset": spec.offset}
+    if spec.gate is not None:
+        found |= {"activation": spec.gate.activation, "gate_first": spec.gate.first, "groups": spec.groups}
+    return found
 
 
 @dataclass(frozen=True)
