@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -305,7 +306,24 @@ def test_an_attribute_that_changed_since_the_proof_runs_its_own_forward_and_eps_
         assert f"its attribute {name} has changed" in explain(x, norm)
         for one in (norm, own):
             setattr(one, name, before)
-    assert "with a gate" in explain(x, norm)
+    assert "own forward" not in explain(x, norm)
+
+
+def test_explain_says_what_a_call_of_a_replaced_norm_would_run() -> None:
+    norm, _, spec = replaced(MAMBA)
+    x, gate = draw(3, 5, N)
+    given = {"eps": spec.eps, "cast": spec.cast, "activation": "silu", "gate_first": True, "groups": GROUPS}
+    for one in (gate, gate.bfloat16(), gate.transpose(0, 1).contiguous().transpose(0, 1), gate.mT.contiguous().mT):
+        assert explain(x, norm, gate=one) == explain(x, norm.weight, gate=one, **given)
+    assert explain(x, norm) == explain(x, norm, gate=x)
+    assert explain(x, norm, gate=gate.double()) == (
+        "the norm's own forward, because it was not proven for float32 input with float32 weight and float64 gate"
+    )
+    assert explain(x, norm, gate=gate[:1]).startswith("the norm's own forward, because its gate has shape (1, 5, 64)")
+    plain = nn.RMSNorm(N)
+    assert patch(nn.Sequential(plain)).replaced
+    with pytest.raises(TypeError, match=re.escape("[explain] gate is given, expected None: the layer has no gate")):
+        explain(x, plain, gate=gate)
 
 
 def test_a_gate_from_inference_mode_that_reaches_a_trained_norm_runs_its_own_forward() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import pickle
 import re
 import weakref
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 import rmsnorm
-from rmsnorm import DeepseekV2RMSNorm, Proof, RMSNorm, TorchRMSNorm, patch, prove
-from rmsnorm.spec import DTYPES, Spec
+from rmsnorm import DeepseekV2RMSNorm, GatedRMSNorm, Proof, RMSNorm, TorchRMSNorm, patch, prove
+from rmsnorm.spec import DTYPES, Gate, Spec
 
 
 class DividingRMSNorm(nn.Module):
@@ -105,6 +107,16 @@ def test_the_dtypes_are_those_for_which_the_own_forward_is_not_needed() -> None:
     assert prove(nn.Identity()).dtypes == ()
 
 
+def test_a_gated_norm_is_proven_for_triples_of_dtypes() -> None:
+    proof = prove(Qwen3NextRMSNormGated(64))
+    assert proof.spec == Spec(1e-6, gate=Gate())
+    assert set(proof.dtypes) == set(itertools.product(DTYPES[:3], repeat=3))
+    assert str(proof).startswith("Qwen3NextRMSNormGated is proven: early, eps 1e-06, silu gate last; float32: ")
+    mamba = prove(MODULES["gate"]())
+    assert mamba.spec == Spec(1e-6, gate=Gate(first=True))
+    assert mamba.finding == "proven: early, eps 1e-06, silu gate first; its own forward runs without a gate"
+
+
 @pytest.mark.parametrize(
     ("layer", "spec"),
     [
@@ -113,13 +125,22 @@ def test_the_dtypes_are_those_for_which_the_own_forward_is_not_needed() -> None:
         (RMSNorm(48, elementwise_affine=False), Spec(1e-6)),
         (DeepseekV2RMSNorm(48, 1e-3), Spec(1e-3)),
         (TorchRMSNorm((4, 12)), Spec(torch.finfo(torch.float32).eps, "late")),
+        (GatedRMSNorm(8), Spec(1e-6, gate=Gate())),
+        (
+            GatedRMSNorm(48, 1e-3, cast="late", activation="sigmoid", gate_first=True, groups=4),
+            Spec(1e-3, "late", gate=Gate("sigmoid", first=True), groups=4),
+        ),
+        (GatedRMSNorm(48, elementwise_affine=False), Spec(1e-6, gate=Gate())),
     ],
 )
 def test_a_layer_of_this_package_computes_what_it_says_and_changes_nothing(layer: nn.Module, spec: Spec) -> None:
     proof = prove(layer)
     assert (proof.spec, proof.class_name, proof.reason) == (spec, type(layer).__name__, "")
     assert {(c.share, c.max_ulp) for c in proof.output_changes.values()} == {(0.0, 0)}
-    assert (torch.bfloat16, layer.weight if layer.weight is None else torch.float32) in proof.dtypes
+    floats = DTYPES[:3]
+    every = [floats, (None,) if layer.weight is None else floats, *([] if spec.gate is None else [floats])]
+    assert set(itertools.product(*every)) <= set(proof.dtypes)
+    assert {len(dtypes) for dtypes in proof.dtypes} == {len(every)}
 
 
 def test_a_subclass_of_a_layer_is_judged_by_its_own_forward() -> None:

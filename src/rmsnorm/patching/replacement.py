@@ -16,11 +16,9 @@ from torch import Tensor, nn
 from rmsnorm import compat, gated_reference, reference
 from rmsnorm.errors import type_name, with_article
 from rmsnorm.functional import explain, gated_rms_norm, rms_norm
-from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
-from rmsnorm.kernels.plan import ByReference, GatedForward
 from rmsnorm.ops import eager_recomputation
-from rmsnorm.ops.autograd import needs_gradient, norm
+from rmsnorm.ops.autograd import norm
 from rmsnorm.ops.dispatch import exported_to_onnx
 from rmsnorm.patching.eligibility import forward_parameters
 from rmsnorm.patching.rule import Dtypes, Rule, dtype_name, dtypes_in_words, kind_in_words
@@ -84,6 +82,14 @@ class _Replacement(ReplacedClass):
         return explain_norm(self, self._rmsnorm_rule, x)
 
 
+class _GatedReplacement(_Replacement):
+    """Put in front of the class of a replaced norm with a gate."""
+
+    def _rmsnorm_explain(self, x: Any, gate: Any = None) -> str:
+        """What `rmsnorm.explain` says. Without a gate: about a call with one like x."""
+        return explain_norm(self, self._rmsnorm_rule, x, x if gate is None else gate)
+
+
 def hints_for(rule: Rule, hints: Hints) -> Hints:
     """Those of the hints that apply to a norm with this rule: none to a gated norm."""
     return hints if rule.gate is None else NO_HINTS
@@ -96,14 +102,15 @@ def replacement_class(cls: type[nn.Module], rule: Rule, hints: Hints) -> type[nn
 
 @functools.cache
 def _make_class(cls: type[nn.Module], rule: Rule, hints: Hints, own_forward: Callable[..., Tensor]) -> type[nn.Module]:
-    by_rule = forward_by_rule(rule, own_forward, hints) if rule.gate is None else gated_forward(rule, own_forward)
+    if rule.gate is None:
+        front, by_rule = _Replacement, forward_by_rule(rule, own_forward, hints)
+    else:
+        front, by_rule = _GatedReplacement, gated_forward(rule, own_forward)
     forward = _with_parameters(by_rule, forward_parameters(cls), own_forward.__defaults__)
     # Not functools.wraps: code that follows __wrapped__ would find the norm's own forward.
     forward.__name__, forward.__qualname__, forward.__doc__ = "forward", own_forward.__qualname__, own_forward.__doc__
     forward.__signature__ = inspect.signature(own_forward)  # type: ignore[attr-defined]
-    return put_in_front(
-        _Replacement, cls, _rmsnorm_rule=rule, _rmsnorm_hints=hints, _rmsnorm_original=cls, forward=forward
-    )
+    return put_in_front(front, cls, _rmsnorm_rule=rule, _rmsnorm_hints=hints, _rmsnorm_original=cls, forward=forward)
 
 
 def _with_parameters(
@@ -263,27 +270,18 @@ def _is_channels_last(x: Tensor) -> bool:
 # --- which of the two runs -----------------------------------------------------------------------------------
 
 
-def explain_norm(module: Any, rule: Rule, x: Any) -> str:
-    """Which kernel a norm with this rule would run on x, or why its own forward would run.
-
-    For a gated norm this is about a call with a gate of the same kind as x.
-    """
-    why = why_own_forward(module, x, rule, x)
+def explain_norm(module: Any, rule: Rule, x: Any, gate: Any = None) -> str:
+    """Which kernel a norm with this rule would run on x, and a gate if it has one, or why its own forward would run."""
+    why = why_own_forward(module, x, rule, gate)
     if why is not None:
         return f"the norm's own forward, because {why}"
-    if rule.gate is not None:
-        return _explain_gated(module, rule, x)
     x, w, spec = _kernel_arguments(module, x, rule)
-    return explain(x, w, eps=spec.eps, cast=spec.cast, offset=spec.offset)
-
-
-def _explain_gated(module: Any, rule: Rule, x: Tensor) -> str:
-    groups, w = rule.groups, weight_of(module) if rule.weighted else None
-    rows = gated_reference.grouped(x, groups)
-    kind = GatedForward.of(rows, rows, w, _spec(module, rule), needs_gradient(x, None, w))
-    plan = dispatch.plan_gated_forward(kind)
-    why = f" ({plan.why})" if isinstance(plan, ByReference) else ""
-    return f"{x.device.type}, {dtype_name(x.dtype)}, with a gate: {dispatch.name_of(plan)}{why}"
+    if spec.gate is None:
+        return explain(x, w, eps=spec.eps, cast=spec.cast, offset=spec.offset)
+    return explain(
+        x, w, eps=spec.eps, cast=spec.cast, gate=gate, activation=spec.gate.activation, gate_first=spec.gate.first,
+        groups=spec.groups,
+    )  # fmt: skip
 
 
 def exact_output(module: nn.Module, x: Tensor, gate: Tensor | None = None) -> Tensor | None:
