@@ -78,7 +78,9 @@ def test_outputs_and_gradients_have_the_bits_of_rms_norm(
 
 
 @pytest.mark.parametrize(
-    "function", [F.rms_norm, torch.rms_norm, torch.ops.aten.rms_norm, torch.ops.aten.rms_norm.default], ids=str
+    "function",
+    [F.rms_norm, torch.rms_norm, torch.ops.aten.rms_norm, torch.ops.aten.rms_norm.default],
+    ids=["F.rms_norm", "torch.rms_norm", "packet", "overload"],
 )
 def test_every_public_form_of_the_function_is_covered(function: Any) -> None:
     w = norm_of().weight.detach()
