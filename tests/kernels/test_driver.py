@@ -66,15 +66,15 @@ class Compiled:
         self.asm = {"ptx": self.compiled.asm["ptx"]}
 
 
-ARGUMENTS = (torch.empty(3, 48), torch.empty(48), 3, 48, 4, 16, True)
+ARGUMENTS = (torch.empty(3, 48), torch.empty(48), 3, 48, 1, 4, 16, True)
 SIZES = [POINTER, POINTER, 4, 4, POINTER, POINTER]
 
 
 @pytest.fixture(scope="module")
 def compiled() -> Compiled:
-    kinds = ("*fp32", "*fp32", "i32", "i32", "constexpr", "constexpr", "constexpr")
+    kinds = ("*fp32", "*fp32", "i32", "i32", *["constexpr"] * 4)
     signature = dict(zip(kernels.sum_partials.arg_names, kinds, strict=True))
-    return Compiled(ARGUMENTS, signature, {(4,): 4, (5,): 16, (6,): True})
+    return Compiled(ARGUMENTS, signature, {(4,): 1, (5,): 4, (6,): 16, (7,): True})
 
 
 def number(value: int, size: int) -> bytes:
