@@ -24,8 +24,8 @@ def saved_for_backward(besides: Iterable[Tensor] = ()) -> Iterator[Callable[[], 
         besides: Tensors whose storages do not count, such as the weights.
 
     Yields:
-        A function without arguments that returns how many bytes have been saved so far. Call it while the outputs are
-        alive: when the graph is freed, the address of a storage may be used again.
+        A function without arguments that returns how many of the bytes that were saved so far are still kept. Call it
+        while the outputs are alive: the graph is freed with them.
 
     Example:
         >>> from rmsnorm import memory
@@ -35,17 +35,18 @@ def saved_for_backward(besides: Iterable[Tensor] = ()) -> Iterator[Callable[[], 
         ...     print(count())  # x, and 4 bytes a row
         144
     """
-    known = {t.untyped_storage().data_ptr() for t in besides}
-    storages: dict[int, int] = {}
+    known = {compat.storage_id(t) for t in besides}
+    # While a weak reference to a storage is alive, no other storage gets the same id.
+    storages: dict[int, tuple[Any, int]] = {}
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage.nbytes()
+        if compat.storage_id(t) not in known:
+            storages[compat.storage_id(t)] = compat.StorageWeakRef(storage), storage.nbytes()
         return t.detach()  # an output that held itself would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        yield lambda: sum(storages.values())
+        yield lambda: sum(nbytes for storage, nbytes in storages.values() if not storage.expired())
 
 
 @dataclass

@@ -74,7 +74,7 @@ def test_parts_decides_whether_programs_share_a_row(tiles: Any) -> None:
     enough = tiles.Sweep.parse("backward 8192x16384 bfloat16 block_n=16384 pieces=1").configs(in_use)[1]
     assert (enough.parts, enough.pieces, enough.staged) == (1, 1, False)
     longest = tiling.LONGEST_SUM[torch.bfloat16.itemsize]
-    assert shared.programs == whole.programs == tiling._programs(8192, 100, 1, longest)
+    assert shared.programs == whole.programs == tiling._programs(8192, 100, longest)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -52,7 +52,7 @@ def paced(pace: Pace, out: Path, monkeypatch: pytest.MonkeyPatch, **options: Any
 
 @pytest.mark.parametrize(
     ("building", "a_pass", "a_token", "tokens"),
-    [(5, 0.01, 0.0001, 1024), (15, 0.1, 0.004, 128), (20, 0.5, 0.005, 16), (30, 0.2, 0.001, 256)],
+    [(5, 0.01, 0.0001, 1024), (15, 0.1, 0.004, 64), (20, 0.4, 0.004, 16), (30, 0.2, 0.001, 128)],
     ids=["fast", "slow", "slower", "slow to load"],
 )
 def test_steps_run_on_as_many_tokens_as_the_budget_allows(
@@ -84,14 +84,14 @@ def test_a_machine_that_slows_down_does_not_exceed_the_budget(
 def test_only_the_training_step_is_left_out_if_it_does_not_fit(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = paced(Pace(clock, 10, 2.0, 0.0001), tmp_path, monkeypatch)
+    result = paced(Pace(clock, 10, 1.6, 0.0001), tmp_path, monkeypatch)
     assert result.seconds <= 90 * 1.2
     assert result.training is None
     assert result.forward is not None
     assert len(result.forward.rounds) >= 7
     (note,) = [note for note in result.notes if "no training step is timed: 7 pairs of it do not fit into 90 s" in note]
     seconds = int(note.split("--seconds ")[1].split()[0])
-    again = paced(Pace(clock, 10, 2.0, 0.0001), tmp_path, monkeypatch, seconds=seconds)
+    again = paced(Pace(clock, 10, 1.6, 0.0001), tmp_path, monkeypatch, seconds=seconds)
     assert again.training is not None
 
 

@@ -243,7 +243,7 @@ def test_the_summary_has_the_verdict_and_the_comparisons() -> None:
     rows = counted_rows()
     short = printed.check(printing.blocks(result_of(rows)))
     assert short.startswith(
-        f"PASSED: all {len(rows)} rows of the sweep keep the contract\n173.8 million outputs in 1 s"
+        f"PASSED: all {len(rows)} rows of the sweep keep the contract\n185.2 million outputs in 1 s"
     )
     assert len(short.splitlines()) < 40
     assert "exact, constructed rows  9.437 million" in short
