@@ -40,7 +40,7 @@ def _register(name: str) -> None:
         raise ValueError(f"[SGLANG_PLUGINS] names {' and '.join(CASTS)}, expected one of them")
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    # Registered twice, the outer of the two hooks computes every call that ours can, so that is harmless.
+    # Registering twice is harmless: the outer hook computes every call that we can compute.
     HookRegistry.register(TARGET, _hook(CASTS[name]), HookType.AROUND)
 
 
