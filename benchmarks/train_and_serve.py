@@ -7,7 +7,7 @@ many outputs of norms differ from those of training, and exits with 1 if one doe
 the Definition, which is trained in eager mode and served compiled.
 
 `rms_norm` and `fused_add_rms_norm` below have the signatures of `vllm.ir.ops`. There, a weight of the dtype of x is
-multiplied after the cast (early); any other in fp32, before it (late).
+multiplied after the cast (early); any other weight is multiplied in fp32, before the cast (late).
 """
 
 import argparse

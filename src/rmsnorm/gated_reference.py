@@ -86,9 +86,9 @@ def _sigmoid(g: Tensor) -> Tensor:
 def fma(a: Tensor, b: Tensor, c: float) -> Tensor:
     """a · b + c, rounded once: fp64 has this operation on every processor, but torch does not offer it.
 
-    The product and the sums are split into a rounded result and its error, and the errors are added rounding to odd,
-    after which the last rounding is correct (Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums",
-    2008). Valid while nothing overflows or underflows, as in the exponential.
+    The product and the sums are split into a rounded result and its error. The errors are added with rounding to odd,
+    so that the last rounding is correct (Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums", 2008).
+    This is valid while nothing overflows or underflows, as in the exponential.
 
     Args:
         a: (...,) float64.

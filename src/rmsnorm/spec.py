@@ -635,8 +635,8 @@ def _check_weight(where: str, weight: torch.Tensor | None, x: torch.Tensor, symb
         expected = f"({x.shape[-1]},), the last dimension of x"
         if not symbolic and weight.dim() > 1 and weight.shape == x.shape[-weight.dim() :]:
             expected += (
-                f"; to normalize over {weight.dim()} dimensions flatten these of x and weight, and for a weight of "
-                "each head multiply the result without a weight by it"
+                f"; to normalize over {weight.dim()} dimensions, flatten them in x and weight; if each head has its "
+                "own weight, call without a weight and multiply the result by it"
             )
         raise ValueError(complaint(where, "weight", f"has shape {tuple(weight.shape)}", expected))
     _check_device(where, "weight", weight, x)

@@ -2,9 +2,9 @@
 
     SGLANG_PLUGINS=rmsnorm python -m sglang.launch_server --model-path MODEL
 
-`rmsnorm` multiplies by a weight of the dtype of x after the cast, as the classes of Llama, DeepSeek and Qwen do, and
-`rmsnorm_late` before it, as those of GPT-OSS and Olmo 2 do, and as SGLang's own kernels do for every model. A layer
-with `cast_x_before_out_mul` is computed "early" by both. What we do not compute goes to SGLang's own forward.
+For a weight of the dtype of x, `rmsnorm` rounds "early", as the classes of Llama, DeepSeek and Qwen do. `rmsnorm_late`
+rounds "late", as those of GPT-OSS and Olmo 2 do, and as SGLang's own kernels do for every model. A layer with
+`cast_x_before_out_mul` is computed "early" by both. What we do not compute goes to SGLang's own forward.
 """
 
 import os
