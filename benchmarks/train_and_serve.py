@@ -6,14 +6,17 @@ The inputs of every norm in the last training step are served again: in one batc
 many outputs of norms differ from those of training, and exits with 1 if one does. For comparison it prints the same for
 the Definition, which is trained in eager mode and served compiled.
 
-`rms_norm` and `fused_add_rms_norm` below have the signatures of `vllm.ir.ops`. There, a weight of the dtype of x is
+Where vLLM 0.33 is installed, the norms are served by vLLM's own operators with our provider. Elsewhere `rms_norm` and
+`fused_add_rms_norm` below serve them, which have the signatures of `vllm.ir.ops`. There, a weight of the dtype of x is
 multiplied after the cast (early); any other weight is multiplied in fp32, before the cast (late).
 """
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +47,28 @@ def fused_add_rms_norm(
         raise NotImplementedError("a statistic of some columns only")
     same = weight is None or weight.dtype == x.dtype
     return rmsnorm.add_rms_norm(x, x_residual, weight, epsilon, cast="early" if same else "late")
+
+
+@contextlib.contextmanager
+def through_vllm() -> Iterator[bool]:
+    """Serve through vLLM's operators with our provider inside the context. Yields False if vLLM is not installed."""
+    if find_spec("vllm") is None:
+        yield False
+        return
+    from vllm.ir import ops
+
+    from rmsnorm.integrations import vllm
+
+    vllm.register()
+    global rms_norm, fused_add_rms_norm
+    before = rms_norm, fused_add_rms_norm
+    first = ["rmsnorm", "native"]
+    with ops.rms_norm.set_priority(first), ops.fused_add_rms_norm.set_priority(first):
+        rms_norm, fused_add_rms_norm = ops.rms_norm, ops.fused_add_rms_norm
+        try:
+            yield True
+        finally:
+            rms_norm, fused_add_rms_norm = before
 
 
 # --- training -------------------------------------------------------------------------------------------------
@@ -156,12 +181,11 @@ def main() -> int:
     calls, loss = train(ours, options.steps, device)
     outputs = sum(call.y.numel() for call in calls)
     print(f"{device.type}, bfloat16: {options.steps} steps, loss {loss:.3f}, {len(calls)} norms, {outputs} outputs")
-    ways = {
-        "in one batch": served,
-        "row by row": row_by_row,
-        "compiled": compiled(lambda x, residual, w: served(Call(x, residual, w, x))),
-    }
-    counts = {way: differing(calls, serve) for way, serve in ways.items()}
+    with through_vllm() as present:
+        through = "vLLM's operators, " if present else ""
+        ways = {f"{through}in one batch": served, f"{through}row by row": row_by_row}
+        counts = {way: differing(calls, serve) for way, serve in ways.items()}
+    counts["compiled"] = differing(calls, compiled(lambda x, residual, w: served(Call(x, residual, w, x))))
     for way, count in counts.items():
         print(f"  rmsnorm, served {way}: {count} differ")
     theirs, _ = train(eager, options.steps, device)

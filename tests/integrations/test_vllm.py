@@ -19,6 +19,7 @@ from vllm.ir import ops
 import rmsnorm
 from rmsnorm.bits import differing
 from rmsnorm.integrations import vllm as adapter
+from scripts import benchmark_script
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [*HALVES, torch.float32]
@@ -196,3 +197,16 @@ def test_vllms_compiler_pass_lowers_to_our_operators_for_every_batch_size() -> N
         expected_y, expected_s = rmsnorm.add_rms_norm(x[:rows], residual[:rows], weight, 1e-6)
         assert differing(s, expected_s) == (0, 0)
         assert differing(y, rmsnorm.rms_norm(expected_y, weight, 1e-6)) == (0, 0)
+
+
+def test_a_trained_model_is_served_through_the_operators_with_the_bits_of_training() -> None:
+    script = benchmark_script("train_and_serve")
+    calls, _ = script.train(script.ours, 3, torch.device("cpu"))
+    with script.through_vllm() as present:
+        assert present
+        assert script.rms_norm is ops.rms_norm
+        assert script.differing(calls, script.served) == 0
+        assert script.differing(calls, script.row_by_row) == 0
+    native = ops.fused_add_rms_norm.impls["native"].impl_fn
+    call = calls[-1]
+    assert not torch.equal(native(call.x, call.residual, call.weight, script.EPS)[0], call.y)  # so a count can be > 0

@@ -895,14 +895,23 @@ def test_a_new_library_removes_those_of_other_versions_that_were_not_used_for_30
     assert [unused.exists(), used.exists(), others.exists()] == [False, True, True]
 
 
+# A process that a shell started in the background ignores SIGINT, and so do those that it starts.
+_HEED_SIGINT = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
+
 @pytest.mark.parametrize("ending", ["SIGINT", "SIGTERM", "SIGKILL"])
 def test_the_compiler_ends_when_the_process_in_warmup_ends(ending, tmp_path) -> None:
     out = tmp_path / "out"
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(out), "RMSNORM_CXX": slow(tmp_path)}
-    with subprocess.Popen([sys.executable, "-c", _WARMUP], env=environment, stderr=subprocess.DEVNULL) as waiting:
-        until(lambda: len(pids(tmp_path)) == 2)
-        waiting.send_signal(getattr(signal, ending))
-        waiting.wait(60)
+    with subprocess.Popen(
+        [sys.executable, "-c", _HEED_SIGINT + _WARMUP], env=environment, stderr=subprocess.DEVNULL
+    ) as waiting:
+        try:
+            until(lambda: len(pids(tmp_path)) == 2)
+            waiting.send_signal(getattr(signal, ending))
+            waiting.wait(60)
+        finally:
+            waiting.kill()  # so that a failure does not hang
     until(lambda: all(gone(pid) for pid in pids(tmp_path)))
     until(lambda: [f.suffix for f in out.glob("*/*")] == [".lock"])
 
