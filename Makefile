@@ -88,8 +88,8 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	$(BIN)/python -m pip install -e '.[dev]' -c $(PINS)
 	@touch $@
 
-# Finds the packages of .venv through a .pth file, and has its own in front. What cannot be installed is named, its tests
-# are skipped, and the next run tries again.
+# Each environment finds the packages of .venv through a .pth file, and its own before those. If a package cannot be
+# installed, its name is printed, its tests are skipped, and the next run tries again.
 $(INTEGRATIONS:%=.venv-%/.complete): .venv-%/.complete: $(STAMP) tests/integrations/%.txt
 	$(PYTHON) -m venv --clear .venv-$*
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \

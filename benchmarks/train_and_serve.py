@@ -6,9 +6,9 @@ The inputs of every norm in the last training step are served again: in one batc
 many outputs of norms differ from those of training, and exits with 1 if one does. For comparison it prints the same for
 the Definition, which is trained in eager mode and served compiled.
 
-Where vLLM 0.33 is installed its own operators serve, with our provider. Elsewhere `rms_norm` and `fused_add_rms_norm`
-below do, which have the signatures of `vllm.ir.ops`. There, a weight of the dtype of x is multiplied after the cast
-(early); any other in fp32, before it (late).
+Where vLLM 0.33 is installed, the norms are served by vLLM's own operators with our provider. Elsewhere `rms_norm` and
+`fused_add_rms_norm` below serve them, which have the signatures of `vllm.ir.ops`. There, a weight of the dtype of x is
+multiplied after the cast (early); any other weight is multiplied in fp32, before the cast (late).
 """
 
 import argparse

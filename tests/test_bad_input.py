@@ -154,7 +154,9 @@ def test_a_short_weight_raises_the_message_of_the_contract() -> None:
 
 
 def test_a_weight_of_two_dimensions_raises_an_error_that_says_what_to_write() -> None:
-    more = "; to normalize over 2 dimensions flatten these of x and weight, and for a weight of each head multiply"
+    more = (
+        "; to normalize over 2 dimensions, flatten them in x and weight; if each head has its own weight, call without"
+    )
     for where, call in (
         ("rms_norm", lambda: rms_norm(x(5, 4, N), x(4, N))),
         ("add_rms_norm", lambda: add_rms_norm(x(5, 4, N), x(5, 4, N), x(4, N))),

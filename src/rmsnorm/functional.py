@@ -108,12 +108,12 @@ def add_rms_norm(
     """Add the residual to x and normalize the sum, in one pass over memory.
 
     Args:
-        x: As of `rms_norm`.
+        x: As in `rms_norm`.
         residual: Of the shape of x; its dtype may be another.
-        weight: As of `rms_norm`, like the following.
-        eps: As of `rms_norm`.
-        cast: As of `rms_norm`.
-        offset: As of `rms_norm`.
+        weight: As in `rms_norm`, like the following.
+        eps: As in `rms_norm`.
+        cast: As in `rms_norm`.
+        offset: As in `rms_norm`.
 
     Returns:
         (y, s): s = x + residual, rounded to `torch.promote_types(x.dtype, residual.dtype)`, and
@@ -121,8 +121,8 @@ def add_rms_norm(
         float32, before the only cast.
 
     Raises:
-        TypeError: As of `rms_norm`.
-        ValueError: As of `rms_norm`, and if x and residual differ in shape.
+        TypeError: As in `rms_norm`.
+        ValueError: As in `rms_norm`, and if x and residual differ in shape.
 
     Example:
         >>> y, s = rmsnorm.add_rms_norm(torch.ones(2, 8), torch.ones(2, 8))
@@ -155,22 +155,23 @@ def rms_norms(
 ) -> list[Tensor]:
     """Normalize several tensors, each as `rms_norm` does: queries and keys, or the compressed ones of latent attention.
 
-    For calls of few rows, such as decoding steps, of which nearly all the time is that of the call and the launch: two
-    norms share both. Each output has the bits of `rms_norm`. Eager calls that autograd records are made one by one.
+    Use it for calls of few rows, such as decoding steps. There the call and the launch of the kernel take nearly all of
+    the time, and two norms share both. Each output has the bits of `rms_norm`. Norms share nothing in eager calls that
+    autograd records.
 
     Args:
-        xs: The tensors, as of `rms_norm`; their shapes and dtypes may differ.
+        xs: The tensors, as in `rms_norm`; their shapes and dtypes may differ.
         weights: A weight or None for each tensor; None if no norm has a weight.
-        eps: As of `rms_norm`, like the following, and the same for all norms.
-        cast: As of `rms_norm`.
-        offset: As of `rms_norm`.
+        eps: As in `rms_norm`, like the following, and the same for all norms.
+        cast: As in `rms_norm`.
+        offset: As in `rms_norm`.
 
     Returns:
         y of each norm.
 
     Raises:
-        TypeError: As of `rms_norm`, and if xs or weights is not a list or tuple.
-        ValueError: As of `rms_norm`, and if there is not one weight for each tensor.
+        TypeError: As in `rms_norm`, and if xs or weights is not a list or tuple.
+        ValueError: As in `rms_norm`, and if there is not one weight for each tensor.
 
     Example:
         >>> q, k = torch.randn(1, 32, 128), torch.randn(1, 8, 128)
@@ -196,11 +197,11 @@ def gated_rms_norm(
     gate_first: bool = False,
     groups: int = 1,
 ) -> Tensor:
-    """Normalize the rows of x and multiply by silu or the sigmoid of a gate: Qwen3-Next's, Mamba 2's, Kimi Linear's.
+    """Normalize the rows of x and multiply by silu or the sigmoid of a gate, as Qwen3-Next and Kimi Linear do.
 
-    `rms_norm(x)·weight·silu(gate)`, or with gate_first `rms_norm(x·silu(gate))·weight`. Each row of y has the bits that
-    `rmsnorm.gated_reference` states, whatever the device, the batch and the strides. Kept for the backward pass: x,
-    gate, the weight, and 4 bytes a row and group. Differentiable once, in reverse mode.
+    This is `rms_norm(x)·weight·silu(gate)`, or with gate_first, as in Mamba 2, `rms_norm(x·silu(gate))·weight`. Each
+    row of y has the bits that `rmsnorm.gated_reference` defines, whatever the device, the batch and the strides.
+    Autograd keeps x, gate, the weight, and 4 bytes for each group of a row. Differentiable once, in reverse mode.
 
     Args:
         x: Of shape (..., N), in float32, bfloat16, float16 or float64 (which is computed in float32).
@@ -209,7 +210,7 @@ def gated_rms_norm(
         eps: Added to the mean of the squares; 0 is legal.
         cast: "early" casts to the dtype of x before the multiplication by the weight; "late" multiplies in float32.
         activation: "silu" or "sigmoid".
-        gate_first: Whether x is multiplied by the gate before it is normalized, and not after.
+        gate_first: Whether x is multiplied by silu or the sigmoid of the gate before it is normalized, and not after.
         groups: How many parts of equal width a row has, each with its own statistic.
 
     Returns:
@@ -246,24 +247,24 @@ def explain(
     Nothing is computed, but a kernel is compiled as the first call would compile it, to say whether that is possible.
 
     Args:
-        x: As of `rms_norm`.
-        weight: As of `rms_norm`; or a layer of this package, or a norm that `patch` has replaced: then the answer is
+        x: As in `rms_norm`.
+        weight: As in `rms_norm`; or a layer of this package, or a norm that `patch` has replaced: then the answer is
             about a call of that norm, and says whether our kernel or the norm's own forward would run on x.
-        residual: As of `add_rms_norm`, or None.
-        eps: As of `rms_norm`.
-        cast: As of `rms_norm`.
-        offset: As of `rms_norm`.
-        gate: As of `gated_rms_norm`, or None. For a layer with a gate, None stands for a gate like x.
-        activation: As of `gated_rms_norm`, like the following.
-        gate_first: As of `gated_rms_norm`.
-        groups: As of `gated_rms_norm`.
+        residual: As in `add_rms_norm`, or None.
+        eps: As in `rms_norm`.
+        cast: As in `rms_norm`.
+        offset: As in `rms_norm`.
+        gate: As in `gated_rms_norm`, or None. For a layer with a gate, None stands for a gate like x.
+        activation: As in `gated_rms_norm`, like the following.
+        gate_first: As in `gated_rms_norm`.
+        groups: As in `gated_rms_norm`.
 
     Returns:
         One line in words; docs/troubleshooting.md explains each that it can say.
 
     Raises:
-        TypeError: As of `rms_norm` and `gated_rms_norm`, and if a layer without a gate is given one.
-        ValueError: As of `rms_norm` and `gated_rms_norm`, and if a gate is given with a residual or an offset.
+        TypeError: As in `rms_norm` and `gated_rms_norm`, and if a layer without a gate is given one.
+        ValueError: As in `rms_norm` and `gated_rms_norm`, and if a gate is given with a residual or an offset.
 
     Example:
         >>> rmsnorm.explain(torch.ones(2, 8, dtype=torch.float64), torch.ones(8))[:12]

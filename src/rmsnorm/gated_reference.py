@@ -1,4 +1,4 @@
-"""The arithmetic of gated RMSNorms in plain torch, as reference.py is that of the others.
+"""The arithmetic of gated RMSNorms in plain torch; reference.py has that of the others.
 
 A gated norm multiplies by silu or the sigmoid of a second input, the gate. Libraries differ in the last bits of these
 functions, so this file defines them as a fixed sequence of fp64 operations that IEEE 754 defines, and rounds the result
@@ -33,7 +33,7 @@ EXP_COEFFICIENTS = tuple(
         ),
     )
 )  # fmt: skip
-# Below, 1 + exp(t) is 1 in fp64. Above, silu and sigmoid of -t are 0 in fp32, for every t that fp32 can hold.
+# For t below the first, 1 + exp(t) is 1 in fp64. For t above the second, silu and the sigmoid of -t are 0 in fp32.
 LEAST_EXPONENT, LARGEST_EXPONENT = -60.0, 200.0
 
 
@@ -56,7 +56,7 @@ def silu_or_sigmoid_slope(gate: Tensor, activation: str) -> Tensor:
     """The derivative of `silu_or_sigmoid`, rounded once to fp32.
 
     Args:
-        gate: As of `silu_or_sigmoid`.
+        gate: As in `silu_or_sigmoid`.
         activation: "silu" or "sigmoid".
 
     Returns:
@@ -86,9 +86,9 @@ def _sigmoid(g: Tensor) -> Tensor:
 def fma(a: Tensor, b: Tensor, c: float) -> Tensor:
     """a · b + c, rounded once: fp64 has this operation on every processor, but torch does not offer it.
 
-    The product and the sums are split into a rounded result and its error, and the errors are added rounding to odd,
-    after which the last rounding is correct (Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums",
-    2008). Valid while nothing overflows or underflows, as in the exponential.
+    The product and the sums are split into a rounded result and its error. The errors are added with rounding to odd,
+    so that the last rounding is correct (Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums", 2008).
+    This is valid while nothing overflows or underflows, as in the exponential.
 
     Args:
         a: (...,) float64.
@@ -247,7 +247,7 @@ def truth(x: Tensor, gate: Tensor, w: Tensor | None, eps: float, gate_of: Gate, 
         gate: (..., N).
         w: (N,) or None.
         eps: Added to the mean of squares.
-        gate_of: What is done with the gate.
+        gate_of: The activation, and whether the gate comes first.
         groups: The number of groups of a row.
 
     Returns:

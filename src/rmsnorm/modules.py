@@ -154,16 +154,16 @@ class RMSNorm(nn.Module):
 
 
 class GatedRMSNorm(nn.Module):
-    """The layer of `gated_rms_norm`: the norm of Qwen3-Next, Mamba 2, Kimi Linear and others, which has a gate.
+    """The layer of `gated_rms_norm`: the gated norm of Qwen3-Next, Mamba 2, Kimi Linear and others.
 
     The weight starts at one. Its key in the state_dict is "weight".
 
     Args:
         hidden_size: The size N of the last dimension of x, at least 1.
         eps: Added to the mean of squares, 0 or more.
-        cast: "early" or "late", as of `gated_rms_norm`, like the following.
+        cast: "early" or "late", as in `gated_rms_norm`, like the following.
         activation: "silu" or "sigmoid".
-        gate_first: Whether x is multiplied by the gate before it is normalized.
+        gate_first: Whether x is multiplied by silu or the sigmoid of the gate before it is normalized, and not after.
         groups: How many parts of equal width a row has, each with its own statistic. It must divide hidden_size.
         elementwise_affine: Whether there is a weight.
         device: The device of the weight.
@@ -221,7 +221,7 @@ class GatedRMSNorm(nn.Module):
             nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        """Normalize x and apply the gate.
+        """Normalize x and multiply it by silu or the sigmoid of the gate, in the order that `gate_first` says.
 
         Args:
             x: (..., hidden_size) float32, bfloat16, float16 or float64.
@@ -244,7 +244,7 @@ class GatedRMSNorm(nn.Module):
     __prepare_scriptable__ = _refuse_script  # torch.jit.script calls it
 
     def _rmsnorm_explain(self, x: Any, gate: Any = None) -> str:
-        """For `rmsnorm.explain`. Without a gate: about a call with one like x."""
+        """For `rmsnorm.explain`. Without a gate, it describes a call whose gate is like x."""
         spec = self.spec
         assert spec.gate is not None
         return explain(

@@ -47,8 +47,9 @@ class Gate:
     """What a gated RMSNorm does with its second input, the gate.
 
     Attributes:
-        activation: "silu" or "sigmoid": the function of the gate that is multiplied by.
-        first: Whether x is multiplied by it before it is normalized, as in Mamba 2, and not after, as in Qwen3-Next.
+        activation: "silu" or "sigmoid": the function that is applied to the gate to get a factor.
+        first: Whether x is multiplied by the factor before it is normalized, as in Mamba 2, and not after, as in
+            Qwen3-Next.
     """
 
     activation: Activation = "silu"
@@ -66,7 +67,7 @@ class Spec:
     - *early*, *late*: whether that conversion comes before or after the multiplication by the weight. Early: Llama,
       DeepSeek V2 and V3, Qwen, Mistral. Late: GPT-OSS, Olmo 2, DeepSeek V4 and, with an offset of 1, Gemma.
     - *first*: as early, but the statistic is converted to the dtype of x before x is multiplied by it. DeepSeek V4,
-      GLM 5 and Inkling 2, in norms without a weight. In fp32 this is early.
+      GLM 5 Next and Inkling 2, in norms without a weight. In fp32 this is early.
     - *statistic*: `1 / sqrt(mean(x²) + eps)`, one number a row, which the code calls rstd.
     - *published*: the statistic as the classes take it, with an fp32 mean and `torch.rsqrt`. Its last bits depend on
       the device. It serves to prove what a class computes.
@@ -634,8 +635,8 @@ def _check_weight(where: str, weight: torch.Tensor | None, x: torch.Tensor, symb
         expected = f"({x.shape[-1]},), the last dimension of x"
         if not symbolic and weight.dim() > 1 and weight.shape == x.shape[-weight.dim() :]:
             expected += (
-                f"; to normalize over {weight.dim()} dimensions flatten these of x and weight, and for a weight of "
-                "each head multiply the result without a weight by it"
+                f"; to normalize over {weight.dim()} dimensions, flatten them in x and weight; if each head has its "
+                "own weight, call without a weight and multiply the result by it"
             )
         raise ValueError(complaint(where, "weight", f"has shape {tuple(weight.shape)}", expected))
     _check_device(where, "weight", weight, x)

@@ -104,7 +104,7 @@ def test_each_class_gets_the_rounding_that_was_proven_of_it(registered: Any) -> 
         assert {rule and rule.cast for rule in found} == {cast}
 
 
-def test_code_of_a_model_that_asks_for_the_class_gets_an_answer(registered: Any) -> None:
+def test_isinstance_with_the_registered_class_holds_for_norms_of_its_class(registered: Any) -> None:
     from transformers.monkey_patching import apply_patches
 
     registered(hub.patch_mapping(Qwen3RMSNorm))

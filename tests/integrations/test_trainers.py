@@ -78,14 +78,14 @@ def arguments(cls: Any, folder: Path, **more: Any) -> Any:
 
 
 @pytest.mark.parametrize("more", [{}, {"bf16": True}, {"gradient_checkpointing": True}], ids=str)
-def test_trainer(model: Any, tmp_path: Path, more: dict[str, bool]) -> None:
+def test_trainer_trains_a_patched_model(model: Any, tmp_path: Path, more: dict[str, bool]) -> None:
     pytest.importorskip("accelerate", reason="Trainer needs accelerate")
     trainer = Trainer(model, arguments(TrainingArguments, tmp_path, **more), train_dataset=ROWS)
     with trained(model, "norm", "gradient_checkpointing" in more):
         trainer.train()
 
 
-def test_accelerate(model: Any) -> None:
+def test_accelerate_trains_a_patched_model(model: Any) -> None:
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     accelerator = accelerate.Accelerator(cpu=True)
     prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 0.1))
@@ -98,7 +98,7 @@ def test_accelerate(model: Any) -> None:
                 optimizer.zero_grad()
 
 
-def test_peft_with_trainer(model: Any, tmp_path: Path) -> None:
+def test_trainer_trains_peft_adapters_of_a_patched_model(model: Any, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
     trainer = Trainer(adapted, arguments(TrainingArguments, tmp_path), train_dataset=ROWS)
@@ -106,7 +106,7 @@ def test_peft_with_trainer(model: Any, tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_trl(model: Any, tmp_path: Path) -> None:
+def test_trl_trains_a_patched_model(model: Any, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl", reason="trl is not installed: make test-integrations")
     datasets = pytest.importorskip("datasets", reason="datasets is not installed: make test-integrations")
     rows = datasets.Dataset.from_list([{"input_ids": row["input_ids"]} for row in ROWS])
@@ -125,7 +125,7 @@ def tokenizer() -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>")
 
 
-def test_lightning(model: Any, tmp_path: Path) -> None:
+def test_lightning_trains_a_patched_model(model: Any, tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning", reason="lightning is not installed: make test-integrations")
 
     class Module(lightning.LightningModule):

@@ -245,7 +245,7 @@ def test_a_module_that_is_no_gated_norm_of_ours_is_left_with_a_reason(norm: nn.M
     assert type(norm) is before
 
 
-def test_the_classes_above_are_left_for_what_they_change() -> None:
+def test_the_unchanged_form_of_the_classes_that_are_left_is_proven() -> None:
     class GatedRMSNorm(Gated):
         pass
 
@@ -281,7 +281,7 @@ def test_a_call_that_was_not_proven_runs_its_own_forward() -> None:
     assert not torch.equal(norm(x, gate), own(x, gate))
 
 
-def test_a_gate_that_cannot_be_left_out_still_cannot() -> None:
+def test_a_class_that_requires_a_gate_still_requires_it_when_replaced() -> None:
     x, _ = draw(3, N)
     norm, own, _ = replaced(KIMI)
     for one in (norm, own):

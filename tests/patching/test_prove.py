@@ -48,7 +48,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("name", MODULES)
-def test_it_says_what_patch_says(name: str, strict: bool) -> None:
+def test_prove_finds_what_patch_finds(name: str, strict: bool) -> None:
     module = MODULES[name]()
     proof = prove(module, strict=strict)
     (verdict,) = patch(nn.ModuleDict({"norm": module}), strict=strict).verdicts

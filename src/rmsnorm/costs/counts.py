@@ -57,11 +57,11 @@ class Cost:
         written: Bytes that its kernels write.
         kernels: How many kernels run.
         saved: Bytes that the norm keeps for its own backward pass: the input where it is kept, but not the weights.
-        saved_by_readers: Bytes of y, which the operators that read it keep for theirs, such as matrix multiplications:
-            once, however many there are. 0 with `recompute`.
+        saved_by_readers: Bytes of y that the operators that read it, such as matrix multiplications, keep for their own
+            backward pass. Counted once, however many operators there are. 0 with `recompute`.
         peak: The most bytes allocated at once, beside x, the residual, the weight and the incoming gradients. In the
-            backward phase this includes what the forward phase saved, and y: all the time where it is kept, and with
-            `recompute` only until the operators that read it have used it, before the norm's own backward pass.
+            backward phase this includes what the forward phase saved, and y. With `recompute`, y is allocated only
+            until the operators that read it have used it, before the norm's own backward pass.
         least: Bytes that no implementation can avoid to move: each argument and each result once.
         parameters: Bytes of the weight, and of the bias of LayerNorm.
         gradients: Bytes of their gradients.

@@ -1,1 +1,1 @@
-"""Adapters to other libraries, one file a library, which imports it. No other package of ours imports them."""
+"""Adapters for other libraries, one file for each, which imports the library. Nothing else in rmsnorm imports them."""

@@ -1,10 +1,10 @@
 """Adapters for transformers and for the `kernels` library of Hugging Face.
 
 patch_mapping   for transformers.monkey_patching: models are built with replaced norms.
-kernel_mapping  for kernels.kernelize: norms run our kernels until they are kernelized otherwise.
+kernel_mapping  for kernels.kernelize: norms run our kernels until `kernelize` gives them others.
 
-Both prove norms as `rmsnorm.patch` does; what is not proven keeps its own forward. `rmsnorm.patch(model)` does the same
-for a model that exists, and needs neither library.
+Both prove norms as `rmsnorm.patch` does; a norm that is not proven keeps its own forward. `rmsnorm.patch(model)` does
+the same for a model that exists, and needs neither library.
 """
 
 import sys
@@ -31,11 +31,11 @@ def patch_mapping(
 
     Models that `from_pretrained` and `from_config` build afterwards have replaced norms: each norm is built by its own
     class, proven, and replaced as by `rmsnorm.patch`. A norm that is not proven keeps its own class; a warning says
-    why. `rmsnorm.unpatch(model)` restores the norms of one model, and `unregister_patch_mapping(list(mapping))` ends it
-    for models that are built later.
+    why. `rmsnorm.unpatch(model)` restores the norms of one model. After `unregister_patch_mapping(list(mapping))`, new
+    models have their own norms.
 
     transformers finds classes by their name in all modules whose names begin with "transformers", also in the code
-    that comes with a checkpoint. Import that code first: a name that several classes have is refused.
+    that comes with a checkpoint. Import that code first, because a name that several classes have raises ValueError.
 
     Args:
         sources: Norm classes, such as LlamaRMSNorm, or modules that define some, such as
@@ -99,7 +99,7 @@ def _classes_named(name: str) -> set[type]:
 
 
 class _Building(type):
-    """The class of the classes that transformers calls in place of norms. They only build; no instance is of theirs."""
+    """Metaclass of what transformers calls in place of a norm's class: a call builds and replaces the norm itself."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         build = vars(cls).get("_rmsnorm_build")
@@ -195,7 +195,7 @@ def _rules(norms: list[nn.Module], strict: bool, hints: Hints) -> dict[type[nn.M
 
 
 class _Repository:
-    """What `kernels` takes for a repository on the Hub. It is its own key in the cache of layers."""
+    """Stands for a repository on the Hub. `kernels` caches layers by repository, so it is compared by identity."""
 
     layer_name = "RMSNorm"
 

@@ -5,15 +5,15 @@ from torch import Tensor
 
 from rmsnorm.spec import KERNEL_DTYPES, Cast
 
-# What a user chooses between, by the name of a provider (vLLM) or of a plugin (SGLang). It decides for weights of the
-# dtype of x only, because the engines do not tell their kernels how the model's own class rounds.
+# The user chooses one by the name of a provider (vLLM) or of a plugin (SGLang). The choice is for weights of the dtype
+# of x only. The user has to make it, because the engines do not tell their kernels how the model's own class rounds.
 CASTS: dict[str, Cast] = {"rmsnorm": "early", "rmsnorm_late": "late"}
 
 
 def cast_for(x: Tensor, weight: Tensor | None, same_dtype: Cast) -> Cast | None:
     """The cast with which to compute a norm that returns the dtype of x; None if we do not compute it.
 
-    Looks at dtypes, the device and the last dimension only: the batch size decides nothing.
+    Looks at dtypes, the device and the last dimension only, so the batch size does not change the cast.
 
     Args:
         x: (..., N).

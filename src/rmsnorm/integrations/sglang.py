@@ -2,9 +2,9 @@
 
     SGLANG_PLUGINS=rmsnorm python -m sglang.launch_server --model-path MODEL
 
-`rmsnorm` multiplies by a weight of the dtype of x after the cast, as the classes of Llama, DeepSeek and Qwen do, and
-`rmsnorm_late` before it, as those of GPT-OSS and Olmo 2 do, and as SGLang's own kernels do for every model. A layer
-with `cast_x_before_out_mul` is computed "early" by both. What we do not compute goes to SGLang's own forward.
+For a weight of the dtype of x, `rmsnorm` rounds "early", as the classes of Llama, DeepSeek and Qwen do. `rmsnorm_late`
+rounds "late", as those of GPT-OSS and Olmo 2 do, and as SGLang's own kernels do for every model. A layer with
+`cast_x_before_out_mul` is computed "early" by both. What we do not compute goes to SGLang's own forward.
 """
 
 import os
@@ -40,7 +40,7 @@ def _register(name: str) -> None:
         raise ValueError(f"[SGLANG_PLUGINS] names {' and '.join(CASTS)}, expected one of them")
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    # Registered twice, the outer of the two hooks computes every call that ours can, so that is harmless.
+    # Registering twice is harmless: the outer hook computes every call that we can compute.
     HookRegistry.register(TARGET, _hook(CASTS[name]), HookType.AROUND)
 
 

@@ -2,8 +2,8 @@
 
     actor_rollout_ref.model.external_lib=rmsnorm.integrations.verl
 
-verl imports the module that this setting names, so importing it is what turns it on. The server that generates has a
-setting of its own, see the adapters of vLLM and SGLang.
+verl imports the module that this setting names, and the import turns the adapter on. The server that generates has its
+own setting: see the adapters for vLLM and SGLang.
 """
 
 import functools

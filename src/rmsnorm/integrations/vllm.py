@@ -2,8 +2,9 @@
 
     vllm serve MODEL --ir-op-priority.rms_norm=rmsnorm,native --ir-op-priority.fused_add_rms_norm=rmsnorm,native
 
-`rmsnorm` multiplies by a weight of the dtype of x after the cast, as the classes of Llama, DeepSeek and Qwen do, and
-`rmsnorm_late` before it, as those of GPT-OSS and Olmo 2 do. A call that we do not compute goes to the next provider.
+For a weight of the dtype of x, `rmsnorm` rounds "early", as the classes of Llama, DeepSeek and Qwen do, and
+`rmsnorm_late` rounds "late", as those of GPT-OSS and Olmo 2 do. A call that we do not compute goes to the next
+provider.
 """
 
 import functools

@@ -1,10 +1,11 @@
-"""Makes one call of two independent norms in a graph of torch.compile: q_norm and k_norm, q_a and kv_a layernorm.
+"""Merges two independent norms in a graph of torch.compile into one call: q_norm and k_norm, q_a and kv_a layernorm.
 
     y = forward(x);  y2 = forward(x2)            ->  y, y2 = forward_pair(x, x2)
     dx = backward(dy);  dx2 = backward(dy2)      ->  dx, dx2 = backward_pair(dy, dy2)
 
-Only for calls of few elements, such as decoding steps: there the call and the launch take most of the time. The bits
-are those of two calls. inductor.py runs this after residual_fusion.py, so only norms without a residual are paired.
+It does this only for calls of few elements, such as decoding steps, where the call and the launch take most of the
+time. The bits are those of two calls. inductor.py runs this after residual_fusion.py, so only norms without a residual
+are paired.
 """
 
 from typing import Any
@@ -26,7 +27,8 @@ from rmsnorm.ops.graphs import (
     outputs,
 )  # fmt: skip
 
-# The most elements of each norm of a pair. More take longer than a launch, and then two launches lose nothing.
+# The most elements of each norm of a pair. A kernel for more takes longer than a launch, so a second launch, made while
+# the first kernel runs, costs no time.
 MOST_ELEMENTS = 1 << 18
 
 
@@ -47,7 +49,7 @@ def pair(graph: Graph) -> None:
 
 
 def _may_pair(norm: Node) -> bool:
-    """Whether the norm allows it, has no residual or gradient of the sum, and few elements."""
+    """Whether it may be fused, has few elements, and neither a residual nor, backward, a gradient of the sum."""
     x = _rows(norm).meta["val"]
     forward = norm if norm.target is FORWARD else call_of(arguments(norm)[4])
     return (
@@ -78,9 +80,9 @@ def _are_alike(norm: Node, other: Node) -> bool:
 
 
 def _can_move(edit: Edit, later: Node, earlier: Node) -> bool:
-    """Whether the later call can be made where the earlier one is: it does not depend on that.
+    """Whether the later call can be made where the earlier one is.
 
-    Nothing that modifies its inputs may have to move with it.
+    It must not depend on the earlier one, and no operator with side effects may have to move with it.
     """
     inputs = later.all_input_nodes
     moved = edit.needed_between(inputs, earlier)

@@ -2,7 +2,7 @@
 
     norms, or the pass of pairing.py  ->  torch.ops.rmsnorm.forward_pair  ->  dispatch.forward_pair  ->  one plan
 
-For a few rows nearly all of the time is that of the call and of the launch, which two norms then share.
+For few rows, the call and the launch take nearly all of the time, and here two norms share both.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ _LIB.define(
 def norms(
     xs: Sequence[Tensor], weights: Sequence[Tensor | None], eps: float, cast: Cast, offset: float
 ) -> list[Tensor]:  # fmt: skip
-    """y of each norm. Two at a time are one call, unless autograd records eager calls: C++ then makes one for each."""
+    """y of each norm, two in each call. Where autograd records eager calls, each norm has its own, made by C++."""
     compiling = torch.compiler.is_compiling()
     check_spec(PAIR, eps, cast, offset)
     for x, w in zip(xs, weights, strict=True):
@@ -68,7 +68,7 @@ def norms(
 
 
 def _is_ordinary(t: Tensor | None) -> bool:
-    """Whether a traced tensor is no DTensor or other subclass: those have rules for single norms only."""
+    """Whether a traced tensor is not a DTensor or other subclass, for which there are rules for single norms only."""
     return t is None or type(t) in (Tensor, Parameter)
 
 
@@ -142,7 +142,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _gradients(
     ctx: Any, dy: Tensor | None, _: Tensor | None, dy2: Tensor | None, _2: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of x, weight, x2 and weight2; both norms in one call if it computes nothing that is not needed."""
+    """The gradients of x, weight, x2 and weight2; in one call if both norms have a dy and need the same gradients."""
     x, w, rstd, x2, w2, rstd2 = ctx.saved_tensors
     needs, needs2 = ctx.needs_input_grad[:2], ctx.needs_input_grad[2:4]
     options = ctx.cast, ctx.offset

@@ -2,8 +2,8 @@
 
 It is a TorchFunctionMode: torch calls it for every function of torch, before autograd, autocast, tensor subclasses and
 torch.func see the call, so none of them is bypassed. Modes belong to a thread, nest with those of other libraries, and
-are guarded by torch.compile, which keeps the graphs made inside and outside the context apart. An implementation
-registered for `aten::rms_norm` would be none of that: compiled graphs and other threads would keep or miss it.
+are guarded by torch.compile, which keeps the graphs made inside and outside the context apart. An implementation that
+is registered for `aten::rms_norm` has none of these properties.
 """
 
 import functools
@@ -23,26 +23,27 @@ from rmsnorm.patching.replacement import forward_by_rule, why_own_forward
 from rmsnorm.patching.rule import Rule
 from rmsnorm.patching.torch_norm import torch_rule
 
-MOST_DIMS = 64  # of a tensor of torch
+MOST_DIMS = 64  # torch allows no more dimensions
 # An exported program calls the operators. All take (input, normalized_shape, weight=None, eps=None).
 _RMS_NORMS = (F.rms_norm, torch.rms_norm, torch.ops.aten.rms_norm, torch.ops.aten.rms_norm.default)
 
 
 def batch_invariant() -> AbstractContextManager[Any]:
-    """Give `F.rms_norm`, and so `torch.nn.RMSNorm`, the bits of `rms_norm`: a context.
+    """Make a context in which `F.rms_norm`, and so `torch.nn.RMSNorm`, has the bits of `rms_norm`.
 
     Inside it, `F.rms_norm(x, shape, weight, eps)` and `torch.rms_norm` return what `rms_norm(x, weight, eps,
-    cast="late")` returns, so that each row of y and of the gradient of x depends on that row and the weight alone: the
-    same bits for every batch size and thread count, on CPU and GPU. Arguments, result dtype and errors stay those of
-    torch: eps=None is the machine epsilon of fp32, and several dimensions in `normalized_shape` are normalized as one.
-    A second derivative raises RuntimeError. Nothing but these functions changes: `patch` replaces norms that a model
-    computes from other operators, and matrix multiplications and attention keep torch's bits.
+    cast="late")` returns. So each row of y depends on that row of x and the weight alone, and each row of the gradient
+    of x also on that row's incoming gradient: they have the same bits for every batch size and thread count, on CPU and
+    GPU. Arguments, result dtype and errors stay those of torch: eps=None is the machine epsilon of fp32, and several
+    dimensions in `normalized_shape` are normalized as one. A second derivative raises RuntimeError. Nothing else
+    changes: matrix multiplications and attention keep torch's bits, and so do norms that a model computes from other
+    operators, which `patch` replaces.
 
     The context acts on the thread that enters it, and may be nested. A norm that was called inside keeps its gradient
-    when the backward pass runs outside; only with activation checkpointing, which calls the norm again, must that run
-    inside, too. torch.compile traces norms inside
-    and outside the context into separate graphs, and does not use one in place of the other. In eager mode each call of
-    a function of torch inside the context takes a few microseconds more.
+    when the backward pass runs outside. Activation checkpointing calls the norm again in the backward pass, which must
+    therefore run inside, too. torch.compile traces norms inside and outside the context into separate graphs, and does
+    not use one in place of the other. In eager mode each call of a function of torch inside the context takes a few
+    microseconds more.
 
     torch's own kernel runs, and a warning says why, for float64, for tensor subclasses that we do not know, and where
     a program is traced for use without this package (torch.jit.trace, ONNX). The context does not reach code that does
@@ -70,7 +71,7 @@ class _BatchInvariance(TorchFunctionMode):
             return _rms_norm(*args, **kwargs)
         if function not in _BACKWARDS or torch.compiler.is_compiling() or not {Tensor, nn.Parameter}.issuperset(types):
             return function(*args, **kwargs)
-        with self:  # torch has taken this mode away, but activation checkpointing calls norms in the backward pass
+        with self:  # torch disables a mode while it handles a call, but checkpointing calls norms in the backward pass
             return _BACKWARDS[function](*args, **kwargs)
 
 

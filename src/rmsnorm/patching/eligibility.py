@@ -35,7 +35,7 @@ def why_ineligible(cls: type[nn.Module], module: nn.Module) -> str | None:
     except (TypeError, ValueError):
         return "its forward has no signature that can be read"
     if len(parameters) not in (1, 2) or any(p.kind not in _POSITIONAL for p in parameters):
-        return f"its forward takes ({', '.join(map(str, parameters))}), not one tensor, or one and a gate"
+        return f"its forward takes ({', '.join(map(str, parameters))}), not one tensor, or a tensor and a gate"
     shape = normalized_shape(module)
     if len(parameters) == 2 and shape is not None and len(shape) > 1:
         return f"its forward takes ({', '.join(map(str, parameters))}), and it normalizes over {len(shape)} dimensions"

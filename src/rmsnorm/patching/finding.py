@@ -24,7 +24,7 @@ class OutputChange:
 class Proof:
     """What a module computes: which RMSNorm, or why that is not proven. As a string it is one line.
 
-    Its gradients are then those of the formula: they were compared with it.
+    If an RMSNorm is proven, the gradients of the module were compared with those of the formula, too.
 
     Attributes:
         class_name: The name of the module's own class.

@@ -1,4 +1,4 @@
-"""The proof of one norm: which RMSNorm it computes, or why that was not found.
+"""The proof of one norm: which RMSNorm it computes, or why it is not proven to compute one.
 
     eligibility      what rules it out before it is run
     spec_search      the one spec that its forward computes, in every dtype and mode
@@ -38,10 +38,10 @@ from rmsnorm.spec import Spec, check_bool
 def prove(module: nn.Module, *, strict: bool = True) -> Proof:
     """Find out which RMSNorm a module computes, by running its forward on stand-ins.
 
-    This is what `patch` decides about each norm of a model. The module is only read: its parameters, hooks, mode and
+    `patch` decides in the same way about each norm of a model. The module is only read: its parameters, hooks, mode and
     class and the random state stay as they are, and nothing keeps it alive. It may be on any device, also on meta.
 
-    The proof is about the module's own forward, without hooks. `patch` says the same of a whole model.
+    The proof is about the module's own forward, without hooks.
 
     Args:
         module: The norm; it may be one that `patch` has replaced (its own forward counts), a layer of this package, or

@@ -86,7 +86,7 @@ class _GatedReplacement(_Replacement):
     """Put in front of the class of a replaced norm with a gate."""
 
     def _rmsnorm_explain(self, x: Any, gate: Any = None) -> str:
-        """What `rmsnorm.explain` says. Without a gate: about a call with one like x."""
+        """What `rmsnorm.explain` says. Without a gate, it describes a call whose gate is like x."""
         return explain_norm(self, self._rmsnorm_rule, x, x if gate is None else gate)
 
 

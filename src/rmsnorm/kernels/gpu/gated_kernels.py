@@ -45,10 +45,10 @@ _INTERPRETED = tl.constexpr(not isinstance(_fp64, triton.JITFunction))  # Triton
 def _reciprocal(d):
     """1 / d, correctly rounded, for fp64 numbers of 1 to 2^290.
 
-    From an approximation with an error of 2^-20, a cubic step yields a result within 0.51 units in the last place, and
-    another step rounds it correctly, unless all digits of d are ones (Markstein). There the result may be one unit
-    off, which changes no fp32 result (test_a_gate_whose_reciprocal_may_be_wrong_gives_the_same_results). Unlike `/`,
-    this has no branch for other numbers, so the steps of several elements overlap.
+    From an approximation with an error of 2^-20, a cubic step yields a result within 0.51 units in the last place.
+    Another step rounds it correctly, unless all bits of d's significand are ones (Markstein). Then the result may be
+    one unit off, which changes no fp32 result (test_a_gate_whose_reciprocal_may_be_wrong_gives_the_same_results).
+    Unlike `/`, this has no branch for numbers outside the range, so the steps of several elements overlap.
     """
     if _INTERPRETED:
         y = 1.0 / d
@@ -66,9 +66,10 @@ def _reciprocal(d):
 def _sigmoid(g):
     """(t, 1 / (1 + exp(-g))) in fp64 for fp32 numbers g of at least -200, with the operations of `gated_reference`.
 
-    t is -g, or -60 for larger gates, of which the sigmoid is 1. Three fused multiply-adds stand for two operations
-    each there. That of `shifted` rounds to the same integer: no fp32 number in the range is so close to an odd multiple
-    of ln 2 / 2 that the product rounds to one. The products with the parts of ln 2 and with a power of two are exact.
+    t is -g, or -60 for gates above 60, whose sigmoid is 1. Four fused multiply-adds each replace two operations of the
+    reference with the same result. For `shifted`, both round to the same integer, because no fp32 number in the range
+    is so close to an odd multiple of ln 2 / 2 that the product rounds to a tie. In the others, which multiply by the
+    parts of ln 2 and by a power of two, the products are exact.
     """
     t = tl.where(g > -_LEAST_EXPONENT, _LEAST_EXPONENT, g * -1.0).to(tl.float64)  # `-g` would be 0 - g, so 0 for 0
     shifted = tl.fma(t, _fp64(_INVERSE_LN2), _fp64(_ROUNDER))
@@ -106,14 +107,14 @@ def _computed(gate, SIGMOID: tl.constexpr):
     return factor, slope
 
 
-# A gate of 16 bits has 65,536 values, so for large inputs a kernel computes `_computed` of each into a table, and the
-# others only read it. Nearly all gates have values that lie together in some KB of it, which L1 holds. An entry is a
-# factor in fp32, or 64 bits with the factor in the lower half and the slope in the upper.
+# A gate of 16 bits can have 65,536 values. So for large inputs one kernel writes `_computed` of each into a table, and
+# the other kernels only read it. Nearly all gates of a model select entries from the same few KB, which stay in L1. An
+# entry is a factor in fp32, or 64 bits with the factor in the lower half and the slope in the upper.
 
 
 @triton.jit
 def tabulate(table, BF16: tl.constexpr, SIGMOID: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr):
-    """Fills the table for gates in bf16, or else in fp16. The kernel that reads it may start before, and waits."""
+    """Fills the table for gates in bf16, or else in fp16. The kernel that reads it may start early, but waits."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -131,7 +132,7 @@ def _entry(gate, table):
     """The entry of the table for each gate.
 
     `tl.load` would move the gates to other threads and the entries back, and copy entries of later tiles to shared
-    memory. That the PTX is not pure keeps it after `_await_table`.
+    memory. `is_pure=False` keeps the compiler from moving the PTX before `_await_table`.
     """
     at = table + (gate.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF)
     if _INTERPRETED:
@@ -176,7 +177,7 @@ def factor_and_slope(gate, table, SIGMOID: tl.constexpr):
 
 @triton.jit
 def _await_table(table, OVERLAP: tl.constexpr):
-    """Waits for `tabulate`, before whose end this kernel may have started."""
+    """Waits for the end of `tabulate`; this kernel may have started before that."""
     if table is not None and OVERLAP:
         tl.extra.cuda.gdc_wait()
 
@@ -212,7 +213,7 @@ def operands(dy, x, w, factor, r, inside, GATE_FIRST: tl.constexpr):
 
 @triton.jit
 def _pieces(rows, n, below, N, PIECES: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Loads the pieces of rows that begin at these addresses; zero where `below`, above the last row, does not hold."""
+    """Loads the pieces of rows that begin at these addresses; zero for rows of which `below`, m < M, is false."""
     loaded = ()
     for k in tl.static_range(PIECES):
         loaded += (tl.load(rows + n + k * BLOCK_N, below & is_inside(n + k * BLOCK_N, N, k, PIECES, 1), 0.0),)

@@ -13,18 +13,18 @@ import triton.language as tl
 # the last dimension only; `sizes` and `*_steps` say where a row begins (see rows.Walk).
 # offset: -0.0 if there is none, because adding +0.0 would change a weight of -0.0.
 #
-# 16 bytes, a word, are loaded at once where the compiler can prove that 16 divides the address. Triton tells it which
-# integers 16 divides. For other rows:
-# MULTIPLE: what divides N and all steps, if that is not 16; 1 if nothing does.
-# WORD: how many elements are in a word, if contiguous rows of any N begin anywhere within one; otherwise 1. The first
-# `lead` columns of such a row come before its first whole word. All rows of a program are APART rows apart, so they
-# have the same lead. PIECES hold `body` columns, those in whole words, and one more piece (see `ends_of`) holds the
-# columns at both ends. Column numbers n count from the first whole word.
+# A word is 16 bytes. The compiler loads a word at once if it can prove that the address is a multiple of 16 bytes.
+# Triton tells it only which integer arguments are multiples of 16. Two constants serve other rows:
+# MULTIPLE: the number of elements in a word if it divides N and all steps, and 16 does not divide all; otherwise 1.
+# WORD: the number of elements in a word, if rows are contiguous and may begin in the middle of a word; otherwise 1. The
+# first `lead` columns of such a row come before its first whole word. The rows of a tile are APART rows apart, so all
+# have the same lead. The PIECES hold the `body` columns, those in whole words, and one more piece (see `ends_of`) holds
+# the columns at both ends. Column numbers n count from the first whole word.
 
 
 @triton.jit
 def as_multiple(i, OF: tl.constexpr):
-    """i, which OF divides, in a form from which the compiler sees that."""
+    """i, written so that the compiler sees that it is a multiple of OF."""
     return i if OF == 1 else i // OF * OF
 
 
@@ -82,10 +82,10 @@ def _fit(N, lead, body, SIZE: tl.constexpr, BLOCK_N: tl.constexpr, WORD: tl.cons
 
 @triton.jit
 def ends_of(N, lead, body, part, BLOCK_N: tl.constexpr, WORD: tl.constexpr):
-    """The piece with the two words in which rows begin and end within a word; () if rows are whole words.
+    """The piece with the partial words at both ends of rows; () if rows consist of whole words.
 
-    Returns columns, which of them are inside the row, which are in its first word and in its last, and which to store
-    together: 1/2, 1/4 and 1/8 of a word at a time.
+    Returns its columns, which of them are inside the row, which are in its first word and in its last, and which to
+    store 1/2, 1/4 and 1/8 of a word at a time.
     """
     ends = ()
     if WORD > 1:
@@ -135,7 +135,7 @@ def load_piece(piece, inside, m, M, ends, k, PIECES: tl.constexpr):
     if k < PIECES:
         loaded = tl.load(piece, inside, 0.0)
     else:
-        # Whole words, with columns of the rows before and after; but nothing beyond the last row.
+        # Loads whole words, which include columns of the rows before and after, but nothing beyond the last row.
         words = tl.load(piece, (ends[2] & (m < M)) | (ends[3] & (m < M - 1)), 0.0)
         rest = tl.load(piece, ends[3] & ends[1] & (m == M - 1), 0.0)
         loaded = tl.where(ends[1], tl.where(ends[3] & (m == M - 1), rest, words), 0.0)
@@ -144,7 +144,7 @@ def load_piece(piece, inside, m, M, ends, k, PIECES: tl.constexpr):
 
 @triton.jit
 def load_weight(w, n, body, ends, k, PIECES: tl.constexpr):
-    """The weight of columns n, which are at w; zero outside."""
+    """The weight of columns n, from the addresses w; zero outside."""
     return tl.load(w, n < body if k < PIECES else ends[1], 0.0)
 
 

@@ -231,7 +231,7 @@ class Calls:
         self._device, self._rows, self._kinds, self._fresh = device, rows, kinds, fresh
         self._word = tiling.WORD[dtype.itemsize]
         steps = _steps(rows)
-        # Triton itself knows of the factor 16.
+        # Triton itself tells the compiler which integers 16 divides.
         known = all(step % 16 == 0 for step in steps) or any(step % self._word for step in steps)
         self._multiple = 1 if known else self._word
         self._can_be_shifted = not rows.strided and set(steps) == {rows.N} and _are_aligned(kinds)
