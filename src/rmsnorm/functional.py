@@ -178,9 +178,13 @@ def rms_norms(
         >>> [tuple(y.shape) for y in rmsnorm.rms_norms([q, k], [torch.ones(128), torch.ones(128)])]
         [(1, 32, 128), (1, 8, 128)]
     """
-    for name, given in (("xs", xs), ("weights", weights)):
-        if not isinstance(given, (list, tuple)) and not (name == "weights" and given is None):
-            raise TypeError(complaint("rms_norms", name, f"is {type_name(given)}", "a list or tuple of tensors"))
+    given = (*_entries(xs), *_entries(weights))
+    if _stands_for_tensors(*given):
+        handle = torch.overrides.handle_torch_function
+        return handle(rms_norms, given, xs, weights, eps, cast=cast, offset=offset)
+    for name, sequence in (("xs", xs), ("weights", weights)):
+        if not isinstance(sequence, (list, tuple)) and not (name == "weights" and sequence is None):
+            raise TypeError(complaint("rms_norms", name, f"is {type_name(sequence)}", "a list or tuple of tensors"))
     if weights is not None and len(weights) != len(xs):
         raise ValueError(complaint("rms_norms", "weights", f"has {len(weights)} entries", f"{len(xs)}, one for each x"))
     return norms(xs, [None] * len(xs) if weights is None else weights, eps, cast, offset)
@@ -226,6 +230,11 @@ def gated_rms_norm(
         >>> rmsnorm.gated_rms_norm(x, gate, torch.ones(8, dtype=torch.bfloat16), groups=2).shape
         torch.Size([2, 8])
     """
+    if _stands_for_tensors(x, gate, weight):
+        return torch.overrides.handle_torch_function(
+            gated_rms_norm, (x, gate, weight), x, gate, weight, eps, cast=cast, activation=activation,
+            gate_first=gate_first, groups=groups,
+        )  # fmt: skip
     return gated_norm(x, gate, weight, eps, cast, activation, gate_first, groups)
 
 
@@ -431,8 +440,16 @@ def wait_for_host(seconds: float | None = None) -> bool:
 
 def _stands_for_tensors(*given: Any) -> bool:
     """Whether an argument is not a tensor but overrides torch's functions, as a Proxy of torch.fx does."""
-    others = [t for t in given if t is not None and not isinstance(t, Tensor)]
-    return bool(others) and torch.overrides.has_torch_function(others)
+    for t in given:
+        if t is not None and not isinstance(t, Tensor):
+            others = [t for t in given if not isinstance(t, Tensor)]
+            return torch.overrides.has_torch_function(others)
+    return False
+
+
+def _entries(given: Any) -> tuple[Any, ...]:
+    """The entries of a list or tuple of tensors; anything else is one entry."""
+    return tuple(given) if isinstance(given, (list, tuple)) else (given,)
 
 
 def _without_memory(t: Any) -> Any:

@@ -152,12 +152,18 @@ def forward(x: Tensor, gate: Tensor, w: Tensor | None, spec: Spec, with_rstd: bo
 
 
 def published(x: Tensor, gate: Tensor, w: Tensor | None, spec: Spec) -> Tensor:
-    """y as a published class gives it when PyTorch runs it operator by operator: see `forward` and `Spec`."""
+    """y of `published_forward`."""
+    return published_forward(x, gate, w, spec)[0]
+
+
+def published_forward(x: Tensor, gate: Tensor, w: Tensor | None, spec: Spec) -> tuple[Tensor, Tensor]:
+    """y and rstd as a published class gives them when PyTorch runs each operator: see `forward` and `Spec`."""
     assert spec.gate is not None
     g = gate.float()
     factor = torch.nn.functional.silu(g) if spec.gate.activation == "silu" else torch.sigmoid(g)
     rows = grouped(x.float() * factor if spec.gate.first else x, spec.groups)
-    return _output(rows, factor, w, published_rstd(rows, spec.eps), spec, x.dtype)
+    rstd = published_rstd(rows, spec.eps)
+    return _output(rows, factor, w, rstd, spec, x.dtype), rstd
 
 
 def grouped(t: Tensor, groups: int) -> Tensor:

@@ -564,15 +564,17 @@ def summands_by_name(dy: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     return {f"dy[{i}]": t for i, t in enumerate(dy)}
 
 
-def check_saved(
-    where: str, x: torch.Tensor, weight: torch.Tensor | None, x_dtype: torch.dtype, weight_dtype: torch.dtype | None
-) -> None:
-    """Check in the backward pass that x and the weight have the dtypes with which they were saved.
+def check_saved(where: str, **saved: tuple[torch.Tensor | None, torch.dtype | None]) -> None:
+    """Check in the backward pass that each tensor has the dtype with which it was saved.
+
+    Args:
+        where: The function that was called, for the message.
+        **saved: Each tensor, or None, and its dtype, by the argument's name.
 
     Raises:
         TypeError: If one has another; the message names it.
     """
-    for name, t, dtype in (("x", x, x_dtype), ("weight", weight, weight_dtype)):
+    for name, (t, dtype) in saved.items():
         if t is not None and t.dtype is not dtype:
             words = complaint(where, name, f"has dtype {t.dtype}", str(dtype).removeprefix("torch."))
             raise TypeError(f"{words} {_IN_BACKWARD}")

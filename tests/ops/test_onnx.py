@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import rmsnorm
-from rmsnorm import reference
+from rmsnorm import gated_reference, reference
+from rmsnorm.spec import Gate
 from tolerance import assert_same_bits, published_y
 
 onnx = pytest.importorskip("onnx", reason="the ONNX exporters need the package onnx")
@@ -52,13 +53,15 @@ class EveryNorm(nn.Module):
             self.like_torchs(x) if self.torchs else self.own(x),
             rmsnorm.rms_norm(x, None, EPS),
             rmsnorm.rms_norm(x, self.weight, EPS, cast="late", offset=1.0),
+            rmsnorm.gated_rms_norm(x, residual, self.weight, EPS, gate_first=True, groups=2),
             *rmsnorm.add_rms_norm(x, residual, self.weight, EPS),
         )
 
 
 def true_outputs(x: Tensor, residual: Tensor, weight: Tensor) -> list[Tensor]:
     of_x = [reference.truth(x, w, EPS, offset) for w, offset in ((weight, 0.0), (None, 0.0), (weight, 1.0))]
-    return [*of_x[:1] * 4, *of_x[1:], reference.truth(x + residual, weight, EPS, 0.0)]
+    gated = gated_reference.truth(x, residual, weight, EPS, Gate(first=True), groups=2)
+    return [*of_x[:1] * 4, *of_x[1:], gated, reference.truth(x + residual, weight, EPS, 0.0)]
 
 
 def exported(model: nn.Module, inputs: tuple[Tensor, ...], way: str) -> bytes:

@@ -509,3 +509,11 @@ def test_models_train_as_unpatched_ones_whose_norms_are_off_by_an_ulp(
     assert ours != plain
     assert report.check() == ()
     assert max(abs(a - b) for a, b in zip(ours, plain, strict=True)) <= 4 * max(noise)
+
+
+def test_a_replaced_norm_runs_its_own_forward_in_forward_mode() -> None:
+    norm, own = QWEN(), QWEN()
+    patched(norm)
+    x, gate = torch.randn(2, 3, N)
+    found, wanted = (torch.func.jvp(lambda t, n=n: n(t, gate), (x,), (x,))[1] for n in (norm, own))
+    assert_same_bits(found, wanted)

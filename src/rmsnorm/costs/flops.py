@@ -39,10 +39,48 @@ def _count_backward_pair(
     return first + _count_backward(dy2, None, x2, weight2, rstd2, *options)
 
 
+def _activation(activation: str) -> int:
+    """FLOPs of the sigmoid of one number (-g, exp, 1 +, 1 /), or of silu, which multiplies by the number too."""
+    return 5 if activation == "silu" else 4
+
+
+def _count_gated_forward(
+    x: Any, gate: Any, weight: Any, eps: float, cast: str, activation: str, gate_first: bool, groups: int, *_: Any,
+    **__: Any,
+) -> int:  # fmt: skip
+    """Those of a norm whose rows are the groups, of the activation, and of the product with it."""
+    norm = _count_forward((*x[:-1], groups, x[-1] // groups), None, weight, eps, cast, 0.0)
+    return int(norm + (_activation(activation) + 1) * math.prod(x))
+
+
+def _count_gated_backward(
+    dy: Any, x: Any, gate: Any, weight: Any, rstd: Any, cast: str, activation: str, gate_first: bool, groups: int,
+    need_dx: bool, need_dgate: bool, need_dw: bool, **_: Any,
+) -> int:  # fmt: skip
+    """Those of a norm whose rows are the groups, and E for each of these, as `gated_reference.backward` has them.
+
+    Always: the activation, and its product with dy, or with x for the gate first. dgate: the slope (1 - σ, its product
+    with the activation, and for silu + σ), the product with it, dz·x for the gate first, and otherwise dy·u and, with
+    a weight, u = xh·w. dx for the gate first: dz·a.
+    """
+    need_dz = need_dx or (need_dgate and gate_first)
+    grouped = (*x[:-1], groups, x[-1] // groups)
+    norm = _count_backward(dy, None, grouped, weight, rstd, cast, 0.0, need_dz, need_dw)
+    of_columns = x[-1] - grouped[-1] if need_dw and weight is not None else 0  # dw sums each of the N columns
+    per_element = _activation(activation) + 1
+    if need_dgate:
+        per_element += 4 + (activation == "silu") + (not gate_first and weight is not None)
+    if need_dx and gate_first:
+        per_element += 1
+    return int(norm - of_columns + per_element * math.prod(x))
+
+
 # By the name of the operator.
 FLOP_FORMULAS: dict[str, Callable[..., int]] = {
     "forward": _count_forward,
     "backward": _count_backward,
     "forward_pair": _count_forward_pair,
     "backward_pair": _count_backward_pair,
+    "gated_forward": _count_gated_forward,
+    "gated_backward": _count_gated_backward,
 }

@@ -16,6 +16,7 @@ from rmsnorm import compat
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
 from rmsnorm.ops import eager_recomputation
+from rmsnorm.ops.derivatives import saved_tensors, undifferentiable
 from rmsnorm.ops.dispatch import exported_to_onnx, is_plain, load_sharding
 from rmsnorm.ops.plain import plain_forward
 from rmsnorm.spec import (
@@ -69,7 +70,10 @@ def _backward(
     return dx if need_dx else None, dw if need_dw else None
 
 
-_SECOND = "a second derivative of rms_norm is not implemented; differentiate rmsnorm.reference.truth, or plain torch"
+BackwardOnce = undifferentiable(
+    "backward",
+    "a second derivative of rms_norm is not implemented; differentiate rmsnorm.reference.truth, or plain torch",
+)
 
 
 def norm(
@@ -135,25 +139,13 @@ def _leaked(*tensors: Tensor | None) -> bool:
     return False
 
 
-def _saved(ctx: Any) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The saved rows, weight and rstd. Raises RuntimeError, as torch does, if one was modified in place since."""
-    try:
-        return ctx.saved_tensors  # type: ignore[no-any-return]
-    except RuntimeError as error:
-        if "modified by an inplace operation" not in str(error):
-            raise
-        raise RuntimeError(
-            "[rms_norm] x or weight was modified in place after the forward pass, which keeps them for the backward "
-            f"pass: write x = x + ... instead of x += ..., or rmsnorm.unpatch the norm ({error})"
-        ) from None
-
-
 def _gradients(
     ctx: Any, dy: Tensor | None, ds: Tensor | None, backward: Callable[..., Any]
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, residual and w. dy or ds is None if nothing depends on that output."""
-    rows, w, rstd = _saved(ctx)
-    check_saved("rms_norm", rows, w, *ctx.saved_dtypes)
+    rows, w, rstd = saved_tensors(ctx, "rms_norm", "x or weight")
+    rows_dtype, w_dtype = ctx.saved_dtypes
+    check_saved("rms_norm", x=(rows, rows_dtype), weight=(w, w_dtype))
     needs = ctx.needs_input_grad
     need_x, need_residual, need_dw = needs[:3]
     if dy is None:
@@ -229,7 +221,7 @@ class TransformedNorm(torch.autograd.Function):
         rows, w, rstd = ctx.saved_tensors
         tangents = [t for t in (x_t, residual_t) if t is not None]
         s_t = torch.zeros_like(rows) if not tangents else sum(tangents[1:], tangents[0])
-        y_t = BackwardOnce.apply(s_t, None, rows, None, rstd, ctx.spec.cast, 0.0, True, False)[0].float()  # type: ignore[no-untyped-call]
+        y_t = BackwardOnce.apply(s_t, None, rows, None, rstd, ctx.spec.cast, 0.0, True, False)[0].float()
         if w is not None:
             y_t = (w.float() + ctx.spec.offset) * y_t
         if w_t is not None:
@@ -241,26 +233,4 @@ class TransformedNorm(torch.autograd.Function):
 def _tied_backward(
     dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, spec: Spec, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    return BackwardOnce.apply(dy, ds, x, w, rstd, spec.cast, spec.offset, need_dx, need_dw)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class BackwardOnce(torch.autograd.Function):
-    """The backward operator with an autograd rule that raises, so that second derivatives are not silently zero."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return torch.ops.rmsnorm.backward.default(*args)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(_SECOND)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> None:
-        raise RuntimeError(_SECOND)
+    return BackwardOnce.apply(dy, ds, x, w, rstd, spec.cast, spec.offset, need_dx, need_dw)  # type: ignore[no-any-return]

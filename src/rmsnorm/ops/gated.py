@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rmsnorm import compat
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
 from rmsnorm.ops.batching import Outputs, call_by_sample, vmap_by_sample
-from rmsnorm.ops.dispatch import load_sharding, without_none
+from rmsnorm.ops.derivatives import autograd_kernel, reverse_only, saved_tensors, undifferentiable
+from rmsnorm.ops.dispatch import exported_to_onnx, load_sharding, without_none
+from rmsnorm.ops.plain import plain_gated_forward
 from rmsnorm.spec import (
     GATED,
     Activation,
@@ -50,10 +53,13 @@ def gated_norm(
     check_gate(GATED, eps, cast, activation, gate_first, groups)
     check_gated(GATED, x, gate, w, groups, symbolic=torch.compiler.is_compiling())
     load_sharding()
+    if exported_to_onnx():
+        return plain_gated_forward(x, gate, w, eps, cast, activation, gate_first, groups, with_rstd=False)[0]
+    args = x, gate, w, float(eps), cast, activation, gate_first, int(groups)
+    if not torch.compiler.is_compiling() and compat.transforms_active():
+        return _Forward.apply(*args, True)[0]  # type: ignore[no-any-return]
     with_rstd = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gate, w))
-    return torch.ops.rmsnorm.gated_forward.default(  # type: ignore[no-any-return]
-        x, gate, w, float(eps), cast, activation, gate_first, int(groups), with_rstd
-    )[0]
+    return torch.ops.rmsnorm.gated_forward.default(*args, with_rstd)[0]  # type: ignore[no-any-return]
 
 
 def _run_forward(
@@ -107,25 +113,28 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     if not with_rstd:
         raise RuntimeError(f"[{GATED}] a gradient needs rstd: call torch.ops.rmsnorm.gated_forward with with_rstd=True")
     ctx.save_for_backward(x, gate, w, output[1])
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.saved_dtypes = x.dtype, None if w is None else w.dtype
+    ctx.saved_dtypes = x.dtype, gate.dtype, None if w is None else w.dtype
 
 
 def _gradients(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 9
-    x, gate, w, rstd = ctx.saved_tensors
-    check_saved(GATED, x, w, *ctx.saved_dtypes)
+    x, gate, w, rstd = saved_tensors(ctx, GATED, "x, gate or weight")
+    x_dtype, gate_dtype, w_dtype = ctx.saved_dtypes
+    check_saved(GATED, x=(x, x_dtype), gate=(gate, gate_dtype), weight=(w, w_dtype))
     needs = ctx.needs_input_grad[:3]
-    gradients = torch.ops.rmsnorm.gated_backward.default(dy, x, gate, w, rstd, *ctx.spec, *needs)
+    gradients = _BackwardOnce.apply(dy, x, gate, w, rstd, *ctx.spec, *needs)
     return *(t if needed else None for t, needed in zip(gradients, needs, strict=True)), *(None,) * 6
 
 
-def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
-    raise RuntimeError(
-        "a second derivative of gated_rms_norm is not implemented; differentiate rmsnorm.gated_reference.truth, or "
-        "plain torch"
-    )
+_BackwardOnce = undifferentiable(
+    "gated_backward",
+    "a second derivative of gated_rms_norm is not implemented; differentiate rmsnorm.gated_reference.truth, or "
+    "plain torch",
+)
+_Forward = reverse_only("gated_forward", GATED, _setup_context, _gradients)
 
 
 def _vmap_forward(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Outputs:
@@ -140,12 +149,11 @@ def _vmap_forward(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Out
     return call_by_sample(op, 3, info, in_dims, args)
 
 
-for _name, _run, _fake, _vmap in (
-    ("gated_forward", _run_forward, _fake_forward, _vmap_forward),
-    ("gated_backward", _run_backward, _fake_backward, vmap_by_sample("gated_backward", 5)),
+for _name, _run, _function, _fake, _vmap in (
+    ("gated_forward", _run_forward, _Forward, _fake_forward, _vmap_forward),
+    ("gated_backward", _run_backward, _BackwardOnce, _fake_backward, vmap_by_sample("gated_backward", 5)),
 ):
     _LIB.impl(_name, _run, "CompositeExplicitAutograd")
+    _LIB.impl(_name, autograd_kernel(_name, GATED, f"rmsnorm.{GATED}", _function), "Autograd")
     torch.library.register_fake(f"rmsnorm::{_name}", _fake, lib=_LIB)
     torch.library.register_vmap(f"rmsnorm::{_name}", _vmap, lib=_LIB)
-torch.library.register_autograd("rmsnorm::gated_forward", _gradients, setup_context=_setup_context, lib=_LIB)
-torch.library.register_autograd("rmsnorm::gated_backward", _no_second_derivative, lib=_LIB)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from rmsnorm import compat
 from rmsnorm.errors import complaint
@@ -17,6 +16,7 @@ from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
 from rmsnorm.ops.autograd import BackwardOnce, TransformedNorm, check_backward
 from rmsnorm.ops.batching import Outputs, call_by_sample
+from rmsnorm.ops.derivatives import differentiated, refuse_transforms
 from rmsnorm.ops.dispatch import is_plain, load_sharding, without_none
 from rmsnorm.spec import (
     Cast,
@@ -169,21 +169,7 @@ def _no_vmap_rule(*args: Any) -> None:
     raise RuntimeError("torch.vmap over rmsnorm::backward_of_sum is not implemented; vmap rmsnorm::backward instead")
 
 
-def _differentiated(*args: Any) -> bool:
-    """Whether autograd or forward mode must record the call: a tensor requires a gradient or has a tangent."""
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return True
-    return compat.in_forward_ad() and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-
-
-def _refuse_transforms(name: str) -> None:
-    """Raise RuntimeError under torch.func, where an operator cannot call an autograd function written in Python."""
-    if compat.transforms_active():
-        raise RuntimeError(
-            f"[torch.ops.rmsnorm.{name}] torch.func cannot differentiate the operator itself: "
-            "call rmsnorm.rms_norm or rmsnorm.add_rms_norm instead"
-        )
+_INSTEAD = "rmsnorm.rms_norm or rmsnorm.add_rms_norm"
 
 
 def _autograd_forward(
@@ -191,12 +177,12 @@ def _autograd_forward(
     **hints: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     load_sharding()
-    if not _differentiated(x, residual, w):
+    if not differentiated(x, residual, w):
         with compat.below_autograd():
             return torch.ops.rmsnorm.forward.default(  # type: ignore[no-any-return]
                 x, residual, w, eps, cast, offset, with_rstd, **hints
             )
-    _refuse_transforms("forward")
+    refuse_transforms("forward", _INSTEAD)
     spec = spec_of(caller(residual), eps, cast, offset)  # from here the call bypasses the operator's checks
     check_tensors(caller(residual), x, residual, w, offset, symbolic=not is_plain(x, residual, w))
     y, *s, rstd = TransformedNorm.apply(x, residual, w, spec, Hints(**hints))  # type: ignore[no-untyped-call]
@@ -205,16 +191,16 @@ def _autograd_forward(
 
 def _autograd_backward(*args: Any) -> tuple[Tensor, ...]:
     load_sharding()
-    if not _differentiated(*args):
+    if not differentiated(*args):
         with compat.below_autograd():
             return torch.ops.rmsnorm.backward.default(*args)  # type: ignore[no-any-return]
-    _refuse_transforms("backward")
-    return BackwardOnce.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
+    refuse_transforms("backward", _INSTEAD)
+    return BackwardOnce.apply(*args)  # type: ignore[no-any-return]
 
 
 def _autograd_backward_of_sum(dy: list[Tensor], *args: Any) -> tuple[Tensor, ...]:
     """Raise if a gradient is needed: only passes of torch.compile call the operator, in graphs of a backward pass."""
-    if _differentiated(*dy, *args):
+    if differentiated(*dy, *args):
         raise RuntimeError(
             "rmsnorm::backward_of_sum cannot be differentiated: call rmsnorm::backward, or this one under torch.no_grad"
         )

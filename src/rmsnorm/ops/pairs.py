@@ -14,8 +14,9 @@ from torch.nn import Parameter
 
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
-from rmsnorm.ops.autograd import norm
+from rmsnorm.ops.autograd import BackwardOnce, norm
 from rmsnorm.ops.batching import vmap_by_sample
+from rmsnorm.ops.derivatives import autograd_kernel, has_tangent, reverse_only, saved_tensors, undifferentiable
 from rmsnorm.ops.dispatch import exported_to_onnx, is_plain, without_none
 from rmsnorm.spec import (
     PAIR,
@@ -53,10 +54,13 @@ def norms(
         check_tensors(PAIR, x, None, w, offset, symbolic=compiling)
     tensors = [*xs, *weights]
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if exported_to_onnx() or not (all(map(_is_ordinary, tensors)) if compiling else is_plain(*tensors)):
-        paired = 0
+    if exported_to_onnx():
+        pairable = False
+    elif compiling:
+        pairable = all(map(_is_ordinary, tensors))
     else:
-        paired = 0 if recorded and not compiling else len(xs) // 2 * 2
+        pairable = not recorded and is_plain(*tensors) and not has_tangent(*tensors)
+    paired = len(xs) // 2 * 2 if pairable else 0
     found: list[Tensor] = []
     for i in range(0, paired, 2):
         y, _, y2, _ = torch.ops.rmsnorm.forward_pair.default(
@@ -136,6 +140,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     if not with_rstd:
         raise RuntimeError(f"[{PAIR}] a gradient needs rstd: call torch.ops.rmsnorm.forward_pair with with_rstd=True")
     ctx.save_for_backward(x, w, output[1], x2, w2, output[3])
+    ctx.mark_non_differentiable(output[1], output[3])
     ctx.set_materialize_grads(False)
 
 
@@ -143,34 +148,34 @@ def _gradients(
     ctx: Any, dy: Tensor | None, _: Tensor | None, dy2: Tensor | None, _2: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, weight, x2 and weight2; in one call if both norms have a dy and need the same gradients."""
-    x, w, rstd, x2, w2, rstd2 = ctx.saved_tensors
+    x, w, rstd, x2, w2, rstd2 = saved_tensors(ctx, PAIR, "x or weight")
     needs, needs2 = ctx.needs_input_grad[:2], ctx.needs_input_grad[2:4]
     options = ctx.cast, ctx.offset
     if dy is not None and dy2 is not None and needs == needs2:
-        pair = torch.ops.rmsnorm.backward_pair.default(dy, x, w, rstd, dy2, x2, w2, rstd2, *options, *needs)
+        pair = _BackwardOnce.apply(dy, x, w, rstd, dy2, x2, w2, rstd2, *options, *needs)
         gradients = [t if needed else None for t, needed in zip(pair, (*needs, *needs2), strict=True)]
     else:
         gradients = []
         for given, rows, weight, statistic, wanted in ((dy, x, w, rstd, needs), (dy2, x2, w2, rstd2, needs2)):
             found: Any = (None, None)
             if given is not None and any(wanted):
-                found = torch.ops.rmsnorm.backward.default(given, None, rows, weight, statistic, *options, *wanted)
+                found = BackwardOnce.apply(given, None, rows, weight, statistic, *options, *wanted)
             gradients += [t if needed else None for t, needed in zip(found, wanted, strict=True)]
     return *gradients, None, None, None, None
 
 
-def _no_second_derivative(ctx: Any, *gradients: Tensor | None) -> None:
-    raise RuntimeError(
-        f"a second derivative of {PAIR} is not implemented; differentiate rmsnorm.reference.truth, or plain torch"
-    )
+_BackwardOnce = undifferentiable(
+    "backward_pair",
+    f"a second derivative of {PAIR} is not implemented; differentiate rmsnorm.reference.truth, or plain torch",
+)
+_Forward = reverse_only("forward_pair", "torch.ops.rmsnorm.forward_pair", _setup_context, _gradients)
 
-
-for _name, _run, _fake, _tensors in (
-    ("forward_pair", _run_forward, _fake_forward, 4),
-    ("backward_pair", _run_backward, _fake_backward, 8),
+for _name, _run, _function, _fake, _tensors in (
+    ("forward_pair", _run_forward, _Forward, _fake_forward, 4),
+    ("backward_pair", _run_backward, _BackwardOnce, _fake_backward, 8),
 ):
     _LIB.impl(_name, _run, "CompositeExplicitAutograd")
+    _kernel = autograd_kernel(_name, f"torch.ops.rmsnorm.{_name}", "rmsnorm.rms_norm or rmsnorm.rms_norms", _function)
+    _LIB.impl(_name, _kernel, "Autograd")
     torch.library.register_fake(f"rmsnorm::{_name}", _fake, lib=_LIB)
     torch.library.register_vmap(f"rmsnorm::{_name}", vmap_by_sample(_name, _tensors), lib=_LIB)
-torch.library.register_autograd("rmsnorm::forward_pair", _gradients, setup_context=_setup_context, lib=_LIB)
-torch.library.register_autograd("rmsnorm::backward_pair", _no_second_derivative, lib=_LIB)

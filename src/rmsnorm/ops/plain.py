@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmsnorm import reference
+from rmsnorm import gated_reference, reference
 from rmsnorm.ops.dispatch import without_none
-from rmsnorm.spec import Cast
+from rmsnorm.spec import GATED, Activation, Cast, gated_spec
 
 
 def plain_forward(
@@ -48,6 +48,24 @@ def _plain_backward_pair(
     return *_plain_backward(dy, None, x, w, rstd, *options), *_plain_backward(dy2, None, x2, w2, rstd2, *options)
 
 
+def plain_gated_forward(
+    x: Tensor, gate: Tensor, w: Tensor | None, eps: float, cast: Cast, activation: Activation, gate_first: bool,
+    groups: int, with_rstd: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """As the operator `gated_forward`, but with the *published* statistic, and silu or sigmoid of torch."""
+    spec = gated_spec(GATED, eps, cast, activation, gate_first, groups)
+    y, rstd = gated_reference.published_forward(x, gate, w, spec)
+    return without_none(x, y.contiguous(), rstd if with_rstd else None)
+
+
+def _plain_gated_backward(
+    dy: Tensor, x: Tensor, gate: Tensor, w: Tensor | None, rstd: Tensor, cast: Cast, activation: Activation,
+    gate_first: bool, groups: int, *needs: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    spec = gated_spec(GATED, 0.0, cast, activation, gate_first, groups)
+    return without_none(x, *gated_reference.backward(dy, x, gate, w, rstd, spec, *needs))
+
+
 def decompositions() -> dict[Any, Callable[..., tuple[Tensor, ...]]]:
     """Return the decompositions of this package's operators into torch's, for programs that run without the package.
 
@@ -71,4 +89,6 @@ def decompositions() -> dict[Any, Callable[..., tuple[Tensor, ...]]]:
         torch.ops.rmsnorm.backward.default: _plain_backward,
         torch.ops.rmsnorm.forward_pair.default: _plain_forward_pair,
         torch.ops.rmsnorm.backward_pair.default: _plain_backward_pair,
+        torch.ops.rmsnorm.gated_forward.default: plain_gated_forward,
+        torch.ops.rmsnorm.gated_backward.default: _plain_gated_backward,
     }

@@ -19,6 +19,7 @@ from rmsnorm.functional import explain, gated_rms_norm, rms_norm
 from rmsnorm.kernels.host import loader as host
 from rmsnorm.ops import eager_recomputation
 from rmsnorm.ops.autograd import norm
+from rmsnorm.ops.derivatives import has_tangent
 from rmsnorm.ops.dispatch import exported_to_onnx
 from rmsnorm.patching.eligibility import forward_parameters
 from rmsnorm.patching.rule import Dtypes, Rule, dtype_name, dtypes_in_words, kind_in_words
@@ -412,7 +413,7 @@ def _why_unsupported(
         return f"its weight has shape {tuple(w.shape)}, its input {tuple(x.shape)}"
     if w is not None and w.device != x.device:
         return f"its weight is on {w.device}, its input on {x.device}"
-    return _why_inference_tensor(x, w, gate)
+    return _why_forward_mode(x, w, gate) or _why_inference_tensor(x, w, gate)
 
 
 def _unsupported_tensor(t: Tensor, known: tuple[str, ...]) -> str | None:
@@ -433,6 +434,14 @@ def _why_exported() -> str | None:
         return "it is being exported to ONNX"
     traced = not torch.compiler.is_compiling() and compat.is_tracing()
     return "it is being traced by torch.jit" if traced else None
+
+
+def _why_forward_mode(x: Tensor, w: Tensor | None, gate: Tensor | None) -> str | None:
+    """Our gated norms have no forward mode; the norm's own forward has."""
+    if gate is None or torch.compiler.is_compiling() or not compat.in_forward_ad():
+        return None
+    active = compat.transforms_active() or has_tangent(x, w, gate)
+    return "it is differentiated in forward mode, which gated_rms_norm does not implement" if active else None
 
 
 def _why_inference_tensor(x: Tensor, w: Tensor | None, gate: Tensor | None) -> str | None:

@@ -295,7 +295,7 @@ def _check_saved(
     x_dtype: torch.dtype, w_dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """Raises an error if the saved tensors are invalid; called for backward passes that C++ leaves to Python."""
-    check_saved("rms_norm", x, w, x_dtype, w_dtype)
+    check_saved("rms_norm", x=(x, x_dtype), weight=(w, w_dtype))
     check_gradients(caller(ds), dy, ds, x, w, rstd, offset, need_dw, symbolic=True)
 
 
