@@ -36,7 +36,7 @@ test: $(STAMP)
 
 # The tests that compile models, which take minutes.
 test-compiled: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m compiled
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m compiled --ignore tests/integrations
 
 # The tests that interpret GPU kernels, or compile them and read the machine code; none of them needs a GPU.
 test-gpu-code: $(STAMP)

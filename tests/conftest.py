@@ -1,5 +1,7 @@
 """Fixtures of several test files: seeded numbers, poisoned memory, and cleaning up the state of torch and the host."""
 
+import os
+import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -90,3 +92,15 @@ def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         pytest.skip(host.described())
     yield request.param
     host.forget()
+
+
+@pytest.fixture(scope="module")
+def one_process() -> Iterator[None]:
+    """A process group of this process alone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

@@ -71,9 +71,13 @@ def _options(norm: Node) -> tuple[Any, ...]:
 
 
 def _are_alike(norm: Node, other: Node) -> bool:
-    """Whether both have the same spec and outputs, device, and place with regard to activation checkpointing."""
+    """Whether both have the same spec and outputs, device, and place with regard to activation checkpointing.
+
+    Norms of the same rows are not: of these, a joint graph can keep more for the backward pass if they are paired.
+    """
     return (
-        _options(norm) == _options(other)
+        _rows(norm) is not _rows(other)
+        and _options(norm) == _options(other)
         and _rows(norm).meta["val"].device == _rows(other).meta["val"].device
         and all(norm.meta.get(key) == other.meta.get(key) for key in CHECKPOINTING)
     )
