@@ -26,6 +26,7 @@ from rmsnorm.tools.timing import Progress
 
 _USAGE_ERROR, _INTERRUPTED = 2, 130
 _STANDARD_OUTPUT = ("-", "/dev/stdout")
+_LONGEST_MESSAGE = 2000  # characters
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -340,7 +341,10 @@ def _print(text: str) -> None:
 def _report_error(message: str) -> None:
     if sys.stderr is not None:
         with contextlib.suppress(CommandError):
-            _written(sys.stderr, f"rmsnorm: {one_line(message)}\n")
+            line = one_line(message)
+            if len(line) > _LONGEST_MESSAGE:  # it quotes a value from a file
+                line = f"{line[: _LONGEST_MESSAGE // 2]} … {line[-_LONGEST_MESSAGE // 2 :]}"
+            _written(sys.stderr, f"rmsnorm: {line}\n")
 
 
 def _written(stream: TextIO, text: str) -> bool:

@@ -1,16 +1,23 @@
 """What the commands read is data that may be anything: each fault is one line and exit code 2, no traceback, no wait."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
 import struct
 import sys
+import tempfile
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaModel, Qwen2VLConfig, Qwen2VLModel
 
 from rmsnorm.errors import CommandError
@@ -92,6 +99,8 @@ def edit(folder: Path, **changes: object) -> None:
         (lambda p: p.write_bytes(bytes(range(128, 256))), "'utf-8' codec can't decode"),
         (lambda p: p.write_bytes('{"a": "é"}'.encode("latin1")), "'utf-8' codec can't decode"),
         (lambda p: p.write_bytes(b""), "is not a JSON object"),
+        (lambda p: p.write_text("\ufeff{}"), "Unexpected UTF-8 BOM"),
+        (lambda p: p.write_text("{}", "utf-16"), "'utf-8' codec can't decode"),
         (lambda p: p.write_text("[{}]"), "is not a JSON object but a list"),
         (lambda p: p.write_text('{"hidden_size": 64, "hidden_size": 32}'), "has the key 'hidden_size' twice"),
         (lambda p: p.write_text('{"a": ' + "9" * 5000 + "}"), "is not a JSON object"),
@@ -130,6 +139,26 @@ def test_a_config_json_that_is_not_a_json_object_is_refused(verb, make, says, fo
         ({"dtype": "float99"}, "float99"),
         ({"model_type": "gemma4", "text_config": []}, "Field 'text_config' with value [] doesn't match any type in"),
         ({"rope_parameters": {"rope_type": "none"}}, "KeyError: 'none'"),
+        ({"hidden_size": None}, "Field 'hidden_size' expected int, got NoneType"),
+        ({"hidden_size": 10**30}, "Overflow when unpacking"),
+        ({"intermediate_size": "96"}, "Field 'intermediate_size' expected int, got str (value: '96')"),
+        ({"layer_types": ["none"]}, "The `layer_types` entries must be in"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps NaN, expected a finite number of at least 0"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps Infinity, expected a finite number of at least 0"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps -1e-06, expected a finite number of at least 0"),
+        ({"rms_norm_eps": "1e-6"}, 'rms_norm_eps "1e-6", expected a finite number of at least 0'),
+        ({"rms_norm_eps": True}, "rms_norm_eps true, expected a finite number of at least 0"),
+        (
+            {"text_config": {"layer_norm_epsilon": [1] * 2 + [-1]}},
+            "text_config.layer_norm_epsilon [1, 1, -1], expected",
+        ),
+        ({"blocks": [{"num_labels": 10**9}]}, "blocks[].num_labels 1000000000, expected at most"),
+        ({"text_config": "x"}, "has text_config 'x', which a configuration of llama does not have: remove it"),
+        ({"text_config": SMALL}, "has text_config {'vocab_size': 128, "),
+        ({"text_config": True}, "has text_config True, which"),
+        ({"decoder": [1]}, "has decoder [1], which a configuration of llama does not have"),
+        ({"decoder": {}, "text_config": {}}, "Multiple valid text configs were found"),
+        ({"get_text_config": 1}, "TypeError: 'int' object is not callable"),
     ],
 )
 def test_impossible_values_of_a_configuration_are_refused(verb, changes, says, folder: Path, refused) -> None:
@@ -145,6 +174,47 @@ def test_architectures_that_are_not_names_are_refused(architectures, folder: Pat
         message = refused(*arguments(verb, folder))
         assert "config.json, language_config has no model_type, which names the architecture" in message
         assert f"its architectures {architectures!r} name no language model of transformers" in message
+
+
+def test_a_transformers_with_other_modules_is_reported_in_one_line() -> None:
+    with pytest.raises(CommandError, match=r"^config\.json cannot be interpreted: AttributeError: .* 'models'$"):
+        architecture.describe({"model_type": "llama"}, Path("config.json"), types.SimpleNamespace(__version__="9.0"))
+
+
+@pytest.mark.parametrize("dense", [-1, 0, 1, 10**30])
+def test_dense_layers_of_deepseek_are_limited_by_all_layers(dense: int) -> None:
+    """A list of 10**30 names would not fit into memory."""
+    content = SMALL | {"model_type": "deepseek_v2", "use_mla": False, "first_k_dense_replace": dense}
+    described = architecture.describe(content, Path("config.json"), transformers)
+    assert described.content["mlp_layer_types"] == ["dense" if dense > 0 else "sparse"]
+
+
+JUNK: list[Any] = [
+    None, "", "x", [], [1], {}, {"a": [1]}, True, -1, 0, 3, 1.5, 2**31, 10**18, 10**30, float("nan"), float("inf"),
+    {"model_type": ["llama"]}, SMALL, [SMALL],
+]  # fmt: skip
+MUTATED = (
+    *SMALL, "model_type", "architectures", "rms_norm_eps", "hidden_act", "head_dim", "rope_parameters", "rope_theta",
+    "layer_types", "dtype", "pad_token_id", "tie_word_embeddings", "text_config", "language_config", "vision_config",
+    "encoder", "decoder", "is_encoder_decoder", "id2label", "attention_bias", "auto_map", "attribute_map", "",
+)  # fmt: skip
+
+
+@settings(max_examples=30)
+@given(changes=st.dictionaries(st.sampled_from(MUTATED), st.sampled_from(JUNK), min_size=1, max_size=3))
+def test_whatever_a_field_holds_cost_counts_or_exits_with_2_and_one_line(changes: dict[str, Any], saved: Path) -> None:
+    valid = json.loads((saved / "config.json").read_text())
+    with tempfile.TemporaryDirectory() as name:
+        (Path(name) / "config.json").write_text(json.dumps(valid | changes))
+        errors = io.StringIO()
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(errors),
+            pytest.raises(SystemExit) as exit,
+        ):
+            main(["cost", name, "--seq", "8"])
+    message = errors.getvalue().splitlines()
+    assert (exit.value.code, len(message)) in ((0, 0), (2, 1)), message
 
 
 def test_a_language_config_that_is_a_list_is_ignored(folder: Path, refused) -> None:
@@ -163,6 +233,15 @@ def test_the_whole_reason_is_reported(folder: Path, refused) -> None:
     assert message.endswith(
         "with the code of its authors, then: import rmsnorm; report = rmsnorm.patch(model); print(report)"
     )
+
+
+def test_a_message_about_a_long_value_is_short_and_keeps_its_end(folder: Path, refused) -> None:
+    edit(folder, num_heads=[1] * 1_000_000 + [-1])
+    for verb in VERBS:
+        message = refused(*arguments(verb, folder))
+        assert "config.json has num_heads [1, 1, " in message
+        assert message.endswith("1, 1, -1], expected a whole number of at least 1")
+        assert len(message) < 2100
 
 
 def test_shapes_that_differ_from_the_configuration_are_named(folder: Path, refused) -> None:

@@ -182,12 +182,13 @@ def _config(content: dict[str, Any], path: Path, transformers: Any) -> tuple[Any
     described = architecture.describe(content, path, transformers)
     notes = () if described.outer is None else (f"{described.outer}: only its language_config is counted",)
     config = architecture.configuration(described, transformers)
-    with library.command_errors(f"{described.source}: transformers finds no language model in this {described.kind}"):
-        # If an encoder and a decoder of text have a configuration each, both are counted.
-        both = getattr(config, "is_encoder_decoder", False) and hasattr(config, "encoder")
-        if both and size_of(config.encoder.get_text_config(), "vocab_size"):
+    # If an encoder and a decoder of text have a configuration each, both are counted.
+    encoder = getattr(config, "encoder", None) if getattr(config, "is_encoder_decoder", False) else None
+    if hasattr(encoder, "get_text_config"):
+        text = architecture.text_configuration(encoder, described.source)
+        if size_of(text, "vocab_size"):
             return config, notes
-        text = config.get_text_config()
+    text = architecture.text_configuration(config, described.source)
     if text is config:
         return config, notes
     return text, (*notes, f"{described.kind}: only its language part is counted")

@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from rmsnorm.errors import CommandError
+from rmsnorm.errors import CommandError, one_line
 from rmsnorm.tools.models.library import CallLimit, CallsExhausted, command_errors
 
 _BUILD_CALLS = 300_000
+_MOST_SHOWN = 80  # characters of a value in a message
+# The names under which transformers looks for the configuration of a language model.
+_TEXT_PARTS = ("text_config", "decoder", "generator", "text_encoder")
 # The first release of transformers that has an architecture, of those that presets and DeepSeek's models need.
 _SINCE = {"deepseek_v3": (4, 51), "deepseek_v2": (4, 54), "deepseek_ocr2_text": (5, 10)}
 # The model_type of a language_config that has none, by its architecture, for releases that lack the class.
@@ -55,8 +58,13 @@ def describe(content: dict[str, Any], path: Path, transformers: Any) -> Descript
         The description.
 
     Raises:
-        CommandError: If transformers does not have the architecture.
+        CommandError: If transformers does not have the architecture, or a field has a value that no model can have.
     """
+    with command_errors(f"{path} cannot be interpreted"):
+        return _described(content, path, transformers)
+
+
+def _described(content: dict[str, Any], path: Path, transformers: Any) -> Description:
     source, outer, renamed = str(path), None, False
     foreign = "auto_map" in content
     content = _harmless(content)
@@ -121,6 +129,31 @@ def configuration(described: Description, transformers: Any) -> Any:
         return cls(**{k: v for k, v in content.items() if k != "model_type"})
 
 
+def text_configuration(config: Any, source: str) -> Any:
+    """Return the part of a configuration that describes the language model.
+
+    Args:
+        config: A configuration of transformers.
+        source: Where it comes from, for messages.
+
+    Returns:
+        A configuration of transformers: `config` itself, if it has no part for text.
+
+    Raises:
+        CommandError: If transformers finds several parts, or one that is not a configuration. transformers keeps a
+            value of config.json as it is under a name that the architecture does not have.
+    """
+    with command_errors(f"{source}: transformers finds no language model in this {config.model_type}"):
+        text = config.get_text_config()
+    if not hasattr(text, "get_text_config"):
+        name = next((key for key in _TEXT_PARTS if getattr(config, key, None) is text), "a part for text")
+        raise CommandError(
+            f"{source} has {name} {one_line(repr(text))[:_MOST_SHOWN]}, which a configuration of {config.model_type} "
+            "does not have: remove it, or give another model_type"
+        )
+    return text
+
+
 def of_kind(kind: str, transformers: Any, what: str) -> Any:
     """Return the configuration class of a model_type.
 
@@ -154,7 +187,6 @@ def build_on_meta(config: Any, transformers: Any, what: str) -> nn.Module:
     Raises:
         CommandError: If transformers cannot build it, or it is too large.
     """
-    cls = model_class(config, transformers)
     model: nn.Module
     try:
         with (
@@ -163,6 +195,7 @@ def build_on_meta(config: Any, transformers: Any, what: str) -> nn.Module:
             torch.device("meta"),
             CallLimit(_BUILD_CALLS),
         ):
+            cls = model_class(config, transformers)
             if cls is not transformers.AutoModel:
                 model = cls(config)
             else:
@@ -254,5 +287,5 @@ def _without_mla(content: dict[str, Any]) -> dict[str, Any]:
     drop = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "architectures")
     kept = {k: v for k, v in content.items() if k not in drop}
     if isinstance(layers, int) and isinstance(dense, int):
-        kept["mlp_layer_types"] = ["dense"] * dense + ["sparse"] * (layers - dense)
+        kept["mlp_layer_types"] = ["dense" if i < dense else "sparse" for i in range(layers)]
     return kept

@@ -35,6 +35,7 @@ _SIZES = frozenset(
      "num_attention_heads", "num_heads", "n_head", "n_heads", "num_key_value_heads", "head_dim", "d_kv", "vocab_size",
      "max_position_embeddings", "n_positions")
 )  # fmt: skip
+_EPSILONS = ("_eps", "_epsilon")
 # A model with more of anything that a configuration counts (num_…, n_…) would take hours to build.
 _MOST, _MOST_LAYERS = 1_000_000, 1_000
 
@@ -143,10 +144,15 @@ def _check_sizes(content: dict[str, Any], path: Path, prefix: str) -> None:
         if isinstance(value, dict) and key != "model_type":
             _check_sizes(value, path, f"{prefix}{key}.")
             continue
+        for inner in value if isinstance(value, list) else ():
+            if isinstance(inner, dict):
+                _check_sizes(inner, path, f"{prefix}{key}[].")
         expected = "the name of one" if key == "model_type" and not isinstance(value, (str, type(None))) else ""
         for n in value if isinstance(value, list) else [value]:
             if key in _SIZES and n is not None and not (_whole(n) and n >= 1):
                 expected = "a whole number of at least 1"
+            elif key.endswith(_EPSILONS) and n is not None and not (_number(n) and 0 <= n < math.inf):
+                expected = "a finite number of at least 0"
             elif key.startswith(("num_", "n_")) and isinstance(n, (int, float)):
                 most = _MOST_LAYERS if key.endswith(("layers", "layer")) else _MOST
                 expected = expected if n <= most else f"at most {most:,}"
@@ -159,6 +165,10 @@ def _check_sizes(content: dict[str, Any], path: Path, prefix: str) -> None:
 
 def _whole(n: Any) -> bool:
     return isinstance(n, int) and not isinstance(n, bool)
+
+
+def _number(n: Any) -> bool:
+    return _whole(n) or isinstance(n, float)
 
 
 def check_weights(folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rmsnorm.errors import CommandError
-from rmsnorm.tools.models import library
+from rmsnorm.tools.models import architecture, library
 
 _NUMBERS = itertools.count()
 
@@ -32,8 +32,7 @@ class Steps:
 
     def __init__(self, model: Any, device: torch.device, compiled: Mapping[str, Any] | None = None) -> None:
         self.model, self.device = model, device
-        with library.command_errors(f"the configuration of {type(model).__name__} is not that of a language model"):
-            text = model.config.get_text_config()
+        text = architecture.text_configuration(model.config, f"the configuration of {type(model).__name__}")
         vocabulary, positions = (getattr(text, key, None) for key in ("vocab_size", "max_position_embeddings"))
         if not isinstance(vocabulary, int) or vocabulary < 1:
             raise CommandError(f"{type(model).__name__} takes no token ids: give the folder of a language model")
