@@ -38,9 +38,10 @@ test: $(STAMP)
 test-compiled: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m compiled --ignore tests/integrations
 
-# The tests that interpret GPU kernels, or compile them and read the machine code; none of them needs a GPU.
+# The tests that interpret GPU kernels, or compile them and read the machine code; none of them needs a GPU. By file,
+# because all tests of the interpreter share one run of it.
 test-gpu-code: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m gpu_code tests/kernels
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m gpu_code tests/kernels
 
 # The tests marked `short`, which show within a minute whether the package works with another torch.
 test-short: $(STAMP)
