@@ -23,7 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from rmsnorm.tools.bench.cases import MODES
-from whole_models.result import aim_in_words, batches_title, freed_share, gradients_in_words, how, recompute_less
+from whole_models.result import (
+    aim_in_words,
+    batches_title,
+    by_compilation,
+    freed_share,
+    gradients_in_words,
+    how,
+    recompute_less,
+)  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -484,8 +492,7 @@ def whole_models() -> str:
     rows, sizes = [], {}
     for case in r["cases"]:
         sizes[case["model"]] = f"{case['model']}: {case['what']}, {count(case['layers'], 'layer')}"
-        for compiled in (False, True):
-            by_name = {v["variant"]: v for v in case["variants"] if v["compiled"] == compiled}
+        for compiled, by_name in by_compilation(case):
             if not by_name:
                 continue
             shares = [aims.get((case["model"], case["mode"], compiled, of)) for of in ("compilation", "kept memory")]
@@ -532,8 +539,7 @@ def _recompute(r: dict[str, Any]) -> Iterator[str]:
     """What recompute saves and costs; nothing in results that do not have it."""
     rows = []
     for case in r["cases"]:
-        for compiled in (False, True):
-            by_name = {v["variant"]: v for v in case["variants"] if v["compiled"] == compiled}
+        for compiled, by_name in by_compilation(case):
             share = freed_share(case, by_name)
             if share is not None:
                 less = [recompute_less(by_name, what) for what in ("kept_bytes", "peak_bytes")]

@@ -52,8 +52,7 @@ def bounds(cases: Sequence[dict[str, Any]], gradients: Sequence[dict[str, Any]] 
     """Return the aims, and what was measured."""
     found = []
     for case in cases:
-        for compiled in (False, True):
-            by_name = {v["variant"]: v for v in case["variants"] if v["compiled"] == compiled}
+        for compiled, by_name in by_compilation(case):
             if PATCHED not in by_name:
                 continue
             what = {"model": case["model"], "mode": case["mode"], "compiled": compiled}
@@ -64,6 +63,12 @@ def bounds(cases: Sequence[dict[str, Any]], gradients: Sequence[dict[str, Any]] 
             what = {"model": one["model"], "mode": "training", "compiled": one["compiled"]}
             found.append(what | _at_most("gradients that recompute changes", one["differing"], _GRADIENTS_AT_MOST))
     return found
+
+
+def by_compilation(case: dict[str, Any]) -> Iterator[tuple[bool, dict[str, dict[str, Any]]]]:
+    """Yield the variants of a case by name, those that were not compiled first, and whether they were compiled."""
+    for compiled in (False, True):
+        yield compiled, {v["variant"]: v for v in case["variants"] if v["compiled"] == compiled}
 
 
 def _of_patched(case: dict[str, Any], by_name: dict[str, dict[str, Any]], compiled: bool) -> Iterator[dict[str, Any]]:
@@ -155,8 +160,7 @@ def _recompute_tables(result: dict[str, Any]) -> Iterator[Block]:
     """Yield what recompute saves, and the largest batches."""
     rows = []
     for case in result["cases"]:
-        for compiled in (False, True):
-            by_name = {v["variant"]: v for v in case["variants"] if v["compiled"] == compiled}
+        for compiled, by_name in by_compilation(case):
             freed = freed_share(case, by_name)
             if freed is not None:
                 less = (size(recompute_less(by_name, figure), 3) for figure in ("kept_bytes", "peak_bytes"))

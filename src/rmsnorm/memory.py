@@ -40,9 +40,9 @@ def saved_for_backward(besides: Iterable[Tensor] = ()) -> Iterator[Callable[[], 
     storages: dict[int, tuple[Any, int]] = {}
 
     def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if compat.storage_id(t) not in known:
-            storages[compat.storage_id(t)] = compat.StorageWeakRef(storage), storage.nbytes()
+        storage, key = t.untyped_storage(), compat.storage_id(t)
+        if key not in known:
+            storages[key] = compat.StorageWeakRef(storage), storage.nbytes()
         return t.detach()  # an output that held itself would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):

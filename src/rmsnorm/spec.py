@@ -102,12 +102,13 @@ class Spec:
     def __post_init__(self) -> None:
         check_spec("Spec", self.eps, self.cast, self.offset)
         check_groups("Spec", self.groups)
-        if self.gate is not None and self.offset != 0.0:
+        if self.gate is None:
+            if self.groups != 1:
+                raise ValueError(complaint("Spec", "groups", f"is {self.groups} without a gate", "1"))
+            return
+        if self.offset != 0.0:
             raise ValueError(complaint("Spec", "offset", f"is {self.offset} with a gate", "0"))
-        if self.gate is not None:
-            _check_gated_cast("Spec", self.cast)
-        if self.gate is None and self.groups != 1:
-            raise ValueError(complaint("Spec", "groups", f"is {self.groups} without a gate", "1"))
+        _check_gated_cast("Spec", self.cast)
 
     def __repr__(self) -> str:
         """The fields by name; gate and groups only with a gate."""
@@ -518,6 +519,33 @@ def check_gradients(
         _check_rstd(where, rstd, tuple(x.shape[:-1]), x, symbolic)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error} {_IN_BACKWARD}") from None
+
+
+def check_pair_gradients(
+    where: str,
+    first: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor],
+    second: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor],
+    offset: float,
+    need_dw: bool,
+    symbolic: bool = False,
+) -> None:
+    """Check the tensors of two backward passes, as `check_gradients` does each. Both must be on one device.
+
+    Args:
+        where: The function that was called, for the message.
+        first: dy, x, weight and rstd of the first norm, as in `check_gradients`.
+        second: Those of the second norm; shapes and dtypes may be others.
+        offset: 0 or 1.
+        need_dw: Whether the gradients of the weights are asked for.
+        symbolic: Whether a size may be unknown until a compiled program runs, which then checks it.
+
+    Raises:
+        TypeError: As `check_gradients`.
+        ValueError: As `check_gradients`, and if the norms are on different devices.
+    """
+    for dy, x, weight, rstd in (first, second):
+        check_gradients(where, dy, None, x, weight, rstd, offset, need_dw, symbolic)
+    check_pair(where, *first[1:3], *second[1:3], offset, symbolic)
 
 
 def check_summed(

@@ -23,32 +23,11 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 32, "pad_token_id": 0,
-}  # fmt: skip
-IDS = torch.randint(0, 64, (2, 7), generator=torch.Generator().manual_seed(3))
-
-
-def randomized(model: nn.Module) -> Any:
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        scale = 1.0 if parameter.dim() == 1 else 0.2
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    return model.eval()
-
-
-def qwen() -> Any:
-    return randomized(Qwen3ForCausalLM(Qwen3Config(**SMALL)))
+from small_qwen import IDS, SMALL, qwen, randomized, run
 
 
 def gpt_oss() -> Any:
     return randomized(GptOssForCausalLM(GptOssConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1)))
-
-
-def run(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits  # type: ignore[no-any-return]
 
 
 def patched(model: Any) -> Any:
@@ -124,7 +103,9 @@ def test_isinstance_with_the_registered_class_holds_for_norms_of_its_class(regis
         assert type(Derived(8)) is Derived
 
 
-def test_a_class_that_is_not_proven_keeps_its_forward_and_a_warning_says_why() -> None:
+def odd_norm() -> type[nn.Module]:
+    """A new class that no norm of ours computes."""
+
     class OddRMSNorm(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -133,9 +114,14 @@ def test_a_class_that_is_not_proven_keeps_its_forward_and_a_warning_says_why() -
         def forward(self, x: Tensor) -> Tensor:
             return x * self.weight * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() + 1
 
-    (cls,) = hub.patch_mapping(OddRMSNorm).values()
+    return OddRMSNorm
+
+
+def test_a_class_that_is_not_proven_keeps_its_forward_and_a_warning_says_why() -> None:
+    odd = odd_norm()
+    (cls,) = hub.patch_mapping(odd).values()
     with pytest.warns(UserWarning, match=r"\[patch_mapping\] OddRMSNorm is not replaced: "):
-        assert type(cls()) is OddRMSNorm
+        assert type(cls()) is odd
 
 
 def test_wrong_sources_of_a_mapping_raise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,16 +239,8 @@ def test_a_patched_norm_keeps_its_forward_when_the_model_is_kernelized(kernels: 
 
 
 def test_norms_that_are_not_proven_keep_their_own_forward(kernels: Any) -> None:
-    @kernels.use_kernel_forward_from_hub("RMSNorm")
-    class OddRMSNorm(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x * self.weight * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() + 1
-
-    model, x = nn.Sequential(OddRMSNorm()), torch.ones(2, 8)
+    odd = kernels.use_kernel_forward_from_hub("RMSNorm")(odd_norm())
+    model, x = nn.Sequential(odd()), torch.ones(2, 8)
     expected = model(x)
     with pytest.warns(UserWarning, match=r"\[kernel_mapping\] OddRMSNorm keeps its own forward: "):
         mapping = hub.kernel_mapping(model)

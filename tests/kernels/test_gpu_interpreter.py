@@ -153,14 +153,19 @@ def two_norms_in_one_launch() -> None:
 @contextmanager
 def settings(**values: Any) -> Iterator[None]:
     """Changes thresholds in tiling.py, so that a small row takes the path of a wide one."""
+    from rmsnorm.kernels.gpu import gated_planner, tiling
     from rmsnorm.kernels.gpu import planner as gpu
-    from rmsnorm.kernels.gpu import tiling
+
+    cached = (
+        tiling.forward, tiling.backward, tiling.dw_alone, tiling.sum_partials, gpu.plan_forward, gpu.plan_backward,
+        tiling.gated_forward, tiling.gated_backward, tiling.gated_dw_alone, gated_planner.plan_gated_forward,
+        gated_planner.plan_gated_backward,
+    )  # fmt: skip
 
     def put(numbers: dict[str, Any]) -> None:
         for name, value in numbers.items():
             setattr(tiling, name, value)
-        plans = (gpu.plan_forward, gpu.plan_backward)
-        for function in (tiling.forward, tiling.backward, tiling.dw_alone, tiling.sum_partials, *plans):
+        for function in cached:
             function.cache_clear()
 
     before = {name: getattr(tiling, name) for name in values}
@@ -474,27 +479,6 @@ def check_gated(
     assert not said, f"{tuple(x.shape)} {x.dtype} {gate.dtype} {spec} {needs}: {said}"
 
 
-@contextmanager
-def gated_settings(**values: Any) -> Iterator[None]:
-    """Changes thresholds of gated norms in tiling.py."""
-    from rmsnorm.kernels.gpu import gated_planner as gpu
-    from rmsnorm.kernels.gpu import tiling
-
-    def put(numbers: dict[str, Any]) -> None:
-        for name, value in numbers.items():
-            setattr(tiling, name, value)
-        plans = (gpu.plan_gated_forward, gpu.plan_gated_backward)
-        for function in (tiling.gated_forward, tiling.gated_backward, tiling.gated_dw_alone, tiling.dw_alone, *plans):
-            function.cache_clear()
-
-    before = {name: getattr(tiling, name) for name in values}
-    put(values)
-    try:
-        yield
-    finally:
-        put(before)
-
-
 # A table for any number of gates, and rows that one program loops over.
 TABLES = {"TABLE_LEAST": 0, "TABLE_PIECE": 1 << 16}
 LOOPS = {"GATED_FORWARD_WIDEST": 16, "GATED_BACKWARD_WIDEST": {2: 16, 4: 16}, "GATED_PIECE": 16, "COLUMNS": 16}
@@ -515,7 +499,7 @@ def gated_forms_and_widths() -> None:
 
 @case
 def gated_with_a_table() -> None:
-    with gated_settings(**TABLES):
+    with settings(**TABLES):
         for form in (0, 3, 5, 6):
             dtype = FP16 if form % 3 else FP32
             check_gated(draw(5, 96, dtype=dtype), gates(5, 96, dtype=FP16), draw(96, dtype=dtype), form, groups=3)
@@ -527,7 +511,7 @@ def gated_with_a_table() -> None:
 @case
 def gated_rows_in_pieces() -> None:
     for tables, form in itertools.product(({}, TABLES), range(8)):
-        with gated_settings(**LOOPS, **tables):
+        with settings(**LOOPS, **tables):
             N, groups, dtype = (51, 3, FP16) if form % 2 else (33, 1, FP32)
             w = draw(N, dtype=dtype) if form % 3 else None
             check_gated(draw(2, N, dtype=dtype), gates(2, N, dtype=dtype), w, form, groups=groups)
@@ -535,7 +519,7 @@ def gated_rows_in_pieces() -> None:
 
 @case
 def gated_programs_and_their_tails() -> None:
-    with gated_settings(MULTIPROCESSORS=1):
+    with settings(MULTIPROCESSORS=1):
         for M, (N, groups) in itertools.product((1, 193), ((31, 1), (96, 3))):
             for needs in ((True, True, True), (False, False, True)):
                 check_gated(draw(M, N, dtype=FP16), gates(M, N), draw(N), M, groups=groups, needs=needs)
@@ -560,7 +544,7 @@ def gated_strides() -> None:
         lambda t: t[0, :1, 0],
     )
     for settings_, views in (({}, (transposed, whole, sliced, one)), (LOOPS, (transposed,))):
-        with gated_settings(**settings_):
+        with settings(**settings_):
             for i, view in enumerate(views):
                 x, gate = view(wide)[..., :N], view(wide)[..., 128 - N :]
                 for groups in (1, 4):
@@ -572,7 +556,7 @@ def gated_strides() -> None:
 @case
 def gated_only_what_is_needed() -> None:
     for i, settings_ in enumerate(({}, LOOPS, TABLES)):
-        with gated_settings(**settings_):
+        with settings(**settings_):
             for j, needs in enumerate(itertools.product((True, False), repeat=3)):
                 x, gate = draw(2, 51, dtype=FP16), gates(2, 51, dtype=FP16)
                 check_gated(x, gate, draw(51, dtype=FP16), i + j, groups=3, needs=needs, with_rstd=False)
@@ -582,7 +566,7 @@ def gated_only_what_is_needed() -> None:
 def gated_without_rows_or_with_one() -> None:
     for shape, form in itertools.product(((0, 33), (3, 0, 33), (33,), (1, 1)), (0, 5)):
         for settings_ in ({}, LOOPS):
-            with gated_settings(**settings_):
+            with settings(**settings_):
                 check_gated(draw(*shape), gates(*shape), draw(shape[-1]), form, groups=shape[-1])
 
 
@@ -598,7 +582,7 @@ def gated_extremes() -> None:
         x[10], gate[10] = (draw(1, 24)[0] * 1e-20).to(dtype), gate[0]
         infinite = w.index_fill(0, torch.tensor([2]), inf)
         for weight, eps, tables in ((w, 0.0, {}), (infinite, 1e-6, {}), (infinite, 0.0, TABLES)):
-            with gated_settings(**tables):
+            with settings(**tables):
                 check_gated(x, gate, weight, form, groups=2, eps=eps)
 
 

@@ -51,21 +51,16 @@ class Edit:
             before.prepend(node)
             self._place[node] = self._place[before] - 0.5
 
-    def needed_between(self, nodes: Iterable[Node | None], start: Node) -> set[Node]:
+    def needed_between(self, nodes: Iterable[Node], start: Node) -> set[Node]:
         """What these nodes depend on that comes after `start`, the nodes themselves included."""
         found: set[Node] = set()
-        waiting = [node for node in nodes if node is not None]
+        waiting = list(nodes)
         while waiting:
             node = waiting.pop()
             if node not in found and self._place[node] > self._place[start]:
                 found.add(node)
                 waiting.extend(node.all_input_nodes)
         return found
-
-    def depends_on(self, nodes: Iterable[Node | None], ancestor: Node) -> bool:
-        """Whether one of the nodes is the node `ancestor` or depends on it."""
-        needed = self.needed_between(nodes, ancestor)
-        return any(node is ancestor for node in nodes) or any(ancestor in n.all_input_nodes for n in needed)
 
     def erase(self, *nodes: Any) -> None:
         """Erase those of the nodes that nothing uses."""

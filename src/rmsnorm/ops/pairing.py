@@ -41,7 +41,12 @@ def pair(graph: Graph) -> None:
         for node in graph.find_nodes(op="call_function", target=target):
             if not _may_pair(node):
                 waiting = None
-            elif waiting is not None and _are_alike(waiting, node) and _can_move(edit, node, waiting):
+            elif (
+                waiting is not None
+                and _are_alike(waiting, node)
+                and (moved := _needed_first(edit, node, waiting)) is not None
+            ):
+                edit.move(moved, waiting)
                 of_pair(edit, waiting, node)
                 waiting = None
             else:
@@ -83,16 +88,15 @@ def _are_alike(norm: Node, other: Node) -> bool:
     )
 
 
-def _can_move(edit: Edit, later: Node, earlier: Node) -> bool:
-    """Whether the later call can be made where the earlier one is.
+def _needed_first(edit: Edit, later: Node, earlier: Node) -> set[Node] | None:
+    """What must move in front of the earlier call, so that the later one can be made there; None if it cannot.
 
-    It must not depend on the earlier one, and no operator with side effects may have to move with it.
+    The later call must not depend on the earlier one, and no operator with side effects may have to move.
     """
-    inputs = later.all_input_nodes
-    moved = edit.needed_between(inputs, earlier)
-    return not edit.depends_on(inputs, earlier) and all(
-        node.op == "call_function" and not node.is_impure() for node in moved
-    )
+    moved = edit.needed_between(later.all_input_nodes, earlier)
+    if any(earlier in node.all_input_nodes for node in (later, *moved)):
+        return None
+    return moved if all(node.op == "call_function" and not node.is_impure() for node in moved) else None
 
 
 def _pair_forward(edit: Edit, norm: Node, other: Node) -> None:
@@ -107,7 +111,6 @@ def _pair_backward(edit: Edit, norm: Node, other: Node) -> None:
 
 def _replace(edit: Edit, norm: Node, other: Node, target: Any, args: tuple[Any, ...], places: dict[int, int]) -> None:
     """Replace two calls by one in the place of the first; `places`: their outputs among those of one norm of a pair."""
-    edit.move(edit.needed_between(other.all_input_nodes, norm), norm)
     call = edit.call(norm, target, args, norm)
     for number, replaced in enumerate((norm, other)):
         found = outputs(replaced)

@@ -14,16 +14,16 @@ from torch.nn import Parameter
 
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
-from rmsnorm.ops.autograd import BackwardOnce, norm
+from rmsnorm.ops.autograd import BackwardOnce, needs_gradient, norm
 from rmsnorm.ops.batching import vmap_by_sample
 from rmsnorm.ops.derivatives import autograd_kernel, has_tangent, reverse_only, saved_tensors, undifferentiable
 from rmsnorm.ops.dispatch import exported_to_onnx, is_plain, without_none
 from rmsnorm.spec import (
     PAIR,
     Cast,
-    check_gradients,
     check_memory,
     check_pair,
+    check_pair_gradients,
     check_spec,
     check_tensors,
     result_dtype,
@@ -53,7 +53,7 @@ def norms(
     for x, w in zip(xs, weights, strict=True):
         check_tensors(PAIR, x, None, w, offset, symbolic=compiling)
     tensors = [*xs, *weights]
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    recorded = any(needs_gradient(x, None, w) for x, w in zip(xs, weights, strict=True))
     if exported_to_onnx():
         pairable = False
     elif compiling:
@@ -92,21 +92,12 @@ def _run_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     host.look()
     spec = spec_of(PAIR, 0.0, cast, offset)
-    _check_gradients(dy, x, w, rstd, dy2, x2, w2, rstd2, offset, need_dw, symbolic=False)
+    first, second = (dy, x, w, rstd), (dy2, x2, w2, rstd2)
+    check_pair_gradients(PAIR, first, second, offset, need_dw)
     check_memory(
         PAIR, backward=True, dy=dy, x=x, weight=w, rstd=rstd, dy2=dy2, x2=x2, weight2=w2, rstd2=rstd2
     )  # fmt: skip
-    first, second = (dy, x, w, rstd), (dy2, x2, w2, rstd2)
     return without_none(x, *dispatch.backward_pair(first, second, spec, need_dx, need_dw))
-
-
-def _check_gradients(
-    dy: Tensor, x: Tensor, w: Tensor | None, rstd: Tensor, dy2: Tensor, x2: Tensor, w2: Tensor | None, rstd2: Tensor,
-    offset: float, need_dw: bool, symbolic: bool,
-) -> None:  # fmt: skip
-    check_gradients(PAIR, dy, None, x, w, rstd, offset, need_dw, symbolic)
-    check_gradients(PAIR, dy2, None, x2, w2, rstd2, offset, need_dw, symbolic)
-    check_pair(PAIR, x, w, x2, w2, offset, symbolic)
 
 
 def _fake_forward(
@@ -127,7 +118,7 @@ def _fake_backward(
     cast: str, offset: float, need_dx: bool, need_dw: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     check_spec(PAIR, 0.0, cast, offset)
-    _check_gradients(dy, x, w, rstd, dy2, x2, w2, rstd2, offset, need_dw, symbolic=True)
+    check_pair_gradients(PAIR, (dy, x, w, rstd), (dy2, x2, w2, rstd2), offset, need_dw, symbolic=True)
     found: list[Tensor | None] = []
     for rows, weight in ((x, w), (x2, w2)):
         dw = weight.new_empty(weight.shape) if need_dw and weight is not None else None

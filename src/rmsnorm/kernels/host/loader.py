@@ -46,6 +46,7 @@ from rmsnorm.spec import (
     check_gated_gradients,
     check_gradients,
     check_pair,
+    check_pair_gradients,
     check_saved,
     check_summed,
     check_tensors,
@@ -242,9 +243,7 @@ def _native_backward_pair(
 ) -> Native | None:  # fmt: skip
     """As `_native_backward`, for `backward_pair`; the arguments that are always None stand for gradients of s."""
     try:
-        check_gradients(PAIR, dy, None, x, w, rstd, offset, need_dw)
-        check_gradients(PAIR, dy2, None, x2, w2, rstd2, offset, need_dw)
-        check_pair(PAIR, x, w, x2, w2, offset)
+        check_pair_gradients(PAIR, (dy, x, w, rstd), (dy2, x2, w2, rstd2), offset, need_dw)
         spec = Spec(0.0, cast, offset)
     except (TypeError, ValueError):
         return None
