@@ -24,9 +24,13 @@ report: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/rmsnorm bench
 
-# The tables of README.md and docs/, from the stored results.
+# The tables of README.md and docs/, and the figures, from the stored results.
 tables: $(STAMP)
 	$(BIN)/python benchmarks/tables.py
+	for device in cuda cpu; do \
+		$(BIN)/rmsnorm bench --from benchmarks/results/bench-$$device.json \
+			--plot benchmarks/results/bench-$$device.svg > /dev/null || exit 1; \
+	done
 
 # In so many processes, which mostly wait for others that tests start.
 WORKERS ?= 2

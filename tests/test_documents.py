@@ -1,6 +1,7 @@
 """README.md and docs/: code blocks run and print what is shown, figures are measured, and what is named exists."""
 
 import ast
+import json
 import re
 import shlex
 import sys
@@ -13,8 +14,10 @@ import torch
 
 import rmsnorm
 from documents import ROOT, Block, blocks, documents, run, without_blocks
+from rmsnorm.tools.bench import plot
+from rmsnorm.tools.bench.result import BenchResult
 from rmsnorm.tools.cli import main
-from scripts import benchmark_script
+from scripts import benchmark_results, benchmark_script
 from tolerance import DEFINITION_SHARE, DEFINITION_ULP
 
 SOURCE = Path(rmsnorm.__file__).parent
@@ -196,6 +199,20 @@ def test_every_table_is_in_one_document_and_a_changed_figure_is_noticed(tables: 
         assert tables.filled(changed) == holder
     with pytest.raises(KeyError):
         tables.filled("<!-- results: nothing -->\n<!-- end of results -->")
+
+
+@pytest.mark.parametrize("name", ["bench-cuda", "bench-cpu"])
+def test_drawings_are_those_of_the_stored_results(name: str, tmp_path: Path) -> None:
+    matplotlib = pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    stored = benchmark_results() / name
+    there = stored.with_suffix(".svg").read_text()
+    drawn_by = re.search(r"Matplotlib v([\w.]+),", there)
+    assert drawn_by is not None
+    if drawn_by[1] != matplotlib.__version__:
+        pytest.skip(f"{name}.svg was drawn by matplotlib {drawn_by[1]}, not by {matplotlib.__version__}")
+    result = BenchResult.from_json(json.loads(stored.with_suffix(".json").read_text()))
+    plot.draw(result.to_json(), tmp_path / "drawn.svg")
+    assert (tmp_path / "drawn.svg").read_text() == there, f"{name}.svg differs from {name}.json: run make tables"
 
 
 # Figures with a unit that are no measurements: claims of others, constants of a prediction, sizes of downloads.
