@@ -22,7 +22,7 @@ from tolerance import DEFINITION_SHARE, DEFINITION_ULP
 
 SOURCE = Path(rmsnorm.__file__).parent
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
-RUN = [path for path in documents() if any(b.language == "python" for b in blocks(path.read_text()))]
+RUN = [path for path in documents() if any(b.is_run for b in blocks(path.read_text()))]
 
 
 def name(path: Path) -> str:
@@ -37,7 +37,7 @@ def needing() -> list[tuple[Path, Block]]:
 
 
 @pytest.mark.parametrize("path", RUN, ids=name)
-def test_python_blocks_run_and_print_what_the_document_says(path: Path) -> None:
+def test_blocks_of_code_run_and_print_what_the_document_says(path: Path) -> None:
     for ran in run(path):
         if ran.output is not None:
             where = f"{name(path)}, line {ran.output.line}: run python tests/documents.py; printed was"
@@ -63,6 +63,20 @@ def test_an_output_that_differs_is_noticed() -> None:
     assert not exact.same("4 of 5 differ by up to 2 ulp; early\n")
     assert vary.same("0 of 5 differ; early\n")
     assert not vary.same("0 of 5 differ; late\n")
+
+
+def test_a_file_is_written_and_commands_run_and_one_that_fails_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page, script = tmp_path / "page.md", "```python file=a.py\nimport sys\n\nprint(sys.argv[1:])\n```\n"
+    page.write_text(f"{script}```sh\nexit 1\n```\n```sh run\npython a.py b\n```\n```text\n['b']\n```\n")
+    (ran,) = run(page)
+    assert ran.output is not None
+    assert ran.output.same(ran.printed)
+    page.write_text("```sh run\necho before\npython -c 'raise ValueError(7)'\necho after\n```\n")
+    with pytest.raises(RuntimeError, match=r"page\.md, line 1: exit status 1\nbefore\n[^$]*ValueError: 7\n$"):
+        list(run(page))
 
 
 # --- commands ------------------------------------------------------------------------------------------------
@@ -94,6 +108,7 @@ def help_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize("path", [*documents(), CONTRIBUTING], ids=name)
 def test_commands_and_their_options_exist(path: Path, help_of) -> None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    written = {block.file for block in blocks(path.read_text())}
     known: dict[str, str] = {}
     for program, *words in commands(path.read_text()):
         if program == "make":
@@ -109,6 +124,8 @@ def test_commands_and_their_options_exist(path: Path, help_of) -> None:
             assert files or words[:1] == ["-m"], words
             for file in files:
                 assert (ROOT / file).exists(), file
+        elif program == "torchrun":
+            assert words[-1] in written, f"no block of {name(path)} has the word file={words[-1]}"
         else:
             assert program == "pip", f"{program} in a shell block"
 
