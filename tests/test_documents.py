@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import runpy
 import shlex
 import sys
 from collections.abc import Iterator
@@ -158,6 +159,24 @@ def test_links_between_documents_have_a_target(path: Path) -> None:
         file = path if not target else path.parent / target
         assert file.exists(), f"{name(path)} links to {link}"
         assert not anchor or anchor in anchors(file.read_text()), f"{name(path)} links to {link}"
+
+
+# --- navigation ----------------------------------------------------------------------------------------------
+
+
+def test_the_site_leads_to_what_the_index_lists_and_then_to_every_other_page() -> None:
+    navigation = runpy.run_path(str(ROOT / "docs" / "conf.py"))["navigation"]
+    index = (
+        "- [No](no.md)\n\n## Guide\n\n- [How `x` works](x.md): see [y](y.md)\n- [Z](https://z.org)\n\n## None\n\nText\n"
+    )
+    assert navigation(index, ["x.md", "y.md"]) == {"Guide": ["How x works <x.md>"], "More": ["y.md"]}
+    assert navigation(index, ["x.md"]) == {"Guide": ["How x works <x.md>"]}
+    pages = [path.name for path in documents() if path.parent.name == "docs" and path.name != "index.md"]
+    reached = [
+        entry for entries in navigation((ROOT / "docs" / "index.md").read_text(), pages).values() for entry in entries
+    ]
+    for page in pages:
+        assert sum(entry == page or f"<{page}>" in entry for entry in reached) == 1, page
 
 
 # --- layout --------------------------------------------------------------------------------------------------
