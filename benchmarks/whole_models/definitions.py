@@ -101,7 +101,7 @@ MODELS = (
     # Compiled, its delta rule in plain torch would be a loop over 64 chunks, unrolled.
     Model("qwen3-next", "Qwen3-Next's widths, 16 experts: gated norms in 3 of 4 layers, delta rule in plain torch",
           "qwen3_next", {"num_hidden_layers": 4, "num_experts": 16, "num_experts_per_tok": 4}, _TINY_DELTA_RULE,
-          kinds=4, compiled=False),
+          kinds=4, far_off=0.5, compiled=False),
 )  # fmt: skip
 
 
