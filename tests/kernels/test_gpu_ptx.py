@@ -249,7 +249,7 @@ def test_ptx_of_a_sum_of_gradients_meets_the_requirements(dtype: torch.dtype, tm
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
 def test_ptx_of_a_norm_a_sum_and_a_norm_meets_the_requirements(dtype: torch.dtype, tmp_path: Path) -> None:
-    for N in (128, 1152, 2304, 3584, 5376):  # Gemma's widths
+    for N in (128, 1152, 2304, 3584, 5376, 12288):  # Gemma's widths, and the widest
         x, w = TensorKind.dense((8192, N), dtype), TensorKind.dense((N,), dtype)
         first, second = (
             gpu.plan_forward(Forward(CPU, x, residual, w, Spec(1e-6, "late", 1.0), True)) for residual in (None, x)
