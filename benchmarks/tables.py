@@ -385,6 +385,35 @@ def gpu_aims() -> str:
     return _missed("bench-cuda")
 
 
+# Modes of gated norms, and what each is.
+_GATED = {
+    "gated-forward": "Qwen3-Next, forward",
+    "gated-backward": "Qwen3-Next, backward",
+    "gate-first-forward": "Mamba 2, 8 groups, forward",
+    "gate-first-backward": "Mamba 2, 8 groups, backward",
+}
+
+
+@part
+def gpu_gated() -> str:
+    """Gated norms beside those of other libraries."""
+    name = "bench-gated-cuda"
+    if not is_stored(name):
+        return ""
+    rows = [(c, what) for mode, what in _GATED.items() for d in ("bfloat16", "float32") for c in cases(name, d, mode)]
+    providers = [p for p in rows[0][0].providers if any(c.time(p) is not None for c, _ in rows)]
+    cells = [
+        [
+            f"{what}, {_DTYPES[c.dtype]}, {c.shape}",
+            *(us(c.time(p)) for p in providers),
+            between([c.ratio("ours", "copy")]),
+        ]
+        for c, what in rows
+    ]
+    times = table(["µs", *providers, "our time / copy's"], cells)
+    return f"Machine: {machine(stored(name)['machine'])}.\n\n{times}\n\n{_missed(name)}"
+
+
 # --- speed on a CPU ------------------------------------------------------------------------------------------
 
 

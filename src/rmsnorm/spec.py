@@ -415,6 +415,39 @@ def check_pair(
         raise type(error)(f"{error} (in the second norm of a pair)") from None
 
 
+def check_sandwich(
+    where: str,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    residual: torch.Tensor,
+    weight2: torch.Tensor | None,
+    cast: str,
+    offset: float,
+    symbolic: bool = False,
+) -> None:
+    """Check the tensors of a norm whose output is added to a residual that another norm reads, as `check_tensors` does.
+
+    Args:
+        where: The function that was called, for the message.
+        x: (..., N).
+        weight: None, or (N,), of the norm of x.
+        residual: (..., N), of the shape of x.
+        weight2: None, or (N,), of the norm of the sum.
+        cast: "early", "late" or "first".
+        offset: 0 or 1.
+        symbolic: Whether a size may be unknown until a compiled program runs, which then checks it.
+
+    Raises:
+        TypeError: As `check_tensors`.
+        ValueError: As `check_tensors`.
+    """
+    check_tensors(where, x, residual, weight, offset, symbolic)
+    try:
+        check_tensors(where, x, None, weight2, offset, symbolic)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error} (in the second norm)") from None
+
+
 def check_gated(
     where: str, x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor | None, groups: int, symbolic: bool = False
 ) -> None:

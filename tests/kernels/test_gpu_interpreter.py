@@ -140,7 +140,7 @@ def two_norms_in_one_launch() -> None:
         ws = draw(shape[-1], dtype=dtype), None if offset == 0 and dtype is FP16 else draw(shape2[-1])
         spec = Spec(1e-6, cast, offset)
         apart = [gpu.plan_forward(Forward.of(x, None, w, spec, True)) for x, w in zip(xs, ws, strict=True)]
-        plan = gpu.merge_launches(both(*apart, (0, 2)))
+        plan = gpu.merge_pair(both(*apart, (0, 2)))
         assert len(plan.launches) == 1
         with guarded():
             found = run(plan, (xs[0], None, ws[0], xs[1], None, ws[1]))
@@ -148,6 +148,39 @@ def two_norms_in_one_launch() -> None:
             y, _, rstd = reference.forward(x, None, w, 1e-6, cast, offset, True)
             said = differing(found[2 * i], y) or differing(found[2 * i + 1], rstd)
             assert not said, f"norm {i} of {shape} and {shape2}, {dtype}, {cast}: {said}"
+
+
+@case
+def norm_sum_and_norm_in_one_launch() -> None:
+    from rmsnorm import reference
+    from rmsnorm.kernels import dispatch
+    from rmsnorm.kernels.gpu import planner as gpu
+    from rmsnorm.kernels.plan import sandwich
+    from rmsnorm.kernels.run import run
+    from rmsnorm.spec import Spec
+
+    shapes = ((5, 64), (2, 3, 1280), (3, 2304), (4, 96))
+    kinds = ((FP32, FP32), (FP16, FP16), (FP16, FP32))
+    for (cast, offset), (dtype, w_dtype), shape in itertools.product(SPECS[:3], kinds, shapes):
+        N = shape[-1]
+        h_dtype = FP32 if cast == "early" and w_dtype is FP32 else dtype
+        x, residual = draw(*shape, dtype=dtype), draw(*shape[:-1], N + 16, dtype=h_dtype)[..., :N]
+        w, w2 = draw(N, dtype=w_dtype), None if offset == 0 and dtype is FP16 else draw(N, dtype=w_dtype)
+        for with_rstd in (False, True):
+            spec = Spec(1e-6, cast, offset)
+            apart = map(gpu.plan_forward, dispatch.sandwich_kinds(x, w, residual, w2, spec, with_rstd))
+            merged = gpu.merge_sandwich(sandwich(*apart))
+            assert len(merged.launches) == 1, (shape, dtype)
+            with guarded():
+                y, s, rstd, rstd2 = run(merged, (x, None, w, residual, w2))
+            h, _, expected_rstd = reference.forward(x, None, w, 1e-6, cast, offset, with_rstd)
+            expected = reference.forward(h, residual, w2, 1e-6, cast, offset, with_rstd)
+            named = {"y": (y, expected[0]), "s": (s, expected[1])}
+            if with_rstd:
+                named |= {"rstd": (rstd, expected_rstd), "rstd2": (rstd2, expected[2])}
+            for name, (a, b) in named.items():
+                said = differing(a, b)
+                assert not said, f"{name} of {shape}, {dtype}, {cast}, offset {offset}: {said}"
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from rmsnorm.kernels.gpu import driver, kernels, staged, tiling  # noqa: E402
 from rmsnorm.kernels.gpu import planner as gpu  # noqa: E402
 from rmsnorm.kernels.gpu.driver import Slot, TritonLaunch  # noqa: E402
 from rmsnorm.kernels.gpu.tiling import Gpu  # noqa: E402
-from rmsnorm.kernels.plan import Backward, Forward, Plan, TensorKind  # noqa: E402
+from rmsnorm.kernels.plan import Backward, Forward, Plan, TensorKind, sandwich  # noqa: E402
 from rmsnorm.kernels.run import run  # noqa: E402
 from rmsnorm.spec import Spec  # noqa: E402
 
@@ -245,6 +245,19 @@ def test_ptx_of_a_sum_of_gradients_meets_the_requirements(dtype: torch.dtype, tm
     for frozen in ("x", "w"):
         for launch in plan_of_sum(1024, dtype, 2, frozen=frozen).launches:
             held_to(launch, 90, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
+def test_ptx_of_a_norm_a_sum_and_a_norm_meets_the_requirements(dtype: torch.dtype, tmp_path: Path) -> None:
+    for N in (128, 1152, 2304, 3584, 5376, 12288):  # Gemma's widths, and the widest
+        x, w = TensorKind.dense((8192, N), dtype), TensorKind.dense((N,), dtype)
+        first, second = (
+            gpu.plan_forward(Forward(CPU, x, residual, w, Spec(1e-6, "late", 1.0), True)) for residual in (None, x)
+        )
+        plan = sandwich(first, second)
+        assert plan is not None
+        (launch,) = gpu.merge_sandwich(plan).launches
+        held_to(launch, 90, tmp_path)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

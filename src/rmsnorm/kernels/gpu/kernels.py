@@ -380,6 +380,54 @@ def forward_two(
 
 
 @triton.jit(do_not_specialize=["M"])
+def forward_sandwich(
+    x, residual, w, w2, y, s, rstd, rstd2, M, N, sizes, x_steps, residual_steps, eps, offset,
+    EARLY: tl.constexpr, FIRST: tl.constexpr, STRIDED: tl.constexpr, MULTIPLE: tl.constexpr,
+    ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Each program computes the norm of a tile of x, adds the residual, and computes the norm of the sum s."""
+    N = as_multiple(N, MULTIPLE)
+    m = rows_of(tl.program_id(0), ROWS, 1)
+    first = tl.arange(0, BLOCK_N)[None, :]
+    row = ()
+    other = ()
+    squares = tl.zeros([ROWS, BLOCK_N], tl.float64)
+    for k in tl.static_range(PIECES):
+        n = first + k * BLOCK_N
+        inside = (m < M) & (n < N)
+        row += (tl.load(x + row_start(m, sizes, x_steps, STRIDED, MULTIPLE) + n, inside, 0.0),)
+        other += (tl.load(residual + row_start(m, sizes, residual_steps, STRIDED, MULTIPLE) + n, inside, 0.0),)
+    for k in tl.static_range(PIECES):
+        d = row[k].to(tl.float32).to(tl.float64)
+        squares = tl.fma(d, d, squares)  # the square is exact, so fusing changes nothing
+    r = rstd_of(tl.sum(squares, axis=1, keep_dims=True), N, eps)
+    if rstd is not None:
+        tl.store(rstd + m, r, m < M)
+    r = factor_of(r, x.dtype.element_ty, FIRST)
+    total = ()
+    squares = tl.zeros([ROWS, BLOCK_N], tl.float64)
+    for k in tl.static_range(PIECES):
+        n = first + k * BLOCK_N
+        weight = None if w is None else tl.load(w + n, n < N, 0.0)
+        h = scaled_output(row[k].to(tl.float32) * r, weight, offset, x.dtype.element_ty, s.dtype.element_ty, EARLY)
+        # h is not 0 beyond the end of a row if r is inf or NaN.
+        sum_k = tl.where(n < N, (h.to(tl.float32) + other[k].to(tl.float32)).to(s.dtype.element_ty), 0.0)
+        tl.store(s + m * N + n, sum_k, (m < M) & (n < N))
+        d = sum_k.to(tl.float32).to(tl.float64)
+        squares = tl.fma(d, d, squares)
+        total += (sum_k,)
+    r = rstd_of(tl.sum(squares, axis=1, keep_dims=True), N, eps)
+    if rstd2 is not None:
+        tl.store(rstd2 + m, r, m < M)
+    r = factor_of(r, s.dtype.element_ty, FIRST)
+    for k in tl.static_range(PIECES):
+        n = first + k * BLOCK_N
+        weight = None if w2 is None else tl.load(w2 + n, n < N, 0.0)
+        out = scaled_output(total[k].to(tl.float32) * r, weight, offset, s.dtype.element_ty, y.dtype.element_ty, EARLY)
+        tl.store(y + m * N + n, out, (m < M) & (n < N))
+
+
+@triton.jit(do_not_specialize=["M"])
 def forward_loop(
     x, residual, w, y, s, rstd, M, N, sizes, x_steps, residual_steps, eps, offset,
     EARLY: tl.constexpr, FIRST: tl.constexpr, STRIDED: tl.constexpr, MULTIPLE: tl.constexpr, BLOCK_N: tl.constexpr,

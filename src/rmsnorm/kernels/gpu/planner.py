@@ -87,31 +87,63 @@ _SHARED_BY_TWO = "eps", "offset", "EARLY", "FIRST"
 _OF_EACH = "M", "N", "sizes", "STRIDED", "MULTIPLE", "ROWS", "PIECES", "BLOCK_N"
 
 
-def merge_launches(plan: Plan) -> Plan:
+def merge_pair(plan: Plan) -> Plan:
     """The plan of two forward passes with one launch for both, if each has one that holds whole rows, of few tiles."""
-    if len(plan.launches) != 2:
+    found = _launches_of_whole_rows(plan)
+    if found is None:
         return plan
-    first, second = plan.launches
-    assert isinstance(first, TritonLaunch)
-    assert isinstance(second, TritonLaunch)
-    a, b = (dict(zip(launch.kernel.arg_names, launch.arguments, strict=True)) for launch in (first, second))
-    whole_rows = all(
-        launch.kernel is kernels.forward_block and named["residual"] is None and named["WORD"] == named["PARTS"] == 1
-        for launch, named in ((first, a), (second, b))
-    )
+    (first, a), (second, b) = found
     tiles = first.grid[0]
-    if not whole_rows or tiles + second.grid[0] > tiling.MOST_TILES_OF_TWO:
+    if a["residual"] is not None or b["residual"] is not None or tiles + second.grid[0] > tiling.MOST_TILES_OF_TWO:
         return plan
     values = {name: a[name] for name in _SHARED_BY_TWO} | {"tiles": tiles}
     for number, named in (("", a), ("2", b)):
         values |= {f"{name}{number}": named[name] for name in (*_OF_EACH, "x", "w", "y", "rstd")}
         values[f"x{number}_steps"] = named["x_steps"]
+    return _with_one_launch(plan, kernels.forward_two, tiles + second.grid[0], values)
+
+
+def merge_sandwich(plan: Plan) -> Plan:
+    """The plan of `forward_sandwich` with one launch for both norms, if each has one that holds whole rows.
+
+    The rows of x must be a constant step apart, and so must those of the residual.
+    """
+    found = _launches_of_whole_rows(plan)
+    if found is None:
+        return plan
+    (_, a), (second, b) = found
+    h = a["y"].tensor
+    if b["x"].tensor != h or a["MULTIPLE"] != b["MULTIPLE"] or a["STRIDED"] or b["STRIDED"]:
+        return plan
+    values = {name: b[name] for name in (*_OF_EACH, *_SHARED_BY_TWO, "residual", "residual_steps", "y", "s")}
+    values |= {"x": a["x"], "x_steps": a["x_steps"], "w": a["w"], "rstd": a["rstd"], "w2": b["w"], "rstd2": b["rstd"]}
+    merged = _with_one_launch(plan, kernels.forward_sandwich, second.grid[0], values)
+    return replace(merged, fresh=tuple(t for t in plan.fresh if t.name != h))
+
+
+def _launches_of_whole_rows(plan: Plan) -> list[tuple[TritonLaunch, dict[str, Any]]] | None:
+    """The two launches of a plan, each with its arguments by name; None if not each holds whole rows of whole words."""
+    found = []
+    for launch in plan.launches:
+        assert isinstance(launch, TritonLaunch)
+        named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=True))
+        if launch.kernel is not kernels.forward_block or named["WORD"] != 1 or named["PARTS"] != 1:
+            return None
+        found.append((launch, named))
+    return found if len(found) == 2 else None  # none if there are no rows
+
+
+def _with_one_launch(plan: Plan, kernel: Any, programs: int, values: Mapping[str, Any]) -> Plan:
+    """The plan with one launch in place of its two."""
+    first, second = plan.launches
+    assert isinstance(first, TritonLaunch)
+    assert isinstance(second, TritonLaunch)
     merged = replace(
         first,
-        kernel=kernels.forward_two,
-        grid=(tiles + second.grid[0],),
+        kernel=kernel,
+        grid=(programs,),
         warps=max(first.warps, second.warps),
-        arguments=tuple(values[name] for name in kernels.forward_two.arg_names),
+        arguments=tuple(values[name] for name in kernel.arg_names),
         aligned=first.aligned and second.aligned,
     )
     return replace(plan, launches=(merged,))
