@@ -33,8 +33,8 @@ def measure(
         write: Called with the result after each part, so that nothing is lost if a later part fails.
 
     Returns:
-        The result, in types that `json.dumps` takes. A world in which a rank failed is in `failed` with the reason, and
-        the parts before the failure are kept.
+        The result, in types that `json.dumps` takes. Why a rank failed is in `failed`, by the number of ranks, and the
+        parts before the failure are kept.
     """
     start = timing.now()
     found: dict[str, Any] = {
@@ -42,6 +42,8 @@ def measure(
         "machine": machine.describe(device),
         "tiny": options.tiny,
         "worlds": list(worlds),
+        "sections": list(options.sections),
+        "plans": list(options.plans),
         "repetitions": options.repetitions,
         BITS: [],
         NORMS: [],

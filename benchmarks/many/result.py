@@ -85,9 +85,20 @@ def over_parts(one: dict[str, Any]) -> float:
     return times[COLUMNS] / (times[PART] + times[REDUCE])
 
 
-def shares(variant: dict[str, Any]) -> dict[str, float]:
-    """Return the time in each class of kernels, relative to the median step; "others" is left out."""
-    return {name: us / variant["median_us"] for name, us in variant["shares_us"].items() if name != OTHER}
+SHOWN = tuple(name for name in CLASSES if name != OTHER)  # classes of kernels, in tables
+
+
+def shares(variant: dict[str, Any]) -> list[float | None]:
+    """Return the time in each of SHOWN relative to the median step, or None if the step was not profiled."""
+    taken = variant.get("shares_us", {})
+    return [taken[name] / variant["median_us"] if name in taken else None for name in SHOWN]
+
+
+def not_measured(found: dict[str, Any]) -> list[str]:
+    """Return the training steps that were asked for and not measured, because a rank failed or a run was stopped."""
+    known = {(one["world"], one["plan"]) for one in (*found[STEPS], *found[LEFT_OUT])}
+    asked = itertools.product(found["worlds"], found["plans"]) if STEPS in found["sections"] else ()
+    return [f"{plan} on {ranks(world)}" for world, plan in asked if (world, plan) not in known]
 
 
 def dw_in_words(group: list[dict[str, Any]]) -> str:
@@ -147,6 +158,8 @@ def blocks(found: dict[str, Any]) -> Iterator[Block]:
     yield from found["failed"].values()
     for one in found[LEFT_OUT]:
         yield f"{ranks(one['world'])}, {one['plan']} was left out: {one['reason']}"
+    if missing := not_measured(found):
+        yield f"not measured: {'; '.join(missing)}"
     met = sum(bound["met"] for bound in found["bounds"])
     yield f"{met} of {len(found['bounds'])} aims are met in {duration(found['seconds'], 3)}"
     for bound in found["bounds"]:
@@ -157,7 +170,7 @@ def blocks(found: dict[str, Any]) -> Iterator[Block]:
 def _steps(steps: list[dict[str, Any]]) -> Iterator[Block]:
     columns = (
         Column("", words=True), Column("step"), Column("quartiles"), Column("/ as is", words=True),
-        *(Column(name) for name in CLASSES if name != OTHER),
+        *map(Column, SHOWN),
     )  # fmt: skip
     of_model = f"{MODEL.what}, {steps[0]['layers']} layers"
     for _, group in itertools.groupby(steps, lambda one: one["world"]):
@@ -170,7 +183,7 @@ def _steps(steps: list[dict[str, Any]]) -> Iterator[Block]:
 def _row(variant: dict[str, Any]) -> tuple[str, ...]:
     median, low, high = (variant[f"{figure}_us"] / 1e6 for figure in ("median", "low", "high"))
     ratio = NOTHING if variant["variant"] == AS_IS else ratio_in_words(variant)
-    of_step = (share(part, 3) for part in shares(variant).values())
+    of_step = (share(part, 3) for part in shares(variant))
     return (variant["variant"], duration(median), f"{duration(low, 3)} to {duration(high, 3)}", ratio, *of_step)
 
 

@@ -43,7 +43,7 @@ def sample_rounds(calls: Mapping[str, Callable[[], object]], rank: Rank, rounds:
 
 
 def _seconds(call: Callable[[], object], repeats: int, rank: Rank) -> float:
-    dist.barrier()
+    dist.all_reduce(torch.zeros(1, device=rank.device))  # all ranks are ready
     _wait(rank.device)
     start = timing.now()
     for _ in range(repeats):

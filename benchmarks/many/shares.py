@@ -1,7 +1,8 @@
 """Which part of a profiled step is spent in norms, in their collectives and in the others.
 
-The kernels of a norm are those that its forward pass launches, and those of the autograd nodes that it creates. torch's
-profiler tells which operator launched a kernel, and gives an operator and its node in the backward pass one number.
+The kernels of a norm are those that its forward pass launches, and those of the autograd nodes that it creates. torch
+numbers the nodes in the order of their creation, and the profiler notes the next number with each operator that it
+sees. So an operator at the beginning of a norm and one at its end, which do nothing, tell the numbers of its nodes.
 """
 
 import contextlib
@@ -25,13 +26,16 @@ _NODE = "autograd::engine::evaluate_function"
 def marked(norms: Sequence[nn.Module]) -> Iterator[None]:
     """Mark the calls of these modules for the profiler, with what other hooks do around them."""
     handles = []
+    nothing = torch.empty(0)
     for module in norms:
         mark = record_function(_RANGE)
 
         def enter(module: nn.Module, args: Any, mark: Any = mark) -> None:
             mark.__enter__()
+            nothing.view(0)
 
         def leave(module: nn.Module, args: Any, y: Any, mark: Any = mark) -> None:
+            nothing.view(0)
             mark.__exit__(None, None, None)
 
         handles += [module.register_forward_pre_hook(enter, prepend=True), module.register_forward_hook(leave)]
@@ -76,13 +80,13 @@ def classify(events: list[Any], on_gpu: bool) -> dict[str, float]:
         on_gpu: Whether the time of kernels counts, or that of operators.
     """
     operators = [event for event in events if event.device_type == DeviceType.CPU]
-    created_by = _creators(operators)
+    nodes = _nodes_of_norms(operators)
     found = dict.fromkeys(CLASSES, 0.0)
     seen: dict[str, float] = defaultdict(float)
     for operator in operators:
         parts = [(k.name, k.duration) for k in operator.kernels] if on_gpu else [(operator.name, _own_time(operator))]
         if parts:
-            of_norm = _is_in_norm(operator, created_by)
+            of_norm = _is_in_norm(operator, nodes)
             for name, us in parts:
                 found[_class_of(name, of_norm)] += us
                 seen[name] += us
@@ -111,17 +115,14 @@ def _own_time(operator: Any) -> float:
     return float(operator.self_cpu_time_total)
 
 
-def _creators(operators: list[Any]) -> dict[int, Any]:
-    """Return which operator of the forward pass created the autograd node of each number.
-
-    An operator that creates no node has the number of the next node, so the last one with a number is its creator.
-    """
-    numbered = [o for o in operators if o.sequence_nr >= 0 and not any(_is_node(each) for each in _with_callers(o))]
-    return {o.sequence_nr: o for o in sorted(numbered, key=lambda o: o.time_range.start)}
-
-
-def _is_node(operator: Any) -> bool:
-    return bool(operator.name.startswith(_NODE))
+def _nodes_of_norms(operators: list[Any]) -> set[int]:
+    """Return the numbers of the autograd nodes that norms create."""
+    nodes: set[int] = set()
+    for operator in operators:
+        if operator.name == _RANGE:
+            numbers = [inner.sequence_nr for inner in operator.cpu_children if inner.sequence_nr >= 0]
+            nodes |= set(range(min(numbers, default=0), max(numbers, default=0)))
+    return nodes
 
 
 def _with_callers(operator: Any) -> Iterator[Any]:
@@ -130,14 +131,13 @@ def _with_callers(operator: Any) -> Iterator[Any]:
         operator = operator.cpu_parent
 
 
-def _is_in_norm(operator: Any, created_by: dict[int, Any]) -> bool:
+def _is_in_norm(operator: Any, nodes: set[int]) -> bool:
     """Return whether an operator belongs to a norm. What FSDP does around one, such as gathering weights, does not."""
     for each in _with_callers(operator):
         if each.name == _RANGE:
             return True
         if each.name.startswith("FSDP::"):
             return False
-        if _is_node(each):
-            creator = created_by.get(each.sequence_nr)
-            return creator is not None and any(caller.name == _RANGE for caller in _with_callers(creator))
+        if each.name.startswith(_NODE):
+            return each.sequence_nr in nodes
     return False
