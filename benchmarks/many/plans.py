@@ -1,5 +1,6 @@
 """Spread a Llama model over ranks: FSDP2, sequence parallel around tensor parallel, or both."""
 
+import functools
 from typing import Any
 
 import torch
@@ -37,8 +38,13 @@ def why_not(plan: str, world: int, config: Any, tokens: int) -> str:
 
 
 def mesh_of(plan: str, rank: Rank) -> DeviceMesh:
-    """Return the mesh of a plan."""
-    return init_device_mesh(rank.device.type, sizes_of(plan, rank.world), mesh_dim_names=("dp", "tp"))
+    """Return the mesh of a plan, the same one for plans of the same sizes."""
+    return _mesh(rank.device.type, sizes_of(plan, rank.world))
+
+
+@functools.cache  # because NCCL connects the ranks of each new mesh again
+def _mesh(device_type: str, sizes: tuple[int, int]) -> DeviceMesh:
+    return init_device_mesh(device_type, sizes, mesh_dim_names=("dp", "tp"))
 
 
 def described(mesh: DeviceMesh) -> dict[str, int]:

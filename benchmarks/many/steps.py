@@ -101,6 +101,7 @@ def measure_plan(plan: str, built: Any, rank: Rank, options: Options) -> dict[st
     Returns:
         What was found, in types that `json.dumps` takes.
     """
+    start = timing.now()
     variants = {name: Spread(name, built, plan, rank, options) for name in _NAMES}
     first = {name: one.first_step() for name, one in variants.items()}
     alone = _alone(built, first[AS_IS].dy, rank, options)
@@ -109,6 +110,17 @@ def measure_plan(plan: str, built: Any, rank: Rank, options: Options) -> dict[st
     calls: dict[str, Callable[[], object]] = {name: one.train for name, one in variants.items()}
     samples = sample_rounds(calls, rank, options.repetitions)
     mesh = plans.described(next(iter(variants.values())).mesh)
+    found = [
+        {
+            "variant": name,
+            **timing.summarize(samples[name]).to_json(),
+            "over_as_is": ratio_to_json(samples[name], samples[AS_IS]),
+            "errors": errors[name],
+            "shares_us": shares.measure(one.train, one.norms, rank.device),
+            "samples_us": [round(sample * 1e6, 1) for sample in samples[name]],
+        }
+        for name, one in variants.items()
+    ]
     return {
         "plan": plan,
         "mesh": mesh,
@@ -116,17 +128,8 @@ def measure_plan(plan: str, built: Any, rank: Rank, options: Options) -> dict[st
         "parameters": sum(p.numel() for p in built.parameters()),
         "batch": options.batch * mesh[plans.DATA],
         "tokens": options.tokens,
-        "variants": [
-            {
-                "variant": name,
-                **timing.summarize(samples[name]).to_json(),
-                "over_as_is": ratio_to_json(samples[name], samples[AS_IS]),
-                "errors": errors[name],
-                "shares_us": shares.measure(one.train, one.norms, rank.device),
-                "samples_us": [round(sample * 1e6, 1) for sample in samples[name]],
-            }
-            for name, one in variants.items()
-        ],
+        "variants": found,
+        "seconds": round(timing.now() - start, 1),
     }
 
 

@@ -99,6 +99,17 @@ def test_a_plan_that_a_model_does_not_fit_is_left_out(many: Any) -> None:
     assert [plans.sizes_of("FSDP2 × TP", world) for world in (1, 2, 3, 8)] == [(1, 1), (1, 2), (3, 1), (4, 2)]
 
 
+@pytest.mark.parametrize(
+    ("worlds", "message"), [("0", "--worlds is 0, expected at least 1"), ("1,x", "'1,x': give numbers")]
+)
+def test_a_number_of_ranks_that_cannot_be_is_refused(
+    many: Any, worlds: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises((CommandError, SystemExit)) as raised:
+        many.main(["--device", "cpu", "--worlds", worlds])
+    assert message in str(raised.value) + capsys.readouterr().err
+
+
 def test_bits_that_differ_are_counted(many: Any, one_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
     options = many.definitions.Options(True, (), (), 1, 2, 16, 2)
     (case, *_) = (case for case in options.bit_cases() if case.x == torch.float32 and case.residual is None)
