@@ -83,13 +83,13 @@ class Measured:
             "kept_bytes": self.kept,
             "peak_bytes": self.peak,
             "errors": {name: error if math.isfinite(error) else None for name, error in self.errors.items()},
-            "over_as_is": _ratio_to_json(self.samples, as_is.samples if as_is else []),
-            "over_patched": _ratio_to_json(self.samples, patched.samples if patched else []),
+            "over_as_is": ratio_to_json(self.samples, as_is.samples if as_is else []),
+            "over_patched": ratio_to_json(self.samples, patched.samples if patched else []),
             "samples_us": [round(sample * 1e6, 1) for sample in self.samples],
         }
 
 
-def _ratio_to_json(samples: Sequence[float], base: Sequence[float]) -> dict[str, Any] | None:
+def ratio_to_json(samples: Sequence[float], base: Sequence[float]) -> dict[str, Any] | None:
     """Return the median of the paired ratios with its interval; None without pairs."""
     if not samples or not base:
         return None
