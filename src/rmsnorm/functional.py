@@ -61,7 +61,8 @@ def rms_norm(
     Args:
         x: Of shape (..., N), in float32, bfloat16, float16 or float64 (which is computed in float32). Any strides; as
             long as the last dimension is contiguous nothing is copied.
-        weight: Of shape (N,), in any of these dtypes, or None.
+        weight: In any of these dtypes, or None. Of shape (N,), or (H, N) for x of shape (..., H, N): then each head is
+            multiplied by its own row of the weight. Every row of N numbers is normalized on its own in both cases.
         eps: Added to the mean of the squares; 0 is legal.
         cast: "early" casts to the dtype of x before the multiplication by the weight, as Llama, DeepSeek V2 and V3,
             Qwen and Mistral do; "late" multiplies in float32 and casts once, as GPT-OSS, Olmo 2 and Gemma do; "first"
@@ -80,6 +81,9 @@ def rms_norm(
         >>> x, weight = torch.randn(2, 8, dtype=torch.bfloat16), torch.ones(8, dtype=torch.bfloat16)
         >>> rmsnorm.rms_norm(x, weight, eps=1e-6).shape
         torch.Size([2, 8])
+        >>> queries, of_heads = torch.randn(2, 32, 128), torch.ones(32, 128)  # a weight for each of 32 heads
+        >>> rmsnorm.rms_norm(queries, of_heads).shape
+        torch.Size([2, 32, 128])
     """
     if not more and normalized_shape is None and not torch.compiler.is_compiling():
         y = host.norm(x, None, weight, eps, cast, offset)

@@ -4,7 +4,8 @@ Every step rounds to fp32 unless the code says otherwise. The modules in `kernel
 `backward` and must give the same bits. `Spec` in spec.py defines *exact*, *published*, *early*, *late* and
 *first*.
 
-Shapes: x, residual, s, y, dy, ds and dx are (..., N), w and dw are (N,), and rstd is (...,), one fp32 number a row.
+Shapes: x, residual, s, y, dy, ds and dx are (..., N), w and dw are (N,), and rstd is (...,), one fp32 number a row. If
+each head has its own weight, w and dw are (H, N), rstd is (..., H), and the others are (..., H, N).
 """
 
 import functools
@@ -191,9 +192,10 @@ def input_gradient(
 
 
 def weight_gradient(dy: Tensor, xh: Tensor, dtype: torch.dtype, w: Tensor, cast: str) -> Tensor:
-    """dw, (N,) in the dtype of w: Σ over rows of dy·xh in fp64. dtype is that of x; early and first cast xh to it."""
+    """dw, of the shape and dtype of w: Σ over rows of dy·xh in fp64. Early and first cast xh to dtype, that of x."""
     h = xh if cast == "late" else xh.to(dtype).float()
-    return (dy.float() * h).double().reshape(xh.shape[:-1].numel(), xh.shape[-1]).sum(0).to(w.dtype)
+    rows = xh.shape[: xh.dim() - w.dim()].numel()
+    return (dy.float() * h).double().reshape(rows, *w.shape).sum(0).to(w.dtype)
 
 
 def truth(x: Tensor, w: Tensor | None, eps: float, offset: float) -> Tensor:

@@ -367,7 +367,7 @@ def check_tensors(
         where: The function that was called, for the message.
         x: (..., N) with N of at least 1.
         residual: None, or of the shape of x.
-        weight: None, or (N,). An offset requires one.
+        weight: None, (N,), or (H, N) for x of shape (..., H, N). An offset requires one.
         offset: 0 or 1.
         symbolic: Whether a size may be unknown until a compiled program runs, which then checks it.
 
@@ -378,7 +378,7 @@ def check_tensors(
     _check_rows(where, "x", x, symbolic)
     if residual is not None:
         _check_like(where, "residual", residual, "x", x, symbolic)
-    _check_weight(where, weight, x, symbolic)
+    _check_weight(where, weight, x, symbolic, by_head=True)
     if weight is None and offset != 0.0:
         raise ValueError(complaint(where, "weight", "is None with an offset", "a weight that the offset is added to"))
 
@@ -513,7 +513,7 @@ def check_gradients(
         _check_like(where, "x", x, "dy", dy, symbolic)
         if ds is not None:
             _check_like(where, "ds", ds, "dy", dy, symbolic)
-        _check_weight(where, weight, x, symbolic)
+        _check_weight(where, weight, x, symbolic, by_head=True)
         if weight is None and (need_dw or offset != 0.0):
             raise ValueError(complaint(where, "weight", "is None", "a weight, for its gradient or for an offset"))
         _check_rstd(where, rstd, tuple(x.shape[:-1]), x, symbolic)
@@ -656,20 +656,42 @@ def _check_like(where: str, name: str, t: torch.Tensor, of: str, x: torch.Tensor
     _check_device(where, name, t, x, of)
 
 
-def _check_weight(where: str, weight: torch.Tensor | None, x: torch.Tensor, symbolic: bool) -> None:
+def _check_weight(
+    where: str, weight: torch.Tensor | None, x: torch.Tensor, symbolic: bool, by_head: bool = False
+) -> None:
+    """Check a weight of shape (N,), or if `by_head` also of shape (H, N), for x of shape (..., H, N)."""
     if weight is None:
         return
     if not (_is_dense(weight) and weight.dtype in DTYPES):
         _refuse(where, "weight", weight)
-    if not _same_sizes(weight.shape, x.shape[-1:], symbolic):
-        expected = f"({x.shape[-1]},), the last dimension of x"
-        if not symbolic and weight.dim() > 1 and weight.shape == x.shape[-weight.dim() :]:
-            expected += (
-                f"; to normalize over {weight.dim()} dimensions, flatten them in x and weight; if each head has its "
-                "own weight, call without a weight and multiply the result by it"
-            )
-        raise ValueError(complaint(where, "weight", f"has shape {tuple(weight.shape)}", expected))
+    dims = 2 if by_head and weight.dim() == 2 else 1
+    if not _same_sizes(weight.shape, x.shape[-dims:], symbolic):
+        was = f"has shape {tuple(weight.shape)}"
+        raise ValueError(complaint(where, "weight", was, _expected_weight(weight.shape, x.shape, by_head)))
     _check_device(where, "weight", weight, x)
+
+
+def _expected_weight(shape: Sequence[int], of_x: Sequence[int], by_head: bool) -> str:
+    """What a weight of this shape should have been for x of shape `of_x`, for a message."""
+    N, dims = of_x[-1], len(shape)
+    expected = f"({N},), the last dimension of x"
+    if not by_head or dims < 2:
+        return expected
+    if dims == 2:
+        heads, width = shape
+        if len(of_x) > 1:
+            expected += f", or ({of_x[-2]}, {N}), the last two"
+        if heads * width == N and heads > 1:
+            expected += f"; if each head has its own weight, call with x.unflatten(-1, ({heads}, {width}))"
+        elif len(of_x) > 2 and (of_x[-3], N) == (heads, width):
+            expected += "; if each head has its own weight, call with x.transpose(-3, -2)"
+        return expected
+    if tuple(shape) == tuple(of_x[-dims:]):
+        expected += (
+            f"; to normalize over {dims} dimensions, flatten them in x and weight; if each row of these has its own "
+            "weight, flatten all of them but the last"
+        )
+    return expected
 
 
 def _check_rstd(where: str, rstd: torch.Tensor, shape: tuple[int, ...], x: torch.Tensor, symbolic: bool) -> None:

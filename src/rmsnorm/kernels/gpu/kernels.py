@@ -20,6 +20,9 @@ import triton.language as tl
 # first `lead` columns of such a row come before its first whole word. The rows of a tile are APART rows apart, so all
 # have the same lead. The PIECES hold the `body` columns, those in whole words, and one more piece (see `ends_of`) holds
 # the columns at both ends. Column numbers n count from the first whole word.
+#
+# HEADS: how many weights there are. Row m has that of head m % HEADS, so the rows of a tile are HEADS rows apart, and
+# all tiles of a program have the rows of one head.
 
 
 @triton.jit
@@ -70,6 +73,12 @@ def body_of(N, lead, WORD: tl.constexpr):
 def start_of(start, lead, WORD: tl.constexpr):
     """Where the first whole word begins in rows that begin at `start`."""
     return start if WORD == 1 else as_multiple(start + lead, WORD)
+
+
+@triton.jit
+def weight_of(w, tile, N, HEADS: tl.constexpr):
+    """The weight of the rows of a tile; `tile` can also be a row, or a program that takes the rows of one head."""
+    return w if w is None or HEADS == 1 else w + (tile % HEADS).to(tl.int64) * N
 
 
 @triton.jit
@@ -290,10 +299,11 @@ def forward_tile(
     tile, part, x, residual, w, y, s, rstd, shares, M, N, parts, sizes, x_steps, residual_steps, eps, offset,
     EARLY: tl.constexpr, FIRST: tl.constexpr, STRIDED: tl.constexpr, MULTIPLE: tl.constexpr, WORD: tl.constexpr,
     PARTS: tl.constexpr, ROWS: tl.constexpr, APART: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    HEADS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Computes the ROWS rows of a tile, reading them once; if PARTS > 1, one part of a row."""
     N = as_multiple(N, MULTIPLE)
+    w = weight_of(w, tile, N, HEADS)
     m = rows_of(tile, ROWS, APART)
     lead = lead_of(tile, N, APART, WORD)
     body = body_of(N, lead, WORD)
@@ -348,13 +358,13 @@ def forward_block(
     x, residual, w, y, s, rstd, shares, M, N, parts, sizes, x_steps, residual_steps, eps, offset,
     EARLY: tl.constexpr, FIRST: tl.constexpr, STRIDED: tl.constexpr, MULTIPLE: tl.constexpr, WORD: tl.constexpr,
     PARTS: tl.constexpr, ROWS: tl.constexpr, APART: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    HEADS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Each program computes a tile, or one part of it."""
     forward_tile(
         tl.program_id(0) // parts, tl.program_id(0) % parts, x, residual, w, y, s, rstd, shares, M, N, parts,
         sizes, x_steps, residual_steps, eps, offset,
-        EARLY, FIRST, STRIDED, MULTIPLE, WORD, PARTS, ROWS, APART, PIECES, BLOCK_N, OVERLAP,
+        EARLY, FIRST, STRIDED, MULTIPLE, WORD, PARTS, ROWS, APART, PIECES, BLOCK_N, HEADS, OVERLAP,
     )  # fmt: skip
 
 
@@ -363,19 +373,21 @@ def forward_two(
     x, w, y, rstd, x2, w2, y2, rstd2, M, N, sizes, x_steps, M2, N2, sizes2, x2_steps, tiles, eps, offset,
     EARLY: tl.constexpr, FIRST: tl.constexpr,
     STRIDED: tl.constexpr, MULTIPLE: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEADS: tl.constexpr,
     STRIDED2: tl.constexpr, MULTIPLE2: tl.constexpr, ROWS2: tl.constexpr, PIECES2: tl.constexpr, BLOCK_N2: tl.constexpr,
+    HEADS2: tl.constexpr,
 ):  # fmt: skip
     """Two calls of `forward_block` without a residual: the first `tiles` programs make the first."""
     program = tl.program_id(0)
     if program < tiles:
         forward_tile(
             program, 0, x, None, w, y, None, rstd, None, M, N, 1, sizes, x_steps, None, eps, offset,
-            EARLY, FIRST, STRIDED, MULTIPLE, 1, 1, ROWS, 1, PIECES, BLOCK_N, False,
+            EARLY, FIRST, STRIDED, MULTIPLE, 1, 1, ROWS, HEADS, PIECES, BLOCK_N, HEADS, False,
         )  # fmt: skip
     else:
         forward_tile(
             program - tiles, 0, x2, None, w2, y2, None, rstd2, None, M2, N2, 1, sizes2, x2_steps, None, eps, offset,
-            EARLY, FIRST, STRIDED2, MULTIPLE2, 1, 1, ROWS2, 1, PIECES2, BLOCK_N2, False,
+            EARLY, FIRST, STRIDED2, MULTIPLE2, 1, 1, ROWS2, HEADS2, PIECES2, BLOCK_N2, HEADS2, False,
         )  # fmt: skip
 
 
@@ -383,10 +395,12 @@ def forward_two(
 def forward_loop(
     x, residual, w, y, s, rstd, M, N, sizes, x_steps, residual_steps, eps, offset,
     EARLY: tl.constexpr, FIRST: tl.constexpr, STRIDED: tl.constexpr, MULTIPLE: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEADS: tl.constexpr,
 ):  # fmt: skip
     """Each program loops over one row twice: once for the sum, once for y."""
     N = as_multiple(N, MULTIPLE)
     m = tl.program_id(0).to(tl.int64)
+    w = weight_of(w, m, N, HEADS)
     rows = x + row_start(m, sizes, x_steps, STRIDED, MULTIPLE)
     squares = tl.zeros([BLOCK_N], tl.float64)
     for first in range(0, N.to(tl.int64), BLOCK_N):
@@ -453,17 +467,19 @@ def backward_block(
     sizes, dy_steps, dy2_steps, dy3_steps, ds_steps, x_steps, offset,
     EARLY: tl.constexpr, ROUND_FIRST: tl.constexpr,
     STRIDED: tl.constexpr, MULTIPLE: tl.constexpr, WORD: tl.constexpr, PARTS: tl.constexpr,
-    ROWS: tl.constexpr, APART: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr, APART: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexpr,
     STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """dx of every `programs`-th tile of ROWS rows, and their share of dw; if PARTS > 1, of one part of each row.
 
     If STAGES > 1, the next tiles are loaded into shared memory while this one is processed. At any time all programs
     work on neighbouring tiles, for which memory is faster than if each worked on its own range of rows. If rows
-    begin anywhere within a word, APART divides `programs` or each program has one tile, so that its rows have one lead.
+    begin anywhere within a word, or HEADS > 1, APART divides `programs` or each program has one tile, so that its rows
+    have one lead or one weight.
     """
     N = as_multiple(N, MULTIPLE)
     program, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    w = weight_of(w, program, N, HEADS)
     n = part * (PIECES * BLOCK_N) + tl.arange(0, BLOCK_N)[None, :]
     lead = lead_of(program, N, APART, WORD)
     body = body_of(N, lead, WORD)
@@ -559,11 +575,12 @@ def dw_terms(dy, xh, X: tl.constexpr, EARLY: tl.constexpr):
 def backward_loop(
     dy, ds, x, w, rstd, dx, M, N, sizes, dy_steps, ds_steps, x_steps, offset,
     EARLY: tl.constexpr, ROUND_FIRST: tl.constexpr, STRIDED: tl.constexpr, MULTIPLE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """Each program computes dx of one row, looping over it twice: once for the sum, once for dx."""
     N = as_multiple(N, MULTIPLE)
     m = tl.program_id(0).to(tl.int64)
+    w = weight_of(w, m, N, HEADS)
     r = tl.load(rstd + m)
     dy += row_start(m, sizes, dy_steps, STRIDED, MULTIPLE)
     x += row_start(m, sizes, x_steps, STRIDED, MULTIPLE)
@@ -588,16 +605,16 @@ def backward_loop(
 @triton.jit(do_not_specialize=["M", "programs"])
 def dw_alone(
     dy, dy2, dy3, x, rstd, partials, M, N, parts, programs, sizes, dy_steps, dy2_steps, dy3_steps, x_steps,
-    EARLY: tl.constexpr, STRIDED: tl.constexpr, MULTIPLE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    EARLY: tl.constexpr, STRIDED: tl.constexpr, MULTIPLE: tl.constexpr, ROWS: tl.constexpr, APART: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A share of dw for BLOCK_N columns: the sum over every `programs`-th tile of ROWS rows."""
+    """A share of dw for BLOCK_N columns: the sum over every `programs`-th tile of ROWS rows, APART rows apart."""
     N = as_multiple(N, MULTIPLE)
     program, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     n = part.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     dw = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    for turn in tl.range(0, turns_of(M, program, programs, ROWS, 1), num_stages=STAGES):
-        m = rows_of(program + turn * programs, ROWS, 1)
+    for turn in tl.range(0, turns_of(M, program, programs, ROWS, APART), num_stages=STAGES):
+        m = rows_of(program + turn * programs, ROWS, APART)
         inside = (m < M) & (n < N)
         r = tl.load(rstd + m, m < M, 0.0)
         dy_row = tl.load(dy + row_start(m, sizes, dy_steps, STRIDED, MULTIPLE) + n, inside, 0.0)

@@ -20,6 +20,7 @@ from rmsnorm.kernels.plan import (
     TensorKind,
     find_layout,
     gradients,
+    heads_of,
     summands,
 )
 from rmsnorm.kernels.rows import Walk, walk
@@ -54,7 +55,7 @@ def plan_forward(kind: Forward) -> Plan:
     before += converted
     gpu = gpu_at(index_of(kind.device))
     aligned = rows.N > tiling.ADD_WIDEST and _can_be_staged(rows, kinds, x.dtype)
-    config = tiling.forward(rows.N, x.dtype.itemsize, residual is not None, aligned, gpu)
+    config = tiling.forward(rows.N, x.dtype.itemsize, residual is not None, aligned, gpu, heads_of(w))
     if w is not None:
         kinds["w"] = dense("w", w, before)
     shape = tuple(x.shape)
@@ -84,7 +85,7 @@ def plan_forward(kind: Forward) -> Plan:
 
 
 _SHARED_BY_TWO = "eps", "offset", "EARLY", "FIRST"
-_OF_EACH = "M", "N", "sizes", "STRIDED", "MULTIPLE", "ROWS", "PIECES", "BLOCK_N"
+_OF_EACH = "M", "N", "sizes", "STRIDED", "MULTIPLE", "ROWS", "PIECES", "BLOCK_N", "HEADS"
 
 
 def merge_launches(plan: Plan) -> Plan:
@@ -145,13 +146,13 @@ def plan_backward(kind: Backward) -> Plan:
     if need_dx:
         fresh.append(Fresh("dx", x.dtype, tuple(x.shape)))
     calls = Calls(device, rows, kinds, fresh, x.dtype)
-    early = spec.cast != "late"
+    early, heads = spec.cast != "late", heads_of(w)
     reads = _reads(dict(zip(wanted, rows.steps, strict=True)))
     sums: Launch | None = None  # the launch whose programs compute partial sums of dw
     if need_dx:
         itemsize = 0 if of_dw is None else of_dw.itemsize
         config = tiling.backward(
-            M, N, of_x, of_dy, itemsize, with_ds, aligned, gpu, len(dys), kind.round_first
+            M, N, of_x, of_dy, itemsize, with_ds, aligned, gpu, len(dys), kind.round_first, heads
         )  # fmt: skip
         sums = config if of_dw is not None and config.parts > 0 else None
         if sums is not None:
@@ -164,20 +165,22 @@ def plan_backward(kind: Backward) -> Plan:
             partials=None if sums is None else "partials", shares="shares", programs=config.programs,
             ds_steps=rows.steps[-1], offset=_offset(spec.offset), EARLY=early, ROUND_FIRST=kind.rounds_dx_first,
         )  # fmt: skip
-    if of_dw is not None:
+    if of_dw is not None and w is not None:
         if sums is None:
-            sums = tiling.dw_alone(M, N, len(dys) * of_dy + of_x, of_dw.itemsize, gpu)
+            sums = tiling.dw_alone(M, N, len(dys) * of_dy + of_x, of_dw.itemsize, gpu, heads)
             parts = cdiv(N, sums.block_n)
             fresh.append(Fresh("partials", torch.float32, (sums.programs, N)))
             calls.add(
                 kernels.dw_alone, sums.programs * parts, sums, False, **reads, rstd="rstd", partials="partials",
                 parts=parts, programs=sums.programs, EARLY=early,
             )  # fmt: skip
-        config = tiling.sum_partials(sums.programs, N, gpu)
-        fresh.append(Fresh("dw", of_dw, (N,)))
+        # The shares of a program for each head, one after the other, are like those of one program for a wider row.
+        programs, columns = sums.programs // heads, heads * N
+        config = tiling.sum_partials(programs, columns, gpu)
+        fresh.append(Fresh("dw", of_dw, tuple(w.shape)))
         calls.add(
-            kernels.sum_partials, cdiv(N, config.block_n), config, sums.programs > 0, partials="partials", dw="dw",
-            programs=sums.programs,
+            kernels.sum_partials, cdiv(columns, config.block_n), config, programs > 0, partials="partials", dw="dw",
+            programs=programs, N=columns,
         )  # fmt: skip
     return Plan(
         kind.device,
@@ -245,7 +248,7 @@ class Calls:
         if grid == 0:
             return
         rows = self._rows
-        word = self._word if config.apart > 1 and self._can_be_shifted else 1
+        word = self._word if config.apart > 1 and config.heads == 1 and self._can_be_shifted else 1
         values = (config if word > 1 else config.for_any_strides(rows.N)).constants | {
             "M": rows.M, "N": rows.N, "parts": config.parts, "sizes": rows.sizes, "STRIDED": rows.strided,
             # One for each lane of a warp: with fewer, every value is held several times, in a third more registers.
