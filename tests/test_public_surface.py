@@ -14,7 +14,8 @@ SIGNATURES = {
     "rms_norm": "x, weight=None, eps=1e-06, *, cast='early', offset=0.0",
     "add_rms_norm": "x, residual, weight=None, eps=1e-06, *, cast='early', offset=0.0",
     "rms_norms": "xs, weights=None, eps=1e-06, *, cast='early', offset=0.0",
-    "RMSNorm": "hidden_size, eps=1e-06, *, cast='early', offset=0.0, elementwise_affine=True, device=None, dtype=None",
+    "RMSNorm": "hidden_size, eps=1e-06, *, cast='early', offset=0.0, heads=None, elementwise_affine=True, device=None, "
+    "dtype=None",
     "gated_rms_norm": "x, gate, weight=None, eps=1e-06, *, cast='early', activation='silu', gate_first=False, groups=1",
     "GatedRMSNorm": "hidden_size, eps=1e-06, *, cast='early', activation='silu', gate_first=False, groups=1, "
     "elementwise_affine=True, device=None, dtype=None",
@@ -29,7 +30,8 @@ SIGNATURES = {
     "register": "",
     "decompositions": "",
     "cost": "shape, dtype=torch.bfloat16, weight_dtype=None, *, implementation='ours', phase='inference', device='cpu', "
-    "cast='early', offset=0.0, elementwise_affine=True, master=False, recompute=False, threads=None",
+    "cast='early', offset=0.0, elementwise_affine=True, master=False, recompute=False, by_head=False, "
+    "threads=None",
     "Cost": "flops, read, written, kernels, saved, saved_by_readers, peak, least, parameters, gradients, optimizer, "
     "derived, terms",
     "unpatch": "model",
