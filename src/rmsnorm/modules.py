@@ -16,6 +16,7 @@ from rmsnorm.spec import (
     check_bool,
     check_int,
     check_spec,
+    check_variance_size,
     gated_spec,
     is_torchs_shape,
 )  # fmt: skip
@@ -71,15 +72,18 @@ class RMSNorm(nn.Module):
         heads: None for a weight of shape (hidden_size,). A number H, at least 1, for a weight of shape
             (H, hidden_size): x is then (..., H, hidden_size), and each head is multiplied by its own row of the weight.
             Requires a weight.
+        variance_size: None, or how many of the first columns the mean is taken over, from 1 to hidden_size, as in
+            `rms_norm`.
         elementwise_affine: Whether there is a weight.
         device: The device of the weight.
         dtype: The dtype of the weight: float32, bfloat16, float16 or float64. None for torch's default.
 
     Raises:
-        TypeError: If hidden_size or heads is not an int, eps or offset is not a number, elementwise_affine is not a
-            bool, dtype is none of the four, or the arguments are those of `torch.nn.RMSNorm`.
-        ValueError: If hidden_size, eps, cast, offset or heads has another value than these, the offset is 1 without
-            "late", or there is an offset of 1 or a number of heads without a weight.
+        TypeError: If hidden_size, heads or variance_size is not an int, eps or offset is not a number,
+            elementwise_affine is not a bool, dtype is none of the four, or the arguments are those of
+            `torch.nn.RMSNorm`.
+        ValueError: If hidden_size, eps, cast, offset, heads or variance_size has another value than these, the offset
+            is 1 without "late", or there is an offset of 1 or a number of heads without a weight.
 
     Example:
         >>> layer = rmsnorm.RMSNorm(1280, dtype=torch.bfloat16)
@@ -102,6 +106,7 @@ class RMSNorm(nn.Module):
         cast: Cast = "early",
         offset: float = 0.0,
         heads: int | None = None,
+        variance_size: int | None = None,
         elementwise_affine: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -115,10 +120,15 @@ class RMSNorm(nn.Module):
         check_spec(where, eps, cast, offset)
         if offset != 0 and not elementwise_affine:
             raise ValueError(complaint(where, "elementwise_affine", "is False with an offset", "True"))
+        check_variance_size(where, variance_size)
+        if variance_size is not None and variance_size > hidden_size:
+            expected = f"at most {hidden_size}, the hidden_size"
+            raise ValueError(complaint(where, "variance_size", f"is {variance_size}", expected))
         if heads is not None and not elementwise_affine:
             raise ValueError(complaint(where, "elementwise_affine", "is False with a number of heads", "True"))
         self.hidden_size = hidden_size
         self.heads = heads
+        self.variance_size = None if variance_size is None else int(variance_size)
         self.eps = float(eps)
         self.cast = cast
         self.offset = float(offset)
@@ -148,13 +158,17 @@ class RMSNorm(nn.Module):
             ValueError: If its last dimension is not hidden_size, the one before it not the number of heads, or it is on
                 another device than the weight.
         """
-        return rms_norm(x, self.weight, self.eps, cast=self.cast, offset=self.offset)
+        return rms_norm(
+            x, self.weight, self.eps, cast=self.cast, offset=self.offset, variance_size=self.variance_size
+        )  # fmt: skip
 
     __prepare_scriptable__ = _refuse_script  # torch.jit.script calls it
 
     def _rmsnorm_explain(self, x: Any) -> str:
         """For `rmsnorm.explain`."""
-        return explain(x, self.weight, eps=self.eps, cast=self.cast, offset=self.offset)
+        return explain(
+            x, self.weight, eps=self.eps, cast=self.cast, offset=self.offset, variance_size=self.variance_size
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         """The arguments of the constructor, for `print(model)`."""
@@ -163,6 +177,8 @@ class RMSNorm(nn.Module):
             parts.append(f"offset={self.offset}")
         if self.heads is not None:
             parts.append(f"heads={self.heads}")
+        if self.variance_size is not None:
+            parts.append(f"variance_size={self.variance_size}")
         if self.weight is None:
             parts.append("elementwise_affine=False")
         return ", ".join(parts)

@@ -93,6 +93,7 @@ def check(
     offset: float = 0.0,
     with_rstd: bool = True,
     needs: tuple[bool, bool] = (True, True),
+    V: int | None = None,
 ) -> None:
     """Compares forward and backward of the kernels with the reference, and checks the memory around the outputs."""
     from planned import Kernels
@@ -103,9 +104,9 @@ def check(
     inputs = [t for t in (x, w, residual, dy, ds) if t is not None]
     before = [t.clone(memory_format=torch.contiguous_format) for t in inputs]
     with guarded() as buffers:
-        got = kernels.forward(x, residual, w, eps, cast, offset, with_rstd)
+        got = kernels.forward(x, residual, w, eps, cast, offset, with_rstd, V)
     assert buffers, "no output is guarded"
-    expected = reference.forward(x, residual, w, eps, cast, offset, True)
+    expected = reference.forward(x, residual, w, eps, cast, offset, True, V)
     wrong = {name: differing(a, b) for name, a, b in zip(("y", "s"), got, expected, strict=False)}
     wrong["rstd"] = differing(got[2], expected[2] if with_rstd else None)
 
@@ -115,8 +116,8 @@ def check(
     dy = draw(*y.shape, dtype=y.dtype) if dy is None else dy
     needs = (needs[0], needs[1] and w is not None)
     with guarded():
-        gradients = kernels.backward(dy, ds, rows, w, rstd, cast, offset, *needs)
-    right = reference.backward(dy, ds, rows, w, rstd, cast, offset, *needs)
+        gradients = kernels.backward(dy, ds, rows, w, rstd, cast, offset, *needs, V)
+    right = reference.backward(dy, ds, rows, w, rstd, cast, offset, *needs, V)
     wrong["dx"] = differing(gradients[0], right[0])
     if needs[1]:
         assert w is not None
@@ -247,6 +248,27 @@ def heads_with_weights_of_their_own() -> None:
     with walked(32, PIECE=32, COLUMNS=64) as seen:
         check(draw(5, 3, 65), draw(3, 65))
         check(draw(5, 3, 65), draw(3, 65), draw(5, 3, 65), ds=draw(5, 3, 65))
+    assert seen >= WALKS | WALKS_OF_TWO, seen
+
+
+@case
+def statistics_of_the_first_columns() -> None:
+    forms = ((5, 64, 40), (3, 72, 1), (67, 65, 33), (2, 1280, 1279), (4, 97, 97), (1, 8, 4), (0, 8, 3), (3, 2049, 16))
+    for index, (M, N, V) in enumerate(forms):
+        for dtype in (FP32, FP16):
+            cast, offset = SPECS[index % len(SPECS)]
+            x, w = draw(M, N, dtype=dtype), draw(N, dtype=dtype)
+            x[2:, V:] = torch.inf  # outside of the statistic
+            check(x, w, cast=cast, offset=offset, V=V)
+            cast, offset = SPECS[(index + 1) % len(SPECS)]
+            residual, ds = draw(M, N, dtype=dtype), draw(M, N, dtype=dtype)
+            weight = w if offset or index % 2 else None
+            check(draw(M, N, dtype=dtype), weight, residual, ds=ds, cast=cast, offset=offset, V=V)
+    check(draw(3, 4, 48), draw(4, 48), V=24)
+    check(draw(4, 3, 48).transpose(0, 1)[..., 5:], draw(43), V=24)
+    with walked(32, PIECE=32, COLUMNS=64) as seen:
+        check(draw(5, 65), draw(65), V=40)
+        check(draw(5, 65, dtype=FP16), draw(65), draw(5, 65, dtype=FP16), ds=draw(5, 65, dtype=FP16), V=33)
     assert seen >= WALKS | WALKS_OF_TWO, seen
 
 

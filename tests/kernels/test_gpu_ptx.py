@@ -78,13 +78,14 @@ def plans(
     frozen: str = "",
     capability: int = 9,
     heads: int = 1,
+    V: int | None = None,
 ) -> tuple[Plan, Plan]:
     """The plans of a forward and a backward pass."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "gpu_at", lambda device: Gpu(SHARED_MEMORY[capability], capability=capability))
         gpu.plan_forward.cache_clear()
         gpu.plan_backward.cache_clear()
-        spec, x_ = Spec(1e-6, cast, offset), TensorKind.dense(shape, x)
+        spec, x_ = Spec(1e-6, cast, offset, variance_size=V), TensorKind.dense(shape, x)
         w_ = None if w is None else TensorKind.dense(shape[-1:] if heads == 1 else (heads, shape[-1]), w)
         forward = gpu.plan_forward(Forward(CPU, x_, x_ if residual else None, w_, spec, True))
         y = next(t for t in forward.fresh if t.name == "y")
@@ -197,6 +198,10 @@ OTHERS: dict[str, dict[str, Any]] = {
     "odd width, wider": {"N": 200001, "residual": True},
     "no residual, wide": {"N": 32768},
     "64-bit rows": {"M": 2**31 + 16},
+    "first columns": {"V": 1024},
+    "first columns, residual": {"V": 1000, "residual": True},
+    "first columns, odd width": {"N": 1279, "V": 640},
+    "first columns, wide": {"N": 32768, "V": 16384},
     "heads": {"heads": 32, "N": 128},
     "heads, narrow": {"heads": 4, "N": 64, "x": FP16, "w": FP32, "cast": "late", "offset": 1.0},
     "heads, residual": {"heads": 8, "residual": True},

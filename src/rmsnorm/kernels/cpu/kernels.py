@@ -15,6 +15,7 @@ from rmsnorm.kernels.cpu.intrinsics import (
     FIRST,
     FOURTH,
     HEADS,
+    MEASURED,
     SECOND,
     THIRD,
     add,
@@ -40,8 +41,12 @@ from rmsnorm.kernels.cpu.intrinsics import (
 # would change a weight of -0.0.
 
 
-def forward(by_head: bool) -> Callable[..., None]:
-    """The forward kernel; by_head: whether each head has its own weight, so that row m has that of head m % heads."""
+def forward(by_head: bool, sliced: bool) -> Callable[..., None]:
+    """The forward kernel.
+
+    by_head: whether each head has its own weight, so that row m has that of head m % heads. sliced: whether the
+    statistic is taken over only some of the columns.
+    """
 
     def forward(
         x: Any, residual: Any, w: Any, y: Any, s: Any, rstd: Any, layout: Any, spec: Any, first: int, last: int
@@ -49,6 +54,7 @@ def forward(by_head: bool) -> Callable[..., None]:
         N, eps, offset, early = layout[0], spec[0], spec[1], spec[2] != 0
         parts = parts_of(x)
         steps, of_head = N // parts, 0
+        measured = layout[MEASURED] if sliced else N
         for m in range(first, last):
             rows, at, out = x, start_of(layout, FIRST, m) // parts, m * steps
             if given(residual):
@@ -62,10 +68,10 @@ def forward(by_head: bool) -> Callable[..., None]:
             if by_head:
                 of_head = m % layout[HEADS] * steps
             total = 0.0
-            for i in range(steps):
+            for i in range(measured // parts):
                 for k in range(parts):
                     total = add_square(total, np.float64(widen(rows[at + i], k)))
-            v = np.float32(total / N) + eps
+            v = np.float32(total / measured) + eps
             r = np.float32(1) / np.float32(math.sqrt(v))
             if given(rstd):
                 rstd[m] = r
@@ -83,10 +89,10 @@ def forward(by_head: bool) -> Callable[..., None]:
     return forward
 
 
-def backward(dys: int, round_first: bool, by_head: bool) -> Callable[..., None]:
+def backward(dys: int, round_first: bool, by_head: bool, sliced: bool) -> Callable[..., None]:
     """The backward kernel for a sum of `dys` gradients of y.
 
-    dx is rounded before ds is added if `round_first`; by_head: as in `forward`.
+    dx is rounded before ds is added if `round_first`; by_head, sliced: as in `forward`.
     """
     strides_of_ds = (THIRD, FOURTH, FIFTH)[dys - 1]
 
@@ -100,6 +106,7 @@ def backward(dys: int, round_first: bool, by_head: bool) -> Callable[..., None]:
         steps, columns, of_head = N // parts, N, 0  # columns: of dw
         if by_head:
             columns *= layout[HEADS]
+        measured = layout[MEASURED] if sliced else N
         a2, a3 = 0, 0
         for m in range(first, last):
             a, b = start_of(layout, FIRST, m) // parts, start_of(layout, SECOND, m) // parts
@@ -127,7 +134,7 @@ def backward(dys: int, round_first: bool, by_head: bool) -> Callable[..., None]:
                         column = k * (columns // parts) + of_head + i
                         dw[sums + column] += np.float64(d * (cast(xh, x) if early else xh))
             if given(dx):
-                c = np.float32(total / N)
+                c = np.float32(total / measured)
                 other = start_of(layout, strides_of_ds, m) // parts
                 for i in range(steps):
                     element = nothing(dx)
@@ -137,7 +144,10 @@ def backward(dys: int, round_first: bool, by_head: bool) -> Callable[..., None]:
                             d = cast(d + widen(dy2[a2 + i], k), dy)
                         if dys > 2:
                             d = cast(d + widen(dy3[a3 + i], k), dy)
-                        t = r * (d * (widen(w[of_head + i], k) + offset) - xh * c)
+                        through = xh * c
+                        if sliced and i >= measured // parts:
+                            through = np.float32(0)
+                        t = r * (d * (widen(w[of_head + i], k) + offset) - through)
                         if round_first:
                             t = widen(put(nothing(dx), 0, t, dx, w), 0)
                         element = put(element, k, t + widen(ds[other + i], k) if adds else t, dx, w)

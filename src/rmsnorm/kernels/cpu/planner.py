@@ -52,16 +52,18 @@ def _elements(x: torch.dtype, read: _Types, even: bool) -> tuple[Any, Any, Any]:
 
 
 @functools.cache
-def _forward_kernel(x: torch.dtype, read: _Types, even: bool, by_head: bool) -> Any:
+def _forward_kernel(x: torch.dtype, read: _Types, even: bool, by_head: bool, sliced: bool) -> Any:
     X, W, Y = _elements(x, read, even)
-    return compiled(forward(by_head), X, X, W, Y, X, types.float32, types.int64, types.float32)
+    return compiled(forward(by_head, sliced), X, X, W, Y, X, types.float32, types.int64, types.float32)
 
 
 @functools.cache
-def _backward_kernel(x: torch.dtype, read: _Types, even: bool, dys: int, round_first: bool, by_head: bool) -> Any:
+def _backward_kernel(
+    x: torch.dtype, read: _Types, even: bool, dys: int, round_first: bool, by_head: bool, sliced: bool
+) -> Any:
     X, W, Y = _elements(x, read, even)
     pointees = Y, Y, Y, X, X, W, types.float32, X, types.float64, types.int64, types.float32
-    return compiled(backward(dys, round_first, by_head), *pointees)
+    return compiled(backward(dys, round_first, by_head, sliced), *pointees)
 
 
 @functools.cache
@@ -86,11 +88,13 @@ def plan_forward(kind: Forward) -> Plan | ByReference:
     row, x, residual, before = summands(kind)
     spec = kind.spec
     wanted = {row: (x, x.dtype)} | ({} if residual is None else {"residual": (residual, x.dtype)})
-    rows, kinds, converted = find_layout(functools.partial(rows_of, groups=heads_of(kind.w)), wanted)
+    heads, sliced = heads_of(kind.w), spec.variance_size is not None
+    find = functools.partial(rows_of, groups=heads, measured=spec.variance_size)
+    rows, kinds, converted = find_layout(find, wanted)
     types = _types(x.dtype, None if kind.w is None else kind.w.dtype, spec.cast)
     scale = _scale(kind.w, types, rows.N)
     even = rows.even and _paired(*kinds.values(), scale.kind)
-    kernel = _forward_kernel(x.dtype, types, even, heads_of(kind.w) > 1)
+    kernel = _forward_kernel(x.dtype, types, even, heads > 1, sliced)
     if isinstance(kernel, str):
         return ByReference(kernel)
     y, s = like_rows("y", kind.x, types.y), like_rows("s", kind.x, x.dtype)
@@ -121,8 +125,8 @@ def plan_backward(kind: Backward) -> Plan | ByReference:
     dys, before = gradients(kind, types.y)
     dy, *more = ((name, (of, types.y)) for name, of in dys.items())
     wanted = dict([dy, ("x", (x, x.dtype)), *more]) | ({} if kind.ds is None else {"ds": (kind.ds, x.dtype)})
-    heads = heads_of(w)
-    find = functools.partial(rows_of, groups=heads)
+    heads, sliced = heads_of(w), spec.variance_size is not None
+    find = functools.partial(rows_of, groups=heads, measured=spec.variance_size)
     rows, kinds, converted = find_layout(find, wanted)  # in the order of the kernel's layout
     before += converted
     rstd = kind.rstd
@@ -131,7 +135,7 @@ def plan_backward(kind: Backward) -> Plan | ByReference:
         before.append(Converted("rstd", ("rstd",), rstd.dtype))
     scale = _scale(w, types, rows.N)
     even = rows.even and _paired(*kinds.values(), scale.kind, rstd)
-    kernel = _backward_kernel(x.dtype, types, even, len(dys), kind.rounds_dx_first, heads > 1)
+    kernel = _backward_kernel(x.dtype, types, even, len(dys), kind.rounds_dx_first, heads > 1, sliced)
     need_dw = kind.need_dw and w is not None
     sums = need_dw and rows.chunks > 0
     of_sum = _sum_kernel(x.dtype, types, even) if sums else None

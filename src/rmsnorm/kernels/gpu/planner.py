@@ -54,7 +54,7 @@ def plan_forward(kind: Forward) -> Plan:
     rows, kinds, converted = find_layout(walk, wanted)
     before += converted
     gpu = gpu_at(index_of(kind.device))
-    aligned = rows.N > tiling.ADD_WIDEST and _can_be_staged(rows, kinds, x.dtype)
+    aligned = rows.N > tiling.ADD_WIDEST and spec.variance_size is None and _can_be_staged(rows, kinds, x.dtype)
     config = tiling.forward(rows.N, x.dtype.itemsize, residual is not None, aligned, gpu, heads_of(w))
     if w is not None:
         kinds["w"] = dense("w", w, before)
@@ -72,7 +72,7 @@ def plan_forward(kind: Forward) -> Plan:
         x=row, residual=None if residual is None else "residual", w=None if w is None else "w", y="y",
         s=None if residual is None else "s", rstd="rstd" if kind.with_rstd else None, shares="shares",
         x_steps=rows.steps[0], residual_steps=rows.steps[-1], eps=float(spec.eps), offset=_offset(spec.offset),
-        EARLY=spec.cast != "late", FIRST=spec.cast == "first",
+        V=spec.variance_size, EARLY=spec.cast != "late", FIRST=spec.cast == "first",
     )  # fmt: skip
     return Plan(
         kind.device,
@@ -97,7 +97,9 @@ def merge_launches(plan: Plan) -> Plan:
     assert isinstance(second, TritonLaunch)
     a, b = (dict(zip(launch.kernel.arg_names, launch.arguments, strict=True)) for launch in (first, second))
     whole_rows = all(
-        launch.kernel is kernels.forward_block and named["residual"] is None and named["WORD"] == named["PARTS"] == 1
+        launch.kernel is kernels.forward_block
+        and named["residual"] is named["V"] is None
+        and named["WORD"] == named["PARTS"] == 1
         for launch, named in ((first, a), (second, b))
     )
     tiles = first.grid[0]
@@ -139,7 +141,8 @@ def plan_backward(kind: Backward) -> Plan:
     before += converted
     M, N, device, gpu = rows.M, rows.N, index_of(kind.device), gpu_at(index_of(kind.device))
     of_x, of_dy = x.dtype.itemsize, y_dtype.itemsize
-    aligned = tiling.BACKWARD_WIDEST[of_x] < N and _can_be_staged(rows, kinds, x.dtype)
+    wide, whole = tiling.BACKWARD_WIDEST[of_x] < N, spec.variance_size is None
+    aligned = wide and whole and _can_be_staged(rows, kinds, x.dtype)
     kinds["rstd"] = dense("rstd", kind.rstd, before)  # only hooks on saved tensors can make a copy necessary
     if w is not None:
         kinds["w"] = dense("w", w, before)
@@ -163,7 +166,8 @@ def plan_backward(kind: Backward) -> Plan:
             M if config.parts == 0 else config.programs * config.parts, config, calls.exchange(config, gpu),
             **reads, ds="ds" if with_ds else None, w=None if w is None else "w", rstd="rstd", dx="dx",
             partials=None if sums is None else "partials", shares="shares", programs=config.programs,
-            ds_steps=rows.steps[-1], offset=_offset(spec.offset), EARLY=early, ROUND_FIRST=kind.rounds_dx_first,
+            ds_steps=rows.steps[-1], offset=_offset(spec.offset), V=spec.variance_size, EARLY=early,
+            ROUND_FIRST=kind.rounds_dx_first,
         )  # fmt: skip
     if of_dw is not None and w is not None:
         if sums is None:
