@@ -200,6 +200,33 @@ def two_dimensions(mesh: DeviceMesh) -> None:
         torch.testing.assert_close(got_gradients[-1].full_tensor(), gradients[-1], rtol=OTHER_ORDER, atol=1e-5)
 
 
+@on(2, 4)
+def weights_of_heads_are_sharded_as_the_heads(mesh: DeviceMesh) -> None:
+    """Whole heads without communication, as under tensor parallelism; also uneven shards, rows and columns."""
+    for H, dtype in ((8, torch.bfloat16), (3, torch.float32)):
+        x, residual, _, dy, ds = drawn((5, H, 40), dtype, dtype)
+        w = randn(H, 40, seed=6, dtype=dtype).requires_grad_()
+        outputs, gradients = norm(x, residual, w, dy, ds, {})
+        for p, of_w, of_dw in (
+            (Shard(1), Shard(0), Shard(0)),
+            (Shard(1), Replicate(), Shard(0)),
+            (Shard(0), Replicate(), Partial()),
+            (Shard(2), Shard(1), Shard(1)),
+            (Replicate(), Replicate(), Replicate()),
+        ):
+            X, R, DY, DS = (spread(t, mesh, p) for t in (x, residual, dy, ds))
+            with communicating(**({"all_reduce": 2} if p == Shard(2) else {})):
+                got, got_gradients = norm(X, R, spread(w, mesh, of_w), DY, DS, {})
+            for a, b in zip(got + got_gradients[:-1], outputs + gradients[:-1], strict=True):
+                same(a, b, f"{H} heads, {p}", p)
+            dw = got_gradients[-1]
+            assert dw.placements == (of_dw,)
+            if of_dw == Partial():  # each rank rounds its share
+                torch.testing.assert_close(dw.full_tensor().float(), gradients[-1].float(), rtol=2e-2, atol=2e-2)
+            else:
+                assert_same_bits(dw.full_tensor(), gradients[-1], "dw")
+
+
 @on(2)
 def differing_placements_are_redistributed(mesh: DeviceMesh) -> None:
     """A residual or gradient with other placements than x, and a Partial x."""
@@ -888,6 +915,7 @@ def unsuitable_placements_raise(mesh: DeviceMesh) -> None:
     x, residual, w, *_ = (t.detach() for t in drawn((4, 6, 32), torch.float32, torch.float32))
     rows, columns, every = (spread(x, mesh, p) for p in (Shard(1), Shard(2), Replicate()))
     w_every, w_columns = spread(w, mesh, Replicate()), spread(w, mesh, Shard(0))
+    of_heads = spread(randn(6, 32), mesh, Shard(1))
     table: list[tuple[tuple[Any, ...], list[str]]] = [
         ((rows, w), ["weight is a plain tensor", "Shard(dim=1)", "distribute_tensor(weight", "parallelize_module"]),
         ((x, w_columns), ["x is a plain tensor", "Shard(dim=0)", "distribute_tensor(x", "fully_shard"]),
@@ -895,6 +923,7 @@ def unsuitable_placements_raise(mesh: DeviceMesh) -> None:
         ((rows, w_columns), ["weight has placements (Shard(dim=0),)", "x has (Shard(dim=1),)", "redistribute"]),
         ((rows, spread(w, other, Replicate(), Replicate())), ["weight is on the mesh", "the mesh of x", "on one mesh"]),
         ((rows, DTensor.from_local(w, mesh, [Partial()])), ["weight has placements (Partial(sum),)", "redistribute"]),
+        ((rows, of_heads), ["weight has placements (Shard(dim=1),)", "Shard(dim=0) on mesh dimension 0", "same dimension"]),
         ((columns, rows, w_every), ["residual has placements (Shard(dim=1),)", "Shard(dim=2)", "residual.redistribute"]),
         ((rows, residual, w_every), ["residual is a plain tensor", "Shard(dim=1)", "distribute_tensor(residual"]),
     ]  # fmt: skip
@@ -903,6 +932,8 @@ def unsuitable_placements_raise(mesh: DeviceMesh) -> None:
         with pytest.raises(ValueError, match=rf"^\[{call.__name__}\] ") as raised:
             call(*arguments)
         assert all(word in str(raised.value) for word in words), raised.value
+    with pytest.raises(NotImplementedError, match=r"\[rms_norm\] variance_size is given, expected None for a DTensor"):
+        rmsnorm.rms_norm(rows, w_every, variance_size=16)
     sharded = fully_shard(Block(), mesh=mesh)
     with pytest.raises(ValueError, match="call of the module"):
         sharded.norm(x.view(-1, 8, 96)[..., :N])

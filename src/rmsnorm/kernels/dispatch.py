@@ -34,7 +34,7 @@ def forward(
     """As `reference.forward`."""
     plan = plan_forward(Forward.of(x, residual, w, spec, with_rstd))
     if isinstance(plan, ByReference):
-        return reference.forward(x, residual, w, spec.eps, spec.cast, spec.offset, with_rstd)
+        return reference.forward(x, residual, w, spec.eps, spec.cast, spec.offset, with_rstd, spec.variance_size)
     y, s, rstd = run(plan, (x, residual, w))
     assert y is not None
     return y, s, rstd
@@ -46,7 +46,7 @@ def backward(
     """As `reference.backward`."""
     plan = plan_backward(Backward.of(dy, ds, x, w, rstd, spec, need_dx, need_dw))
     if isinstance(plan, ByReference):
-        return reference.backward(dy, ds, x, w, rstd, spec.cast, spec.offset, need_dx, need_dw)
+        return reference.backward(dy, ds, x, w, rstd, spec.cast, spec.offset, need_dx, need_dw, spec.variance_size)
     dx, dw = run(plan, (dy, ds, x, w, rstd))
     return dx, dw
 

@@ -387,6 +387,11 @@ def summands(kind: Forward) -> tuple[str, TensorKind, TensorKind | None, list[Co
     return "s", total, None, [Converted("s", ("x", "residual"), total.dtype)]
 
 
+def heads_of(w: TensorKind | None) -> int:
+    """How many heads have a weight of their own: row m has that of head m % heads. 1 if all rows have the same."""
+    return 1 if w is None or len(w.shape) == 1 else max(1, w.shape[0])
+
+
 def gradients(kind: Backward, dtype: torch.dtype) -> tuple[dict[str, TensorKind], list[Converted]]:
     """The gradients of y that a kernel adds, by name, and the conversions before the kernel.
 

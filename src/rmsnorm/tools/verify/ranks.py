@@ -75,8 +75,9 @@ def assign_shardings(rows: list[SweepRow], world: int) -> list[SweepRow]:
             ),
         )
         for i, row in enumerate(rows)
-        # neither the operator that adds gradients nor gated norms have a rule for sharded tensors
-        if not row.cases[0].summands and row.cases[0].gate is None
+        # The operator that adds gradients and gated norms have no rule for sharded tensors; if each head has its own
+        # weight, dw has parts of another kind.
+        if not row.cases[0].summands and row.cases[0].gate is None and row.cases[0].heads == 1
     ]
 
 
