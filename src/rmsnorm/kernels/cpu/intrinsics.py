@@ -247,9 +247,9 @@ def invoke(typing_context: Any, call: Any, pointers: Any, first: Any, last: Any)
 
 # --- where rows begin ----------------------------------------------------------------------------------------
 # The layout of a call holds N, the rows of a chunk, the two inner sizes of the rows' three dimensions, and from FIRST
-# on three strides for each input.
+# on three strides for each input, then at WHOLE the width of whole rows: more than N if a call takes a part of them.
 
-FIRST, SECOND, THIRD, FOURTH, FIFTH = 4, 7, 10, 13, 16
+FIRST, SECOND, THIRD, FOURTH, FIFTH, WHOLE = 4, 7, 10, 13, 16, 19
 
 
 @numba.njit(error_model="numpy")

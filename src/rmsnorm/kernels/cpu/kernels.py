@@ -16,6 +16,7 @@ from rmsnorm.kernels.cpu.intrinsics import (
     FOURTH,
     SECOND,
     THIRD,
+    WHOLE,
     add,
     add_square,
     cast,
@@ -35,14 +36,17 @@ from rmsnorm.kernels.cpu.intrinsics import (
 
 # Absent tensors are null pointers. Outputs are contiguous. Inputs are contiguous in the last dimension only. An element
 # holds one or two numbers ("parts"), which divide N. In partial sums, all first parts precede all second.
+# sums: only for parts of rows, which begin or finish a row: the sums over the part, which are written if there is no y
+# or dx; otherwise the sums over whole rows, which are read.
 # spec: eps, the offset, and the cast: 0 is late, 1 early, 2 first. Without an offset it is -0.0, because adding +0.0
 # would change a weight of -0.0.
 
 
 def forward(
-    x: Any, residual: Any, w: Any, y: Any, s: Any, rstd: Any, layout: Any, spec: Any, first: int, last: int
+    x: Any, residual: Any, w: Any, y: Any, s: Any, rstd: Any, sums: Any, layout: Any, spec: Any, first: int, last: int
 ) -> None:  # fmt: skip
     N, eps, offset, early = layout[0], spec[0], spec[1], spec[2] != 0
+    finishes = given(sums) and given(y)
     parts = parts_of(x)
     steps = N // parts
     for m in range(first, last):
@@ -56,10 +60,16 @@ def forward(
                 s[out + i] = element
             rows, at = s, out
         total = 0.0
-        for i in range(steps):
-            for k in range(parts):
-                total = add_square(total, np.float64(widen(rows[at + i], k)))
-        v = np.float32(total / N) + eps
+        if finishes:
+            total = sums[m]
+        else:
+            for i in range(steps):
+                for k in range(parts):
+                    total = add_square(total, np.float64(widen(rows[at + i], k)))
+        if not given(y):
+            sums[m] = total
+            continue
+        v = np.float32(total / layout[WHOLE]) + eps
         r = np.float32(1) / np.float32(math.sqrt(v))
         if given(rstd):
             rstd[m] = r
@@ -79,10 +89,11 @@ def backward(dys: int, round_first: bool) -> Callable[..., None]:
     strides_of_ds = (THIRD, FOURTH, FIFTH)[dys - 1]
 
     def backward(
-        dy: Any, dy2: Any, dy3: Any, ds: Any, x: Any, w: Any, rstd: Any, dx: Any, dw: Any, layout: Any, spec: Any,
-        first: int, last: int,
+        dy: Any, dy2: Any, dy3: Any, ds: Any, x: Any, w: Any, rstd: Any, dx: Any, dw: Any, sums: Any, layout: Any,
+        spec: Any, first: int, last: int,
     ) -> None:  # fmt: skip
         N, chunk, wants_dw, adds = layout[0], layout[1], given(dw), given(ds)
+        finishes = given(sums) and given(dx)
         offset, early = spec[1], spec[2] != 0
         parts = parts_of(x)
         steps = N // parts
@@ -93,13 +104,13 @@ def backward(dys: int, round_first: bool) -> Callable[..., None]:
                 a2 = start_of(layout, THIRD, m) // parts
             if dys > 2:
                 a3 = start_of(layout, FOURTH, m) // parts
-            out, sums = m * steps, m // chunk * N
+            out, share = m * steps, m // chunk * N
             r = rstd[m]
             if wants_dw and m % chunk == 0:
                 for i in range(N):
-                    dw[sums + i] = 0.0
+                    dw[share + i] = 0.0
             total = 0.0
-            for i in range(steps):
+            for i in range(steps if wants_dw or not finishes else 0):
                 for k in range(parts):
                     d, xh = widen(dy[a + i], k), widen(x[b + i], k) * r
                     if dys > 1:
@@ -108,9 +119,11 @@ def backward(dys: int, round_first: bool) -> Callable[..., None]:
                         d = cast(d + widen(dy3[a3 + i], k), dy)
                     total = add(total, np.float64((d * (widen(w[i], k) + offset)) * xh))
                     if wants_dw:
-                        dw[sums + k * steps + i] += np.float64(d * (cast(xh, x) if early else xh))
+                        dw[share + k * steps + i] += np.float64(d * (cast(xh, x) if early else xh))
+            if given(sums) and not finishes:
+                sums[m] = total
             if given(dx):
-                c = np.float32(total / N)
+                c = np.float32(((sums[m] + 0.0) if finishes else total) / layout[WHOLE])
                 other = start_of(layout, strides_of_ds, m) // parts
                 for i in range(steps):
                     element = nothing(dx)

@@ -47,8 +47,13 @@ class Rows:
 
 
 @functools.lru_cache(MOST_PLANS)
-def rows_of(shape: Sequence[int], *strides: Sequence[int], groups: int = 1, least: int = CHUNK) -> Rows | None:
-    """As `rows.walk`, with rows divided into chunks of at least `least` elements and a multiple of `groups` rows."""
+def rows_of(
+    shape: Sequence[int], *strides: Sequence[int], groups: int = 1, least: int = CHUNK, whole: int = 0
+) -> Rows | None:
+    """As `rows.walk`, with rows divided into chunks of at least `least` elements and a multiple of `groups` rows.
+
+    whole: the width of whole rows if these are parts of them.
+    """
     found = walk(shape, *strides)
     if found is None:
         return None
@@ -56,7 +61,7 @@ def rows_of(shape: Sequence[int], *strides: Sequence[int], groups: int = 1, leas
     chunk = groups * max(_FEWEST_ROWS, -(-least // (N * groups)), -(-(M // groups) // _MOST_CHUNKS))
     sizes = found.sizes if found.strided else (1, M)
     steps = [step for of_one in found.steps for step in of_one]
-    values = [N, chunk, *sizes, *steps, *[0] * (3 * _MOST_INPUTS - len(steps))]
+    values = [N, chunk, *sizes, *steps, *[0] * (3 * _MOST_INPUTS - len(steps)), whole or N]
     even = all(number % 2 == 0 for number in (N, *steps)) and sys.byteorder == "little"
     return Rows(M, N, max(1, _GRAIN // N), chunk, -(-M // chunk), even, (ctypes.c_int64 * len(values))(*values))
 

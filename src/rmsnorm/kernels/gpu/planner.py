@@ -18,6 +18,7 @@ from rmsnorm.kernels.plan import (
     Fresh,
     Plan,
     TensorKind,
+    dense,
     find_layout,
     gradients,
     summands,
@@ -299,14 +300,6 @@ def _y_dtype(x: torch.dtype, w: TensorKind | None, cast: str) -> torch.dtype:
 
 def _offset(offset: float) -> float:
     return float(offset) or -0.0
-
-
-def dense(name: str, kind: TensorKind, before: list[Converted]) -> TensorKind:
-    """The kind of a tensor that a kernel reads as contiguous; adds a copy to `before` if it is not."""
-    if kind.is_dense:
-        return kind
-    before.append(Converted(name, (name,), kind.dtype))
-    return TensorKind.dense(kind.shape, kind.dtype)
 
 
 def _can_be_staged(rows: Walk, kinds: Mapping[str, TensorKind], dtype: torch.dtype) -> bool:
