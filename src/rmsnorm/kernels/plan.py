@@ -230,7 +230,7 @@ class BeginBackward(NamedTuple):
 
 
 class FinishBackward(NamedTuple):
-    """A kind of call that computes dx and dw of one part from dy, ds, x, w, rstd and the sums S over whole rows of N."""
+    """A kind of call that computes dx and dw of one part from dy, ds, x, w, rstd and the sums S over whole rows."""
 
     device: torch.device
     dy: TensorKind

@@ -3,9 +3,9 @@
     begin_forward   ->  s and S, the sums of squares of the part  ->  all-reduce  ->  finish_forward   ->  y, rstd
     begin_backward  ->  S, the sums of g·xh of the part           ->  all-reduce  ->  finish_backward  ->  dx, dw
 
-sharding.py calls them with the local tensors of DTensors, and adds up S, one fp64 number a row, over the ranks. Together
-they give the bits of whole rows. A part may have no columns. They are opaque to compilers for the reason that
-operators.py states.
+sharding.py calls them with the local tensors of DTensors, and adds up S, one fp64 number a row, over the ranks. The
+outputs have the bits of whole rows. A part may have no columns. The operators are opaque to compilers for the reason
+that operators.py states.
 """
 
 from typing import Any

@@ -33,11 +33,21 @@ Layout = tuple[Placement, ...]
 # --- the rules -----------------------------------------------------------------------------------------------
 
 
-def is_sharded_by_columns(x: Any, residual: Any, w: Any) -> bool | None:
-    """Whether each row of these DTensors is spread over several ranks, for `explain`; None if there is no DTensor."""
-    if not any(isinstance(t, DTensor) for t in (x, residual, w)):
+def any_dtensor(*tensors: Any) -> bool:
+    return any(isinstance(t, DTensor) for t in tensors)
+
+
+def part_of_columns(x: Any, residual: Any, w: Any) -> int | None:
+    """How many columns this rank has of DTensors whose rows are spread over ranks, for `explain`; otherwise None."""
+    if not any_dtensor(x, residual, w):
         return None
-    return Shard(x.dim() - 1) in _layout("explain", x, residual, w)
+    layout, last = _layout("explain", x, residual, w), x.dim() - 1
+    n: int = x.shape[last]
+    for i, p in enumerate(layout):
+        if p == Shard(last):  # as torch.chunk divides
+            size = -(-n // x.device_mesh.size(i))
+            n = max(0, min(size, n - size * x.device_mesh.get_local_rank(i)))
+    return n if Shard(last) in layout else None
 
 
 @torch.no_grad()
@@ -212,7 +222,7 @@ def _backward_by_columns(
 
 
 def _share_sums(first: _Norm, second: _Norm) -> bool:
-    """Whether the rows of both norms are spread over the same ranks, so that one all-reduce adds up the sums of both."""
+    """Whether the rows of both norms are spread over the same ranks, so that one all-reduce serves both."""
     return bool(first.by_columns) and first.mesh == second.mesh and first.by_columns == second.by_columns
 
 

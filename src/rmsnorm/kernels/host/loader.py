@@ -167,10 +167,14 @@ def made_by(plan: Plan, *arguments: Any) -> str:
     return _by_python(plan)
 
 
-def operator_made_by(plan: Plan) -> str:
-    """As `made_by`, for a call of an operator by Python, with plain tensors and this plan."""
-    fits = isinstance(plan.native, Native) and (plan.gpu is None or plan.gpu == torch.cuda.current_device())
-    return described() if _State.module is None or fits else _by_python(plan)
+def operator_made_by(*plans: Plan) -> str:
+    """As `made_by`, for calls of operators by Python, with plain tensors and these plans."""
+    if _State.module is None:
+        return described()
+    for plan in plans:
+        if not (isinstance(plan.native, Native) and (plan.gpu is None or plan.gpu == torch.cuda.current_device())):
+            return _by_python(plan)
+    return described()
 
 
 def _by_python(plan: Plan) -> str:
