@@ -346,7 +346,7 @@ def _explain_parts(x: Tensor, weight: Tensor | None, residual: Tensor | None, n:
     else:
         host.look()
         why += f"; {host.operator_made_by(*plans)}"
-    lines = _described(plan, why, x=rows)
+    lines = _described(plan, why, x=x, residual=residual, weight=weight)
     if isinstance(plan, Plan) and _differ_in_dtype(x, residual):
         lines.append(_SUM_BEFORE_THE_KERNEL)
     return "; ".join([*lines, _THROUGH_THE_OPERATORS])

@@ -27,7 +27,7 @@ from test_gpu_ptx import (  # skips this file too if Triton is missing or in its
 
 pytestmark = pytest.mark.gpu_code
 
-FP64 = torch.float64
+FP64, EARLY = torch.float64, Spec()
 WIDTHS = (64, 96, 768, 2048, 3584, 5120, 8192, 10240, 16384, 32768)
 KERNELS = {"begin_forward", "finish_forward", "begin_backward", "finish_backward", "sum_partials"}
 
@@ -44,7 +44,7 @@ def plans(
     N: int,
     x: torch.dtype = BF16,
     w: torch.dtype | None = BF16,
-    spec: Spec = Spec(),
+    spec: Spec = EARLY,
     *,
     M: int = 8192,
     adds: bool = False,
