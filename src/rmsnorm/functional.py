@@ -13,7 +13,7 @@ from rmsnorm.errors import complaint, one_line, type_name
 from rmsnorm.gated_reference import grouped
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
-from rmsnorm.kernels.plan import ByReference, Forward, GatedForward, Plan
+from rmsnorm.kernels.plan import BeginForward, ByReference, FinishForward, Forward, GatedForward, Plan
 from rmsnorm.ops import eager_recomputation
 from rmsnorm.ops.autograd import needs_gradient, norm
 from rmsnorm.ops.dispatch import is_plain, load_sharding
@@ -24,6 +24,7 @@ from rmsnorm.spec import (
     DTYPES,
     Activation,
     Cast,
+    Spec,
     check_gated,
     check_int,
     check_order,
@@ -31,6 +32,7 @@ from rmsnorm.spec import (
     check_variance_size,
     gated_spec,
     spec_of,
+    sum_dtype,
 )  # fmt: skip
 
 P = ParamSpec("P")
@@ -320,23 +322,61 @@ def explain(
     check_variance_size("explain", variance_size, x)
     plain = is_plain(x, residual, weight)
     given: list[Any] = [x, residual, weight]
+    if not plain:
+        by_columns = _part_of_columns(*given)
+        if by_columns is not None:
+            return _explain_parts(x, weight, residual, by_columns, spec)
     x_, residual_, weight_ = given if plain else map(_without_memory, given)
     kind = Forward.of(x_, residual_, weight_, spec, needs_gradient(x, residual, weight))._replace(device=x.device)
-    by_columns = None if plain else _is_sharded_by_columns(x, residual, weight)
-    plan = ByReference(_BY_COLUMNS) if by_columns else dispatch.plan_forward(kind)
+    plan = dispatch.plan_forward(kind)
     reason = plan.why if isinstance(plan, ByReference) else ""
     if isinstance(plan, Plan) and plain:
         host.look()
         by_cpp = variance_size is None
         reason = host.made_by(plan, x, residual, weight, eps, cast, offset) if by_cpp else _NOT_BY_CPP
     lines = _described(plan, reason, x=x, residual=residual, weight=weight)
-    if residual is not None and residual.dtype != x.dtype and isinstance(plan, Plan):
-        lines.append("the sum is taken before the kernel, because x and residual differ in dtype")
+    if isinstance(plan, Plan) and _differ_in_dtype(x, residual):
+        lines.append(_SUM_BEFORE_THE_KERNEL)
     if not plain:
-        lines.append("reached through torch.ops.rmsnorm, because not every argument is a plain tensor")
-    if by_columns is False:
-        lines.append("each rank takes its own rows, without communication")
+        lines.append(_THROUGH_THE_OPERATORS)
+        if _are_dtensors(*given):
+            lines.append("each rank takes its own rows, without communication")
     return "; ".join(lines)
+
+
+_SUM_BEFORE_THE_KERNEL = "the sum is taken before the kernel, because x and residual differ in dtype"
+_THROUGH_THE_OPERATORS = "reached through torch.ops.rmsnorm, because not every argument is a plain tensor"
+
+
+def _differ_in_dtype(x: Tensor, residual: Tensor | None) -> bool:
+    return residual is not None and residual.dtype != x.dtype
+
+
+def _explain_parts(x: Tensor, weight: Tensor | None, residual: Tensor | None, n: int, spec: Spec) -> str:
+    """As `explain`, for DTensors of whose rows each rank has n columns."""
+
+    def part(t: Tensor | None, dtype: torch.dtype | None = None, shape: tuple[int, ...] | None = None) -> Any:
+        return None if t is None else torch.empty(shape or (*t.shape[:-1], n), dtype=dtype or t.dtype, device="meta")
+
+    rows = part(x, sum_dtype(x.dtype, None if residual is None else residual.dtype))
+    S = torch.empty(x.shape[:-1], dtype=torch.float64, device="meta")
+    with_rstd = needs_gradient(x, residual, weight)
+    finish = FinishForward.of(rows, part(weight), S, x.shape[-1], spec, with_rstd)._replace(device=x.device)
+    plans = (
+        dispatch.plan_begin_forward(BeginForward.of(part(x), part(residual))._replace(device=x.device)),
+        dispatch.plan_finish_forward(finish),
+    )
+    plan = next((plan for plan in plans if isinstance(plan, ByReference)), plans[1])
+    why = "in two parts around an all-reduce, because the last dimension is sharded"
+    if isinstance(plan, ByReference):
+        why += f"; {plan.why}"
+    else:
+        host.look()
+        why += f"; {host.operator_made_by(*(plan for plan in plans if isinstance(plan, Plan)))}"
+    lines = _described(plan, why, x=x, residual=residual, weight=weight)
+    if isinstance(plan, Plan) and _differ_in_dtype(x, residual):
+        lines.append(_SUM_BEFORE_THE_KERNEL)
+    return "; ".join([*lines, _THROUGH_THE_OPERATORS])
 
 
 def _check_gate_of_layer(gate: Tensor | None, explain_layer: Callable[..., str]) -> None:
@@ -389,14 +429,23 @@ def _described(plan: Plan | ByReference, reason: str, **tensors: Tensor | None) 
 
 
 _NOT_BY_CPP = "called from Python: C++ does not take variance_size"
-_BY_COLUMNS = "in two parts around an all-reduce, because the last dimension is sharded"
 
 
-def _is_sharded_by_columns(x: Any, residual: Any, w: Any) -> bool | None:
-    """Whether each row of these DTensors is spread over several ranks; None if there is no DTensor."""
+def _sharding() -> Any:
+    """The module with the rules for DTensors; None if there cannot be any."""
     load_sharding()
-    sharding = sys.modules.get("rmsnorm.ops.sharding")
-    return None if sharding is None else sharding.is_sharded_by_columns(x, residual, w)
+    return sys.modules.get("rmsnorm.ops.sharding")
+
+
+def _are_dtensors(*given: Any) -> bool:
+    sharding = _sharding()
+    return sharding is not None and sharding.any_dtensor(*given)
+
+
+def _part_of_columns(x: Any, residual: Any, w: Any) -> int | None:
+    """How many columns of each row of these DTensors this rank has; None if it has whole rows, or plain tensors."""
+    sharding = _sharding()
+    return None if sharding is None else sharding.part_of_columns(x, residual, w)
 
 
 def warmup(

@@ -178,6 +178,80 @@ def backward_of_sum(
     return dx if dx is None or ds is None else (dx + ds).contiguous(), dw
 
 
+# Rows in parts: each rank holds some columns of every row, perhaps none. The sums S of the ranks are added up between
+# `begin_*` and `finish_*`. N is the width of whole rows.
+
+
+@torch.no_grad()
+def begin_forward(x: Tensor, residual: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """What the forward pass of one part computes before the sums are added up.
+
+    Args:
+        x: (..., n), n columns of the rows.
+        residual: (..., n), added to x before it is normalized; or None.
+
+    Returns:
+        s: x + residual in their promoted dtype, contiguous; None without a residual.
+        S: (...,) float64, `sum_of_squares` of the part.
+    """
+    s = None if residual is None else (x + residual).contiguous()
+    return s, sum_of_squares(x if s is None else s)
+
+
+@torch.no_grad()
+def finish_forward(
+    x: Tensor, w: Tensor | None, S: Tensor, N: int, eps: float, cast: str, offset: float, with_rstd: bool
+) -> tuple[Tensor, Tensor | None]:
+    """What the forward pass of one part computes from the sums over whole rows.
+
+    Args:
+        x: (..., n), what is normalized: s where there was a residual.
+        w: (n,), the weight of these columns; or None.
+        S: (...,) float64, the sums over whole rows.
+        N: The width of whole rows.
+        eps: As in `forward`, like the arguments that follow.
+        cast: "early", "late" or "first".
+        offset: 0 or 1.
+        with_rstd: Whether the statistic is asked for.
+
+    Returns:
+        y: (..., n), and rstd: (...,) float32 of whole rows, as from `forward`.
+    """
+    rstd = rstd_of(S, N, eps)
+    return normalize(x, w, rstd, cast, offset).contiguous(), rstd if with_rstd else None
+
+
+@torch.no_grad()
+def begin_backward(dy: Tensor, x: Tensor, w: Tensor | None, rstd: Tensor, offset: float) -> Tensor:
+    """What the backward pass of one part computes before the sums are added up: `dot` of the part, (...,) float64.
+
+    The arguments are those of `backward`, for n columns of the rows; rstd is that of whole rows.
+    """
+    return dot(*products(dy, x, w, rstd, offset))
+
+
+@torch.no_grad()
+def finish_backward(
+    dy: Tensor,
+    ds: Tensor | None,
+    x: Tensor,
+    w: Tensor | None,
+    rstd: Tensor,
+    S: Tensor,
+    N: int,
+    cast: str,
+    offset: float,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """dx and dw of one part, as from `backward`, from the sums S over whole rows of N, (...,) float64.
+
+    The other arguments are those of `backward`, for n columns of the rows; rstd is that of whole rows.
+    """
+    g, xh = products(dy, x, w, rstd, offset)
+    dx = input_gradient(g, xh, rstd, S, N, ds, x.dtype)
+    return dx, weight_gradient(dy, xh, x.dtype, w, cast) if need_dw and w is not None else None
+
+
 def products(dy: Tensor, x: Tensor, w: Tensor | None, rstd: Tensor, offset: float) -> tuple[Tensor, Tensor]:
     """(g, xh), both (..., N) float32: g = dy·(w + offset), or dy without a weight, and xh = x·rstd."""
     return dy.float() if w is None else dy.float() * _scale(w, offset), x.float() * rstd.unsqueeze(-1)

@@ -7,7 +7,7 @@ that was called (`where`), the argument, what it was and what it should be.
 import functools
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NoReturn, get_args
 
@@ -538,8 +538,54 @@ def check_gated_gradients(
         _check_like(where, "dy", dy, "x", x, symbolic)
         if weight is None and need_dw:
             raise ValueError(complaint(where, "weight", "is None", "a weight, for its gradient"))
-        _check_rstd(where, rstd, (*x.shape[:-1], groups), x, symbolic)
+        _check_of_rows(where, "rstd", rstd, torch.float32, (*x.shape[:-1], groups), x, symbolic)
     except (TypeError, ValueError) as error:
+        raise type(error)(f"{error} {_IN_BACKWARD}") from None
+
+
+def check_part(
+    where: str,
+    rows: Mapping[str, torch.Tensor | None],
+    weight: torch.Tensor | None,
+    of_rows: Mapping[str, torch.Tensor],
+    N: int = 1,
+    *,
+    backward: bool = False,
+    symbolic: bool = False,
+) -> None:
+    """Check the tensors of a call that begins or finishes a part of rows, as `check_tensors` does.
+
+    Args:
+        where: The function that was called, for the message.
+        rows: By name, x and what must have its shape (..., n) and its device, or is None; n may be 0.
+        weight: None, (n,), or (H, n) if each of H heads has its own.
+        of_rows: By name, tensors of one number a row: rstd in float32, the sums S in float64.
+        N: The width of whole rows.
+        backward: Whether this is the backward pass; the message then says so.
+        symbolic: Whether a size may be unknown until a compiled program runs, which then checks it.
+
+    Raises:
+        TypeError: If one is not a dense tensor of the right dtype.
+        ValueError: If a shape or device does not fit, or N is less than 1.
+    """
+    try:
+        x = rows["x"]
+        assert x is not None
+        _check_dtype(where, "x", x)
+        if not x.shape:
+            raise ValueError(complaint(where, "x", "has shape ()", "(..., n)"))
+        for name, t in rows.items():
+            if t is not None:
+                _check_like(where, name, t, "x", x, symbolic)
+        _check_weight(where, weight, x, symbolic, by_head=True)
+        for name, t in of_rows.items():
+            dtype = torch.float32 if name == "rstd" else torch.float64
+            _check_of_rows(where, name, t, dtype, tuple(x.shape[:-1]), x, symbolic)
+        if not (_is_not_zero(N, symbolic) if symbolic else N >= 1):
+            raise ValueError(complaint(where, "N", f"is {N}", "the width of whole rows, at least 1"))
+    except (TypeError, ValueError) as error:
+        if not backward:
+            raise
         raise type(error)(f"{error} {_IN_BACKWARD}") from None
 
 
@@ -581,7 +627,7 @@ def check_gradients(
         _check_weight(where, weight, x, symbolic, by_head=True)
         if weight is None and (need_dw or offset != 0.0):
             raise ValueError(complaint(where, "weight", "is None", "a weight, for its gradient or for an offset"))
-        _check_rstd(where, rstd, tuple(x.shape[:-1]), x, symbolic)
+        _check_of_rows(where, "rstd", rstd, torch.float32, tuple(x.shape[:-1]), x, symbolic)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error} {_IN_BACKWARD}") from None
 
@@ -705,17 +751,20 @@ def check_memory(where: str, backward: bool = False, **tensors: torch.Tensor | N
             raise ValueError(f"{words} {_IN_BACKWARD}" if backward else words)
 
 
+def _check_dtype(where: str, name: str, t: torch.Tensor) -> None:
+    if not (_is_dense(t) and t.dtype in DTYPES):
+        _refuse(where, name, t)
+
+
 def _check_rows(where: str, name: str, x: torch.Tensor, symbolic: bool) -> None:
-    if not (_is_dense(x) and x.dtype in DTYPES):
-        _refuse(where, name, x)
+    _check_dtype(where, name, x)
     shape = x.shape
     if not shape or not _is_not_zero(shape[-1], symbolic):
         raise ValueError(complaint(where, name, f"has shape {tuple(shape)}", "(..., N) with N of at least 1"))
 
 
 def _check_like(where: str, name: str, t: torch.Tensor, of: str, x: torch.Tensor, symbolic: bool) -> None:
-    if not (_is_dense(t) and t.dtype in DTYPES):
-        _refuse(where, name, t)
+    _check_dtype(where, name, t)
     if not _same_sizes(t.shape, x.shape, symbolic):
         raise ValueError(complaint(where, name, f"has shape {tuple(t.shape)}", f"{tuple(x.shape)}, the shape of {of}"))
     _check_device(where, name, t, x, of)
@@ -727,8 +776,7 @@ def _check_weight(
     """Check a weight of shape (N,), or if `by_head` also of shape (H, N), for x of shape (..., H, N)."""
     if weight is None:
         return
-    if not (_is_dense(weight) and weight.dtype in DTYPES):
-        _refuse(where, "weight", weight)
+    _check_dtype(where, "weight", weight)
     dims = 2 if by_head and weight.dim() == 2 else 1
     if not _same_sizes(weight.shape, x.shape[-dims:], symbolic):
         was = f"has shape {tuple(weight.shape)}"
@@ -759,15 +807,17 @@ def _expected_weight(shape: Sequence[int], of_x: Sequence[int], by_head: bool) -
     return expected
 
 
-def _check_rstd(where: str, rstd: torch.Tensor, shape: tuple[int, ...], x: torch.Tensor, symbolic: bool) -> None:
-    if not _is_dense(rstd):
-        _refuse(where, "rstd", rstd)
-    if rstd.dtype is not torch.float32:
-        raise TypeError(complaint(where, "rstd", f"has dtype {rstd.dtype}", "float32"))
-    if not _same_sizes(rstd.shape, shape, symbolic):
+def _check_of_rows(
+    where: str, name: str, t: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], x: torch.Tensor, symbolic: bool
+) -> None:
+    if not _is_dense(t):
+        _refuse(where, name, t)
+    if t.dtype is not dtype:
+        raise TypeError(complaint(where, name, f"has dtype {t.dtype}", str(dtype).removeprefix("torch.")))
+    if not _same_sizes(t.shape, shape, symbolic):
         expected = f"{shape}, a number for each {'row of x' if len(shape) < x.dim() else 'group of each row of x'}"
-        raise ValueError(complaint(where, "rstd", f"has shape {tuple(rstd.shape)}", expected))
-    _check_device(where, "rstd", rstd, x)
+        raise ValueError(complaint(where, name, f"has shape {tuple(t.shape)}", expected))
+    _check_device(where, name, t, x)
 
 
 def _check_device(where: str, name: str, t: torch.Tensor, x: torch.Tensor, of: str = "x") -> None:

@@ -94,13 +94,17 @@ def check(
     with_rstd: bool = True,
     needs: tuple[bool, bool] = (True, True),
     V: int | None = None,
+    kernels: Any = None,
 ) -> None:
-    """Compares forward and backward of the kernels with the reference, and checks the memory around the outputs."""
+    """Compares forward and backward of the kernels with the reference, and checks the memory around the outputs.
+
+    kernels: with the functions of `planned.Kernels`; by default those for whole rows.
+    """
     from planned import Kernels
     from rmsnorm import reference
     from rmsnorm.kernels.gpu import planner as gpu
 
-    kernels = Kernels(gpu)
+    kernels = kernels or Kernels(gpu)
     inputs = [t for t in (x, w, residual, dy, ds) if t is not None]
     before = [t.clone(memory_format=torch.contiguous_format) for t in inputs]
     with guarded() as buffers:
@@ -192,13 +196,15 @@ def norm_sum_and_norm_in_one_launch() -> None:
 @contextmanager
 def settings(**values: Any) -> Iterator[None]:
     """Changes thresholds in tiling.py, so that a small row takes the path of a wide one."""
-    from rmsnorm.kernels.gpu import gated_planner, tiling
+    from rmsnorm.kernels.gpu import gated_planner, parts_planner, tiling
     from rmsnorm.kernels.gpu import planner as gpu
 
     cached = (
         tiling.forward, tiling.backward, tiling.dw_alone, tiling.sum_partials, gpu.plan_forward, gpu.plan_backward,
         tiling.gated_forward, tiling.gated_backward, tiling.gated_dw_alone, gated_planner.plan_gated_forward,
-        gated_planner.plan_gated_backward,
+        gated_planner.plan_gated_backward, tiling.parts_forward, tiling.parts_backward,
+        parts_planner.plan_begin_forward, parts_planner.plan_finish_forward, parts_planner.plan_begin_backward,
+        parts_planner.plan_finish_backward,
     )  # fmt: skip
 
     def put(numbers: dict[str, Any]) -> None:
@@ -518,6 +524,103 @@ def extremes() -> None:
                     check(x, weight, eps=eps, cast=cast, offset=offset, dy=dy)
                     with walked(16, PIECE=16, COLUMNS=16):
                         check(x, weight, eps=eps, cast=cast, offset=offset, dy=dy, ds=dy)
+
+
+def check_parts(*given: Tensor | None, at: tuple[int, ...], **options: Any) -> None:
+    """As `check`, for rows in parts that begin at these columns besides the first."""
+    from planned import InParts, PartsKernels
+    from rmsnorm.kernels.gpu import parts_planner
+
+    bounds = (0, *at, given[0].shape[-1])
+    columns = [slice(a, b) for a, b in itertools.pairwise(bounds)]
+    check(*given, kernels=InParts(PartsKernels(parts_planner), columns), **options)
+
+
+@case
+def parts_of_rows() -> None:
+    """Aligned or not, with and without a residual; also parts whose rows begin anywhere in a word."""
+    for index, (N, at) in enumerate(((2, (1,)), (64, (32,)), (100, (33, 34)), (1280, (640,)), (2047, (1000,)))):
+        for dtype in (FP32, FP16):
+            M = 9 if N <= 64 else 2
+            x, w = draw(M, N, dtype=dtype), draw(N, dtype=dtype)
+            cast, offset = SPECS[index % len(SPECS)]
+            check_parts(x, w, at=at, cast=cast, offset=offset, eps=(1e-6, 0.0, 1e-3)[index % 3])
+            cast, offset = SPECS[(index + 1) % len(SPECS)]
+            residual, ds = draw(M, N, dtype=dtype), draw(M, N, dtype=dtype)
+            check_parts(x, w, residual, at=at, ds=ds, cast=cast, offset=offset)
+            check_parts(x, None, at=at, cast=cast)
+
+
+@case
+def parts_that_are_contiguous() -> None:
+    """As DTensors hold them, so that rows of any width are loaded in whole words."""
+    from planned import PartsKernels
+    from rmsnorm import reference
+    from rmsnorm.kernels.gpu import parts_planner
+
+    kernels = PartsKernels(parts_planner)
+    for N, dtype in ((97, FP16), (65, FP32), (1280, FP16)):
+        x, w, dy = draw(67, N, dtype=dtype), draw(N, dtype=dtype), draw(67, N, dtype=dtype)
+        x[3], x[8, 0], x[64] = torch.nan, torch.inf, torch.nan
+        with guarded():
+            s, S = kernels.begin_forward(x, x)
+        expected_s, expected_S = reference.begin_forward(x, x)
+        assert not differing(s, expected_s)
+        torch.testing.assert_close(S, expected_S, rtol=1e-14, atol=0, equal_nan=True)
+        with guarded():
+            y, rstd = kernels.finish_forward(x, w, expected_S, 3 * N, 1e-6, "early", 0.0, True)
+        expected_y, expected_rstd = reference.finish_forward(x, w, expected_S, 3 * N, 1e-6, "early", 0.0, True)
+        assert not differing(y, expected_y)
+        assert not differing(rstd, expected_rstd)
+        with guarded():
+            S = kernels.begin_backward(dy, x, w, rstd, "early", 0.0)
+        expected_S = reference.begin_backward(dy, x, w, rstd, 0.0)
+        torch.testing.assert_close(S, expected_S, rtol=1e-9, atol=1e-9, equal_nan=True)
+        with guarded():
+            dx, dw = kernels.finish_backward(dy, x, x, w, rstd, expected_S, 3 * N, "early", 0.0, True)
+        right = reference.finish_backward(dy, x, x, w, rstd, expected_S, 3 * N, "early", 0.0, True)
+        assert not differing(dx, right[0])
+        terms = tolerance.sums_of_dw(dy, x, rstd, "early")
+        assert not tolerance.dw_too_far_off(dw, *terms, 67)
+
+
+@case
+def wide_parts() -> None:
+    """One program takes several pieces of a row before the all-reduce, and several programs share it after that."""
+    with settings(FORWARD_WIDEST=32, BACKWARD_WIDEST={2: 32, 4: 32}, WIDTH_OF_WIDE=16):
+        for index, (N, dtype) in enumerate(itertools.product((64, 100, 127), (FP32, FP16))):
+            cast, offset = SPECS[index % len(SPECS)]
+            x, w = draw(5, N, dtype=dtype), draw(N, dtype=dtype)
+            check_parts(x, w, at=(N // 2,), cast=cast, offset=offset)
+            check_parts(x, w, x.flip(-1), at=(N // 3,), ds=x.flip(0), cast=cast, offset=offset)
+
+
+@case
+def parts_of_any_strides_and_dtypes() -> None:
+    wide = draw(4, 3, 2, 64)
+    wide[..., 48:] = torch.nan  # memory between the rows must not affect them
+    views = (
+        wide[..., :48],
+        wide.transpose(0, 1)[..., :48],
+        wide[:, 1:, :, :48],
+        wide[0, 0, :, :48].t(),
+        wide[0, 0, 0, :48],
+        wide[:1, :1, :1, :48].expand(2, 3, 4, 48),
+    )
+    for x in views:
+        n = x.shape[-1]
+        check_parts(x, draw(2 * n)[::2], draw(*x.shape), at=(n // 2,), ds=x, cast="late", offset=1.0)
+        check_parts(x, draw(n), at=(n // 2,), dy=draw(n).expand(x.shape))
+    for x_dtype, w_dtype, residual in ((FP32, FP16, FP16), (FP16, FP32, FP32), (FP16, FP32, FP16)):
+        for cast, offset in SPECS:
+            x, w, other = draw(5, 100, dtype=x_dtype), draw(100, dtype=w_dtype), draw(5, 100, dtype=residual)
+            ds = draw(5, 100, dtype=torch.promote_types(x_dtype, residual))
+            check_parts(x, w, other, at=(50,), ds=ds, cast=cast, offset=offset)
+    for shape in ((0, 33), (3, 0, 33), (33,)):
+        check_parts(draw(*shape), draw(33), draw(*shape), at=(11,), needs=(True, False), with_rstd=False)
+        check_parts(draw(*shape), draw(33), at=(11,))
+    with settings(MULTIPROCESSORS=1):
+        check_parts(draw(300, 96, dtype=FP16), draw(96, dtype=FP16), at=(32,))
 
 
 FORMS_OF_GATE = tuple(itertools.product(("early", "late"), ("silu", "sigmoid"), (False, True)))

@@ -126,6 +126,7 @@ def specialised(kernel: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         if isinstance(value, Slot):
             divisible.append(path)  # torch aligns its allocations
             name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
+            name |= {torch.float64: "fp64"}
             return "*" + name[value.dtype]
         if isinstance(value, tuple):
             return tuple(type_of((*path, i), item, fixed) for i, item in enumerate(value))

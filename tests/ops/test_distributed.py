@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import rmsnorm
-from rmsnorm import reference
+from rmsnorm import compat, reference
 from rmsnorm.ops import sharding as shards
 from rmsnorm.tools.verify.cases import VerifyCase
 from rmsnorm.tools.verify.compare import compare
@@ -178,6 +178,102 @@ def columns_stay_sharded(mesh: DeviceMesh) -> None:
                     same(pairs[-1][0], dw_of_rows(x, r, w, dy.to(outputs[0].dtype), spec), "dw", Shard(0))
 
 
+def norm_pair(xs: list[Any], ws: list[Any], dys: list[Any], spec: dict[str, Any], call: Any) -> list[Any]:
+    """y of each norm, then dx of each, then dw of each."""
+    ys = call(xs, ws, **spec)
+    return [*ys, *torch.autograd.grad(ys, [*xs, *ws], dys)]
+
+
+@on(2, 4)
+def two_norms_share_an_all_reduce(mesh: DeviceMesh) -> None:
+    """One all-reduce for both in each direction, with the bits of a single process; by rows, none."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    reduces: list[int] = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        reduces.append(sum("all_reduce" in str(n.target) for n in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=counting, bw_compiler=counting)
+    for i, dtype in enumerate(DTYPES):
+        shapes = ((3, 5, 67), (4, 32)) if i else ((2, 3), (7, 1))  # the last ranks have no columns
+        xs, dys = ([randn(*shape, seed=s, dtype=dtype) for shape in shapes] for s in (1, 2))
+        ws = [randn(shape[-1], seed=3, dtype=dtype) for shape in shapes]
+        xs, ws = ([t.requires_grad_() for t in ts] for ts in (xs, ws))
+        spec = SPECS[i]
+        expected = norm_pair(xs, ws, dys, spec, rmsnorm.rms_norms)
+
+        def sharded(*dims: int, xs: Any = xs, ws: Any = ws, dys: Any = dys) -> tuple[list[Any], ...]:
+            of_w = [Shard(0) if dim == t.dim() - 1 else Replicate() for dim, t in zip(dims, xs, strict=True)]
+            return (
+                [spread(t, mesh, Shard(dim)) for dim, t in zip(dims, xs, strict=True)],
+                [spread(w, mesh, p) for w, p in zip(ws, of_w, strict=True)],
+                [spread(t, mesh, Shard(dim)) for dim, t in zip(dims, dys, strict=True)],
+            )
+
+        columns = [len(shape) - 1 for shape in shapes]
+        rows = shapes[0][:-1], shapes[1][:-1]
+        numbers = sum(torch.Size(one).numel() for one in rows)
+        with Messages() as messages, communicating(all_reduce=2):
+            runs = [norm_pair(*sharded(*columns), spec, rmsnorm.rms_norms)]
+        assert messages.sent == [("all_reduce", torch.float64, numbers)] * 2, messages.sent
+        if mesh.size() == 2:
+            torch._dynamo.reset()
+            reduces.clear()
+            compiled_norms = torch.compile(rmsnorm.rms_norms, fullgraph=True, backend=backend)
+            runs.append(norm_pair(*sharded(*columns), spec, compiled_norms))
+            assert reduces == [1, 1], "all-reduces of the forward and of the backward graph"
+        for found in runs:
+            for k, (a, b) in enumerate(zip(found[:4], expected[:4], strict=True)):
+                same(a, b, f"{dtype} {k}", Shard(columns[k % 2]))
+        for dims, counts in (((0, 0), {}), ((0, columns[1]), {"all_reduce": 2})):
+            with communicating(**counts):
+                found = norm_pair(*sharded(*dims), spec, rmsnorm.rms_norms)
+            for k, (a, b) in enumerate(zip(found[:4], expected[:4], strict=True)):
+                same(a, b, f"{dtype} {dims}", Shard(dims[k % 2]))
+        # Three norms: two share, and the gradient of one alone needs a sum of its own.
+        (X, X2), (W, W2), (DY, _) = sharded(*columns)
+        with communicating(all_reduce=2):
+            ys = rmsnorm.rms_norms([X, X2, X], [W, W2, W], **spec)
+        assert_same_bits(ys[2].full_tensor(), expected[0], "third")
+        with Messages() as messages:
+            dx = torch.autograd.grad(ys[0], X, DY)[0]
+        assert messages.sent == [("all_reduce", torch.float64, torch.Size(rows[0]).numel())]
+        same(dx, expected[2], "dx of one", Shard(columns[0]))
+
+
+@on(2)
+def gradients_that_need_no_sum_need_no_communication(mesh: DeviceMesh) -> None:
+    """The weight's alone; also on ranks without columns."""
+    for N in (67, 1):
+        x, _, w, dy, _ = drawn((4, N), torch.float32, torch.float32)
+        x = x.detach()
+        X, W, DY = spread(x, mesh, Shard(1)), spread(w, mesh, Shard(0)), spread(dy, mesh, Shard(1))
+        y = rmsnorm.rms_norm(X, W)
+        with communicating():
+            dw = torch.autograd.grad(y, W, DY)[0]
+        same(dw, dw_of_rows(x, None, w, dy, {}), "dw", Shard(0))
+
+
+@on(2)
+def sums_travel_through_dtensors_without_torchs_operators(mesh: DeviceMesh) -> None:
+    """If torch no longer has the functional collectives by their names, DTensors are redistributed."""
+    x, residual, w, dy, ds = drawn((3, 5, 67), torch.float32, torch.float32)
+    outputs, gradients = norm(x, residual, w, dy, ds, {})
+    X, R, DY, DS = (spread(t, mesh, Shard(2)) for t in (x, residual, dy, ds))
+    found, compat.sum_over_ranks = compat.sum_over_ranks, lambda *_: None
+    try:
+        with Messages() as messages:
+            got, got_gradients = norm(X, R, spread(w, mesh, Shard(0)), DY, DS, {})
+    finally:
+        compat.sum_over_ranks = found
+    assert messages.sent == [("all_reduce", torch.float64, 15)] * 2
+    for a, b in zip(got + got_gradients[:-1], outputs + gradients[:-1], strict=True):
+        same(a, b, "redistributed", Shard(2))
+
+
 @on(4)
 def two_dimensions(mesh: DeviceMesh) -> None:
     """Rows on one dimension of the mesh and columns on the other; rows, or columns, on both."""
@@ -262,6 +358,17 @@ def differing_placements_are_redistributed(mesh: DeviceMesh) -> None:
     same(s, outputs[1], "partial x", Shard(1))
 
 
+@contextlib.contextmanager
+def fp32_sums() -> Iterator[None]:
+    """The sums over columns that ranks exchange, rounded to fp32."""
+    over_ranks = shards._over_ranks
+    shards._over_ranks = lambda S, norm: over_ranks(S.float().double(), norm)
+    try:
+        yield
+    finally:
+        shards._over_ranks = over_ranks
+
+
 @on(2)
 def without_fp64_sums_bits_differ(mesh: DeviceMesh) -> None:
     """Replaces the fp64 partial sums by fp32 ones: then the test of columns must fail, forward and backward."""
@@ -275,18 +382,10 @@ def without_fp64_sums_bits_differ(mesh: DeviceMesh) -> None:
         return [int((a.full_tensor() != b).sum()) for a, b in pairs]
 
     assert differing() == [0, 0]
-    squares, dot = reference.sum_of_squares, reference.dot
-    try:
-        reference.dot = lambda g, xh: (g * xh).sum(-1)
-        y, dx = differing()
-        assert y == 0
-        assert dx > 0
-        reference.sum_of_squares, reference.dot = lambda x: x.float().square().sum(-1), dot
+    with fp32_sums():
         y, dx = differing()
         assert y > 0
         assert dx > 0
-    finally:
-        reference.sum_of_squares, reference.dot = squares, dot
 
 
 @on(2)
@@ -300,15 +399,14 @@ def verify_fails_if_a_rank_is_wrong(mesh: DeviceMesh) -> None:
     for sharding in ("rows", "columns"):
         assert (tally(sharding).differing, tally(sharding).unsteady) == (0, 0)
     assert tally("columns").dw.elements == 256
-    dot, as_whole = reference.dot, shards.as_whole
-    try:
-        reference.dot = lambda g, xh: (g * xh).sum(-1)
+    with fp32_sums():
         assert tally("columns").differing > 0
-        reference.dot = dot
+    as_whole = shards.as_whole
+    try:
         shards.as_whole = lambda t, mesh, layout, shape: as_whole(t + (Partial() in layout), mesh, layout, shape)
         assert tally("rows").unsteady == 256
     finally:
-        reference.dot, shards.as_whole = dot, as_whole
+        shards.as_whole = as_whole
 
 
 @on(2)
@@ -324,9 +422,7 @@ def compiled(mesh: DeviceMesh) -> None:
         return make_boxed_func(graph.forward)
 
     whole = {"rmsnorm.forward.default"}, {"rmsnorm.backward.default"}
-    parts = [
-        {f"rmsnorm.{half}_{way}_in_parts.default" for half in ("begin", "finish")} for way in ("forward", "backward")
-    ]
+    parts = [{f"rmsnorm.{half}_{way}.default" for half in ("begin", "finish")} for way in ("forward", "backward")]
     recording = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
     x, residual, w, dy, ds = drawn((4, 6, 67), torch.bfloat16, torch.bfloat16)
     for p, of_w, ours, reduces in ((Shard(1), Replicate(), whole, 0), (Shard(2), Shard(0), parts, 1)):
@@ -365,12 +461,14 @@ def without_gradients(mesh: DeviceMesh) -> None:
                     got = f(spread(x.detach(), mesh, p), spread(w.detach(), mesh, of_w))
                     same(got, y, f"{mode} {p}", p)
     X, W = spread(x, mesh, Shard(2)), spread(w, mesh, Shard(0))
-    for residual in (None, X):  # the one implementation that runs, and no remark about another
+    for residual in (None, X):
         said = rmsnorm.explain(X, W, residual)
-        assert said.startswith(
-            "cpu, bfloat16: the reference, in plain torch (in two parts around an all-reduce, because"
-        )
-        assert "kernel" not in said
+        assert said.startswith("cpu, bfloat16: cpu kernel (Numba) (in two parts around an all-reduce, because"), said
+        assert "reference" not in said
+    said = rmsnorm.explain(spread(x[..., :1], mesh, Shard(2)), spread(w[:1], mesh, Shard(0)))
+    assert ("this rank has no columns" in said) == (mesh.get_local_rank() == 1)
+    said = rmsnorm.explain(spread(x.double(), mesh, Shard(2)), W)
+    assert said.startswith("cpu, float64: the reference, in plain torch (in two parts around an all-reduce, because")
     assert "without communication" in rmsnorm.explain(spread(x, mesh, Shard(0)), spread(w, mesh, Replicate()))
     torch._dynamo.reset()
 

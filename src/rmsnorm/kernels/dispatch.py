@@ -13,13 +13,18 @@ from rmsnorm.gated_reference import grouped
 from rmsnorm.kernels.plan import (
     MOST_PLANS,
     Backward,
+    BeginBackward,
+    BeginForward,
     ByReference,
+    FinishBackward,
+    FinishForward,
     Forward,
     GatedBackward,
     GatedForward,
     Plan,
     TensorKind,
     both,
+    heads_of,
     sandwich,
 )  # fmt: skip
 from rmsnorm.kernels.run import run
@@ -113,6 +118,51 @@ def sandwich_kinds(
     return first, Forward.of(x, residual, w2, spec, with_rstd)._replace(x=h)
 
 
+def begin_forward(x: Tensor, residual: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """As `reference.begin_forward`."""
+    plan = plan_begin_forward(BeginForward.of(x, residual))
+    if isinstance(plan, ByReference):
+        return reference.begin_forward(x, residual)
+    s, S = run(plan, (x, residual))
+    assert S is not None
+    return s, S
+
+
+def finish_forward(
+    x: Tensor, w: Tensor | None, S: Tensor, N: int, spec: Spec, with_rstd: bool
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """As `reference.finish_forward`."""
+    plan = plan_finish_forward(FinishForward.of(x, w, S, N, spec, with_rstd))
+    if isinstance(plan, ByReference):
+        return reference.finish_forward(x, w, S, N, spec.eps, spec.cast, spec.offset, with_rstd)
+    y, rstd = run(plan, (x, w, S))
+    assert y is not None
+    return y, rstd
+
+
+def begin_backward(dy: Tensor, x: Tensor, w: Tensor | None, rstd: Tensor, spec: Spec) -> Tensor:
+    """As `reference.begin_backward`."""
+    plan = plan_begin_backward(BeginBackward.of(dy, x, w, rstd, spec))
+    if isinstance(plan, ByReference):
+        return reference.begin_backward(dy, x, w, rstd, spec.offset)
+    (S,) = run(plan, (dy, x, w, rstd))
+    assert S is not None
+    return S
+
+
+def finish_backward(
+    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, S: Tensor, N: int, spec: Spec,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """As `reference.finish_backward`."""
+    plan = plan_finish_backward(FinishBackward.of(dy, ds, x, w, rstd, S, N, spec, need_dw))
+    if isinstance(plan, ByReference):
+        return reference.finish_backward(dy, ds, x, w, rstd, S, N, spec.cast, spec.offset, need_dw)
+    dx, dw = run(plan, (dy, ds, x, w, rstd, S))
+    assert dx is not None
+    return dx, dw
+
+
 def gated_forward(
     x: Tensor, gate: Tensor, w: Tensor | None, spec: Spec, with_rstd: bool
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
@@ -194,6 +244,44 @@ def _pair(first: Plan | ByReference, second: Plan | ByReference, outputs: Sequen
     return second if isinstance(second, ByReference) else both(first, second, outputs)
 
 
+def plan_begin_forward(kind: BeginForward) -> Plan | ByReference:
+    """The plan of the device's kernels, or the reason why the reference computes."""
+    planner = _parts_planner(kind, None if kind.residual is None else kind.residual.dtype, None)
+    return planner if isinstance(planner, ByReference) else planner.plan_begin_forward(kind)
+
+
+def plan_finish_forward(kind: FinishForward) -> Plan | ByReference:
+    """The plan of the device's kernels, or the reason why the reference computes."""
+    planner = _parts_planner(kind, None, kind.w)
+    return planner if isinstance(planner, ByReference) else planner.plan_finish_forward(kind)
+
+
+def plan_begin_backward(kind: BeginBackward) -> Plan | ByReference:
+    """The plan of the device's kernels, or the reason why the reference computes."""
+    planner = _parts_planner(kind, None, kind.w)
+    return planner if isinstance(planner, ByReference) else planner.plan_begin_backward(kind)
+
+
+def plan_finish_backward(kind: FinishBackward) -> Plan | ByReference:
+    """The plan of the device's kernels, or the reason why the reference computes."""
+    planner = _parts_planner(kind, None, kind.w)
+    return planner if isinstance(planner, ByReference) else planner.plan_finish_backward(kind)
+
+
+def _parts_planner(
+    kind: BeginForward | FinishForward | BeginBackward | FinishBackward, residual: torch.dtype | None,
+    w: TensorKind | None,
+) -> ModuleType | ByReference:  # fmt: skip
+    planner = _planner(kind.device, kind.x.dtype, residual, None if w is None else w.dtype)
+    if isinstance(planner, ByReference):
+        return planner
+    if kind.x.shape[-1] == 0:
+        return ByReference("this rank has no columns")
+    if heads_of(w) > 1:
+        return ByReference("each head has its own weight")
+    return _module(kind.device.type, "parts_planner")
+
+
 def plan_gated_forward(kind: GatedForward) -> Plan | ByReference:
     """The plan of the device's kernels, or the reason why the reference computes."""
     planner = _gated_planner(kind)
@@ -243,7 +331,7 @@ def _planner(
 
 @functools.cache
 def _module(device_type: str, planner: str = "planner") -> ModuleType | ByReference:
-    """The planner module of a device type, or that for gated norms, imported at the first call."""
+    """The planner module of a device type, or that for gated norms or parts of rows, imported at the first call."""
     if device_type not in _KERNELS:
         return ByReference(f"there is no kernel for {device_type}")
     name, library = _KERNELS[device_type]

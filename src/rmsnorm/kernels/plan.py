@@ -179,6 +179,82 @@ class GatedBackward(NamedTuple):
         )  # fmt: skip
 
 
+# Calls of parts: each rank holds some columns of every row. See `reference.begin_forward`.
+
+
+class BeginForward(NamedTuple):
+    """A kind of call that computes s and the sums S of one part from x and residual."""
+
+    device: torch.device
+    x: TensorKind
+    residual: TensorKind | None
+
+    @classmethod
+    def of(cls, x: Tensor, residual: Tensor | None) -> "BeginForward":
+        return cls(x.device, TensorKind.of(x), None if residual is None else TensorKind.of(residual))
+
+
+class FinishForward(NamedTuple):
+    """A kind of call that computes y and rstd of one part from x, w and the sums S over whole rows of N columns."""
+
+    device: torch.device
+    x: TensorKind
+    w: TensorKind | None
+    S: TensorKind
+    N: int
+    spec: Spec
+    with_rstd: bool
+
+    @classmethod
+    def of(
+        cls, x: Tensor, w: Tensor | None, S: Tensor, N: int, spec: Spec, with_rstd: bool
+    ) -> "FinishForward":  # fmt: skip
+        of = TensorKind.of
+        return cls(x.device, of(x), None if w is None else of(w), of(S), N, spec, with_rstd)
+
+
+class BeginBackward(NamedTuple):
+    """A kind of call that computes the sums S of one part from dy, x, w and rstd."""
+
+    device: torch.device
+    dy: TensorKind
+    x: TensorKind
+    w: TensorKind | None
+    rstd: TensorKind
+    spec: Spec
+
+    @classmethod
+    def of(cls, dy: Tensor, x: Tensor, w: Tensor | None, rstd: Tensor, spec: Spec) -> "BeginBackward":
+        of = TensorKind.of
+        return cls(x.device, of(dy), of(x), None if w is None else of(w), of(rstd), spec)
+
+
+class FinishBackward(NamedTuple):
+    """A kind of call that computes dx and dw of one part from dy, ds, x, w, rstd and the sums S over whole rows."""
+
+    device: torch.device
+    dy: TensorKind
+    ds: TensorKind | None
+    x: TensorKind
+    w: TensorKind | None
+    rstd: TensorKind
+    S: TensorKind
+    N: int
+    spec: Spec
+    need_dw: bool
+
+    @classmethod
+    def of(
+        cls, dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, S: Tensor, N: int, spec: Spec,
+        need_dw: bool,
+    ) -> "FinishBackward":  # fmt: skip
+        of = TensorKind.of
+        return cls(
+            x.device, of(dy), None if ds is None else of(ds), of(x), None if w is None else of(w), of(rstd), of(S), N,
+            spec, need_dw,
+        )  # fmt: skip
+
+
 # --- plans ---------------------------------------------------------------------------------------------------
 
 
@@ -375,8 +451,16 @@ class ByReference:
 Found = TypeVar("Found")
 
 
-def summands(kind: Forward) -> tuple[str, TensorKind, TensorKind | None, list[Converted]]:
-    """What the forward kernel reads: the name and kind of its rows, the residual it adds, and conversions before it.
+def dense(name: str, kind: TensorKind, before: list[Converted]) -> TensorKind:
+    """The kind of a tensor that a kernel reads as contiguous; adds a copy to `before` if it is not."""
+    if kind.is_dense:
+        return kind
+    before.append(Converted(name, (name,), kind.dtype))
+    return TensorKind.dense(kind.shape, kind.dtype)
+
+
+def summands(kind: Forward | BeginForward) -> tuple[str, TensorKind, TensorKind | None, list[Converted]]:
+    """What a forward kernel reads: the name and kind of its rows, the residual it adds, and conversions before it.
 
     If the residual has another dtype than x, torch adds the two before the kernel runs, which then only reads s.
     """

@@ -18,6 +18,7 @@ from rmsnorm.kernels.cpu.intrinsics import (
     MEASURED,
     SECOND,
     THIRD,
+    WHOLE,
     add,
     add_square,
     cast,
@@ -37,6 +38,8 @@ from rmsnorm.kernels.cpu.intrinsics import (
 
 # Absent tensors are null pointers. Outputs are contiguous. Inputs are contiguous in the last dimension only. An element
 # holds one or two numbers ("parts"), which divide N. In partial sums, all first parts precede all second.
+# sums: only for parts of rows, which begin or finish a row: the sums over the part, which are written if there is no y
+# or dx; otherwise the sums over whole rows, which are read.
 # spec: eps, the offset, and the cast: 0 is late, 1 early, 2 first. Without an offset it is -0.0, because adding +0.0
 # would change a weight of -0.0.
 
@@ -49,9 +52,11 @@ def forward(by_head: bool, sliced: bool) -> Callable[..., None]:
     """
 
     def forward(
-        x: Any, residual: Any, w: Any, y: Any, s: Any, rstd: Any, layout: Any, spec: Any, first: int, last: int
+        x: Any, residual: Any, w: Any, y: Any, s: Any, rstd: Any, sums: Any, layout: Any, spec: Any, first: int,
+        last: int,
     ) -> None:  # fmt: skip
         N, eps, offset, early = layout[0], spec[0], spec[1], spec[2] != 0
+        finishes = given(sums) and given(y)
         parts = parts_of(x)
         steps, of_head = N // parts, 0
         measured = layout[MEASURED] if sliced else N
@@ -68,10 +73,16 @@ def forward(by_head: bool, sliced: bool) -> Callable[..., None]:
             if by_head:
                 of_head = m % layout[HEADS] * steps
             total = 0.0
-            for i in range(measured // parts):
-                for k in range(parts):
-                    total = add_square(total, np.float64(widen(rows[at + i], k)))
-            v = np.float32(total / measured) + eps
+            if finishes:
+                total = sums[m]
+            else:
+                for i in range(measured // parts):
+                    for k in range(parts):
+                        total = add_square(total, np.float64(widen(rows[at + i], k)))
+            if not given(y):
+                sums[m] = total
+                continue
+            v = np.float32(total / layout[WHOLE]) + eps
             r = np.float32(1) / np.float32(math.sqrt(v))
             if given(rstd):
                 rstd[m] = r
@@ -97,10 +108,11 @@ def backward(dys: int, round_first: bool, by_head: bool, sliced: bool) -> Callab
     strides_of_ds = (THIRD, FOURTH, FIFTH)[dys - 1]
 
     def backward(
-        dy: Any, dy2: Any, dy3: Any, ds: Any, x: Any, w: Any, rstd: Any, dx: Any, dw: Any, layout: Any, spec: Any,
-        first: int, last: int,
+        dy: Any, dy2: Any, dy3: Any, ds: Any, x: Any, w: Any, rstd: Any, dx: Any, dw: Any, sums: Any, layout: Any,
+        spec: Any, first: int, last: int,
     ) -> None:  # fmt: skip
         N, chunk, wants_dw, adds = layout[0], layout[1], given(dw), given(ds)
+        finishes = given(sums) and given(dx)
         offset, early = spec[1], spec[2] != 0
         parts = parts_of(x)
         steps, columns, of_head = N // parts, N, 0  # columns: of dw
@@ -114,15 +126,15 @@ def backward(dys: int, round_first: bool, by_head: bool, sliced: bool) -> Callab
                 a2 = start_of(layout, THIRD, m) // parts
             if dys > 2:
                 a3 = start_of(layout, FOURTH, m) // parts
-            out, sums = m * steps, m // chunk * columns
+            out, share = m * steps, m // chunk * columns
             r = rstd[m]
             if wants_dw and m % chunk == 0:
                 for i in range(columns):
-                    dw[sums + i] = 0.0
+                    dw[share + i] = 0.0
             if by_head:
                 of_head = m % layout[HEADS] * steps
             total = 0.0
-            for i in range(steps):
+            for i in range(steps if wants_dw or not finishes else 0):
                 for k in range(parts):
                     d, xh = widen(dy[a + i], k), widen(x[b + i], k) * r
                     if dys > 1:
@@ -132,9 +144,11 @@ def backward(dys: int, round_first: bool, by_head: bool, sliced: bool) -> Callab
                     total = add(total, np.float64((d * (widen(w[of_head + i], k) + offset)) * xh))
                     if wants_dw:
                         column = k * (columns // parts) + of_head + i
-                        dw[sums + column] += np.float64(d * (cast(xh, x) if early else xh))
+                        dw[share + column] += np.float64(d * (cast(xh, x) if early else xh))
+            if given(sums) and not finishes:
+                sums[m] = total
             if given(dx):
-                c = np.float32(total / measured)
+                c = np.float32(((sums[m] + 0.0) if finishes else total) / layout[WHOLE])
                 other = start_of(layout, strides_of_ds, m) // parts
                 for i in range(steps):
                     element = nothing(dx)

@@ -48,11 +48,13 @@ class Rows:
 
 @functools.lru_cache(MOST_PLANS)
 def rows_of(
-    shape: Sequence[int], *strides: Sequence[int], groups: int = 1, least: int = CHUNK, measured: int | None = None
-) -> Rows | None:
+    shape: Sequence[int], *strides: Sequence[int], groups: int = 1, least: int = CHUNK, measured: int | None = None,
+    whole: int = 0,
+) -> Rows | None:  # fmt: skip
     """As `rows.walk`, with rows divided into chunks of at least `least` elements and a multiple of `groups` rows.
 
-    measured: over how many of the first columns the statistic is taken, if not over all.
+    measured: over how many of the first columns the statistic is taken, if not over all. whole: the width of whole rows
+    if these are parts of them.
     """
     found = walk(shape, *strides)
     if found is None:
@@ -62,7 +64,7 @@ def rows_of(
     sizes = found.sizes if found.strided else (1, M)
     steps = [step for of_one in found.steps for step in of_one]
     columns = N if measured is None else measured
-    values = [N, chunk, *sizes, *steps, *[0] * (3 * _MOST_INPUTS - len(steps)), groups, columns]
+    values = [N, chunk, *sizes, *steps, *[0] * (3 * _MOST_INPUTS - len(steps)), groups, columns, whole or columns]
     even = all(number % 2 == 0 for number in (N, columns, *steps)) and sys.byteorder == "little"
     return Rows(M, N, max(1, _GRAIN // N), chunk, -(-M // chunk), even, (ctypes.c_int64 * len(values))(*values))
 

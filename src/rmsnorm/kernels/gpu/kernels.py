@@ -482,7 +482,7 @@ def forward_loop(
 
 
 @triton.jit
-def _load_rows(
+def load_rows(
     t, m, n, M, lead, body, ends, sizes, steps, STRIDED: tl.constexpr, MULTIPLE: tl.constexpr, WORD: tl.constexpr,
     PARTS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -501,12 +501,27 @@ def _added(
     row, t, m, n, M, lead, body, ends, sizes, steps, STRIDED: tl.constexpr, MULTIPLE: tl.constexpr,
     WORD: tl.constexpr, PARTS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The sum of the pieces of `row` and the pieces of t that `_load_rows` loads, rounded to their dtype."""
-    other = _load_rows(t, m, n, M, lead, body, ends, sizes, steps, STRIDED, MULTIPLE, WORD, PARTS, PIECES, BLOCK_N)
+    """The sum of the pieces of `row` and the pieces of t that `load_rows` loads, rounded to their dtype."""
+    other = load_rows(t, m, n, M, lead, body, ends, sizes, steps, STRIDED, MULTIPLE, WORD, PARTS, PIECES, BLOCK_N)
     total = ()
     for k in tl.static_range(PIECES if WORD == 1 else PIECES + 1):
         total += (rounded_sum(row[k], other[k]),)
     return total
+
+
+@triton.jit
+def load_weights(
+    w, n, lead, body, ends, ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr, ALL: tl.constexpr
+):  # fmt: skip
+    """Loads the pieces of the weight, for tiles of ROWS rows; () if there is none."""
+    weight = ()
+    if w is not None:
+        for k in tl.static_range(ALL):
+            # Narrow pieces: with a copy for each row, Triton distributes rows over threads as it loads them.
+            of_rows = w + lead + tl.zeros([ROWS, 1], tl.int32) if BLOCK_N < 256 and PIECES > 1 else w + lead
+            at = at_piece(of_rows, n, ends, k, PIECES, BLOCK_N)
+            weight += (load_weight(at, columns(n, ends, k, PIECES, BLOCK_N), body, ends, k, PIECES),)
+    return weight
 
 
 @triton.jit
@@ -541,21 +556,16 @@ def backward_block(
     ends = ends_of(N, lead, body, part, BLOCK_N, WORD)
     ALL: tl.constexpr = PIECES if WORD == 1 else PIECES + 1
     dw = ()
-    weight = ()
-    for k in tl.static_range(ALL):
+    for _ in tl.static_range(ALL):
         dw += (tl.zeros([ROWS, BLOCK_N], tl.float32),)
-        if w is not None:
-            # Narrow pieces: with a copy for each row, Triton distributes rows over threads as it loads them.
-            of_rows = w + lead + tl.zeros([ROWS, 1], tl.int32) if BLOCK_N < 256 and PIECES > 1 else w + lead
-            at = at_piece(of_rows, n, ends, k, PIECES, BLOCK_N)
-            weight += (load_weight(at, columns(n, ends, k, PIECES, BLOCK_N), body, ends, k, PIECES),)
+    weight = load_weights(w, n, lead, body, ends, ROWS, PIECES, BLOCK_N, ALL)
     width = tl.full([ROWS, 1], N if V is None else V, tl.float64)
     inverse = 1.0 / width
     if PARTS > 1 and OVERLAP:
         tl.extra.cuda.gdc_wait()
     for turn in tl.range(0, turns_of(M, program, programs, ROWS, APART), num_stages=STAGES):
         m = rows_of(program + turn * programs, ROWS, APART)
-        dy_row = _load_rows(
+        dy_row = load_rows(
             dy, m, n, M, lead, body, ends, sizes, dy_steps, STRIDED, MULTIPLE, WORD, PARTS, PIECES, BLOCK_N
         )
         if dy2 is not None:
@@ -568,11 +578,9 @@ def backward_block(
                 dy_row, dy3, m, n, M, lead, body, ends, sizes, dy3_steps,
                 STRIDED, MULTIPLE, WORD, PARTS, PIECES, BLOCK_N,
             )  # fmt: skip
-        x_row = _load_rows(
-            x, m, n, M, lead, body, ends, sizes, x_steps, STRIDED, MULTIPLE, WORD, PARTS, PIECES, BLOCK_N
-        )
+        x_row = load_rows(x, m, n, M, lead, body, ends, sizes, x_steps, STRIDED, MULTIPLE, WORD, PARTS, PIECES, BLOCK_N)
         if ds is not None and STAGES > 1:
-            ds_row = _load_rows(
+            ds_row = load_rows(
                 ds, m, n, M, lead, body, ends, sizes, ds_steps, STRIDED, MULTIPLE, WORD, PARTS, PIECES, BLOCK_N
             )
         r = tl.load(rstd + m, m < M, 0.0)
@@ -587,7 +595,7 @@ def backward_block(
             S = sum_of_shares(S, shares + m * parts, part, parts, PARTS)
         c = mean_of(S + 0.0, width, inverse)  # +0.0, never -0.0
         if ds is not None and STAGES == 1:  # loaded this late because registers are short before
-            ds_row = _load_rows(
+            ds_row = load_rows(
                 ds, m, n, M, lead, body, ends, sizes, ds_steps, STRIDED, MULTIPLE, WORD, PARTS, PIECES, BLOCK_N
             )
         summed = ()
@@ -606,11 +614,19 @@ def backward_block(
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()  # sum_partials may start; it waits for this kernel's end
     if partials is not None:
-        for k in tl.static_range(ALL):
-            share = tl.sum(dw[k].to(tl.float64), axis=0, keep_dims=True).to(tl.float32)
-            at = at_piece(partials + program.to(tl.int64) * N + lead, n, ends, k, PIECES, BLOCK_N)
-            of_piece = columns(n, ends, k, PIECES, BLOCK_N)
-            tl.store(at, share, of_piece < body if k < PIECES else ends[1])
+        store_share(dw, partials + program.to(tl.int64) * N + lead, n, body, ends, PIECES, BLOCK_N, ALL)
+
+
+@triton.jit
+def store_share(
+    dw, partials, n, body, ends, PIECES: tl.constexpr, BLOCK_N: tl.constexpr, ALL: tl.constexpr
+):  # fmt: skip
+    """Stores the sums of dw over the rows of a program."""
+    for k in tl.static_range(ALL):
+        share = tl.sum(dw[k].to(tl.float64), axis=0, keep_dims=True).to(tl.float32)
+        of_piece = columns(n, ends, k, PIECES, BLOCK_N)
+        at = at_piece(partials, n, ends, k, PIECES, BLOCK_N)
+        tl.store(at, share, of_piece < body if k < PIECES else ends[1])
 
 
 @triton.jit

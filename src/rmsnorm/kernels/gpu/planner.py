@@ -18,6 +18,7 @@ from rmsnorm.kernels.plan import (
     Fresh,
     Plan,
     TensorKind,
+    dense,
     find_layout,
     gradients,
     heads_of,
@@ -59,7 +60,7 @@ def plan_forward(kind: Forward) -> Plan:
     if w is not None:
         kinds["w"] = dense("w", w, before)
     shape = tuple(x.shape)
-    fresh = [Fresh("y", _y_dtype(x.dtype, w, spec.cast), shape)]
+    fresh = [Fresh("y", y_dtype_of(x.dtype, w, spec.cast), shape)]
     if residual is not None:
         fresh.append(Fresh("s", x.dtype, shape))
     if kind.with_rstd:
@@ -71,7 +72,7 @@ def plan_forward(kind: Forward) -> Plan:
         config.tiles(rows.M) * max(1, config.parts), config, calls.exchange(config, gpu),
         x=row, residual=None if residual is None else "residual", w=None if w is None else "w", y="y",
         s=None if residual is None else "s", rstd="rstd" if kind.with_rstd else None, shares="shares",
-        x_steps=rows.steps[0], residual_steps=rows.steps[-1], eps=float(spec.eps), offset=_offset(spec.offset),
+        x_steps=rows.steps[0], residual_steps=rows.steps[-1], eps=float(spec.eps), offset=offset_of(spec.offset),
         V=spec.variance_size, EARLY=spec.cast != "late", FIRST=spec.cast == "first",
     )  # fmt: skip
     return Plan(
@@ -160,7 +161,7 @@ def plan_backward(kind: Backward) -> Plan:
     """
     x, w, spec, need_dx = kind.x, kind.w, kind.spec, kind.need_dx
     with_ds, of_dw = need_dx and kind.ds is not None, w.dtype if kind.need_dw and w is not None else None
-    y_dtype = _y_dtype(x.dtype, w, spec.cast)
+    y_dtype = y_dtype_of(x.dtype, w, spec.cast)
     dys, before = gradients(kind, y_dtype)
     fresh: list[Fresh] = []
     first: list[TritonLaunch] = []
@@ -198,7 +199,7 @@ def plan_backward(kind: Backward) -> Plan:
             M if config.parts == 0 else config.programs * config.parts, config, calls.exchange(config, gpu),
             **reads, ds="ds" if with_ds else None, w=None if w is None else "w", rstd="rstd", dx="dx",
             partials=None if sums is None else "partials", shares="shares", programs=config.programs,
-            ds_steps=rows.steps[-1], offset=_offset(spec.offset), V=spec.variance_size, EARLY=early,
+            ds_steps=rows.steps[-1], offset=offset_of(spec.offset), V=spec.variance_size, EARLY=early,
             ROUND_FIRST=kind.rounds_dx_first,
         )  # fmt: skip
     if of_dw is not None and w is not None:
@@ -332,20 +333,12 @@ def gpu_at(device: int) -> Gpu:
     return Gpu(shared_memory, found.multi_processor_count, found.major)
 
 
-def _y_dtype(x: torch.dtype, w: TensorKind | None, cast: str) -> torch.dtype:
+def y_dtype_of(x: torch.dtype, w: TensorKind | None, cast: str) -> torch.dtype:
     return result_dtype(x, None if w is None else w.dtype, cast)
 
 
-def _offset(offset: float) -> float:
+def offset_of(offset: float) -> float:
     return float(offset) or -0.0
-
-
-def dense(name: str, kind: TensorKind, before: list[Converted]) -> TensorKind:
-    """The kind of a tensor that a kernel reads as contiguous; adds a copy to `before` if it is not."""
-    if kind.is_dense:
-        return kind
-    before.append(Converted(name, (name,), kind.dtype))
-    return TensorKind.dense(kind.shape, kind.dtype)
 
 
 def _can_be_staged(rows: Walk, kinds: Mapping[str, TensorKind], dtype: torch.dtype) -> bool:

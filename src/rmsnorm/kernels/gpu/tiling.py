@@ -417,13 +417,11 @@ def backward(
     dys: how many gradients the kernel adds to get dy. ds_apart: whether adding ds replaces a separate addition after
     the backward pass; dw must then have the bits that it has without ds. heads: as in `Launch`.
     """
-    overlap = gpu.capability >= 9
-    longest = LONGEST_SUM.get(dw_itemsize, M)
     more = (with_ds and not (ds_apart and dw_itemsize > 0)) or dy_itemsize > itemsize
-    body, apart = (_body(N, itemsize), _apart(N, itemsize)) if heads == 1 else (N, heads)
     if backward_is_wide(N, itemsize):
         if heads > 1:
             return _looping(heads)
+        overlap, apart, longest = gpu.capability >= 9, _apart(N, itemsize), LONGEST_SUM.get(dw_itemsize, M)
         # The rows, and with more than 32 columns a thread also the weight, of at most 4 bytes a number.
         bytes_a_column = STAGES * (itemsize + dy_itemsize) + (4 if itemsize == 2 else 0)
         staged, shared = _BACKWARD_STAGED[itemsize], _BACKWARD_SHARED[itemsize]
@@ -440,6 +438,17 @@ def backward(
         return replace(
             config, stages=STAGES if config.staged else 1, programs=programs, apart=apart, overlap=overlap
         )  # fmt: skip
+    return _backward_of_whole_rows(M, N, itemsize, dy_itemsize, dw_itemsize, with_ds, gpu, dys, more, heads=heads)
+
+
+def _backward_of_whole_rows(
+    M: int, N: int, itemsize: int, dy_itemsize: int, dw_itemsize: int, with_ds: bool, gpu: Gpu, dys: int, more: bool,
+    parts: int = 1, heads: int = 1,
+) -> Launch:  # fmt: skip
+    """As `backward`, for rows that one program holds, or one of their `parts` of N columns. more: see `_at_once`."""
+    overlap = gpu.capability >= 9
+    longest = LONGEST_SUM.get(dw_itemsize, M)
+    body, apart = (_body(N, itemsize), _apart(N, itemsize)) if heads == 1 else (N, heads)
     tile = _backward_tile(N, itemsize)
     narrow_loads = (apart == 1 or heads > 1) and not _is_whole_words(N, itemsize)
     rows, block_n, warps, most = tile.rows, tile.block_n, tile.warps, tile.stages
@@ -447,7 +456,7 @@ def backward(
     pieces = -(-body // block_n)
     tiles = _tiles(M, rows, apart)
     if dw_itemsize == 0 and (tile.alone or narrow_loads):
-        return Launch(block_n, warps, rows, pieces, programs=tiles, apart=apart, heads=heads)
+        return Launch(block_n, warps, rows, pieces, parts, programs=tiles, apart=apart, heads=heads)
     stages = 1  # narrow loads cannot be prefetched into shared memory
     if not narrow_loads:
         loaded = dys * dy_itemsize + itemsize * (2 if with_ds else 1)
@@ -455,10 +464,43 @@ def backward(
         stages = _stages(tile_bytes, gpu.shared_memory // programs, most)
         if stages == 1:  # prefetching is worth more than several programs at once
             stages = _stages(tile_bytes, gpu.shared_memory, most)
-    programs = _programs(tiles, MULTIPROCESSORS * programs, longest, apart)
+    programs = _programs(tiles, max(1, MULTIPROCESSORS * programs // parts), longest, apart)
     return Launch(
-        block_n, warps, rows, pieces, stages=stages, programs=programs, apart=apart, heads=heads, overlap=overlap
+        block_n, warps, rows, pieces, parts, stages, programs, apart, heads=heads, overlap=overlap
     )  # fmt: skip
+
+
+# The columns that a program takes of parts of rows that are too wide for one program. Not measured alone.
+WIDTH_OF_WIDE = 4096
+
+
+@functools.lru_cache(4096)
+def parts_forward(N: int, itemsize: int, with_dy: bool = False) -> Launch:
+    """The launch of the kernels that begin and finish a forward pass of parts of rows of N columns.
+
+    with_dy: the launch of the kernel that begins a backward pass. It reads two tensors and so takes the tiles for fp32;
+    with those for 16 bits, 1280 and 10,240 columns spill.
+    """
+    of_tile, widest = (4, BACKWARD_WIDEST[4]) if with_dy else (itemsize, FORWARD_WIDEST)
+    if widest < N:
+        width = WIDTH_OF_WIDE // 2 if with_dy else WIDTH_OF_WIDE
+        tile = _forward_tile(width, of_tile)
+        return Launch(tile.block_n, tile.warps, tile.rows, width // tile.block_n, -(-N // width))
+    tile = _forward_tile(N, of_tile)
+    return Launch(
+        tile.block_n, tile.warps, tile.rows, -(-_body(N, itemsize) // tile.block_n), apart=_apart(N, itemsize)
+    )  # fmt: skip
+
+
+@functools.lru_cache(4096)
+def parts_backward(
+    M: int, N: int, itemsize: int, dy_itemsize: int, dw_itemsize: int, with_ds: bool, gpu: Gpu
+) -> Launch:  # fmt: skip
+    """The launch of the kernel that finishes a backward pass of parts of rows of N columns."""
+    more = with_ds or dy_itemsize > itemsize
+    width, parts = (WIDTH_OF_WIDE, -(-N // WIDTH_OF_WIDE)) if backward_is_wide(N, itemsize) else (N, 1)
+    config = _backward_of_whole_rows(M, width, itemsize, dy_itemsize, dw_itemsize, with_ds, gpu, 1, more, parts)
+    return config if parts == 1 or _is_whole_words(N, itemsize) else replace(config, stages=1)
 
 
 @functools.lru_cache(4096)
