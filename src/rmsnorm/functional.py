@@ -312,9 +312,8 @@ def explain(
         expected = "a torch.Tensor, a layer of rmsnorm or a norm that patch replaced: pass norm.weight"
         raise TypeError(complaint("explain", "weight", f"is {type_name(weight)} that was not patched", expected))
     check_order("explain", weight)
-    _check_gate_of_call(gate, residual, offset, of_gate=(activation, gate_first, groups) != ("silu", False, 1))
-    if gate is not None and variance_size is not None:
-        raise ValueError(complaint("explain", "variance_size", f"is {variance_size} with a gate", "None"))
+    of_gate = (activation, gate_first, groups) != ("silu", False, 1)
+    _check_gate_of_call(gate, residual, offset, variance_size, of_gate)
     if gate is not None:
         return _explain_gated(x, gate, weight, eps, cast, activation, gate_first, groups)
     spec = spec_of("explain", eps, cast, offset, variance_size)
@@ -384,7 +383,9 @@ def _check_gate_of_layer(gate: Tensor | None, explain_layer: Callable[..., str])
         raise TypeError(complaint("explain", "gate", "is given", "None: the layer has no gate"))
 
 
-def _check_gate_of_call(gate: Tensor | None, residual: Tensor | None, offset: float, of_gate: bool) -> None:
+def _check_gate_of_call(
+    gate: Tensor | None, residual: Tensor | None, offset: float, variance_size: int | None, of_gate: bool
+) -> None:
     """of_gate: whether there are arguments of gated norms only."""
     if gate is None:
         if of_gate:
@@ -393,6 +394,8 @@ def _check_gate_of_call(gate: Tensor | None, residual: Tensor | None, offset: fl
         raise ValueError(complaint("explain", "residual", "is given with a gate", "None"))
     elif offset != 0:
         raise ValueError(complaint("explain", "offset", f"is {offset} with a gate", "0"))
+    elif variance_size is not None:
+        raise ValueError(complaint("explain", "variance_size", f"is {variance_size} with a gate", "None"))
 
 
 def _explain_gated(
