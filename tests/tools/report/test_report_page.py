@@ -27,6 +27,7 @@ TAGS = VOID | {
     "u", "s", "data", "table", "thead", "tbody", "tr", "th", "td", "dl", "dt", "dd", "details", "summary", "svg", "line",
     "text", "polyline", "circle", "rect",
 }  # fmt: skip
+H200 = {"name": "NVIDIA H200", "driver": "580"}
 COPIES = CopyLine(((1 << 16, 9e-6), (1 << 20, 4e-5), (1 << 24, 5e-4)))
 
 
@@ -151,6 +152,8 @@ def test_the_page_gives_the_answer_first_and_draws_every_norm() -> None:
     pairs = [attributes["data-pair"] for _, attributes in parsed.elements if "data-pair" in attributes]
     assert len(pairs) == 2 * 7
     assert "a copy of as many bytes" in text
+    assert "No copy was measured" not in text
+    assert "No copy was measured" in page.html(a_measured_result(copy=None, facts=result.facts | {"gpu": H200}))
 
 
 def test_marks_of_the_roofline_are_where_bytes_and_times_put_them() -> None:
@@ -326,5 +329,6 @@ def test_a_browser_shows_the_figures_requests_nothing_and_has_nothing_to_say(
             "[...document.querySelectorAll('svg')].filter(e => e.getBoundingClientRect().width).length"
         )
         assert shown == 1
-        dark = chromium.evaluate("getComputedStyle(document.body).color") == "rgb(232, 233, 235)"
-        assert dark == (scheme == "dark" and media == "screen")
+        colors = chromium.evaluate("(s => [s.color, s.backgroundColor])(getComputedStyle(document.body))")
+        light_text, light_page = (sum(map(int, re.findall(r"\d+", color))) > 3 * 128 for color in colors)
+        assert (light_text, not light_page) == ((scheme, media) == ("dark", "screen"),) * 2  # paper is light
