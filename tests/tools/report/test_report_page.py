@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -276,6 +277,18 @@ def test_what_is_no_report_is_refused_in_one_line(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert says in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [["deepseek-ocr"], ["--from", "x.json"]], ids=" ".join)
+def test_a_missing_jinja2_is_reported_before_the_work(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.setattr("rmsnorm.tools.models.library.import_transformers", lambda *_: pytest.fail("it began to work"))
+    with pytest.raises(SystemExit) as end:
+        main(["report", *arguments, "--out", str(tmp_path)])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.strip() == "rmsnorm: report.html needs jinja2: pip install jinja2"
 
 
 @pytest.mark.parametrize(

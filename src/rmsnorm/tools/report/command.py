@@ -38,11 +38,12 @@ def report(
         What was found; its `notes` say what was left out and why.
 
     Raises:
-        CommandError: Before anything is written, if the target is neither a preset nor an intact folder, or an option
-            is out of range.
+        CommandError: Before anything is written, if the target is neither a preset nor an intact folder, an option is
+            out of range, or jinja2 is missing.
     """
     budget = Budget(seconds)
     _check_options(tokens, seconds)
+    page.check()
     where = machine.find_device(device)
     for name in (results.REPORT_FILE, results.REPORT_PAGE):
         results.check_file(out / name, "--out")
@@ -74,6 +75,7 @@ def draw_stored(path: Path, out: Path, *, every_layer: bool = False) -> ReportRe
     Raises:
         CommandError: If the file cannot be read or is not the JSON of a report, or the page cannot be written.
     """
+    page.check()
     results.check_file(out / results.REPORT_PAGE, "--out")
     try:
         result = ReportResult.from_json(json.loads(path.read_text(encoding="utf-8")), every_layer)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rmsnorm.tools import machine
+from rmsnorm.errors import CommandError
+from rmsnorm.tools import machine, results
 from rmsnorm.tools.display import (
     NOTHING,
     Text,
@@ -326,6 +327,14 @@ def _ends(low: float, high: float) -> tuple[str, str]:
 
 
 # --- the page ------------------------------------------------------------------------------------------------
+
+
+def check() -> None:
+    """Check that a page could be drawn. Raises CommandError if jinja2 is missing, without which torch is incomplete."""
+    try:
+        import jinja2  # noqa: F401
+    except ImportError:
+        raise CommandError(f"{results.REPORT_PAGE} needs jinja2: pip install jinja2") from None
 
 
 def html(result: ReportResult) -> str:
