@@ -717,12 +717,22 @@ def _characteristics(e: Example) -> Iterator[Row]:
     values = {torch.float16: 256.0, torch.bfloat16: 1e19}
     fp16, bf16 = (constant_row(value, dtype, e.width) for dtype, value in values.items())
     yield Row(
-        "the upcast prevents underflow and overflow in the variance",
+        "the upcast prevents overflow in the variance",
         whether(fp16 == (1.0, 0.0), bf16 == (1.0, 0.0)),
         f"In fp16 it does: a row of {values[torch.float16]:g} gives {fp16[0]:g}, and {fp16[1]:g} without the upcast, "
         f"whose squares overflow. bf16 has the exponents of fp32: a row of {values[torch.bfloat16]:g} gives "
         f"{bf16[0]:g} with it and {bf16[1]:g} without it.",
         function(constant_row),
+    )
+    small = torch.full((e.width,), 1e-5, dtype=torch.float16)
+    variances = [x.pow(2).mean().item() for x in (small.float(), small)]
+    outputs = constant_row(small[0].item(), small.dtype, e.width)
+    yield Row(
+        "it prevents underflow in the variance",
+        whether(variances[0] > 0 and not variances[1]),
+        f"In fp16 a row of {small[0].item():.0e} has variance {variances[0]:.0e} with it and {variances[1]:g} without "
+        f"it. But eps, which is added, is larger than both: y is {outputs[0]:.2f} and {outputs[1]:.2f}.",
+        f"the mean of squares, and {function(constant_row)}",
     )
     rounded, exact = (statistic_error(dtype, e.width) for dtype in (torch.bfloat16, torch.float32))
     yield Row(
