@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from many import result as many_result
+from many.definitions import COLUMNS, PART, REDUCE, ROWS, WHOLE
 from rmsnorm.costs.counts import cost
 from rmsnorm.tools.bench.cases import MODES
 from rmsnorm.tools.report.prediction import Work, rate_on
@@ -389,6 +391,35 @@ def gpu_aims() -> str:
     return _missed("bench-cuda")
 
 
+# Modes of gated norms, and what each is.
+_GATED = {
+    "gated-forward": "Qwen3-Next, forward",
+    "gated-backward": "Qwen3-Next, backward",
+    "gate-first-forward": "Mamba 2, 8 groups, forward",
+    "gate-first-backward": "Mamba 2, 8 groups, backward",
+}
+
+
+@part
+def gpu_gated() -> str:
+    """Gated norms beside those of other libraries."""
+    name = "bench-gated-cuda"
+    if not is_stored(name):
+        return ""
+    rows = [(c, what) for mode, what in _GATED.items() for d in ("bfloat16", "float32") for c in cases(name, d, mode)]
+    providers = [p for p in rows[0][0].providers if any(c.time(p) is not None for c, _ in rows)]
+    cells = [
+        [
+            f"{what}, {_DTYPES[c.dtype]}, {c.shape}",
+            *(us(c.time(p)) for p in providers),
+            between([c.ratio("ours", "copy")]),
+        ]
+        for c, what in rows
+    ]
+    times = table(["µs", *providers, "our time / copy's"], cells)
+    return f"Machine: {machine(stored(name)['machine'])}.\n\n{times}\n\n{_missed(name)}"
+
+
 # --- speed on a CPU ------------------------------------------------------------------------------------------
 
 
@@ -646,6 +677,63 @@ def batch_invariance() -> str:
     sizes = ", ".join(map(str, first["batches"]))
     said = f"Rows of y, of dx that change, of {first['rows']} of width {first['width']}, in batches of {sizes} rows"
     return f"{said} ({machines}):\n\n{table(['', *header], lines)}"
+
+
+@part
+def many_gpus() -> str:
+    """Nothing until benchmarks/many_gpus.py has been run."""
+    if not is_stored("many-gpus-cuda"):
+        return ""
+    r = stored("many-gpus-cuda")
+    parts = [f"Machine: {machine(r['machine'])}, transformers {r['machine']['versions']['transformers']}.",
+             *_sharded_bits(r["bits"]), *_sharded_norms(r["norms"]), *_spread_steps(r["steps"])]  # fmt: skip
+    if missing := many_result.not_measured(r):
+        parts.append(f"Not measured: {'; '.join(missing)}.")
+    missed = [many_result.in_words(bound) for bound in r["bounds"] if not bound["met"]]
+    met = f"{len(r['bounds']) - len(missed)} of {len(r['bounds'])} aims are met"
+    parts.append(met + (":\n\n" + bullets(f"missed: {one}." for one in missed) if missed else "."))
+    return "\n\n".join(parts)
+
+
+def _sharded_bits(cases: list[dict[str, Any]]) -> Iterator[str]:
+    rows = [
+        [f"{many_result.ranks(world)}, by {sharding}", f"{len(group)}", f"{sum(c['elements'] for c in group):,}",
+         f"{sum(c['differing'] for c in group):,}", many_result.dw_in_words(group)]
+        for (world, sharding), group in many_result.by_sharding(cases)
+    ]  # fmt: skip
+    if rows:
+        yield table(["y, s and dx of sharded norms against one GPU", "cases", "elements", "differing", "dw"], rows)
+
+
+def _sharded_norms(timed: list[dict[str, Any]]) -> Iterator[str]:
+    names = WHOLE, ROWS, COLUMNS, PART, REDUCE
+    rows = [
+        [f"{many_result.ranks(one['world'])}, {one['direction']}, {one['rows']} × {one['width']}",
+         *(us(one["times"][name]["median_us"]) for name in names), f"{many_result.over_parts(one):.2f}"]
+        for one in timed
+    ]  # fmt: skip
+    if rows:
+        yield table(["µs, bf16, eager, with the time of the host", *names, "columns / (part + all-reduce)"], rows)
+
+
+def _spread_steps(steps: list[dict[str, Any]]) -> Iterator[str]:
+    rows = []
+    for one in steps:
+        as_is, patched = one["variants"]
+        pairs = zip(many_result.shares(as_is), many_result.shares(patched), strict=True)
+        rows.append(
+            [
+                f"{many_result.ranks(one['world'])}, {one['plan']}, {many_result.mesh_in_words(one)}, "
+                f"{one['batch']} × {one['tokens']} tokens",
+                *(f"{v['median_us'] / 1e3:.1f} ({v['low_us'] / 1e3:.1f} to {v['high_us'] / 1e3:.1f})"
+                  for v in (as_is, patched)),
+                _ratio(patched),
+                *("–" if None in pair else " → ".join(f"{share:.1%}" for share in pair) for pair in pairs),
+            ]
+        )  # fmt: skip
+    if rows:
+        header = ["ms of a training step (quartiles)", "as is", "patched", "patched / as is", *many_result.SHOWN]
+        yield table(header, rows)
 
 
 _INVARIANCE = {

@@ -8,6 +8,9 @@ sharded by columns (the hidden dimension):
     Shard(row)   Replicate            as x       Shard(row)   Partial(sum)   none
     Shard(-1)    Shard(0), Replicate  as x       Replicate    Shard(0)       one fp64 number a row, in each direction
 
+If each head has its own weight, (H, N), the weight is sharded as the last two dimensions of x are, or replicated. Heads
+that are sharded need no communication.
+
 A row that is sharded by columns has the same bits as a whole row, because the ranks exchange partial sums in fp64,
 where the order of summation does not change the rounded result.
 """
@@ -49,8 +52,8 @@ def _forward(
     check_spec(where, 0.0 if isinstance(eps, torch.SymFloat) else eps, cast, offset)
     check_tensors(where, x, residual, w, offset, symbolic=True)
     mesh, shape, last = x.device_mesh, x.shape, x.dim() - 1
+    w = _local(w, _of_weight(layout, x, w))
     x, residual = _local(x, layout), _local(residual, layout)
-    w = _local(w, _of_weight(layout, last))
     if Shard(last) in layout:
         s, S = _begin_forward(x, residual)
         S = _over_ranks(S, mesh, layout, shape)
@@ -75,18 +78,21 @@ def _backward(
     check_spec("rms_norm", 0.0, cast, offset)
     check_gradients("rms_norm", dy, ds, x, w, rstd, offset, need_dw, symbolic=True)
     mesh, shape, last = x.device_mesh, x.shape, x.dim() - 1
+    of_w, w_shape = _of_weight(layout, x, w), () if w is None else w.shape
     dy, ds, x = (_local(t, layout) for t in (dy, ds, x))
-    w, rstd = _local(w, _of_weight(layout, last)), _local(rstd, _of_rows(layout, last))
+    w, rstd = _local(w, of_w), _local(rstd, _of_rows(layout, last))
     if Shard(last) in layout:
         S = _over_ranks(_begin_backward(dy, x, w, rstd, offset), mesh, layout, shape) if need_dx else None
         dx, dw = _finish_backward(dy, ds, x, w, rstd, S, shape[-1], cast, offset, need_dw)
     else:
         dx, dw = torch.ops.rmsnorm.backward.default(dy, ds, x, w, rstd, cast, offset, need_dx, need_dw)
     nothing = (Replicate(),) * mesh.ndim
-    of_dw = tuple(Shard(0) if p == Shard(last) else Partial() if _dim(p) is not None else p for p in layout)
+    of_dw = tuple(
+        Partial() if q == Replicate() and _dim(p) is not None else q for p, q in zip(layout, of_w, strict=True)
+    )  # fmt: skip
     return (
         as_whole(dx, mesh, layout, shape) if need_dx else as_whole(dx, mesh, nothing, (0,)),
-        as_whole(dw, mesh, of_dw, shape[-1:]) if need_dw and w is not None else as_whole(dw, mesh, nothing, (0,)),
+        as_whole(dw, mesh, of_dw, w_shape) if need_dw and w is not None else as_whole(dw, mesh, nothing, (0,)),
     )
 
 
@@ -110,19 +116,22 @@ def _layout(where: str, x: Any, residual: Any, w: Any) -> Layout:
             was = f"is on the mesh {t.device_mesh} with placements {t.placements}"
             raise ValueError(complaint(where, other, was, f"{where_given}: distribute both on one mesh"))
     layout, last = [], x.dim() - 1
+    shared = x.dim() - (1 if w is None else w.dim())  # dimensions of x that the weight does not have
     for i, p in enumerate(x.placements):
         q = p if residual is None else residual.placements[i]
         if _dim(p) is not None and _dim(q) is not None and p != q:
             fix = f"{x.placements}, those of x: residual.redistribute(placements=x.placements)"
             raise ValueError(complaint(where, "residual", f"has placements {residual.placements}", fix))
         p = next((one for one in (p, q) if _dim(one) is not None), Replicate())
-        if _dim(p) == last and p != Shard(last):
-            fix = "Shard or Replicate in the hidden dimension: x.redistribute(placements=…)"
+        dim = _dim(p)
+        if dim is not None and dim >= shared and p != Shard(dim):
+            of = "hidden dimension" if dim == last else "dimension of the heads"
+            fix = f"Shard or Replicate in the {of}: x.redistribute(placements=…)"
             raise ValueError(complaint(where, "x", f"has placements {x.placements}", fix))
-        fitting = (Replicate(), Shard(0)) if p == Shard(last) else (Replicate(),)
+        fitting = (Replicate(), *([Shard(dim - shared)] if dim is not None and dim >= shared else []))
         if w is not None and w.placements[i] not in fitting:
             fix = f"{' or '.join(map(repr, fitting))} on mesh dimension {i}, as x has {x.placements}: "
-            fix += "redistribute the weight, or shard the last dimension of x too"
+            fix += "redistribute the weight, or shard the same dimension of x too"
             raise ValueError(complaint(where, "weight", f"has placements {w.placements}", fix))
         layout.append(p)
     return tuple(layout)
@@ -133,8 +142,11 @@ def _dim(p: Placement) -> int | None:
     return getattr(p, "dim", None)
 
 
-def _of_weight(layout: Layout, last: int) -> Layout:
-    return tuple(Shard(0) if p == Shard(last) else Replicate() for p in layout)
+def _of_weight(layout: Layout, x: Any, w: Any) -> Layout:
+    """The layout of the weight, and of its gradient before that is summed: x's in the dimensions that both have."""
+    shared = x.dim() - (1 if w is None else w.dim())
+    dims = [_dim(p) for p in layout]
+    return tuple(Replicate() if dim is None or dim < shared else Shard(dim - shared) for dim in dims)
 
 
 def _of_rows(layout: Layout, last: int) -> Layout:

@@ -23,6 +23,7 @@ from rmsnorm.kernels.plan import (
     TensorKind,
     find_layout,
     gradients,
+    heads_of,
     summands,
 )
 from rmsnorm.spec import result_dtype
@@ -51,16 +52,18 @@ def _elements(x: torch.dtype, read: _Types, even: bool) -> tuple[Any, Any, Any]:
 
 
 @functools.cache
-def _forward_kernel(x: torch.dtype, read: _Types, even: bool) -> Any:
+def _forward_kernel(x: torch.dtype, read: _Types, even: bool, by_head: bool, sliced: bool) -> Any:
     X, W, Y = _elements(x, read, even)
-    return compiled(forward, X, X, W, Y, X, types.float32, types.int64, types.float32)
+    return compiled(forward(by_head, sliced), X, X, W, Y, X, types.float32, types.int64, types.float32)
 
 
 @functools.cache
-def _backward_kernel(x: torch.dtype, read: _Types, even: bool, dys: int, round_first: bool) -> Any:
+def _backward_kernel(
+    x: torch.dtype, read: _Types, even: bool, dys: int, round_first: bool, by_head: bool, sliced: bool
+) -> Any:
     X, W, Y = _elements(x, read, even)
     pointees = Y, Y, Y, X, X, W, types.float32, X, types.float64, types.int64, types.float32
-    return compiled(backward(dys, round_first), *pointees)
+    return compiled(backward(dys, round_first, by_head, sliced), *pointees)
 
 
 @functools.cache
@@ -85,11 +88,13 @@ def plan_forward(kind: Forward) -> Plan | ByReference:
     row, x, residual, before = summands(kind)
     spec = kind.spec
     wanted = {row: (x, x.dtype)} | ({} if residual is None else {"residual": (residual, x.dtype)})
-    rows, kinds, converted = find_layout(rows_of, wanted)
+    heads, sliced = heads_of(kind.w), spec.variance_size is not None
+    find = functools.partial(rows_of, groups=heads, measured=spec.variance_size)
+    rows, kinds, converted = find_layout(find, wanted)
     types = _types(x.dtype, None if kind.w is None else kind.w.dtype, spec.cast)
     scale = _scale(kind.w, types, rows.N)
     even = rows.even and _paired(*kinds.values(), scale.kind)
-    kernel = _forward_kernel(x.dtype, types, even)
+    kernel = _forward_kernel(x.dtype, types, even, heads > 1, sliced)
     if isinstance(kernel, str):
         return ByReference(kernel)
     y, s = like_rows("y", kind.x, types.y), like_rows("s", kind.x, x.dtype)
@@ -120,7 +125,9 @@ def plan_backward(kind: Backward) -> Plan | ByReference:
     dys, before = gradients(kind, types.y)
     dy, *more = ((name, (of, types.y)) for name, of in dys.items())
     wanted = dict([dy, ("x", (x, x.dtype)), *more]) | ({} if kind.ds is None else {"ds": (kind.ds, x.dtype)})
-    rows, kinds, converted = find_layout(rows_of, wanted)  # in the order of the kernel's layout
+    heads, sliced = heads_of(w), spec.variance_size is not None
+    find = functools.partial(rows_of, groups=heads, measured=spec.variance_size)
+    rows, kinds, converted = find_layout(find, wanted)  # in the order of the kernel's layout
     before += converted
     rstd = kind.rstd
     if not rstd.is_dense:  # only hooks on saved tensors can make it so
@@ -128,7 +135,7 @@ def plan_backward(kind: Backward) -> Plan | ByReference:
         before.append(Converted("rstd", ("rstd",), rstd.dtype))
     scale = _scale(w, types, rows.N)
     even = rows.even and _paired(*kinds.values(), scale.kind, rstd)
-    kernel = _backward_kernel(x.dtype, types, even, len(dys), kind.rounds_dx_first)
+    kernel = _backward_kernel(x.dtype, types, even, len(dys), kind.rounds_dx_first, heads > 1, sliced)
     need_dw = kind.need_dw and w is not None
     sums = need_dw and rows.chunks > 0
     of_sum = _sum_kernel(x.dtype, types, even) if sums else None
@@ -144,16 +151,17 @@ def plan_backward(kind: Backward) -> Plan | ByReference:
     )  # fmt: skip
     words = _spec(0.0, spec.offset, spec.cast)
     launches = [over_rows(kernel, tensors, rows, (words,), rows.chunk, _BACKWARD_ALONE)]
-    if sums:
+    if sums and w is not None:
+        columns = heads * rows.N
         fresh += [
-            Fresh("partials", torch.float64, (rows.chunks, rows.N)),
-            Fresh("dw", types.w, (rows.N,)),
+            Fresh("partials", torch.float64, (rows.chunks, columns)),
+            Fresh("dw", types.w, tuple(w.shape)),
         ]
-        launches.append(MachineCode(of_sum, ("partials", "dw"), (rows.chunks, rows.N)))
-        if w is not None and w.dtype is not types.w:
+        launches.append(MachineCode(of_sum, ("partials", "dw"), (rows.chunks, columns)))
+        if w.dtype is not types.w:
             after.append(Converted("dw", ("dw",), w.dtype))
     elif need_dw and w is not None:
-        fresh.append(Fresh("dw", w.dtype, (rows.N,), value=0))
+        fresh.append(Fresh("dw", w.dtype, tuple(w.shape), value=0))
     return Plan(
         kind.device,
         inputs=kind.inputs,
@@ -180,7 +188,7 @@ class _Scale(NamedTuple):
 def _scale(w: TensorKind | None, types: _Types, N: int) -> _Scale:
     if w is not None and w.dtype is types.w and w.is_dense:
         return _Scale("w", w)
-    made = TensorKind.dense((N,), types.w)
+    made = TensorKind.dense((N,) if w is None else w.shape, types.w)
     if w is None:
         return _Scale("ones", made, fresh=(Fresh("ones", types.w, (N,), value=1),))
     return _Scale("w", made, before=(Converted("w", ("w",), types.w),))
