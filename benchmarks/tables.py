@@ -9,7 +9,7 @@ A table, or a list of sentences with figures, stands between two comments, and w
     <!-- end of results -->
 
 NAME is one of the functions under `@part`, with hyphens. Each reads files of benchmarks/results/ and computes nothing
-but ratios, sums and extremes of what they hold.
+but ratios, sums and extremes of what they hold, or compares them with a prediction.
 """
 
 import argparse
@@ -22,9 +22,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from many import result as many_result
 from many.definitions import COLUMNS, PART, REDUCE, ROWS, WHOLE
+from rmsnorm.costs.counts import cost
 from rmsnorm.tools.bench.cases import MODES
+from rmsnorm.tools.report.prediction import Work, rate_on
 from whole_models.result import (
     aim_in_words,
     batches_title,
@@ -460,6 +464,40 @@ def cpu_layernorm() -> str:
 @part
 def cpu_aims() -> str:
     return _missed("bench-cpu")
+
+
+# --- predictions ---------------------------------------------------------------------------------------------
+
+_FROM_ELEMENTS = 1 << 25  # with fewer, launching weighs more than moving bytes
+_WITHIN = 0.15
+
+
+@part
+def predicted() -> str:
+    """How far our times in the benchmark are from what `rmsnorm report` predicts on this GPU."""
+    rate = rate_on(stored("bench-cuda")["machine"], None)
+    assert rate is not None
+    errors = {}
+    for mode, phase in (("forward", "inference"), ("backward", "backward")):
+        for dtype, short in _DTYPES.items():
+            for c in cases("bench-cuda", dtype, mode):
+                us_of_ours = c.time("ours")
+                if c.M * c.N >= _FROM_ELEMENTS and us_of_ours is not None:
+                    counts = cost((c.M, c.N), getattr(torch, dtype), phase=phase, device="cuda")  # type: ignore[arg-type]
+                    seconds = rate.seconds(Work(counts.moved, counts.kernels))
+                    errors[f"{short} {c.shape} {mode}"] = seconds * 1e6 / us_of_ours - 1
+    far = {case: error for case, error in errors.items() if abs(error) > _WITHIN}
+    typical = sorted(map(abs, errors.values()))[len(errors) // 2]
+    others = "".join(
+        f" {case} is predicted {abs(error) * 100:.1f} % too {'short' if error < 0 else 'long'}."
+        for case, error in far.items()
+    )
+    return (
+        f"Of the {len(errors)} cases of at least {two_to_the(_FROM_ELEMENTS)} elements, forward and backward in three "
+        f"dtypes, {len(errors) - len(far)} are predicted to within {percent(_WITHIN)}, half of them to "
+        f"within {typical * 100:.1f} %: {rate.efficiency * 100:.1f} % of {rate.name}, and {rate.launch * 1e6:.1f} µs a "
+        f"kernel. Both numbers are fitted to the forward pass in bf16 at one width.{others}"
+    )
 
 
 # --- a model, and the first call -----------------------------------------------------------------------------
