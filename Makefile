@@ -24,13 +24,14 @@ report: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/rmsnorm bench
 
-# The tables of README.md and docs/, and the figures, from the stored results.
+# The tables of README.md and docs/, and the figures, from the stored results, and docs/founding-document.md.
 tables: $(STAMP)
 	$(BIN)/python benchmarks/tables.py
 	for device in cuda cpu; do \
 		$(BIN)/rmsnorm bench --from benchmarks/results/bench-$$device.json \
 			--plot benchmarks/results/bench-$$device.svg > /dev/null || exit 1; \
 	done
+	$(BIN)/python benchmarks/founding_document.py
 
 # The site, from the documents and the docstrings, into build/site. A warning, such as of a link to nothing, is an error.
 docs: .venv-docs/.complete

@@ -13,22 +13,26 @@ from rmsnorm.errors import complaint, one_line, type_name
 from rmsnorm.gated_reference import grouped
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
-from rmsnorm.kernels.plan import ByReference, Forward, GatedForward, Plan
+from rmsnorm.kernels.plan import BeginForward, ByReference, FinishForward, Forward, GatedForward, Plan
 from rmsnorm.ops import eager_recomputation
 from rmsnorm.ops.autograd import needs_gradient, norm
 from rmsnorm.ops.dispatch import is_plain, load_sharding
 from rmsnorm.ops.gated import gated_norm
 from rmsnorm.ops.pairs import norms
+from rmsnorm.ops.slices import sliced_norm
 from rmsnorm.spec import (
     DTYPES,
     Activation,
     Cast,
+    Spec,
     check_gated,
     check_int,
     check_order,
     check_tensors,
+    check_variance_size,
     gated_spec,
     spec_of,
+    sum_dtype,
 )  # fmt: skip
 
 P = ParamSpec("P")
@@ -51,6 +55,7 @@ def rms_norm(
     *more: Never,
     cast: Cast = "early",
     offset: float = 0.0,
+    variance_size: int | None = None,
     normalized_shape: None = None,
 ) -> Tensor:
     """Normalize the rows of x: x / sqrt(mean(x²) + eps) · weight over the last dimension.
@@ -61,12 +66,16 @@ def rms_norm(
     Args:
         x: Of shape (..., N), in float32, bfloat16, float16 or float64 (which is computed in float32). Any strides; as
             long as the last dimension is contiguous nothing is copied.
-        weight: Of shape (N,), in any of these dtypes, or None.
+        weight: In any of these dtypes, or None. Of shape (N,), or (H, N) for x of shape (..., H, N): then each head is
+            multiplied by its own row of the weight. Every row of N numbers is normalized on its own in both cases.
         eps: Added to the mean of the squares; 0 is legal.
         cast: "early" casts to the dtype of x before the multiplication by the weight, as Llama, DeepSeek V2 and V3,
             Qwen and Mistral do; "late" multiplies in float32 and casts once, as GPT-OSS, Olmo 2 and Gemma do; "first"
             casts the statistic before x is multiplied by it, as the norms of DeepSeek V4 without a weight do.
         offset: 0, or 1 to multiply by 1 + weight, added in float32 (Gemma); needs a weight and cast="late".
+        variance_size: None, or a number V from 1 to N: then the mean is that of the first V columns of a row, by which
+            all N columns are normalized (vLLM's `var_hidden_size`). Such norms have no rule for DTensors and no
+            forward-mode derivative, and `recompute` leaves them.
 
     Returns:
         y, contiguous, of the shape of x. Its dtype is that of x for cast="late" or without a weight, and otherwise
@@ -74,14 +83,18 @@ def rms_norm(
 
     Raises:
         TypeError: If an argument is of a type or dtype that is not allowed; the message names it.
-        ValueError: If shapes, devices, eps, cast or offset are not allowed; the message names the argument.
+        ValueError: If shapes, devices, eps, cast, offset or variance_size are not allowed; the message names the
+            argument.
 
     Example:
         >>> x, weight = torch.randn(2, 8, dtype=torch.bfloat16), torch.ones(8, dtype=torch.bfloat16)
         >>> rmsnorm.rms_norm(x, weight, eps=1e-6).shape
         torch.Size([2, 8])
+        >>> queries, of_heads = torch.randn(2, 32, 128), torch.ones(32, 128)  # a weight for each of 32 heads
+        >>> rmsnorm.rms_norm(queries, of_heads).shape
+        torch.Size([2, 32, 128])
     """
-    if not more and normalized_shape is None and not torch.compiler.is_compiling():
+    if not more and normalized_shape is variance_size is None and not torch.compiler.is_compiling():
         y = host.norm(x, None, weight, eps, cast, offset)
         if y is not None:
             if eager_recomputation.open_passes:
@@ -89,8 +102,11 @@ def rms_norm(
             return y  # type: ignore[no-any-return]
     if not more and normalized_shape is None and _stands_for_tensors(x, weight):
         handle = torch.overrides.handle_torch_function
-        return handle(rms_norm, (x, weight), x, weight, eps, cast=cast, offset=offset)
+        sliced: dict[str, Any] = {} if variance_size is None else {"variance_size": variance_size}
+        return handle(rms_norm, (x, weight), x, weight, eps, cast=cast, offset=offset, **sliced)
     check_order("rms_norm", weight, more, normalized_shape)
+    if variance_size is not None:
+        return sliced_norm(x, None, weight, eps, cast, offset, variance_size)[0]
     return norm(x, None, weight, eps, cast, offset)[0]  # type: ignore[no-any-return]
 
 
@@ -103,6 +119,7 @@ def add_rms_norm(
     *more: Never,
     cast: Cast = "early",
     offset: float = 0.0,
+    variance_size: int | None = None,
     normalized_shape: None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add the residual to x and normalize the sum, in one pass over memory.
@@ -114,6 +131,7 @@ def add_rms_norm(
         eps: As in `rms_norm`.
         cast: As in `rms_norm`.
         offset: As in `rms_norm`.
+        variance_size: As in `rms_norm`.
 
     Returns:
         (y, s): s = x + residual, rounded to `torch.promote_types(x.dtype, residual.dtype)`, and
@@ -131,7 +149,7 @@ def add_rms_norm(
     """
     if residual is None:
         raise TypeError(complaint("add_rms_norm", "residual", f"is {type_name(residual)}", "a torch.Tensor"))
-    if not more and normalized_shape is None and not torch.compiler.is_compiling():
+    if not more and normalized_shape is variance_size is None and not torch.compiler.is_compiling():
         outputs = host.norm(x, residual, weight, eps, cast, offset)
         if outputs is not None:
             if eager_recomputation.open_passes:
@@ -139,8 +157,12 @@ def add_rms_norm(
             return outputs  # type: ignore[no-any-return]
     if _stands_for_tensors(x, residual, weight):
         handle = torch.overrides.handle_torch_function
-        return handle(add_rms_norm, (x, residual, weight), x, residual, weight, eps, cast=cast, offset=offset)
+        sliced: dict[str, Any] = {} if variance_size is None else {"variance_size": variance_size}
+        given = x, residual, weight
+        return handle(add_rms_norm, given, *given, eps, cast=cast, offset=offset, **sliced)
     check_order("add_rms_norm", weight, more, normalized_shape)
+    if variance_size is not None:
+        return sliced_norm(x, residual, weight, eps, cast, offset, variance_size)
     y, s = norm(x, residual, weight, eps, cast, offset)[:2]
     return y, s
 
@@ -246,6 +268,7 @@ def explain(
     eps: float = 1e-6,
     cast: Cast = "early",
     offset: float = 0.0,
+    variance_size: int | None = None,
     gate: Tensor | None = None,
     activation: Activation = "silu",
     gate_first: bool = False,
@@ -263,6 +286,7 @@ def explain(
         eps: As in `rms_norm`.
         cast: As in `rms_norm`.
         offset: As in `rms_norm`.
+        variance_size: As in `rms_norm`.
         gate: As in `gated_rms_norm`, or None. For a layer with a gate, None stands for a gate like x.
         activation: As in `gated_rms_norm`, like the following.
         gate_first: As in `gated_rms_norm`.
@@ -273,7 +297,8 @@ def explain(
 
     Raises:
         TypeError: As in `rms_norm` and `gated_rms_norm`, and if a layer without a gate is given one.
-        ValueError: As in `rms_norm` and `gated_rms_norm`, and if a gate is given with a residual or an offset.
+        ValueError: As in `rms_norm` and `gated_rms_norm`, and if a gate is given with a residual, an offset or a
+            variance_size.
 
     Example:
         >>> rmsnorm.explain(torch.ones(2, 8, dtype=torch.float64), torch.ones(8))[:12]
@@ -287,29 +312,70 @@ def explain(
         expected = "a torch.Tensor, a layer of rmsnorm or a norm that patch replaced: pass norm.weight"
         raise TypeError(complaint("explain", "weight", f"is {type_name(weight)} that was not patched", expected))
     check_order("explain", weight)
-    _check_gate_of_call(gate, residual, offset, of_gate=(activation, gate_first, groups) != ("silu", False, 1))
+    of_gate = (activation, gate_first, groups) != ("silu", False, 1)
+    _check_gate_of_call(gate, residual, offset, variance_size, of_gate)
     if gate is not None:
         return _explain_gated(x, gate, weight, eps, cast, activation, gate_first, groups)
-    spec = spec_of("explain", eps, cast, offset)
+    spec = spec_of("explain", eps, cast, offset, variance_size)
     check_tensors("explain", x, residual, weight, offset)
+    check_variance_size("explain", variance_size, x)
     plain = is_plain(x, residual, weight)
     given: list[Any] = [x, residual, weight]
+    if not plain:
+        by_columns = _part_of_columns(*given)
+        if by_columns is not None:
+            return _explain_parts(x, weight, residual, by_columns, spec)
     x_, residual_, weight_ = given if plain else map(_without_memory, given)
     kind = Forward.of(x_, residual_, weight_, spec, needs_gradient(x, residual, weight))._replace(device=x.device)
-    by_columns = None if plain else _is_sharded_by_columns(x, residual, weight)
-    plan = ByReference(_BY_COLUMNS) if by_columns else dispatch.plan_forward(kind)
+    plan = dispatch.plan_forward(kind)
     reason = plan.why if isinstance(plan, ByReference) else ""
     if isinstance(plan, Plan) and plain:
         host.look()
-        reason = host.made_by(plan, x, residual, weight, eps, cast, offset)
+        by_cpp = variance_size is None
+        reason = host.made_by(plan, x, residual, weight, eps, cast, offset) if by_cpp else _NOT_BY_CPP
     lines = _described(plan, reason, x=x, residual=residual, weight=weight)
-    if residual is not None and residual.dtype != x.dtype and isinstance(plan, Plan):
-        lines.append("the sum is taken before the kernel, because x and residual differ in dtype")
+    if isinstance(plan, Plan) and _differ_in_dtype(x, residual):
+        lines.append(_SUM_BEFORE_THE_KERNEL)
     if not plain:
-        lines.append("reached through torch.ops.rmsnorm, because not every argument is a plain tensor")
-    if by_columns is False:
-        lines.append("each rank takes its own rows, without communication")
+        lines.append(_THROUGH_THE_OPERATORS)
+        if _are_dtensors(*given):
+            lines.append("each rank takes its own rows, without communication")
     return "; ".join(lines)
+
+
+_SUM_BEFORE_THE_KERNEL = "the sum is taken before the kernel, because x and residual differ in dtype"
+_THROUGH_THE_OPERATORS = "reached through torch.ops.rmsnorm, because not every argument is a plain tensor"
+
+
+def _differ_in_dtype(x: Tensor, residual: Tensor | None) -> bool:
+    return residual is not None and residual.dtype != x.dtype
+
+
+def _explain_parts(x: Tensor, weight: Tensor | None, residual: Tensor | None, n: int, spec: Spec) -> str:
+    """As `explain`, for DTensors of whose rows each rank has n columns."""
+
+    def part(t: Tensor | None, dtype: torch.dtype | None = None, shape: tuple[int, ...] | None = None) -> Any:
+        return None if t is None else torch.empty(shape or (*t.shape[:-1], n), dtype=dtype or t.dtype, device="meta")
+
+    rows = part(x, sum_dtype(x.dtype, None if residual is None else residual.dtype))
+    S = torch.empty(x.shape[:-1], dtype=torch.float64, device="meta")
+    with_rstd = needs_gradient(x, residual, weight)
+    finish = FinishForward.of(rows, part(weight), S, x.shape[-1], spec, with_rstd)._replace(device=x.device)
+    plans = (
+        dispatch.plan_begin_forward(BeginForward.of(part(x), part(residual))._replace(device=x.device)),
+        dispatch.plan_finish_forward(finish),
+    )
+    plan = next((plan for plan in plans if isinstance(plan, ByReference)), plans[1])
+    why = "in two parts around an all-reduce, because the last dimension is sharded"
+    if isinstance(plan, ByReference):
+        why += f"; {plan.why}"
+    else:
+        host.look()
+        why += f"; {host.operator_made_by(*(plan for plan in plans if isinstance(plan, Plan)))}"
+    lines = _described(plan, why, x=x, residual=residual, weight=weight)
+    if isinstance(plan, Plan) and _differ_in_dtype(x, residual):
+        lines.append(_SUM_BEFORE_THE_KERNEL)
+    return "; ".join([*lines, _THROUGH_THE_OPERATORS])
 
 
 def _check_gate_of_layer(gate: Tensor | None, explain_layer: Callable[..., str]) -> None:
@@ -317,7 +383,9 @@ def _check_gate_of_layer(gate: Tensor | None, explain_layer: Callable[..., str])
         raise TypeError(complaint("explain", "gate", "is given", "None: the layer has no gate"))
 
 
-def _check_gate_of_call(gate: Tensor | None, residual: Tensor | None, offset: float, of_gate: bool) -> None:
+def _check_gate_of_call(
+    gate: Tensor | None, residual: Tensor | None, offset: float, variance_size: int | None, of_gate: bool
+) -> None:
     """of_gate: whether there are arguments of gated norms only."""
     if gate is None:
         if of_gate:
@@ -326,6 +394,8 @@ def _check_gate_of_call(gate: Tensor | None, residual: Tensor | None, offset: fl
         raise ValueError(complaint("explain", "residual", "is given with a gate", "None"))
     elif offset != 0:
         raise ValueError(complaint("explain", "offset", f"is {offset} with a gate", "0"))
+    elif variance_size is not None:
+        raise ValueError(complaint("explain", "variance_size", f"is {variance_size} with a gate", "None"))
 
 
 def _explain_gated(
@@ -361,14 +431,24 @@ def _described(plan: Plan | ByReference, reason: str, **tensors: Tensor | None) 
     return lines
 
 
-_BY_COLUMNS = "in two parts around an all-reduce, because the last dimension is sharded"
+_NOT_BY_CPP = "called from Python: C++ does not take variance_size"
 
 
-def _is_sharded_by_columns(x: Any, residual: Any, w: Any) -> bool | None:
-    """Whether each row of these DTensors is spread over several ranks; None if there is no DTensor."""
+def _sharding() -> Any:
+    """The module with the rules for DTensors; None if there cannot be any."""
     load_sharding()
-    sharding = sys.modules.get("rmsnorm.ops.sharding")
-    return None if sharding is None else sharding.is_sharded_by_columns(x, residual, w)
+    return sys.modules.get("rmsnorm.ops.sharding")
+
+
+def _are_dtensors(*given: Any) -> bool:
+    sharding = _sharding()
+    return sharding is not None and sharding.any_dtensor(*given)
+
+
+def _part_of_columns(x: Any, residual: Any, w: Any) -> int | None:
+    """How many columns of each row of these DTensors this rank has; None if it has whole rows, or plain tensors."""
+    sharding = _sharding()
+    return None if sharding is None else sharding.part_of_columns(x, residual, w)
 
 
 def warmup(

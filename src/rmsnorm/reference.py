@@ -4,7 +4,8 @@ Every step rounds to fp32 unless the code says otherwise. The modules in `kernel
 `backward` and must give the same bits. `Spec` in spec.py defines *exact*, *published*, *early*, *late* and
 *first*.
 
-Shapes: x, residual, s, y, dy, ds and dx are (..., N), w and dw are (N,), and rstd is (...,), one fp32 number a row.
+Shapes: x, residual, s, y, dy, ds and dx are (..., N), w and dw are (N,), and rstd is (...,), one fp32 number a row. If
+each head has its own weight, w and dw are (H, N), rstd is (..., H), and the others are (..., H, N).
 """
 
 import functools
@@ -78,8 +79,9 @@ def published(x: Tensor, w: Tensor | None, eps: float, cast: str, offset: float)
 
 @torch.no_grad()
 def forward(
-    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float, with_rstd: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float, with_rstd: bool,
+    variance_size: int | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """The forward pass.
 
     Args:
@@ -90,6 +92,7 @@ def forward(
         cast: "early", "late" or "first".
         offset: 0 or 1.
         with_rstd: Whether the statistic is asked for.
+        variance_size: Over how many of the first columns the statistic is taken; None for all.
 
     Returns:
         y: (..., N) in the dtype that `spec.result_dtype` states, contiguous.
@@ -98,7 +101,7 @@ def forward(
     """
     s = None if residual is None else x + residual
     rows = x if s is None else s
-    rstd = exact_rstd(rows, eps)
+    rstd = exact_rstd(rows[..., :variance_size], eps)
     y = normalize(rows, w, rstd, cast, offset).contiguous()
     return y, None if s is None else s.contiguous(), rstd if with_rstd else None
 
@@ -114,10 +117,12 @@ def backward(
     offset: float,
     need_dx: bool,
     need_dw: bool,
+    variance_size: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The backward pass: dx = rstd · (g − xh · mean(g·xh)) + ds and dw = Σ over rows of dy·xh.
 
-    Here xh = x·rstd and g = dy·(w + offset).
+    Here xh = x·rstd and g = dy·(w + offset). If the statistic is taken over the first V of the N columns, the sum of
+    g·xh over all N is divided by V, and in the other columns dx = rstd · g + ds.
 
     Args:
         dy: (..., N), the gradient of y.
@@ -129,13 +134,15 @@ def backward(
         offset: 0 or 1.
         need_dx: Whether dx is asked for.
         need_dw: Whether dw is asked for.
+        variance_size: V, as in `forward`.
 
     Returns:
         dx: (..., N) in the dtype of x, contiguous; None if not asked for.
         dw: (N,) in the dtype of w; None if not asked for, or without a weight.
     """
     g, xh = products(dy, x, w, rstd, offset)
-    dx = input_gradient(g, xh, rstd, dot(g, xh), x.shape[-1], ds, x.dtype) if need_dx else None
+    V = x.shape[-1] if variance_size is None else variance_size
+    dx = input_gradient(g, xh, rstd, dot(g, xh), V, ds, x.dtype) if need_dx else None
     return dx, weight_gradient(dy, xh, x.dtype, w, cast) if need_dw and w is not None else None
 
 
@@ -171,6 +178,80 @@ def backward_of_sum(
     return dx if dx is None or ds is None else (dx + ds).contiguous(), dw
 
 
+# Rows in parts: each rank holds some columns of every row, perhaps none. The sums S of the ranks are added up between
+# `begin_*` and `finish_*`. N is the width of whole rows.
+
+
+@torch.no_grad()
+def begin_forward(x: Tensor, residual: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """What the forward pass of one part computes before the sums are added up.
+
+    Args:
+        x: (..., n), n columns of the rows.
+        residual: (..., n), added to x before it is normalized; or None.
+
+    Returns:
+        s: x + residual in their promoted dtype, contiguous; None without a residual.
+        S: (...,) float64, `sum_of_squares` of the part.
+    """
+    s = None if residual is None else (x + residual).contiguous()
+    return s, sum_of_squares(x if s is None else s)
+
+
+@torch.no_grad()
+def finish_forward(
+    x: Tensor, w: Tensor | None, S: Tensor, N: int, eps: float, cast: str, offset: float, with_rstd: bool
+) -> tuple[Tensor, Tensor | None]:
+    """What the forward pass of one part computes from the sums over whole rows.
+
+    Args:
+        x: (..., n), what is normalized: s where there was a residual.
+        w: (n,), the weight of these columns; or None.
+        S: (...,) float64, the sums over whole rows.
+        N: The width of whole rows.
+        eps: As in `forward`, like the arguments that follow.
+        cast: "early", "late" or "first".
+        offset: 0 or 1.
+        with_rstd: Whether the statistic is asked for.
+
+    Returns:
+        y: (..., n), and rstd: (...,) float32 of whole rows, as from `forward`.
+    """
+    rstd = rstd_of(S, N, eps)
+    return normalize(x, w, rstd, cast, offset).contiguous(), rstd if with_rstd else None
+
+
+@torch.no_grad()
+def begin_backward(dy: Tensor, x: Tensor, w: Tensor | None, rstd: Tensor, offset: float) -> Tensor:
+    """What the backward pass of one part computes before the sums are added up: `dot` of the part, (...,) float64.
+
+    The arguments are those of `backward`, for n columns of the rows; rstd is that of whole rows.
+    """
+    return dot(*products(dy, x, w, rstd, offset))
+
+
+@torch.no_grad()
+def finish_backward(
+    dy: Tensor,
+    ds: Tensor | None,
+    x: Tensor,
+    w: Tensor | None,
+    rstd: Tensor,
+    S: Tensor,
+    N: int,
+    cast: str,
+    offset: float,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """dx and dw of one part, as from `backward`, from the sums S over whole rows of N, (...,) float64.
+
+    The other arguments are those of `backward`, for n columns of the rows; rstd is that of whole rows.
+    """
+    g, xh = products(dy, x, w, rstd, offset)
+    dx = input_gradient(g, xh, rstd, S, N, ds, x.dtype)
+    return dx, weight_gradient(dy, xh, x.dtype, w, cast) if need_dw and w is not None else None
+
+
 def products(dy: Tensor, x: Tensor, w: Tensor | None, rstd: Tensor, offset: float) -> tuple[Tensor, Tensor]:
     """(g, xh), both (..., N) float32: g = dy·(w + offset), or dy without a weight, and xh = x·rstd."""
     return dy.float() if w is None else dy.float() * _scale(w, offset), x.float() * rstd.unsqueeze(-1)
@@ -184,19 +265,25 @@ def dot(g: Tensor, xh: Tensor) -> Tensor:
 def input_gradient(
     g: Tensor, xh: Tensor, rstd: Tensor, S: Tensor, N: int, ds: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """dx, (..., N) in the given dtype, from S = `dot(g, xh)` over whole rows of N."""
+    """dx, (..., N) in the given dtype, from S = `dot(g, xh)` over whole rows.
+
+    N: the number of columns over which the statistic was taken: all of a row, or the first ones.
+    """
     c = _mean(S + 0.0, N).unsqueeze(-1)  # + 0.0, because a sum of nothing but -0.0 is +0.0 in some orders
-    dx = rstd.unsqueeze(-1) * (g - xh * c)
+    through_rstd = xh * c
+    through_rstd[..., N:] = 0.0
+    dx = rstd.unsqueeze(-1) * (g - through_rstd)
     return (dx if ds is None else dx + ds.float()).to(dtype).contiguous()
 
 
 def weight_gradient(dy: Tensor, xh: Tensor, dtype: torch.dtype, w: Tensor, cast: str) -> Tensor:
-    """dw, (N,) in the dtype of w: Σ over rows of dy·xh in fp64. dtype is that of x; early and first cast xh to it."""
+    """dw, of the shape and dtype of w: Σ over rows of dy·xh in fp64. Early and first cast xh to dtype, that of x."""
     h = xh if cast == "late" else xh.to(dtype).float()
-    return (dy.float() * h).double().reshape(xh.shape[:-1].numel(), xh.shape[-1]).sum(0).to(w.dtype)
+    rows = xh.shape[: xh.dim() - w.dim()].numel()
+    return (dy.float() * h).double().reshape(rows, *w.shape).sum(0).to(w.dtype)
 
 
-def truth(x: Tensor, w: Tensor | None, eps: float, offset: float) -> Tensor:
+def truth(x: Tensor, w: Tensor | None, eps: float, offset: float, variance_size: int | None = None) -> Tensor:
     """The formula itself in fp64, unrounded and differentiable, against which gradients are measured.
 
     Args:
@@ -204,6 +291,7 @@ def truth(x: Tensor, w: Tensor | None, eps: float, offset: float) -> Tensor:
         w: (N,) or None.
         eps: Added to the mean of squares.
         offset: 0 or 1.
+        variance_size: Over how many of the first columns the statistic is taken; None for all.
 
     Returns:
         (..., N) float64.
@@ -215,7 +303,7 @@ def truth(x: Tensor, w: Tensor | None, eps: float, offset: float) -> Tensor:
         tensor([[0.8485, 1.1314]], dtype=torch.float64, grad_fn=<MulBackward0>)
     """
     x = x.double()
-    h = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    h = x * torch.rsqrt(x[..., :variance_size].square().mean(-1, keepdim=True) + eps)
     return h if w is None else (w.double() + offset) * h
 
 

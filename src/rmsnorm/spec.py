@@ -7,7 +7,7 @@ that was called (`where`), the argument, what it was and what it should be.
 import functools
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NoReturn, get_args
 
@@ -79,11 +79,13 @@ class Spec:
         offset: Added to the weight in fp32, 0 or 1. An offset of 1 requires "late".
         gate: What is done with a gate; None for a norm without one. Not with an offset.
         groups: How many parts of equal width a row has, each with its own statistic. More than 1 only with a gate.
+        variance_size: Over how many of the first columns of a row the statistic is taken, if not over all; all are
+            multiplied by it. Not with a gate.
 
     Raises:
-        TypeError: If eps or the offset is not a number.
-        ValueError: If eps, cast, the offset or groups has another value than these, or if the offset is 1 without
-            "late" or with a gate.
+        TypeError: If eps or the offset is not a number, or variance_size is not an int.
+        ValueError: If eps, cast, the offset, groups or variance_size has another value than these, if the offset is 1
+            without "late", or if there is an offset of 1 or a variance_size with a gate.
 
     Example:
         >>> from rmsnorm.spec import Spec
@@ -98,21 +100,26 @@ class Spec:
     offset: float = 0.0
     gate: Gate | None = None
     groups: int = 1
+    variance_size: int | None = None
 
     def __post_init__(self) -> None:
         check_spec("Spec", self.eps, self.cast, self.offset)
         check_groups("Spec", self.groups)
+        check_variance_size("Spec", self.variance_size)
         if self.gate is None:
             if self.groups != 1:
                 raise ValueError(complaint("Spec", "groups", f"is {self.groups} without a gate", "1"))
             return
         if self.offset != 0.0:
             raise ValueError(complaint("Spec", "offset", f"is {self.offset} with a gate", "0"))
+        if self.variance_size is not None:
+            raise ValueError(complaint("Spec", "variance_size", f"is {self.variance_size} with a gate", "None"))
         _check_gated_cast("Spec", self.cast)
 
     def __repr__(self) -> str:
-        """The fields by name; gate and groups only with a gate."""
-        names = ("eps", "cast", "offset") if self.gate is None else ("eps", "cast", "gate", "groups")
+        """The fields by name; gate and groups only with a gate, and variance_size only if there is one."""
+        names: tuple[str, ...] = ("eps", "cast", "offset") if self.gate is None else ("eps", "cast", "gate", "groups")
+        names += () if self.variance_size is None else ("variance_size",)
         return f"Spec({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
 
@@ -170,20 +177,45 @@ def gated_dtype(x: torch.dtype, weight: torch.dtype | None, spec: Spec) -> torch
     return result_dtype(x, weight, spec.cast) if spec.gate is not None and spec.gate.first else x
 
 
-def spec_of(where: str, eps: float, cast: Cast, offset: float) -> Spec:
+def spec_of(where: str, eps: float, cast: Cast, offset: float, variance_size: int | None = None) -> Spec:
     """The `Spec` with eps and offset as floats, from a cache.
 
     Raises:
-        TypeError: As `check_spec`.
-        ValueError: As `check_spec`.
+        TypeError: As `check_spec` and `check_variance_size`.
+        ValueError: As `check_spec` and `check_variance_size`.
     """
     check_spec(where, eps, cast, offset)
-    return _spec(eps, cast, offset)
+    check_variance_size(where, variance_size)
+    return _spec(eps, cast, offset, variance_size)
 
 
 @functools.lru_cache(256)
-def _spec(eps: float, cast: Cast, offset: float) -> Spec:
-    return Spec(float(eps), cast, float(offset))
+def _spec(eps: float, cast: Cast, offset: float, variance_size: int | None) -> Spec:
+    return Spec(float(eps), cast, float(offset), variance_size=None if variance_size is None else int(variance_size))
+
+
+def check_variance_size(
+    where: str, variance_size: object, x: torch.Tensor | None = None, symbolic: bool = False
+) -> None:
+    """Check a number of columns over which the statistic is taken, or None for all.
+
+    Args:
+        where: The function that was called, for the message.
+        variance_size: At least 1, and at most the last dimension of x.
+        x: (..., N); None if it is not known yet.
+        symbolic: Whether N may be unknown until a compiled program runs, which then checks it.
+
+    Raises:
+        TypeError: If it is not an int.
+        ValueError: If it is less than 1 or greater than N.
+    """
+    if variance_size is None:
+        return
+    V = check_int(where, "variance_size", variance_size, 1)
+    if x is not None and not _is_at_most(V, x.shape[-1], symbolic):
+        raise ValueError(
+            complaint(where, "variance_size", f"is {V}", f"at most {x.shape[-1]}, the last dimension of x")
+        )
 
 
 def check_gate(where: str, eps: float, cast: str, activation: str, gate_first: bool, groups: int) -> None:
@@ -367,7 +399,7 @@ def check_tensors(
         where: The function that was called, for the message.
         x: (..., N) with N of at least 1.
         residual: None, or of the shape of x.
-        weight: None, or (N,). An offset requires one.
+        weight: None, (N,), or (H, N) for x of shape (..., H, N). An offset requires one.
         offset: 0 or 1.
         symbolic: Whether a size may be unknown until a compiled program runs, which then checks it.
 
@@ -378,7 +410,7 @@ def check_tensors(
     _check_rows(where, "x", x, symbolic)
     if residual is not None:
         _check_like(where, "residual", residual, "x", x, symbolic)
-    _check_weight(where, weight, x, symbolic)
+    _check_weight(where, weight, x, symbolic, by_head=True)
     if weight is None and offset != 0.0:
         raise ValueError(complaint(where, "weight", "is None with an offset", "a weight that the offset is added to"))
 
@@ -413,6 +445,39 @@ def check_pair(
         _check_device(where, "x", x2, x, "the x before it")
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error} (in the second norm of a pair)") from None
+
+
+def check_sandwich(
+    where: str,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    residual: torch.Tensor,
+    weight2: torch.Tensor | None,
+    cast: str,
+    offset: float,
+    symbolic: bool = False,
+) -> None:
+    """Check the tensors of a norm whose output is added to a residual that another norm reads, as `check_tensors` does.
+
+    Args:
+        where: The function that was called, for the message.
+        x: (..., N).
+        weight: None, or (N,), of the norm of x.
+        residual: (..., N), of the shape of x.
+        weight2: None, or (N,), of the norm of the sum.
+        cast: "early", "late" or "first".
+        offset: 0 or 1.
+        symbolic: Whether a size may be unknown until a compiled program runs, which then checks it.
+
+    Raises:
+        TypeError: As `check_tensors`.
+        ValueError: As `check_tensors`.
+    """
+    check_tensors(where, x, residual, weight, offset, symbolic)
+    try:
+        check_tensors(where, x, None, weight2, offset, symbolic)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error} (in the second norm)") from None
 
 
 def check_gated(
@@ -473,8 +538,54 @@ def check_gated_gradients(
         _check_like(where, "dy", dy, "x", x, symbolic)
         if weight is None and need_dw:
             raise ValueError(complaint(where, "weight", "is None", "a weight, for its gradient"))
-        _check_rstd(where, rstd, (*x.shape[:-1], groups), x, symbolic)
+        _check_of_rows(where, "rstd", rstd, torch.float32, (*x.shape[:-1], groups), x, symbolic)
     except (TypeError, ValueError) as error:
+        raise type(error)(f"{error} {_IN_BACKWARD}") from None
+
+
+def check_part(
+    where: str,
+    rows: Mapping[str, torch.Tensor | None],
+    weight: torch.Tensor | None,
+    of_rows: Mapping[str, torch.Tensor],
+    N: int = 1,
+    *,
+    backward: bool = False,
+    symbolic: bool = False,
+) -> None:
+    """Check the tensors of a call that begins or finishes a part of rows, as `check_tensors` does.
+
+    Args:
+        where: The function that was called, for the message.
+        rows: By name, x and what must have its shape (..., n) and its device, or is None; n may be 0.
+        weight: None, (n,), or (H, n) if each of H heads has its own.
+        of_rows: By name, tensors of one number a row: rstd in float32, the sums S in float64.
+        N: The width of whole rows.
+        backward: Whether this is the backward pass; the message then says so.
+        symbolic: Whether a size may be unknown until a compiled program runs, which then checks it.
+
+    Raises:
+        TypeError: If one is not a dense tensor of the right dtype.
+        ValueError: If a shape or device does not fit, or N is less than 1.
+    """
+    try:
+        x = rows["x"]
+        assert x is not None
+        _check_dtype(where, "x", x)
+        if not x.shape:
+            raise ValueError(complaint(where, "x", "has shape ()", "(..., n)"))
+        for name, t in rows.items():
+            if t is not None:
+                _check_like(where, name, t, "x", x, symbolic)
+        _check_weight(where, weight, x, symbolic, by_head=True)
+        for name, t in of_rows.items():
+            dtype = torch.float32 if name == "rstd" else torch.float64
+            _check_of_rows(where, name, t, dtype, tuple(x.shape[:-1]), x, symbolic)
+        if not (_is_not_zero(N, symbolic) if symbolic else N >= 1):
+            raise ValueError(complaint(where, "N", f"is {N}", "the width of whole rows, at least 1"))
+    except (TypeError, ValueError) as error:
+        if not backward:
+            raise
         raise type(error)(f"{error} {_IN_BACKWARD}") from None
 
 
@@ -513,10 +624,10 @@ def check_gradients(
         _check_like(where, "x", x, "dy", dy, symbolic)
         if ds is not None:
             _check_like(where, "ds", ds, "dy", dy, symbolic)
-        _check_weight(where, weight, x, symbolic)
+        _check_weight(where, weight, x, symbolic, by_head=True)
         if weight is None and (need_dw or offset != 0.0):
             raise ValueError(complaint(where, "weight", "is None", "a weight, for its gradient or for an offset"))
-        _check_rstd(where, rstd, tuple(x.shape[:-1]), x, symbolic)
+        _check_of_rows(where, "rstd", rstd, torch.float32, tuple(x.shape[:-1]), x, symbolic)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error} {_IN_BACKWARD}") from None
 
@@ -640,47 +751,73 @@ def check_memory(where: str, backward: bool = False, **tensors: torch.Tensor | N
             raise ValueError(f"{words} {_IN_BACKWARD}" if backward else words)
 
 
+def _check_dtype(where: str, name: str, t: torch.Tensor) -> None:
+    if not (_is_dense(t) and t.dtype in DTYPES):
+        _refuse(where, name, t)
+
+
 def _check_rows(where: str, name: str, x: torch.Tensor, symbolic: bool) -> None:
-    if not (_is_dense(x) and x.dtype in DTYPES):
-        _refuse(where, name, x)
+    _check_dtype(where, name, x)
     shape = x.shape
     if not shape or not _is_not_zero(shape[-1], symbolic):
         raise ValueError(complaint(where, name, f"has shape {tuple(shape)}", "(..., N) with N of at least 1"))
 
 
 def _check_like(where: str, name: str, t: torch.Tensor, of: str, x: torch.Tensor, symbolic: bool) -> None:
-    if not (_is_dense(t) and t.dtype in DTYPES):
-        _refuse(where, name, t)
+    _check_dtype(where, name, t)
     if not _same_sizes(t.shape, x.shape, symbolic):
         raise ValueError(complaint(where, name, f"has shape {tuple(t.shape)}", f"{tuple(x.shape)}, the shape of {of}"))
     _check_device(where, name, t, x, of)
 
 
-def _check_weight(where: str, weight: torch.Tensor | None, x: torch.Tensor, symbolic: bool) -> None:
+def _check_weight(
+    where: str, weight: torch.Tensor | None, x: torch.Tensor, symbolic: bool, by_head: bool = False
+) -> None:
+    """Check a weight of shape (N,), or if `by_head` also of shape (H, N), for x of shape (..., H, N)."""
     if weight is None:
         return
-    if not (_is_dense(weight) and weight.dtype in DTYPES):
-        _refuse(where, "weight", weight)
-    if not _same_sizes(weight.shape, x.shape[-1:], symbolic):
-        expected = f"({x.shape[-1]},), the last dimension of x"
-        if not symbolic and weight.dim() > 1 and weight.shape == x.shape[-weight.dim() :]:
-            expected += (
-                f"; to normalize over {weight.dim()} dimensions, flatten them in x and weight; if each head has its "
-                "own weight, call without a weight and multiply the result by it"
-            )
-        raise ValueError(complaint(where, "weight", f"has shape {tuple(weight.shape)}", expected))
+    _check_dtype(where, "weight", weight)
+    dims = 2 if by_head and weight.dim() == 2 else 1
+    if not _same_sizes(weight.shape, x.shape[-dims:], symbolic):
+        was = f"has shape {tuple(weight.shape)}"
+        raise ValueError(complaint(where, "weight", was, _expected_weight(weight.shape, x.shape, by_head)))
     _check_device(where, "weight", weight, x)
 
 
-def _check_rstd(where: str, rstd: torch.Tensor, shape: tuple[int, ...], x: torch.Tensor, symbolic: bool) -> None:
-    if not _is_dense(rstd):
-        _refuse(where, "rstd", rstd)
-    if rstd.dtype is not torch.float32:
-        raise TypeError(complaint(where, "rstd", f"has dtype {rstd.dtype}", "float32"))
-    if not _same_sizes(rstd.shape, shape, symbolic):
+def _expected_weight(shape: Sequence[int], of_x: Sequence[int], by_head: bool) -> str:
+    """What a weight of this shape should have been for x of shape `of_x`, for a message."""
+    N, dims = of_x[-1], len(shape)
+    expected = f"({N},), the last dimension of x"
+    if not by_head or dims < 2:
+        return expected
+    if dims == 2:
+        heads, width = shape
+        if len(of_x) > 1:
+            expected += f", or ({of_x[-2]}, {N}), the last two"
+        if heads * width == N and heads > 1:
+            expected += f"; if each head has its own weight, call with x.unflatten(-1, ({heads}, {width}))"
+        elif len(of_x) > 2 and (of_x[-3], N) == (heads, width):
+            expected += "; if each head has its own weight, call with x.transpose(-3, -2)"
+        return expected
+    if tuple(shape) == tuple(of_x[-dims:]):
+        expected += (
+            f"; to normalize over {dims} dimensions, flatten them in x and weight; if each row of these has its own "
+            "weight, flatten all of them but the last"
+        )
+    return expected
+
+
+def _check_of_rows(
+    where: str, name: str, t: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], x: torch.Tensor, symbolic: bool
+) -> None:
+    if not _is_dense(t):
+        _refuse(where, name, t)
+    if t.dtype is not dtype:
+        raise TypeError(complaint(where, name, f"has dtype {t.dtype}", str(dtype).removeprefix("torch.")))
+    if not _same_sizes(t.shape, shape, symbolic):
         expected = f"{shape}, a number for each {'row of x' if len(shape) < x.dim() else 'group of each row of x'}"
-        raise ValueError(complaint(where, "rstd", f"has shape {tuple(rstd.shape)}", expected))
-    _check_device(where, "rstd", rstd, x)
+        raise ValueError(complaint(where, name, f"has shape {tuple(t.shape)}", expected))
+    _check_device(where, name, t, x)
 
 
 def _check_device(where: str, name: str, t: torch.Tensor, x: torch.Tensor, of: str = "x") -> None:
@@ -722,6 +859,17 @@ def _divides(groups: int, n: int, symbolic: bool) -> bool:
     if guard_or_false(n % groups != 0):
         return False
     torch._check(n % groups == 0)
+    return True
+
+
+def _is_at_most(size: int, n: int, symbolic: bool) -> bool:
+    if not symbolic:
+        return size <= n
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    if guard_or_false(size > n):
+        return False
+    torch._check(size <= n)
     return True
 
 

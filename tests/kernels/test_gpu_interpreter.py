@@ -93,19 +93,24 @@ def check(
     offset: float = 0.0,
     with_rstd: bool = True,
     needs: tuple[bool, bool] = (True, True),
+    V: int | None = None,
+    kernels: Any = None,
 ) -> None:
-    """Compares forward and backward of the kernels with the reference, and checks the memory around the outputs."""
+    """Compares forward and backward of the kernels with the reference, and checks the memory around the outputs.
+
+    kernels: with the functions of `planned.Kernels`; by default those for whole rows.
+    """
     from planned import Kernels
     from rmsnorm import reference
     from rmsnorm.kernels.gpu import planner as gpu
 
-    kernels = Kernels(gpu)
+    kernels = kernels or Kernels(gpu)
     inputs = [t for t in (x, w, residual, dy, ds) if t is not None]
     before = [t.clone(memory_format=torch.contiguous_format) for t in inputs]
     with guarded() as buffers:
-        got = kernels.forward(x, residual, w, eps, cast, offset, with_rstd)
+        got = kernels.forward(x, residual, w, eps, cast, offset, with_rstd, V)
     assert buffers, "no output is guarded"
-    expected = reference.forward(x, residual, w, eps, cast, offset, True)
+    expected = reference.forward(x, residual, w, eps, cast, offset, True, V)
     wrong = {name: differing(a, b) for name, a, b in zip(("y", "s"), got, expected, strict=False)}
     wrong["rstd"] = differing(got[2], expected[2] if with_rstd else None)
 
@@ -115,11 +120,13 @@ def check(
     dy = draw(*y.shape, dtype=y.dtype) if dy is None else dy
     needs = (needs[0], needs[1] and w is not None)
     with guarded():
-        gradients = kernels.backward(dy, ds, rows, w, rstd, cast, offset, *needs)
-    right = reference.backward(dy, ds, rows, w, rstd, cast, offset, *needs)
+        gradients = kernels.backward(dy, ds, rows, w, rstd, cast, offset, *needs, V)
+    right = reference.backward(dy, ds, rows, w, rstd, cast, offset, *needs, V)
     wrong["dx"] = differing(gradients[0], right[0])
     if needs[1]:
-        count = tolerance.dw_too_far_off(gradients[1], *tolerance.sums_of_dw(dy, rows, rstd, cast), rstd.numel())
+        assert w is not None
+        sums = tolerance.sums_of_dw(dy, rows, rstd, cast, w.shape)
+        count = tolerance.dw_too_far_off(gradients[1], *sums, rstd.numel())
         wrong["dw"] = f"{count} are too far off" if count else ""
     wrong["inputs"] = "; ".join(filter(None, map(differing, (t.contiguous() for t in inputs), before)))
     said = {name: what for name, what in wrong.items() if what}
@@ -134,13 +141,16 @@ def two_norms_in_one_launch() -> None:
     from rmsnorm.kernels.run import run
     from rmsnorm.spec import Spec
 
-    shapes = (((5, 64), (3, 96)), ((2, 3, 1280), (7, 16)), ((4, 72), (1, 513)))
-    for (cast, offset), dtype, (shape, shape2) in itertools.product(SPECS[:3], (FP32, FP16), shapes):
+    # The dimensions of each x, and how many of them each weight has.
+    shapes = (
+        ((5, 64), (3, 96), 1), ((2, 3, 1280), (7, 16), 1), ((4, 72), (1, 513), 1), ((9, 4, 64), (9, 2, 48), 2)
+    )  # fmt: skip
+    for (cast, offset), dtype, (shape, shape2, dims) in itertools.product(SPECS[:3], (FP32, FP16), shapes):
         xs = draw(*shape, dtype=dtype), draw(*shape2[:-1], shape2[-1] + 16)[..., : shape2[-1]]
-        ws = draw(shape[-1], dtype=dtype), None if offset == 0 and dtype is FP16 else draw(shape2[-1])
+        ws = draw(*shape[-dims:], dtype=dtype), None if offset == 0 and dtype is FP16 else draw(*shape2[-dims:])
         spec = Spec(1e-6, cast, offset)
         apart = [gpu.plan_forward(Forward.of(x, None, w, spec, True)) for x, w in zip(xs, ws, strict=True)]
-        plan = gpu.merge_launches(both(*apart, (0, 2)))
+        plan = gpu.merge_pair(both(*apart, (0, 2)))
         assert len(plan.launches) == 1
         with guarded():
             found = run(plan, (xs[0], None, ws[0], xs[1], None, ws[1]))
@@ -150,16 +160,51 @@ def two_norms_in_one_launch() -> None:
             assert not said, f"norm {i} of {shape} and {shape2}, {dtype}, {cast}: {said}"
 
 
+@case
+def norm_sum_and_norm_in_one_launch() -> None:
+    from rmsnorm import reference
+    from rmsnorm.kernels import dispatch
+    from rmsnorm.kernels.gpu import planner as gpu
+    from rmsnorm.kernels.plan import sandwich
+    from rmsnorm.kernels.run import run
+    from rmsnorm.spec import Spec
+
+    shapes = ((5, 64), (2, 3, 1280), (3, 2304), (4, 96))
+    kinds = ((FP32, FP32), (FP16, FP16), (FP16, FP32))
+    for (cast, offset), (dtype, w_dtype), shape in itertools.product(SPECS[:3], kinds, shapes):
+        N = shape[-1]
+        h_dtype = FP32 if cast == "early" and w_dtype is FP32 else dtype
+        x, residual = draw(*shape, dtype=dtype), draw(*shape[:-1], N + 16, dtype=h_dtype)[..., :N]
+        w, w2 = draw(N, dtype=w_dtype), None if offset == 0 and dtype is FP16 else draw(N, dtype=w_dtype)
+        for with_rstd in (False, True):
+            spec = Spec(1e-6, cast, offset)
+            apart = map(gpu.plan_forward, dispatch.sandwich_kinds(x, w, residual, w2, spec, with_rstd))
+            merged = gpu.merge_sandwich(sandwich(*apart))
+            assert len(merged.launches) == 1, (shape, dtype)
+            with guarded():
+                y, s, rstd, rstd2 = run(merged, (x, None, w, residual, w2))
+            h, _, expected_rstd = reference.forward(x, None, w, 1e-6, cast, offset, with_rstd)
+            expected = reference.forward(h, residual, w2, 1e-6, cast, offset, with_rstd)
+            named = {"y": (y, expected[0]), "s": (s, expected[1])}
+            if with_rstd:
+                named |= {"rstd": (rstd, expected_rstd), "rstd2": (rstd2, expected[2])}
+            for name, (a, b) in named.items():
+                said = differing(a, b)
+                assert not said, f"{name} of {shape}, {dtype}, {cast}, offset {offset}: {said}"
+
+
 @contextmanager
 def settings(**values: Any) -> Iterator[None]:
     """Changes thresholds in tiling.py, so that a small row takes the path of a wide one."""
-    from rmsnorm.kernels.gpu import gated_planner, tiling
+    from rmsnorm.kernels.gpu import gated_planner, parts_planner, tiling
     from rmsnorm.kernels.gpu import planner as gpu
 
     cached = (
         tiling.forward, tiling.backward, tiling.dw_alone, tiling.sum_partials, gpu.plan_forward, gpu.plan_backward,
         tiling.gated_forward, tiling.gated_backward, tiling.gated_dw_alone, gated_planner.plan_gated_forward,
-        gated_planner.plan_gated_backward,
+        gated_planner.plan_gated_backward, tiling.parts_forward, tiling.parts_backward,
+        parts_planner.plan_begin_forward, parts_planner.plan_finish_forward, parts_planner.plan_begin_backward,
+        parts_planner.plan_finish_backward,
     )  # fmt: skip
 
     def put(numbers: dict[str, Any]) -> None:
@@ -222,6 +267,51 @@ def widths() -> None:
 
 
 @case
+def heads_with_weights_of_their_own() -> None:
+    forms = (((7,), 3, 64), ((2, 5), 4, 24), ((), 5, 1280), ((3,), 1, 8), ((40,), 3, 7), ((0,), 2, 8))
+    for index, (shape, H, N) in enumerate(forms):
+        for dtype, w_dtype in ((FP32, FP32), (FP16, FP16), (FP16, FP32)):
+            cast, offset = SPECS[index % len(SPECS)]
+            x, w = draw(*shape, H, N, dtype=dtype), draw(H, N, dtype=w_dtype)
+            check(x, w, cast=cast, offset=offset, needs=(index % 2 == 0, True))
+            cast, offset = SPECS[(index + 1) % len(SPECS)]
+            residual, ds = draw(*x.shape, dtype=dtype), draw(*x.shape, dtype=dtype)
+            check(x, w, residual, ds=ds, cast=cast, offset=offset)
+    with settings(MULTIPROCESSORS=1):  # more heads than programs, and programs of several tiles
+        check(draw(130, 3, 16), draw(3, 16))
+        check(draw(3, 70, 65, dtype=FP16), draw(70, 65, dtype=FP16))
+        check(draw(90, 2, 40), draw(2, 40), needs=(False, True))
+    wide = draw(2, 3, 4, 64)
+    for x in (wide.transpose(1, 2)[:, :2, :, 5:53], wide[:, :, ::2, :48], draw(48, 3, 2).permute(1, 2, 0)):
+        check(x, draw(48, x.shape[-2]).t(), dy=x.flip(-1))
+    with walked(32, PIECE=32, COLUMNS=64) as seen:
+        check(draw(5, 3, 65), draw(3, 65))
+        check(draw(5, 3, 65), draw(3, 65), draw(5, 3, 65), ds=draw(5, 3, 65))
+    assert seen >= WALKS | WALKS_OF_TWO, seen
+
+
+@case
+def statistics_of_the_first_columns() -> None:
+    forms = ((5, 64, 40), (3, 72, 1), (67, 65, 33), (2, 1280, 1279), (4, 97, 97), (1, 8, 4), (0, 8, 3), (3, 2049, 16))
+    for index, (M, N, V) in enumerate(forms):
+        for dtype in (FP32, FP16):
+            cast, offset = SPECS[index % len(SPECS)]
+            x, w = draw(M, N, dtype=dtype), draw(N, dtype=dtype)
+            x[2:, V:] = torch.inf  # outside of the statistic
+            check(x, w, cast=cast, offset=offset, V=V)
+            cast, offset = SPECS[(index + 1) % len(SPECS)]
+            residual, ds = draw(M, N, dtype=dtype), draw(M, N, dtype=dtype)
+            weight = w if offset or index % 2 else None
+            check(draw(M, N, dtype=dtype), weight, residual, ds=ds, cast=cast, offset=offset, V=V)
+    check(draw(3, 4, 48), draw(4, 48), V=24)
+    check(draw(4, 3, 48).transpose(0, 1)[..., 5:], draw(43), V=24)
+    with walked(32, PIECE=32, COLUMNS=64) as seen:
+        check(draw(5, 65), draw(65), V=40)
+        check(draw(5, 65, dtype=FP16), draw(65), draw(5, 65, dtype=FP16), ds=draw(5, 65, dtype=FP16), V=33)
+    assert seen >= WALKS | WALKS_OF_TWO, seen
+
+
+@case
 def rows_that_begin_anywhere_in_a_word() -> None:
     """Rows before and after are loaded with the words at the ends of a row, but do not affect it."""
     for index, (N, dtype) in enumerate(((65, FP32), (98, FP16), (72, FP16))):
@@ -267,13 +357,15 @@ def every_row_counts() -> None:
     from rmsnorm.kernels.gpu import planner as gpu
 
     with settings(MULTIPROCESSORS=1):
-        for (M, N), dtype in itertools.product(((1, 31), (300, 31), (67, 512), (19, 1281)), (FP32, FP16)):
-            x = torch.where(draw(M, N) < 0, -1.0, 1.0).to(dtype)
-            dy = draw(M, N).round().clamp(-3, 3).to(dtype)
+        shapes = ((1, 31), (300, 31), (67, 512), (19, 1281), (300, 3, 31), (41, 17, 64))  # the last two have heads
+        for shape, dtype in itertools.product(shapes, (FP32, FP16)):
+            x = torch.where(draw(*shape) < 0, -1.0, 1.0).to(dtype)
+            dy = draw(*shape).round().clamp(-3, 3).to(dtype)
             expected = (x * dy).sum(0, dtype=torch.float64).to(dtype)
+            w, rstd = draw(*shape[1:], dtype=dtype), torch.ones(shape[:-1])
             for needs in ((True, True), (False, True)):
-                dw = Kernels(gpu).backward(dy, None, x, draw(N, dtype=dtype), torch.ones(M), "early", 0.0, *needs)[1]
-                assert not differing(dw, expected), f"{M} x {N} {dtype} {needs}: {differing(dw, expected)}"
+                dw = Kernels(gpu).backward(dy, None, x, w, rstd, "early", 0.0, *needs)[1]
+                assert not differing(dw, expected), f"{shape} {dtype} {needs}: {differing(dw, expected)}"
 
 
 @case
@@ -357,6 +449,8 @@ def sums_of_gradients() -> None:
         dy, ds = [draw(5, N, dtype=dtype) for _ in range(count)], draw(5, N, dtype=dtype)
         check_sum(dy, ds, x, w, cast=cast, offset=offset, needs=needs)
         check_sum(dy, None, x, w if index % 2 else None, cast=cast, needs=needs)
+    heads = [draw(7, 3, 40) for _ in range(5)]
+    check_sum(heads[:3], heads[3], heads[4], draw(3, 40))
 
 
 @case
@@ -430,6 +524,103 @@ def extremes() -> None:
                     check(x, weight, eps=eps, cast=cast, offset=offset, dy=dy)
                     with walked(16, PIECE=16, COLUMNS=16):
                         check(x, weight, eps=eps, cast=cast, offset=offset, dy=dy, ds=dy)
+
+
+def check_parts(*given: Tensor | None, at: tuple[int, ...], **options: Any) -> None:
+    """As `check`, for rows in parts that begin at these columns besides the first."""
+    from planned import InParts, PartsKernels
+    from rmsnorm.kernels.gpu import parts_planner
+
+    bounds = (0, *at, given[0].shape[-1])
+    columns = [slice(a, b) for a, b in itertools.pairwise(bounds)]
+    check(*given, kernels=InParts(PartsKernels(parts_planner), columns), **options)
+
+
+@case
+def parts_of_rows() -> None:
+    """Aligned or not, with and without a residual; also parts whose rows begin anywhere in a word."""
+    for index, (N, at) in enumerate(((2, (1,)), (64, (32,)), (100, (33, 34)), (1280, (640,)), (2047, (1000,)))):
+        for dtype in (FP32, FP16):
+            M = 9 if N <= 64 else 2
+            x, w = draw(M, N, dtype=dtype), draw(N, dtype=dtype)
+            cast, offset = SPECS[index % len(SPECS)]
+            check_parts(x, w, at=at, cast=cast, offset=offset, eps=(1e-6, 0.0, 1e-3)[index % 3])
+            cast, offset = SPECS[(index + 1) % len(SPECS)]
+            residual, ds = draw(M, N, dtype=dtype), draw(M, N, dtype=dtype)
+            check_parts(x, w, residual, at=at, ds=ds, cast=cast, offset=offset)
+            check_parts(x, None, at=at, cast=cast)
+
+
+@case
+def parts_that_are_contiguous() -> None:
+    """As DTensors hold them, so that rows of any width are loaded in whole words."""
+    from planned import PartsKernels
+    from rmsnorm import reference
+    from rmsnorm.kernels.gpu import parts_planner
+
+    kernels = PartsKernels(parts_planner)
+    for N, dtype in ((97, FP16), (65, FP32), (1280, FP16)):
+        x, w, dy = draw(67, N, dtype=dtype), draw(N, dtype=dtype), draw(67, N, dtype=dtype)
+        x[3], x[8, 0], x[64] = torch.nan, torch.inf, torch.nan
+        with guarded():
+            s, S = kernels.begin_forward(x, x)
+        expected_s, expected_S = reference.begin_forward(x, x)
+        assert not differing(s, expected_s)
+        torch.testing.assert_close(S, expected_S, rtol=1e-14, atol=0, equal_nan=True)
+        with guarded():
+            y, rstd = kernels.finish_forward(x, w, expected_S, 3 * N, 1e-6, "early", 0.0, True)
+        expected_y, expected_rstd = reference.finish_forward(x, w, expected_S, 3 * N, 1e-6, "early", 0.0, True)
+        assert not differing(y, expected_y)
+        assert not differing(rstd, expected_rstd)
+        with guarded():
+            S = kernels.begin_backward(dy, x, w, rstd, "early", 0.0)
+        expected_S = reference.begin_backward(dy, x, w, rstd, 0.0)
+        torch.testing.assert_close(S, expected_S, rtol=1e-9, atol=1e-9, equal_nan=True)
+        with guarded():
+            dx, dw = kernels.finish_backward(dy, x, x, w, rstd, expected_S, 3 * N, "early", 0.0, True)
+        right = reference.finish_backward(dy, x, x, w, rstd, expected_S, 3 * N, "early", 0.0, True)
+        assert not differing(dx, right[0])
+        terms = tolerance.sums_of_dw(dy, x, rstd, "early")
+        assert not tolerance.dw_too_far_off(dw, *terms, 67)
+
+
+@case
+def wide_parts() -> None:
+    """One program takes several pieces of a row before the all-reduce, and several programs share it after that."""
+    with settings(FORWARD_WIDEST=32, BACKWARD_WIDEST={2: 32, 4: 32}, WIDTH_OF_WIDE=16):
+        for index, (N, dtype) in enumerate(itertools.product((64, 100, 127), (FP32, FP16))):
+            cast, offset = SPECS[index % len(SPECS)]
+            x, w = draw(5, N, dtype=dtype), draw(N, dtype=dtype)
+            check_parts(x, w, at=(N // 2,), cast=cast, offset=offset)
+            check_parts(x, w, x.flip(-1), at=(N // 3,), ds=x.flip(0), cast=cast, offset=offset)
+
+
+@case
+def parts_of_any_strides_and_dtypes() -> None:
+    wide = draw(4, 3, 2, 64)
+    wide[..., 48:] = torch.nan  # memory between the rows must not affect them
+    views = (
+        wide[..., :48],
+        wide.transpose(0, 1)[..., :48],
+        wide[:, 1:, :, :48],
+        wide[0, 0, :, :48].t(),
+        wide[0, 0, 0, :48],
+        wide[:1, :1, :1, :48].expand(2, 3, 4, 48),
+    )
+    for x in views:
+        n = x.shape[-1]
+        check_parts(x, draw(2 * n)[::2], draw(*x.shape), at=(n // 2,), ds=x, cast="late", offset=1.0)
+        check_parts(x, draw(n), at=(n // 2,), dy=draw(n).expand(x.shape))
+    for x_dtype, w_dtype, residual in ((FP32, FP16, FP16), (FP16, FP32, FP32), (FP16, FP32, FP16)):
+        for cast, offset in SPECS:
+            x, w, other = draw(5, 100, dtype=x_dtype), draw(100, dtype=w_dtype), draw(5, 100, dtype=residual)
+            ds = draw(5, 100, dtype=torch.promote_types(x_dtype, residual))
+            check_parts(x, w, other, at=(50,), ds=ds, cast=cast, offset=offset)
+    for shape in ((0, 33), (3, 0, 33), (33,)):
+        check_parts(draw(*shape), draw(33), draw(*shape), at=(11,), needs=(True, False), with_rstd=False)
+        check_parts(draw(*shape), draw(33), at=(11,))
+    with settings(MULTIPROCESSORS=1):
+        check_parts(draw(300, 96, dtype=FP16), draw(96, dtype=FP16), at=(32,))
 
 
 FORMS_OF_GATE = tuple(itertools.product(("early", "late"), ("silu", "sigmoid"), (False, True)))

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module, distribute_tensor
@@ -33,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import rmsnorm
-from rmsnorm import reference
+from rmsnorm import compat, reference
 from rmsnorm.ops import sharding as shards
 from rmsnorm.tools.verify.cases import VerifyCase
 from rmsnorm.tools.verify.compare import compare
@@ -177,6 +178,102 @@ def columns_stay_sharded(mesh: DeviceMesh) -> None:
                     same(pairs[-1][0], dw_of_rows(x, r, w, dy.to(outputs[0].dtype), spec), "dw", Shard(0))
 
 
+def norm_pair(xs: list[Any], ws: list[Any], dys: list[Any], spec: dict[str, Any], call: Any) -> list[Any]:
+    """y of each norm, then dx of each, then dw of each."""
+    ys = call(xs, ws, **spec)
+    return [*ys, *torch.autograd.grad(ys, [*xs, *ws], dys)]
+
+
+@on(2, 4)
+def two_norms_share_an_all_reduce(mesh: DeviceMesh) -> None:
+    """One all-reduce for both in each direction, with the bits of a single process; by rows, none."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    reduces: list[int] = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        reduces.append(sum("all_reduce" in str(n.target) for n in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=counting, bw_compiler=counting)
+    for i, dtype in enumerate(DTYPES):
+        shapes = ((3, 5, 67), (4, 32)) if i else ((2, 3), (7, 1))  # the last ranks have no columns
+        xs, dys = ([randn(*shape, seed=s, dtype=dtype) for shape in shapes] for s in (1, 2))
+        ws = [randn(shape[-1], seed=3, dtype=dtype) for shape in shapes]
+        xs, ws = ([t.requires_grad_() for t in ts] for ts in (xs, ws))
+        spec = SPECS[i]
+        expected = norm_pair(xs, ws, dys, spec, rmsnorm.rms_norms)
+
+        def sharded(*dims: int, xs: Any = xs, ws: Any = ws, dys: Any = dys) -> tuple[list[Any], ...]:
+            of_w = [Shard(0) if dim == t.dim() - 1 else Replicate() for dim, t in zip(dims, xs, strict=True)]
+            return (
+                [spread(t, mesh, Shard(dim)) for dim, t in zip(dims, xs, strict=True)],
+                [spread(w, mesh, p) for w, p in zip(ws, of_w, strict=True)],
+                [spread(t, mesh, Shard(dim)) for dim, t in zip(dims, dys, strict=True)],
+            )
+
+        columns = [len(shape) - 1 for shape in shapes]
+        rows = shapes[0][:-1], shapes[1][:-1]
+        numbers = sum(torch.Size(one).numel() for one in rows)
+        with Messages() as messages, communicating(all_reduce=2):
+            runs = [norm_pair(*sharded(*columns), spec, rmsnorm.rms_norms)]
+        assert messages.sent == [("all_reduce", torch.float64, numbers)] * 2, messages.sent
+        if mesh.size() == 2:
+            torch._dynamo.reset()
+            reduces.clear()
+            compiled_norms = torch.compile(rmsnorm.rms_norms, fullgraph=True, backend=backend)
+            runs.append(norm_pair(*sharded(*columns), spec, compiled_norms))
+            assert reduces == [1, 1], "all-reduces of the forward and of the backward graph"
+        for found in runs:
+            for k, (a, b) in enumerate(zip(found[:4], expected[:4], strict=True)):
+                same(a, b, f"{dtype} {k}", Shard(columns[k % 2]))
+        for dims, counts in (((0, 0), {}), ((0, columns[1]), {"all_reduce": 2})):
+            with communicating(**counts):
+                found = norm_pair(*sharded(*dims), spec, rmsnorm.rms_norms)
+            for k, (a, b) in enumerate(zip(found[:4], expected[:4], strict=True)):
+                same(a, b, f"{dtype} {dims}", Shard(dims[k % 2]))
+        # Three norms: two share, and the gradient of one alone needs a sum of its own.
+        (X, X2), (W, W2), (DY, _) = sharded(*columns)
+        with communicating(all_reduce=2):
+            ys = rmsnorm.rms_norms([X, X2, X], [W, W2, W], **spec)
+        assert_same_bits(ys[2].full_tensor(), expected[0], "third")
+        with Messages() as messages:
+            dx = torch.autograd.grad(ys[0], X, DY)[0]
+        assert messages.sent == [("all_reduce", torch.float64, torch.Size(rows[0]).numel())]
+        same(dx, expected[2], "dx of one", Shard(columns[0]))
+
+
+@on(2)
+def gradients_that_need_no_sum_need_no_communication(mesh: DeviceMesh) -> None:
+    """The weight's alone; also on ranks without columns."""
+    for N in (67, 1):
+        x, _, w, dy, _ = drawn((4, N), torch.float32, torch.float32)
+        x = x.detach()
+        X, W, DY = spread(x, mesh, Shard(1)), spread(w, mesh, Shard(0)), spread(dy, mesh, Shard(1))
+        y = rmsnorm.rms_norm(X, W)
+        with communicating():
+            dw = torch.autograd.grad(y, W, DY)[0]
+        same(dw, dw_of_rows(x, None, w, dy, {}), "dw", Shard(0))
+
+
+@on(2)
+def sums_travel_through_dtensors_without_torchs_operators(mesh: DeviceMesh) -> None:
+    """If torch no longer has the functional collectives by their names, DTensors are redistributed."""
+    x, residual, w, dy, ds = drawn((3, 5, 67), torch.float32, torch.float32)
+    outputs, gradients = norm(x, residual, w, dy, ds, {})
+    X, R, DY, DS = (spread(t, mesh, Shard(2)) for t in (x, residual, dy, ds))
+    found, compat.sum_over_ranks = compat.sum_over_ranks, lambda *_: None
+    try:
+        with Messages() as messages:
+            got, got_gradients = norm(X, R, spread(w, mesh, Shard(0)), DY, DS, {})
+    finally:
+        compat.sum_over_ranks = found
+    assert messages.sent == [("all_reduce", torch.float64, 15)] * 2
+    for a, b in zip(got + got_gradients[:-1], outputs + gradients[:-1], strict=True):
+        same(a, b, "redistributed", Shard(2))
+
+
 @on(4)
 def two_dimensions(mesh: DeviceMesh) -> None:
     """Rows on one dimension of the mesh and columns on the other; rows, or columns, on both."""
@@ -197,6 +294,33 @@ def two_dimensions(mesh: DeviceMesh) -> None:
             same(a, b, str(placements), *placements)
         assert got_gradients[-1].placements == of_dw
         torch.testing.assert_close(got_gradients[-1].full_tensor(), gradients[-1], rtol=OTHER_ORDER, atol=1e-5)
+
+
+@on(2, 4)
+def weights_of_heads_are_sharded_as_the_heads(mesh: DeviceMesh) -> None:
+    """Whole heads without communication, as under tensor parallelism; also uneven shards, rows and columns."""
+    for H, dtype in ((8, torch.bfloat16), (3, torch.float32)):
+        x, residual, _, dy, ds = drawn((5, H, 40), dtype, dtype)
+        w = randn(H, 40, seed=6, dtype=dtype).requires_grad_()
+        outputs, gradients = norm(x, residual, w, dy, ds, {})
+        for p, of_w, of_dw in (
+            (Shard(1), Shard(0), Shard(0)),
+            (Shard(1), Replicate(), Shard(0)),
+            (Shard(0), Replicate(), Partial()),
+            (Shard(2), Shard(1), Shard(1)),
+            (Replicate(), Replicate(), Replicate()),
+        ):
+            X, R, DY, DS = (spread(t, mesh, p) for t in (x, residual, dy, ds))
+            with communicating(**({"all_reduce": 2} if p == Shard(2) else {})):
+                got, got_gradients = norm(X, R, spread(w, mesh, of_w), DY, DS, {})
+            for a, b in zip(got + got_gradients[:-1], outputs + gradients[:-1], strict=True):
+                same(a, b, f"{H} heads, {p}", p)
+            dw = got_gradients[-1]
+            assert dw.placements == (of_dw,)
+            if of_dw == Partial():  # each rank rounds its share
+                torch.testing.assert_close(dw.full_tensor().float(), gradients[-1].float(), rtol=2e-2, atol=2e-2)
+            else:
+                assert_same_bits(dw.full_tensor(), gradients[-1], "dw")
 
 
 @on(2)
@@ -234,6 +358,17 @@ def differing_placements_are_redistributed(mesh: DeviceMesh) -> None:
     same(s, outputs[1], "partial x", Shard(1))
 
 
+@contextlib.contextmanager
+def fp32_sums() -> Iterator[None]:
+    """The sums over columns that ranks exchange, rounded to fp32."""
+    over_ranks = shards._over_ranks
+    shards._over_ranks = lambda S, norm: over_ranks(S.float().double(), norm)
+    try:
+        yield
+    finally:
+        shards._over_ranks = over_ranks
+
+
 @on(2)
 def without_fp64_sums_bits_differ(mesh: DeviceMesh) -> None:
     """Replaces the fp64 partial sums by fp32 ones: then the test of columns must fail, forward and backward."""
@@ -247,18 +382,10 @@ def without_fp64_sums_bits_differ(mesh: DeviceMesh) -> None:
         return [int((a.full_tensor() != b).sum()) for a, b in pairs]
 
     assert differing() == [0, 0]
-    squares, dot = reference.sum_of_squares, reference.dot
-    try:
-        reference.dot = lambda g, xh: (g * xh).sum(-1)
-        y, dx = differing()
-        assert y == 0
-        assert dx > 0
-        reference.sum_of_squares, reference.dot = lambda x: x.float().square().sum(-1), dot
+    with fp32_sums():
         y, dx = differing()
         assert y > 0
         assert dx > 0
-    finally:
-        reference.sum_of_squares, reference.dot = squares, dot
 
 
 @on(2)
@@ -272,15 +399,14 @@ def verify_fails_if_a_rank_is_wrong(mesh: DeviceMesh) -> None:
     for sharding in ("rows", "columns"):
         assert (tally(sharding).differing, tally(sharding).unsteady) == (0, 0)
     assert tally("columns").dw.elements == 256
-    dot, as_whole = reference.dot, shards.as_whole
-    try:
-        reference.dot = lambda g, xh: (g * xh).sum(-1)
+    with fp32_sums():
         assert tally("columns").differing > 0
-        reference.dot = dot
+    as_whole = shards.as_whole
+    try:
         shards.as_whole = lambda t, mesh, layout, shape: as_whole(t + (Partial() in layout), mesh, layout, shape)
         assert tally("rows").unsteady == 256
     finally:
-        reference.dot, shards.as_whole = dot, as_whole
+        shards.as_whole = as_whole
 
 
 @on(2)
@@ -296,9 +422,7 @@ def compiled(mesh: DeviceMesh) -> None:
         return make_boxed_func(graph.forward)
 
     whole = {"rmsnorm.forward.default"}, {"rmsnorm.backward.default"}
-    parts = [
-        {f"rmsnorm.{half}_{way}_in_parts.default" for half in ("begin", "finish")} for way in ("forward", "backward")
-    ]
+    parts = [{f"rmsnorm.{half}_{way}.default" for half in ("begin", "finish")} for way in ("forward", "backward")]
     recording = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
     x, residual, w, dy, ds = drawn((4, 6, 67), torch.bfloat16, torch.bfloat16)
     for p, of_w, ours, reduces in ((Shard(1), Replicate(), whole, 0), (Shard(2), Shard(0), parts, 1)):
@@ -337,12 +461,14 @@ def without_gradients(mesh: DeviceMesh) -> None:
                     got = f(spread(x.detach(), mesh, p), spread(w.detach(), mesh, of_w))
                     same(got, y, f"{mode} {p}", p)
     X, W = spread(x, mesh, Shard(2)), spread(w, mesh, Shard(0))
-    for residual in (None, X):  # the one implementation that runs, and no remark about another
+    for residual in (None, X):
         said = rmsnorm.explain(X, W, residual)
-        assert said.startswith(
-            "cpu, bfloat16: the reference, in plain torch (in two parts around an all-reduce, because"
-        )
-        assert "kernel" not in said
+        assert said.startswith("cpu, bfloat16: cpu kernel (Numba) (in two parts around an all-reduce, because"), said
+        assert "reference" not in said
+    said = rmsnorm.explain(spread(x[..., :1], mesh, Shard(2)), spread(w[:1], mesh, Shard(0)))
+    assert ("this rank has no columns" in said) == (mesh.get_local_rank() == 1)
+    said = rmsnorm.explain(spread(x.double(), mesh, Shard(2)), W)
+    assert said.startswith("cpu, float64: the reference, in plain torch (in two parts around an all-reduce, because")
     assert "without communication" in rmsnorm.explain(spread(x, mesh, Shard(0)), spread(w, mesh, Replicate()))
     torch._dynamo.reset()
 
@@ -554,18 +680,19 @@ def fully_sharded(mesh: DeviceMesh) -> None:
 
 @on(2)
 def recomputing_where_parameters_are_sharded_or_replicated(mesh: DeviceMesh) -> None:
-    """Gradients keep their bits. With FSDP2, outputs are kept where their weight is gathered later than they are read."""
+    """Outputs and gradients keep their bits. With FSDP2, outputs whose weight is gathered later than their use are kept."""
     rank = mesh.get_local_rank()
+    mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
     def build(recompute: bool) -> tuple[nn.Module, Any]:
         model = nn.Sequential(Block(), Block(), nn.Linear(N, N))
         return model, rmsnorm.patch(model, recompute=recompute)
 
-    def by_fsdp(*units: str) -> Callable[[nn.Module], nn.Module]:
+    def by_fsdp(*units: str, **options: Any) -> Callable[[nn.Module], nn.Module]:
         def shard(model: nn.Module) -> nn.Module:
             for unit in units:
-                fully_shard(model.get_submodule(unit), mesh=mesh)
-            return fully_shard(model, mesh=mesh)
+                fully_shard(model.get_submodule(unit), mesh=mesh, **options)
+            return fully_shard(model, mesh=mesh, **options)
 
         return shard
 
@@ -575,6 +702,7 @@ def recomputing_where_parameters_are_sharded_or_replicated(mesh: DeviceMesh) -> 
         (nn.parallel.DistributedDataParallel, {}),
         (by_fsdp(), {}),
         (by_fsdp("0", "1"), {freed: 2}),  # what leaves a block
+        (by_fsdp("0", "1", mp_policy=mixed), {freed: 2}),
         (by_fsdp(*every_norm), {freed: 6}),
     ):
         found: list[dict[str, Tensor]] = []
@@ -582,8 +710,9 @@ def recomputing_where_parameters_are_sharded_or_replicated(mesh: DeviceMesh) -> 
             model, report = build(recompute)
             model = spread_out(model)
             for _ in range(2):
-                model(randn(3, 8, N, seed=rank)).square().sum().backward()
-            found.append(gradients(model))
+                y = model(randn(3, 8, N, seed=rank))
+                y.float().square().sum().backward()
+            found.append(gradients(model) | {"y": y.detach()})
         assert found[0].keys() == found[1].keys()
         for name, expected in found[0].items():
             assert_same_bits(found[1][name], expected, name)
@@ -702,6 +831,59 @@ def a_checkpoint_loads_into_other_shardings(mesh: DeviceMesh) -> None:
             close({"y": whole(loaded(x))}, {"y": y})
 
 
+@on(2, 4)
+def a_checkpoint_of_a_patched_model_continues_its_training(mesh: DeviceMesh) -> None:
+    """On the same mesh with the same bits; it is also loaded onto other meshes, and into models that are not patched.
+
+    It is saved from shards on two ranks; on four ranks there are two replicas of them.
+    """
+    world = mesh.size()
+    half = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards")) if world == 4 else mesh
+    x = randn(3, 8, N, seed=mesh.get_local_rank())
+
+    def build(on_mesh: DeviceMesh | None, patched: bool = True) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.Sequential(strange_block())
+        if patched:
+            assert len(rmsnorm.patch(model, recompute=True).replaced) == 3
+        if on_mesh is not None:
+            for part in (*model, model):
+                fully_shard(part, mesh=on_mesh)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        moments = {
+            f"{i} {key}": whole(t) for i, state in optimizer.state_dict()["state"].items() for key, t in state.items()
+        }
+        return weights(model) | moments
+
+    model, optimizer = build(half)
+    first = train(model, optimizer)
+    parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.save(parts, checkpoint_id="patched")
+    second = train(model, optimizer)
+
+    def load(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        dcp.load(state, checkpoint_id="patched")
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+    for on_mesh, patched in ((half, True), (mesh, False), (None, True)):
+        again, its_optimizer = build(on_mesh, patched)
+        for parameter in again.parameters():
+            nn.init.zeros_(parameter)
+        load(again, its_optimizer)
+        for name, w in weights(again).items():
+            assert_same_bits(w, first[name], name)
+        if patched and on_mesh is not None:
+            continued = train(again, its_optimizer)
+            assert continued.keys() == second.keys()
+            for name, t in second.items():
+                assert_same_bits(continued[name], t, name)
+
+
 @on(2)
 def data_parallel(mesh: DeviceMesh) -> None:
     xs = [randn(3, 8, N, seed=s) for s in range(2)]
@@ -710,6 +892,47 @@ def data_parallel(mesh: DeviceMesh) -> None:
         y = model(xs[mesh.get_local_rank()])
     y.square().sum().backward()
     close(gradients(model), mean_gradients(Block(), xs))
+
+
+class Choosing(nn.Module):
+    """A patched model with a norm that runs only if it is chosen, and one that never runs."""
+
+    def __init__(self, recompute: bool) -> None:
+        super().__init__()
+        self.block, self.chosen, self.never = strange_block(), StrangersRMSNorm(N), StrangersRMSNorm(N)
+        assert len(rmsnorm.patch(self, recompute=recompute).replaced) == 5
+
+    def forward(self, x: Tensor, choose: bool) -> Tensor:
+        y = self.block(x)
+        return self.chosen(y) if choose else y
+
+
+@on(2)
+def data_parallel_with_a_static_graph_or_unused_parameters(mesh: DeviceMesh) -> None:
+    """The gradients of a patched model are the mean of those of both batches alone, with the same bits."""
+    xs = [randn(3, 8, N, seed=s) for s in range(2)]
+    own = mesh.get_local_rank()
+    plain = Choosing(recompute=False)
+    for options, chosen, recompute in (
+        ({"find_unused_parameters": True}, [True, False], False),
+        ({"find_unused_parameters": True}, [True, True], True),
+        ({"static_graph": True}, [True, True], False),
+        ({"static_graph": True}, [True, True], True),
+    ):
+        model = nn.parallel.DistributedDataParallel(Choosing(recompute), **options)
+        for _ in range(3):  # a static graph is used from the second step
+            model.zero_grad()
+            model(xs[own], chosen[own]).square().sum().backward()
+        alone = []
+        for x, choose in zip(xs, chosen, strict=True):
+            plain.zero_grad()
+            plain(x, choose).square().sum().backward()
+            alone.append({name: p.grad for name, p in plain.named_parameters()})
+        found = gradients(model)
+        assert found.keys() == alone[0].keys() - {"never.weight"}
+        for name, g in found.items():
+            parts = [torch.zeros_like(g) if one[name] is None else one[name] for one in alone]
+            assert_same_bits(g, (parts[0] + parts[1]) / 2, f"{name} {options} {chosen} {recompute}")
 
 
 @on(2)
@@ -790,6 +1013,7 @@ def unsuitable_placements_raise(mesh: DeviceMesh) -> None:
     x, residual, w, *_ = (t.detach() for t in drawn((4, 6, 32), torch.float32, torch.float32))
     rows, columns, every = (spread(x, mesh, p) for p in (Shard(1), Shard(2), Replicate()))
     w_every, w_columns = spread(w, mesh, Replicate()), spread(w, mesh, Shard(0))
+    of_heads = spread(randn(6, 32), mesh, Shard(1))
     table: list[tuple[tuple[Any, ...], list[str]]] = [
         ((rows, w), ["weight is a plain tensor", "Shard(dim=1)", "distribute_tensor(weight", "parallelize_module"]),
         ((x, w_columns), ["x is a plain tensor", "Shard(dim=0)", "distribute_tensor(x", "fully_shard"]),
@@ -797,6 +1021,7 @@ def unsuitable_placements_raise(mesh: DeviceMesh) -> None:
         ((rows, w_columns), ["weight has placements (Shard(dim=0),)", "x has (Shard(dim=1),)", "redistribute"]),
         ((rows, spread(w, other, Replicate(), Replicate())), ["weight is on the mesh", "the mesh of x", "on one mesh"]),
         ((rows, DTensor.from_local(w, mesh, [Partial()])), ["weight has placements (Partial(sum),)", "redistribute"]),
+        ((rows, of_heads), ["weight has placements (Shard(dim=1),)", "Shard(dim=0) on mesh dimension 0", "same dimension"]),
         ((columns, rows, w_every), ["residual has placements (Shard(dim=1),)", "Shard(dim=2)", "residual.redistribute"]),
         ((rows, residual, w_every), ["residual is a plain tensor", "Shard(dim=1)", "distribute_tensor(residual"]),
     ]  # fmt: skip
@@ -805,6 +1030,8 @@ def unsuitable_placements_raise(mesh: DeviceMesh) -> None:
         with pytest.raises(ValueError, match=rf"^\[{call.__name__}\] ") as raised:
             call(*arguments)
         assert all(word in str(raised.value) for word in words), raised.value
+    with pytest.raises(NotImplementedError, match=r"\[rms_norm\] variance_size is given, expected None for a DTensor"):
+        rmsnorm.rms_norm(rows, w_every, variance_size=16)
     sharded = fully_shard(Block(), mesh=mesh)
     with pytest.raises(ValueError, match="call of the module"):
         sharded.norm(x.view(-1, 8, 96)[..., :N])

@@ -179,6 +179,82 @@ class GatedBackward(NamedTuple):
         )  # fmt: skip
 
 
+# Calls of parts: each rank holds some columns of every row. See `reference.begin_forward`.
+
+
+class BeginForward(NamedTuple):
+    """A kind of call that computes s and the sums S of one part from x and residual."""
+
+    device: torch.device
+    x: TensorKind
+    residual: TensorKind | None
+
+    @classmethod
+    def of(cls, x: Tensor, residual: Tensor | None) -> "BeginForward":
+        return cls(x.device, TensorKind.of(x), None if residual is None else TensorKind.of(residual))
+
+
+class FinishForward(NamedTuple):
+    """A kind of call that computes y and rstd of one part from x, w and the sums S over whole rows of N columns."""
+
+    device: torch.device
+    x: TensorKind
+    w: TensorKind | None
+    S: TensorKind
+    N: int
+    spec: Spec
+    with_rstd: bool
+
+    @classmethod
+    def of(
+        cls, x: Tensor, w: Tensor | None, S: Tensor, N: int, spec: Spec, with_rstd: bool
+    ) -> "FinishForward":  # fmt: skip
+        of = TensorKind.of
+        return cls(x.device, of(x), None if w is None else of(w), of(S), N, spec, with_rstd)
+
+
+class BeginBackward(NamedTuple):
+    """A kind of call that computes the sums S of one part from dy, x, w and rstd."""
+
+    device: torch.device
+    dy: TensorKind
+    x: TensorKind
+    w: TensorKind | None
+    rstd: TensorKind
+    spec: Spec
+
+    @classmethod
+    def of(cls, dy: Tensor, x: Tensor, w: Tensor | None, rstd: Tensor, spec: Spec) -> "BeginBackward":
+        of = TensorKind.of
+        return cls(x.device, of(dy), of(x), None if w is None else of(w), of(rstd), spec)
+
+
+class FinishBackward(NamedTuple):
+    """A kind of call that computes dx and dw of one part from dy, ds, x, w, rstd and the sums S over whole rows."""
+
+    device: torch.device
+    dy: TensorKind
+    ds: TensorKind | None
+    x: TensorKind
+    w: TensorKind | None
+    rstd: TensorKind
+    S: TensorKind
+    N: int
+    spec: Spec
+    need_dw: bool
+
+    @classmethod
+    def of(
+        cls, dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, S: Tensor, N: int, spec: Spec,
+        need_dw: bool,
+    ) -> "FinishBackward":  # fmt: skip
+        of = TensorKind.of
+        return cls(
+            x.device, of(dy), None if ds is None else of(ds), of(x), None if w is None else of(w), of(rstd), of(S), N,
+            spec, need_dw,
+        )  # fmt: skip
+
+
 # --- plans ---------------------------------------------------------------------------------------------------
 
 
@@ -307,23 +383,28 @@ class Plan:
         return Native(self.inputs, self.fresh, tuple(launches), self.outputs, self)
 
 
-def both(first: Plan, second: Plan, outputs: Sequence[int]) -> Plan:
+def both(first: Plan, second: Plan, outputs: Sequence[int], shared: Mapping[str, str] | None = None) -> Plan:
     """A plan that makes the calls of two plans for one device.
 
     Args:
         first: A plan.
         second: Another, whose tensors get a 2 at the end of their names.
         outputs: The places in each plan's outputs of those that the plan has; the first plan's come first.
+        shared: Inputs of the second plan that are fresh tensors of the first, each with its name there. The second
+            plan converts none of them.
     """
+    shared = shared or {}
+    assert not any(shared.keys() & set(converted.of) for converted in second.before)  # conversions come first
     names = {name: f"{name}2" for name in (*second.inputs, *(t.name for t in second.fresh))}
     names |= {converted.name: f"{converted.name}2" for converted in (*second.before, *second.after)}
+    names |= shared
 
     def renamed(converted: Converted) -> Converted:
         return replace(converted, name=names[converted.name], of=tuple(names[name] for name in converted.of))
 
     return Plan(
         first.device,
-        inputs=(*first.inputs, *(names[name] for name in second.inputs)),
+        inputs=(*first.inputs, *(names[name] for name in second.inputs if name not in shared)),
         before=(*first.before, *map(renamed, second.before)),
         fresh=(*first.fresh, *(replace(t, name=names[t.name]) for t in second.fresh)),
         launches=(*first.launches, *(launch.renamed(names) for launch in second.launches)),
@@ -333,6 +414,18 @@ def both(first: Plan, second: Plan, outputs: Sequence[int]) -> Plan:
             *(None if (name := second.outputs[i]) is None else names[name] for i in outputs),
         ),
     )
+
+
+def sandwich(first: Plan, second: Plan) -> Plan | None:
+    """A plan that returns y, s, rstd and rstd2 of a norm, whose y is the x of a second norm with a residual.
+
+    None if torch must convert that x.
+    """
+    if any("x" in converted.of for converted in second.before):
+        return None
+    plan = both(first, second, (0, 1, 2), {"x": "y"})
+    _, _, rstd, y, s, rstd2 = plan.outputs
+    return replace(plan, outputs=(y, s, rstd, rstd2))
 
 
 @dataclass(frozen=True)
@@ -358,8 +451,16 @@ class ByReference:
 Found = TypeVar("Found")
 
 
-def summands(kind: Forward) -> tuple[str, TensorKind, TensorKind | None, list[Converted]]:
-    """What the forward kernel reads: the name and kind of its rows, the residual it adds, and conversions before it.
+def dense(name: str, kind: TensorKind, before: list[Converted]) -> TensorKind:
+    """The kind of a tensor that a kernel reads as contiguous; adds a copy to `before` if it is not."""
+    if kind.is_dense:
+        return kind
+    before.append(Converted(name, (name,), kind.dtype))
+    return TensorKind.dense(kind.shape, kind.dtype)
+
+
+def summands(kind: Forward | BeginForward) -> tuple[str, TensorKind, TensorKind | None, list[Converted]]:
+    """What a forward kernel reads: the name and kind of its rows, the residual it adds, and conversions before it.
 
     If the residual has another dtype than x, torch adds the two before the kernel runs, which then only reads s.
     """
@@ -368,6 +469,11 @@ def summands(kind: Forward) -> tuple[str, TensorKind, TensorKind | None, list[Co
         return "x", x, residual, []
     total = TensorKind.dense(x.shape, sum_dtype(x.dtype, residual.dtype))
     return "s", total, None, [Converted("s", ("x", "residual"), total.dtype)]
+
+
+def heads_of(w: TensorKind | None) -> int:
+    """How many heads have a weight of their own: row m has that of head m % heads. 1 if all rows have the same."""
+    return 1 if w is None or len(w.shape) == 1 else max(1, w.shape[0])
 
 
 def gradients(kind: Backward, dtype: torch.dtype) -> tuple[dict[str, TensorKind], list[Converted]]:

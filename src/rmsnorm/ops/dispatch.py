@@ -37,6 +37,16 @@ def load_sharding() -> None:
         import rmsnorm.ops.sharding  # noqa: F401
 
 
+def are_dtensors(*tensors: Tensor | None) -> bool:
+    """Whether all tensors that there are, at least one, are DTensors."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    given = [t for t in tensors if t is not None]
+    return bool(given) and all(isinstance(t, DTensor) for t in given)
+
+
 def exported_to_onnx() -> bool:
     """Whether torch.onnx.export is tracing. Programs that run its graph do not have our operators."""
     if not (is_compiling() or compat.is_tracing()):

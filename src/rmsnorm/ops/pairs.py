@@ -17,7 +17,7 @@ from rmsnorm.kernels.host import loader as host
 from rmsnorm.ops.autograd import BackwardOnce, needs_gradient, norm
 from rmsnorm.ops.batching import vmap_by_sample
 from rmsnorm.ops.derivatives import autograd_kernel, has_tangent, reverse_only, saved_tensors, undifferentiable
-from rmsnorm.ops.dispatch import exported_to_onnx, is_plain, without_none
+from rmsnorm.ops.dispatch import are_dtensors, exported_to_onnx, is_plain, load_sharding, without_none
 from rmsnorm.spec import (
     PAIR,
     Cast,
@@ -47,7 +47,10 @@ _LIB.define(
 def norms(
     xs: Sequence[Tensor], weights: Sequence[Tensor | None], eps: float, cast: Cast, offset: float
 ) -> list[Tensor]:  # fmt: skip
-    """y of each norm, two in each call. Where autograd records eager calls, each norm has its own, made by C++."""
+    """y of each norm, two in each call. Where autograd records eager calls, each norm has its own, made by C++.
+
+    Two norms of DTensors share an all-reduce if their rows are spread over the same ranks, also where autograd records.
+    """
     compiling = torch.compiler.is_compiling()
     check_spec(PAIR, eps, cast, offset)
     for x, w in zip(xs, weights, strict=True):
@@ -56,6 +59,9 @@ def norms(
     recorded = any(needs_gradient(x, None, w) for x, w in zip(xs, weights, strict=True))
     if exported_to_onnx():
         pairable = False
+    elif are_dtensors(*tensors):
+        load_sharding()
+        pairable = True
     elif compiling:
         pairable = all(map(_is_ordinary, tensors))
     else:
@@ -72,7 +78,7 @@ def norms(
 
 
 def _is_ordinary(t: Tensor | None) -> bool:
-    """Whether a traced tensor is not a DTensor or other subclass, for which there are rules for single norms only."""
+    """Whether a traced tensor is not of a subclass, for which there may be rules for single norms only."""
     return t is None or type(t) in (Tensor, Parameter)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rmsnorm.kernels.gpu import gated_kernels, kernels, tiling
-from rmsnorm.kernels.gpu.planner import Calls, cdiv, dense, gpu_at, index_of
+from rmsnorm.kernels.gpu.planner import Calls, cdiv, gpu_at, index_of
 from rmsnorm.kernels.gpu.tiling import Launch
 from rmsnorm.kernels.plan import (
     MOST_PLANS,
@@ -17,6 +17,7 @@ from rmsnorm.kernels.plan import (
     GatedForward,
     Plan,
     TensorKind,
+    dense,
     find_layout,
 )
 from rmsnorm.kernels.rows import walk

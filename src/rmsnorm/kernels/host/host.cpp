@@ -51,7 +51,7 @@ using torch::autograd::variable_list;
 using Word = uint64_t; // an argument of a kernel: an address, or a number in its low bytes
 using Tensors = c10::SmallVector<Tensor, 12>;
 
-constexpr size_t MOST_PLANS = 4096, MOST_ARGUMENTS = 48, MOST_OF_MACHINE_CODE = 13, LARGEST_CONFIGURATION = 64;
+constexpr size_t MOST_PLANS = 4096, MOST_ARGUMENTS = 48, MOST_OF_MACHINE_CODE = 14, LARGEST_CONFIGURATION = 64;
 constexpr size_t MOST_SUMMANDS = 3; // as in spec.py
 constexpr int64_t MOST_GROUPS = 1 << 30; // so that they fit into a key
 constexpr int NONE = -1; // the place of an absent tensor
@@ -71,32 +71,44 @@ struct Spec {
   int64_t cast; // its place in CASTS
   bool offset; // the offset is 0 or 1
   std::optional<Gate> gate = std::nullopt;
+  int64_t whole = 0; // the width of whole rows if a call takes parts of rows
 };
 
-enum class Pass { FORWARD, BACKWARD, BACKWARD_OF_SUM, FORWARD_PAIR, BACKWARD_PAIR, GATED_FORWARD, GATED_BACKWARD };
-constexpr size_t PASSES = 7;
+enum class Pass {
+  FORWARD, BACKWARD, BACKWARD_OF_SUM, FORWARD_PAIR, BACKWARD_PAIR, FORWARD_SANDWICH, GATED_FORWARD, GATED_BACKWARD,
+  BEGIN_FORWARD, FINISH_FORWARD, BEGIN_BACKWARD, FINISH_BACKWARD
+};
+constexpr size_t PASSES = 12;
 
 // name: that of the operator. label: for profilers. tensors: one letter for each tensor of a call, before dy2 and dy3 of
 // a sum: t if it is an argument of the operator, l if that is a list, - if it is always absent. rows: the place of x.
-// requested: how many outputs the caller chooses. arguments: how many the operator has.
+// options: one letter for each part of the spec that is an argument after the tensors, in order: w is the width of whole
+// rows, e eps, c the cast, g the three arguments of a gate, o the offset. requested: how many outputs the caller
+// chooses. arguments: how many the operator has.
 struct Facts {
   const char *name, *label;
   std::string_view tensors;
   size_t rows;
-  bool backward, gated;
+  std::string_view options;
   size_t requested, arguments;
 };
 
-// Tensors: x, residual, w; or dy, ds, x, w, rstd; for a pair twice, without residuals and ds. With a gate: x, gate, w; or
-// dy, x, gate, w, rstd.
+// Tensors: x, residual, w; or dy, ds, x, w, rstd; for a pair twice, without residuals and ds. Of a sandwich: x, -, w,
+// residual, w2. With a gate: x, gate, w; or dy, x, gate, w, rstd. For parts of rows: x, residual; x, w, S; dy, x, w, rstd;
+// dy, ds, x, w, rstd, S.
 constexpr std::array<Facts, PASSES> facts{{
-    {"forward", "rmsnorm", "ttt", 0, false, false, 1, 9}, // the last two arguments are for compilers only
-    {"backward", "rmsnorm_backward", "ttttt", 2, true, false, 2, 9},
-    {"backward_of_sum", "rmsnorm_backward_of_sum", "ltttt", 2, true, false, 2, 9},
-    {"forward_pair", "rmsnorm_pair", "t-tt-t", 0, false, false, 1, 8},
-    {"backward_pair", "rmsnorm_backward_pair", "t-tttt-ttt", 2, true, false, 2, 12},
-    {"gated_forward", "rmsnorm_gated", "ttt", 0, false, true, 1, 9},
-    {"gated_backward", "rmsnorm_gated_backward", "ttttt", 1, true, true, 3, 12},
+    {"forward", "rmsnorm", "ttt", 0, "eco", 1, 9}, // the last two arguments are for compilers only
+    {"backward", "rmsnorm_backward", "ttttt", 2, "co", 2, 9},
+    {"backward_of_sum", "rmsnorm_backward_of_sum", "ltttt", 2, "co", 2, 9},
+    {"forward_pair", "rmsnorm_pair", "t-tt-t", 0, "eco", 1, 8},
+    {"backward_pair", "rmsnorm_backward_pair", "t-tttt-ttt", 2, "co", 2, 12},
+    {"forward_sandwich", "rmsnorm_sandwich", "t-ttt", 0, "eco", 1, 8},
+    {"gated_forward", "rmsnorm_gated", "ttt", 0, "ecg", 1, 9},
+    {"gated_backward", "rmsnorm_gated_backward", "ttttt", 1, "cg", 3, 12},
+    {"begin_forward", "rmsnorm_begin", "tt", 0, "", 0, 2},
+    {"finish_forward", "rmsnorm_finish", "ttt", 0, "weco", 1, 8},
+    {"begin_backward", "rmsnorm_begin_backward", "tttt", 1, "co", 0, 6},
+    {"finish_backward", "rmsnorm_finish_backward", "tttttt", 2, "wco", 1, 10},
 }};
 
 constexpr size_t index_of(Pass pass) {
@@ -112,25 +124,24 @@ struct Call {
   Pass pass;
   Tensors tensors;
   Spec spec;
-  std::array<bool, 3> requested; // with_rstd; or need_dx, need_dw; or need_dx, need_dgate, need_dw
-
-  bool backward() const {
-    return of(pass).backward;
-  }
+  std::array<bool, 3> requested; // with_rstd; or need_dx, need_dw; or need_dx, need_dgate, need_dw; or need_dw
 
   const Tensor& rows() const {
     return tensors[of(pass).rows];
   }
 };
 
-// The spec, if its values are among the usual ones; Python validates all others.
+// Sets the cast and the offset, if they are among the usual ones; Python validates all others.
 template <typename Is>
-std::optional<Spec> known_spec(double eps, const Is& is_cast, double offset) {
+bool set_cast(Spec& spec, const Is& is_cast) {
   const auto* cast = std::find_if(CASTS.begin(), CASTS.end(), is_cast);
-  if (cast == CASTS.end() || (offset != 0.0 && offset != 1.0)) {
-    return std::nullopt;
-  }
-  return Spec{eps, cast - CASTS.begin(), offset == 1.0};
+  spec.cast = cast - CASTS.begin();
+  return cast != CASTS.end();
+}
+
+bool set_offset(Spec& spec, double offset) {
+  spec.offset = offset == 1.0;
+  return offset == 0.0 || offset == 1.0;
 }
 
 // Whether the tensors are ordinary CPU or CUDA tensors and nothing intercepts operations on them: no subclass, dispatch
@@ -401,8 +412,9 @@ struct Key {
     std::memcpy(&eps, &call.spec.eps, sizeof eps);
     const auto gate = call.spec.gate.value_or(Gate{});
     numbers = {
-        eps, static_cast<int64_t>(call.pass) | call.spec.cast << 3 | call.spec.offset << 5 | call.requested[0] << 6 |
-            call.requested[1] << 7 | call.requested[2] << 8 | gate.sigmoid << 9 | gate.first << 10 | gate.groups << 16};
+        eps, static_cast<int64_t>(call.pass) | call.spec.cast << 4 | call.spec.offset << 6 | call.requested[0] << 7 |
+            call.requested[1] << 8 | call.requested[2] << 9 | gate.sigmoid << 10 | gate.first << 11 | gate.groups << 16,
+        call.spec.whole};
     for (const auto& t : call.tensors) {
       add(t);
     }
@@ -471,16 +483,21 @@ std::shared_ptr<const Plan> request_plan(const Call& call) {
   for (; next != before_spec; next++) {
     arguments.append(wrapped(*next));
   }
-  if (!call.backward()) {
-    arguments.append(call.spec.eps);
-  }
-  arguments.append(CASTS[call.spec.cast]);
-  if (const auto& gate = call.spec.gate) {
-    arguments.append(gate->sigmoid ? "sigmoid" : "silu");
-    arguments.append(gate->first);
-    arguments.append(gate->groups);
-  } else {
-    arguments.append(call.spec.offset ? 1.0 : 0.0);
+  for (const char option : of(call.pass).options) {
+    if (option == 'w') {
+      arguments.append(call.spec.whole);
+    } else if (option == 'e') {
+      arguments.append(call.spec.eps);
+    } else if (option == 'c') {
+      arguments.append(CASTS[call.spec.cast]);
+    } else if (option == 'o') {
+      arguments.append(call.spec.offset ? 1.0 : 0.0);
+    } else {
+      const auto& gate = *call.spec.gate;
+      arguments.append(gate.sigmoid ? "sigmoid" : "silu");
+      arguments.append(gate.first);
+      arguments.append(gate.groups);
+    }
   }
   for (size_t i = 0; i < of(call.pass).requested; i++) {
     arguments.append(call.requested[i]);
@@ -683,23 +700,29 @@ std::optional<Call> call_of(Pass pass, torch::jit::Stack& stack) {
   for (size_t i = 1; i < summands.size(); i++) {
     call.tensors.push_back(summands[i]);
   }
-  const double eps = call.backward() ? 0.0 : (next++)->toDouble();
-  const auto& cast = (next++)->toStringRef();
-  std::optional<Gate> gate;
-  if (of(pass).gated) {
-    const auto& activation = next[0].toStringRef();
-    gate = Gate{activation == "sigmoid", next[1].toBool(), next[2].toInt()};
-    if ((!gate->sigmoid && activation != "silu") || gate->groups < 1 || gate->groups > MOST_GROUPS) {
+  auto& spec = call.spec;
+  for (const char option : of(pass).options) {
+    bool known = true;
+    if (option == 'w') {
+      spec.whole = next->toInt();
+    } else if (option == 'e') {
+      spec.eps = next->toDouble();
+    } else if (option == 'c') {
+      const auto& cast = next->toStringRef();
+      known = set_cast(spec, [&](const char* one) { return cast == one; });
+    } else if (option == 'o') {
+      known = set_offset(spec, next->toDouble());
+    } else {
+      const auto& activation = next[0].toStringRef();
+      spec.gate = Gate{activation == "sigmoid", next[1].toBool(), next[2].toInt()};
+      known = (spec.gate->sigmoid || activation == "silu") && spec.gate->groups >= 1 && spec.gate->groups <= MOST_GROUPS;
+      next += 2;
+    }
+    if (!known) {
       return std::nullopt;
     }
-    next += 3;
+    next++;
   }
-  const auto spec = known_spec(eps, [&](const char* one) { return cast == one; }, gate ? 0.0 : (next++)->toDouble());
-  if (!spec) {
-    return std::nullopt;
-  }
-  call.spec = *spec;
-  call.spec.gate = gate;
   for (size_t i = 0; i < of(pass).requested; i++) {
     call.requested[i] = next[i].toBool();
   }
@@ -786,11 +809,10 @@ std::optional<Call> call_of(PyObject* const* given, Py_ssize_t count) {
     return std::nullopt;
   }
   const auto is = [&](const char* cast) { return PyUnicode_CompareWithASCIIString(given[4], cast) == 0; };
-  const auto spec = known_spec(PyFloat_AS_DOUBLE(given[3]), is, PyFloat_AS_DOUBLE(given[5]));
-  if (!spec || !plain(tensors)) {
+  call.spec.eps = PyFloat_AS_DOUBLE(given[3]);
+  if (!set_cast(call.spec, is) || !set_offset(call.spec, PyFloat_AS_DOUBLE(given[5])) || !plain(tensors)) {
     return std::nullopt;
   }
-  call.spec = *spec;
   call.requested[0] = differentiable(tensors);
   if (call.requested[0] &&
       std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.defined() && t.is_inference(); })) {
@@ -853,8 +875,13 @@ PYBIND11_MODULE(RMSNORM_HOST, module) {
     register_operator<Pass::BACKWARD_OF_SUM>();
     register_operator<Pass::FORWARD_PAIR>();
     register_operator<Pass::BACKWARD_PAIR>();
+    register_operator<Pass::FORWARD_SANDWICH>();
     register_operator<Pass::GATED_FORWARD>();
     register_operator<Pass::GATED_BACKWARD>();
+    register_operator<Pass::BEGIN_FORWARD>();
+    register_operator<Pass::FINISH_FORWARD>();
+    register_operator<Pass::BEGIN_BACKWARD>();
+    register_operator<Pass::FINISH_BACKWARD>();
   });
   module.def("forget", [] {
     Plans dropped;

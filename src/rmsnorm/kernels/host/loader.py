@@ -34,7 +34,19 @@ from rmsnorm import kernels
 from rmsnorm.gated_reference import grouped
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import build
-from rmsnorm.kernels.plan import Backward, ByReference, Forward, GatedBackward, GatedForward, Native, Plan
+from rmsnorm.kernels.plan import (
+    Backward,
+    BeginBackward,
+    BeginForward,
+    ByReference,
+    FinishBackward,
+    FinishForward,
+    Forward,
+    GatedBackward,
+    GatedForward,
+    Native,
+    Plan,
+)
 from rmsnorm.spec import (
     GATED,
     PAIR,
@@ -47,6 +59,8 @@ from rmsnorm.spec import (
     check_gradients,
     check_pair,
     check_pair_gradients,
+    check_part,
+    check_sandwich,
     check_saved,
     check_summed,
     check_tensors,
@@ -154,10 +168,14 @@ def made_by(plan: Plan, *arguments: Any) -> str:
     return _by_python(plan)
 
 
-def operator_made_by(plan: Plan) -> str:
-    """As `made_by`, for a call of an operator by Python, with plain tensors and this plan."""
-    fits = isinstance(plan.native, Native) and (plan.gpu is None or plan.gpu == torch.cuda.current_device())
-    return described() if _State.module is None or fits else _by_python(plan)
+def operator_made_by(*plans: Plan) -> str:
+    """As `made_by`, for calls of operators by Python, with plain tensors and these plans."""
+    if _State.module is None:
+        return described()
+    for plan in plans:
+        if not (isinstance(plan.native, Native) and (plan.gpu is None or plan.gpu == torch.cuda.current_device())):
+            return _by_python(plan)
+    return described()
 
 
 def _by_python(plan: Plan) -> str:
@@ -237,6 +255,20 @@ def _native_forward_pair(
     return _native(dispatch.plan_forward_pair(*kinds))
 
 
+def _native_forward_sandwich(
+    x: Tensor, _: None, w: Tensor | None, residual: Tensor, w2: Tensor | None, eps: float, cast: Cast, offset: float,
+    with_rstd: bool,
+) -> Native | None:  # fmt: skip
+    """As `_native_forward`, for `forward_sandwich`; None stands for the residual of the first norm."""
+    try:
+        check_sandwich("forward_sandwich", x, w, residual, w2, cast, offset)
+        spec = Spec(eps, cast, offset)
+    except (TypeError, ValueError):
+        return None
+    kinds = dispatch.sandwich_kinds(x, w, residual, w2, spec, with_rstd)
+    return _native(dispatch.plan_forward_sandwich(*kinds))
+
+
 def _native_backward_pair(
     dy: Tensor, _: None, x: Tensor, w: Tensor | None, rstd: Tensor, dy2: Tensor, _2: None, x2: Tensor,
     w2: Tensor | None, rstd2: Tensor, cast: Cast, offset: float, need_dx: bool, need_dw: bool,
@@ -278,6 +310,52 @@ def _native_gated_backward(
     of_dy, of_x, of_gate = (grouped(t, groups) for t in (dy, x, gate))
     kind = GatedBackward.of(of_dy, of_x, of_gate, w, rstd, spec, need_dx, need_dgate, need_dw)
     return _ungrouped(dispatch.plan_gated_backward(kind), x)
+
+
+def _native_begin_forward(x: Tensor, residual: Tensor | None) -> Native | None:
+    """As `_native_forward`, for `begin_forward`, which takes parts of rows."""
+    try:
+        check_part(caller(residual), {"x": x, "residual": residual}, None, {})
+    except (TypeError, ValueError):
+        return None
+    return _native(dispatch.plan_begin_forward(BeginForward.of(x, residual)))
+
+
+def _native_finish_forward(
+    x: Tensor, w: Tensor | None, S: Tensor, N: int, eps: float, cast: Cast, offset: float, with_rstd: bool
+) -> Native | None:
+    """As `_native_forward`, for `finish_forward`, which takes parts of rows."""
+    try:
+        check_part("rms_norm", {"x": x}, w, {"S": S}, N)
+        spec = Spec(eps, cast, offset)
+    except (TypeError, ValueError):
+        return None
+    return _native(dispatch.plan_finish_forward(FinishForward.of(x, w, S, N, spec, with_rstd)))
+
+
+def _native_begin_backward(
+    dy: Tensor, x: Tensor, w: Tensor | None, rstd: Tensor, cast: Cast, offset: float
+) -> Native | None:
+    """As `_native_forward`, for `begin_backward`, which takes parts of rows."""
+    try:
+        check_part("rms_norm", {"x": x, "dy": dy}, w, {"rstd": rstd})
+        spec = Spec(0.0, cast, offset)
+    except (TypeError, ValueError):
+        return None
+    return _native(dispatch.plan_begin_backward(BeginBackward.of(dy, x, w, rstd, spec)))
+
+
+def _native_finish_backward(
+    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, S: Tensor, N: int, cast: Cast,
+    offset: float, need_dw: bool,
+) -> Native | None:  # fmt: skip
+    """As `_native_forward`, for `finish_backward`, which takes parts of rows."""
+    try:
+        check_part(caller(ds), {"x": x, "dy": dy, "ds": ds}, w, {"rstd": rstd, "S": S}, N)
+        spec = Spec(0.0, cast, offset)
+    except (TypeError, ValueError):
+        return None
+    return _native(dispatch.plan_finish_backward(FinishBackward.of(dy, ds, x, w, rstd, S, N, spec, need_dw)))
 
 
 def _ungrouped(plan: Plan | ByReference, x: Tensor) -> Native | None:
@@ -520,8 +598,13 @@ def _open(file: int, target: Path) -> None:
         "backward_of_sum": _native_backward_of_sum,
         "forward_pair": _native_forward_pair,
         "backward_pair": _native_backward_pair,
+        "forward_sandwich": _native_forward_sandwich,
         "gated_forward": _native_gated_forward,
         "gated_backward": _native_gated_backward,
+        "begin_forward": _native_begin_forward,
+        "finish_forward": _native_finish_forward,
+        "begin_backward": _native_begin_backward,
+        "finish_backward": _native_finish_backward,
     }
     module.begin(planners, _check_saved)
     _State.module, norm = module, module.norm
