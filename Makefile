@@ -14,7 +14,7 @@ TORCH_FOR_PIP := $(if $(filter 0% 1% 2% 3% 4% 5% 6% 7% 8% 9%,$(TORCH)),torch==$(
 # The tests whose outcome could depend on how a processor sums and takes roots, if a verdict or bound were wrong.
 SENSITIVE := tests/patching tests/test_properties.py tests/test_reference.py
 
-.PHONY: setup report test test-compiled test-gpu-code test-short test-processors test-integrations check bench tables test-gpu
+.PHONY: setup report test test-compiled test-gpu-code test-short test-processors test-integrations check bench tables docs test-gpu
 
 setup: $(STAMP)
 
@@ -24,10 +24,19 @@ report: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/rmsnorm bench
 
-# The tables of README.md and docs/, from the stored results, and docs/founding-document.md.
+# The tables of README.md and docs/, and the figures, from the stored results, and docs/founding-document.md.
 tables: $(STAMP)
 	$(BIN)/python benchmarks/tables.py
+	for device in cuda cpu; do \
+		$(BIN)/rmsnorm bench --from benchmarks/results/bench-$$device.json \
+			--plot benchmarks/results/bench-$$device.svg > /dev/null || exit 1; \
+	done
 	$(BIN)/python benchmarks/founding_document.py
+
+# The site, from the documents and the docstrings, into build/site. A warning, such as of a link to nothing, is an error.
+docs: .venv-docs/.complete
+	.venv-docs/bin/python -m sphinx -q -W --keep-going -E -c docs -d build/doctrees . build/site
+	@echo "open build/site/index.html"
 
 # In so many processes, which mostly wait for others that tests start.
 WORKERS ?= 2
@@ -90,13 +99,22 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	$(BIN)/python -m pip install -e '.[dev]' -c $(PINS)
 	@touch $@
 
-# Each environment finds the packages of .venv through a .pth file, and its own before those. If a package cannot be
-# installed, its name is printed, its tests are skipped, and the next run tries again.
-$(INTEGRATIONS:%=.venv-%/.complete): .venv-%/.complete: $(STAMP) tests/integrations/%.txt
-	$(PYTHON) -m venv --clear .venv-$*
+# Makes .venv-NAME, which finds the packages of .venv through a .pth file, and its own before those.
+define ADD_TO_VENV
+	$(PYTHON) -m venv --clear .venv-$(1)
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-		> "$$(.venv-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
-	.venv-$*/bin/python -m pip install -q --no-deps -e .
+		> "$$(.venv-$(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	.venv-$(1)/bin/python -m pip install -q --no-deps -e .
+endef
+
+.venv-docs/.complete: $(STAMP) docs/requirements.txt
+	$(call ADD_TO_VENV,docs)
+	.venv-docs/bin/python -m pip install -q --no-deps -r docs/requirements.txt
+	@touch $@
+
+# If a package cannot be installed, its name is printed, its tests are skipped, and the next run tries again.
+$(INTEGRATIONS:%=.venv-%/.complete): .venv-%/.complete: $(STAMP) tests/integrations/%.txt
+	$(call ADD_TO_VENV,$*)
 	if .venv-$*/bin/python -m pip install -q --no-deps -r tests/integrations/$*.txt; then \
 		touch $@; \
 	else \

@@ -1,10 +1,12 @@
 """The code in README.md and docs/: found, run, and its printed output put into the documents.
 
-`python tests/documents.py` runs every Python block and rewrites the ```text block that follows it.
+`python tests/documents.py` runs every block of code and rewrites the ```text block that follows it.
 
 A document's ```python blocks run in order and share their names. The words after the language say what is special:
 
     ```python needs=liger_kernel    skipped where this package cannot be imported
+    ```python file=train.py         not run, but written into this file of the current folder
+    ```sh run                       run by a shell, in the current folder; other ```sh blocks are not run
     ```text                         what the block before prints, to the letter
     ```text figures-vary            the same, but for figures and "by up to N ulp", which the machine decides
     ```text extract                 not compared: part of an output, or that of another program
@@ -13,8 +15,11 @@ A document's ```python blocks run in order and share their names. The words afte
 import contextlib
 import importlib.util
 import io
+import os
 import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,11 +48,22 @@ class Block:
     start: int
     line: int
 
+    def _values(self, key: str) -> list[str]:
+        return [word.removeprefix(f"{key}=") for word in self.words if word.startswith(f"{key}=")]
+
     @property
     def missing(self) -> str | None:
         """The package that it needs and that cannot be imported."""
-        needed = (word.removeprefix("needs=") for word in self.words if word.startswith("needs="))
-        return next((name for name in needed if not _is_installed(name)), None)
+        return next((name for name in self._values("needs") if not _is_installed(name)), None)
+
+    @property
+    def file(self) -> str | None:
+        """The file that it is written into instead of being run."""
+        return next(iter(self._values("file")), None)
+
+    @property
+    def is_run(self) -> bool:
+        return (self.language == "python" and not self.file) or (self.language == "sh" and "run" in self.words)
 
     @property
     def is_output(self) -> bool:
@@ -65,7 +81,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Ran:
-    """A Python block, what it printed, and the text block after it, if there is one."""
+    """A block of code, what it printed, and the text block after it, if there is one."""
 
     block: Block
     printed: str
@@ -90,7 +106,7 @@ def without_blocks(text: str) -> str:
 
 
 def run(path: Path) -> Iterator[Ran]:
-    """Run the document's Python blocks. One that raises ends it, with its place in the document as a note."""
+    """Run the document's code. A block that fails ends it, with its place in the document."""
     found = blocks(path.read_text())
     names: dict[str, Any] = {"__name__": "__main__"}
     with contextlib.ExitStack() as stack:
@@ -98,13 +114,32 @@ def run(path: Path) -> Iterator[Ran]:
         if path.name in SETUPS:
             names.update(stack.enter_context(SETUPS[path.name]()))
         for number, block in enumerate(found):
-            if block.language != "python" or block.missing:
+            if block.missing:
                 continue
-            code = compile("\n" * block.line + block.text, str(path), "exec")
-            with contextlib.redirect_stdout(io.StringIO()) as printed:
-                exec(code, names)
+            if block.file:
+                Path(block.file).write_text(block.text)
+            if not block.is_run:
+                continue
+            if block.language == "sh":
+                printed = _run_shell(block, path)
+            else:
+                code = compile("\n" * block.line + block.text, str(path), "exec")
+                with contextlib.redirect_stdout(io.StringIO()) as stdout:
+                    exec(code, names)
+                printed = stdout.getvalue()
             after = found[number + 1] if number + 1 < len(found) else None
-            yield Ran(block, printed.getvalue(), after if after is not None and after.is_output else None)
+            yield Ran(block, printed, after if after is not None and after.is_output else None)
+
+
+def _run_shell(block: Block, path: Path) -> str:
+    """What the commands print on stdout. They find the programs of this Python's environment first."""
+    programs = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+    ran = subprocess.run(
+        ["sh", "-ec", block.text], env={**os.environ, "PATH": programs}, capture_output=True, text=True, timeout=300
+    )
+    if ran.returncode != 0:
+        raise RuntimeError(f"{path}, line {block.line}: exit status {ran.returncode}\n{ran.stdout}{ran.stderr}")
+    return ran.stdout
 
 
 def rewritten(path: Path) -> str:
@@ -150,10 +185,18 @@ def _no_process_group() -> Iterator[dict[str, Any]]:
             torch.distributed.destroy_process_group()
 
 
+@contextlib.contextmanager
+def _empty_folder() -> Iterator[dict[str, Any]]:
+    """The current folder of a document that writes files."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        yield {}
+
+
 # The names that a document's first block finds, and what is done after its last one, by the document.
 SETUPS: dict[str, Callable[[], contextlib.AbstractContextManager[dict[str, Any]]]] = {
     "README.md": _deepseek_v2_lite,
     "sharding.md": _no_process_group,
+    "tutorial.md": _empty_folder,
 }
 
 

@@ -10,10 +10,16 @@ import pytest
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
-def benchmark_script(name: str) -> ModuleType:
-    """The script benchmarks/NAME.py as a module. Skips the test if benchmarks/results/ is not here."""
+def benchmark_results() -> Path:
+    """The folder benchmarks/results/. Skips the test if it is not here."""
     if not (FOLDER / "results").is_dir():
         pytest.skip("benchmarks/results/ is not here: this is not the repository")
+    return FOLDER / "results"
+
+
+def benchmark_script(name: str) -> ModuleType:
+    """The script benchmarks/NAME.py as a module. Skips the test if benchmarks/results/ is not here."""
+    benchmark_results()
     spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

@@ -1,7 +1,9 @@
 """README.md and docs/: code blocks run and print what is shown, figures are measured, and what is named exists."""
 
 import ast
+import json
 import re
+import runpy
 import shlex
 import sys
 from collections.abc import Iterator
@@ -13,13 +15,15 @@ import torch
 
 import rmsnorm
 from documents import ROOT, Block, blocks, documents, run, without_blocks
+from rmsnorm.tools.bench import plot
+from rmsnorm.tools.bench.result import BenchResult
 from rmsnorm.tools.cli import main
-from scripts import benchmark_script
+from scripts import benchmark_results, benchmark_script
 from tolerance import DEFINITION_SHARE, DEFINITION_ULP
 
 SOURCE = Path(rmsnorm.__file__).parent
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
-RUN = [path for path in documents() if any(b.language == "python" for b in blocks(path.read_text()))]
+RUN = [path for path in documents() if any(b.is_run for b in blocks(path.read_text()))]
 
 
 def name(path: Path) -> str:
@@ -34,7 +38,7 @@ def needing() -> list[tuple[Path, Block]]:
 
 
 @pytest.mark.parametrize("path", RUN, ids=name)
-def test_python_blocks_run_and_print_what_the_document_says(path: Path) -> None:
+def test_blocks_of_code_run_and_print_what_the_document_says(path: Path) -> None:
     for ran in run(path):
         if ran.output is not None:
             where = f"{name(path)}, line {ran.output.line}: run python tests/documents.py; printed was"
@@ -60,6 +64,20 @@ def test_an_output_that_differs_is_noticed() -> None:
     assert not exact.same("4 of 5 differ by up to 2 ulp; early\n")
     assert vary.same("0 of 5 differ; early\n")
     assert not vary.same("0 of 5 differ; late\n")
+
+
+def test_a_file_is_written_and_commands_run_and_one_that_fails_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page, script = tmp_path / "page.md", "```python file=a.py\nimport sys\n\nprint(sys.argv[1:])\n```\n"
+    page.write_text(f"{script}```sh\nexit 1\n```\n```sh run\npython a.py b\n```\n```text\n['b']\n```\n")
+    (ran,) = run(page)
+    assert ran.output is not None
+    assert ran.output.same(ran.printed)
+    page.write_text("```sh run\necho before\npython -c 'raise ValueError(7)'\necho after\n```\n")
+    with pytest.raises(RuntimeError, match=r"page\.md, line 1: exit status 1\nbefore\n[^$]*ValueError: 7\n$"):
+        list(run(page))
 
 
 # --- commands ------------------------------------------------------------------------------------------------
@@ -91,6 +109,7 @@ def help_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize("path", [*documents(), CONTRIBUTING], ids=name)
 def test_commands_and_their_options_exist(path: Path, help_of) -> None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    written = {block.file for block in blocks(path.read_text())}
     known: dict[str, str] = {}
     for program, *words in commands(path.read_text()):
         if program == "make":
@@ -106,6 +125,8 @@ def test_commands_and_their_options_exist(path: Path, help_of) -> None:
             assert files or words[:1] == ["-m"], words
             for file in files:
                 assert (ROOT / file).exists(), file
+        elif program == "torchrun":
+            assert words[-1] in written, f"no block of {name(path)} has the word file={words[-1]}"
         else:
             assert program == "pip", f"{program} in a shell block"
 
@@ -138,6 +159,24 @@ def test_links_between_documents_have_a_target(path: Path) -> None:
         file = path if not target else path.parent / target
         assert file.exists(), f"{name(path)} links to {link}"
         assert not anchor or anchor in anchors(file.read_text()), f"{name(path)} links to {link}"
+
+
+# --- navigation ----------------------------------------------------------------------------------------------
+
+
+def test_the_site_leads_to_what_the_index_lists_and_then_to_every_other_page() -> None:
+    navigation = runpy.run_path(str(ROOT / "docs" / "conf.py"))["navigation"]
+    index = (
+        "- [No](no.md)\n\n## Guide\n\n- [How `x` works](x.md): see [y](y.md)\n- [Z](https://z.org)\n\n## None\n\nText\n"
+    )
+    assert navigation(index, ["x.md", "y.md"]) == {"Guide": ["How x works <x.md>"], "More": ["y.md"]}
+    assert navigation(index, ["x.md"]) == {"Guide": ["How x works <x.md>"]}
+    pages = [path.name for path in documents() if path.parent.name == "docs" and path.name != "index.md"]
+    reached = [
+        entry for entries in navigation((ROOT / "docs" / "index.md").read_text(), pages).values() for entry in entries
+    ]
+    for page in pages:
+        assert sum(entry == page or f"<{page}>" in entry for entry in reached) == 1, page
 
 
 # --- layout --------------------------------------------------------------------------------------------------
@@ -196,6 +235,20 @@ def test_every_table_is_in_one_document_and_a_changed_figure_is_noticed(tables: 
         assert tables.filled(changed) == holder
     with pytest.raises(KeyError):
         tables.filled("<!-- results: nothing -->\n<!-- end of results -->")
+
+
+@pytest.mark.parametrize("name", ["bench-cuda", "bench-cpu"])
+def test_drawings_are_those_of_the_stored_results(name: str, tmp_path: Path) -> None:
+    matplotlib = pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    stored = benchmark_results() / name
+    there = stored.with_suffix(".svg").read_text()
+    drawn_by = re.search(r"Matplotlib v([\w.]+),", there)
+    assert drawn_by is not None
+    if drawn_by[1] != matplotlib.__version__:
+        pytest.skip(f"{name}.svg was drawn by matplotlib {drawn_by[1]}, not by {matplotlib.__version__}")
+    result = BenchResult.from_json(json.loads(stored.with_suffix(".json").read_text()))
+    plot.draw(result.to_json(), tmp_path / "drawn.svg")
+    assert (tmp_path / "drawn.svg").read_text() == there, f"{name}.svg differs from {name}.json: run make tables"
 
 
 # Figures with a unit that are no measurements: claims of others, constants of a prediction, sizes of downloads.

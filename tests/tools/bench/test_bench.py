@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -460,13 +461,33 @@ def test_a_stored_result_is_read_back(tmp_path: Path) -> None:
     assert "Apart" not in short
 
 
-def test_a_panel_needs_three_widths_of_large_cases() -> None:
-    cases = [{"mode": mode, "dtype": "bfloat16", "M": 2**25 // n, "N": n} for mode in "ab" for n in (512, 64, 2048)]
-    drawn = plot.panels([*cases[:3], *cases[3:5]])
-    assert {key: [case["N"] for case in group] for key, group in drawn.items()} == {("a", "bfloat16"): [64, 512, 2048]}
-    for few in (cases[:2], [*cases[:2], cases[0]], [{**case, "M": case["M"] - 1} for case in cases]):
-        with pytest.raises(CommandError, match="--plot: no mode and dtype has 3 widths"):
-            plot.panels(few)
+def bare(mode: str, *shapes: tuple[int, int]) -> list[dict[str, Any]]:
+    """Cases without measurements, as a run has them before it starts."""
+    return [{"mode": mode, "dtype": "bfloat16", "M": m, "N": n} for m, n in shapes]
+
+
+WIDE = [(2**25 // n, n) for n in (512, 64, 2048)]
+
+
+def test_a_panel_over_widths_needs_three_of_large_cases() -> None:
+    (panel,) = plot.panels([*bare("forward", *WIDE, (4, 32)), *bare("backward", *WIDE[:2])])
+    assert (panel.mode, panel.axis, [case["N"] for case in panel.cases]) == ("forward", "N", [64, 512, 2048])
+    assert panel.title == "forward, bfloat16"
+
+
+def test_without_such_widths_a_panel_is_over_three_numbers_of_rows_of_one_width() -> None:
+    forward = bare("forward", (9, 64), (1, 64), (5, 64), (1, 32), (5, 32))
+    (panel,) = plot.panels([*forward, *bare("backward", (1, 64), (5, 64))])
+    assert (panel.mode, panel.axis, [case["M"] for case in panel.cases]) == ("forward", "M", [1, 5, 9])
+    assert panel.title == "forward, bfloat16, N = 64"
+
+
+@pytest.mark.parametrize(
+    "shapes", [WIDE[:2], [*WIDE[:2], WIDE[0]], [(m - 1, n) for m, n in WIDE], [(1, 64), (5, 64), (5, 64), (9, 32)]]
+)
+def test_too_few_cases_are_not_drawn(shapes: list[tuple[int, int]]) -> None:
+    with pytest.raises(CommandError, match=r"--plot: no mode and dtype has 3 widths .* or 3 numbers of rows M"):
+        plot.panels(bare("forward", *shapes))
 
 
 def test_providers_that_do_not_compute_the_definition_are_found() -> None:
@@ -502,6 +523,7 @@ def test_a_drawing_that_cannot_be_made_raises_before_anything_is_measured(
     stored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(overheads, "first_call", lambda device: pytest.fail("it was measured"))
+    monkeypatch.setattr(cases, "_CPU_SHAPES", ((1, 1280), (2048, 1280)))
     few = write_result(tmp_path / "few.json", result_of("cpu")) if stored else None
     device = None if stored else "cpu"
 
