@@ -138,13 +138,15 @@ def compare_calls(calls: Mapping[str, Mapping[str, Call]], count: dict[str, int]
 
 def calls_of(norm: Norm) -> dict[str, dict[str, Call]]:
     """What is timed, by direction and name."""
-    ops, part, whole, sharded, (M, N) = torch.ops.rmsnorm, norm.part, norm.whole, norm.sharded, norm.shape
+    ops, part, whole, sharded, N = torch.ops.rmsnorm, norm.part, norm.whole, norm.sharded, norm.shape[-1]
     early = ("early", 0.0)
     S = ops.begin_forward(part["x"], None)[1]
     total = compat.sum_over_ranks(S, norm.mesh, 0)
     rstd = ops.finish_forward(part["x"], part["w"], total, N, EPS, *early, True)[1]
     rstd_sharded = DTensor.from_local(rstd, norm.mesh, run_check=False)
     of_dot = ops.begin_backward(part["dy"], part["x"], part["w"], rstd, *early)
+
+    part_dy = part["dy"]
 
     def backward(given: Mapping[str, Any], rstd: Tensor) -> Call:
         return lambda: ops.backward(given["dy"], None, given["x"], given["w"], rstd, *early, True, True)
@@ -166,9 +168,7 @@ def calls_of(norm: Norm) -> dict[str, dict[str, Call]]:
         "backward": {
             "begin": lambda: ops.begin_backward(part["dy"], part["x"], part["w"], rstd, *early),
             "all_reduce": lambda: compat.sum_over_ranks(of_dot, norm.mesh, 0),
-            "finish": lambda: ops.finish_backward(
-                part["dy"], None, part["x"], part["w"], rstd, total, N, *early, True
-            ),  # fmt: skip
+            "finish": lambda: ops.finish_backward(part_dy, None, part["x"], part["w"], rstd, total, N, *early, True),
             "eager": backward(sharded, rstd_sharded),
             "compiled": lambda: torch.autograd.grad(y, leaves, sharded["dy"], retain_graph=True),
             "kernel_on_part": backward(part, rstd),

@@ -77,7 +77,10 @@ def left_to_python(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def noting(name: str, made: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *arguments: (seen.append(name), made(*arguments))[1]
 
-    for name in ("backward_of_sum", "forward_pair", "backward_pair", "gated_forward", "gated_backward"):
+    for name in (
+        "backward_of_sum", "forward_pair", "backward_pair", "gated_forward", "gated_backward", "begin_forward",
+        "finish_forward", "begin_backward", "finish_backward",
+    ):  # fmt: skip
         monkeypatch.setattr(dispatch, name, noting(name, getattr(dispatch, name)))
     return seen
 

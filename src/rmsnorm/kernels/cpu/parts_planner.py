@@ -119,9 +119,10 @@ def plan_finish_backward(kind: FinishBackward) -> Plan | ByReference:
     even = rows.even and paired(*kinds.values(), scale.kind, rstd)
     kernel = backward_kernel(x.dtype, types, even, 1, False)
     dw = sums_of_dw(w if kind.need_dw else None, x.dtype, types, rows, even)
-    for code in (kernel, dw):
-        if isinstance(code, str):
-            return ByReference(code)
+    if isinstance(kernel, str):
+        return ByReference(kernel)
+    if isinstance(dw, str):
+        return ByReference(dw)
     ds = None if kind.ds is None else "ds"
     tensors = "dy", None, None, ds, "x", scale.name, "rstd", "dx", dw.partials, "S"
     words = spec_words(0.0, spec.offset, spec.cast)

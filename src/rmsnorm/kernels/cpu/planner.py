@@ -128,9 +128,10 @@ def plan_backward(kind: Backward) -> Plan | ByReference:
     even = rows.even and paired(*kinds.values(), scale.kind, rstd)
     kernel = backward_kernel(x.dtype, types, even, len(dys), kind.rounds_dx_first)
     dw = sums_of_dw(w if kind.need_dw else None, x.dtype, types, rows, even)
-    for code in (kernel, dw):
-        if isinstance(code, str):
-            return ByReference(code)
+    if isinstance(kernel, str):
+        return ByReference(kernel)
+    if isinstance(dw, str):
+        return ByReference(dw)
     tensors = (
         "dy", "dy2" if "dy2" in dys else None, "dy3" if "dy3" in dys else None, None if kind.ds is None else "ds", "x",
         scale.name, "rstd", "dx" if need_dx else None, dw.partials, None,
