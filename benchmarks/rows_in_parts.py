@@ -151,7 +151,8 @@ def calls_of(norm: Norm) -> dict[str, dict[str, Call]]:
     def backward(given: Mapping[str, Any], rstd: Tensor) -> Call:
         return lambda: ops.backward(given["dy"], None, given["x"], given["w"], rstd, *early, True, True)
 
-    compiled = torch.compile(rmsnorm.rms_norm, fullgraph=True)
+    backend = "inductor" if norm.mesh.device_type == "cuda" else "aot_eager"
+    compiled = torch.compile(rmsnorm.rms_norm, fullgraph=True, backend=backend)
     leaves = [sharded[name].detach().requires_grad_() for name in ("x", "w")]
     with torch.enable_grad():
         y = compiled(*leaves, EPS)
