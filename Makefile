@@ -24,9 +24,10 @@ report: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/rmsnorm bench
 
-# The tables of README.md and docs/, from the stored results.
+# The tables of README.md and docs/, from the stored results, and docs/founding-document.md.
 tables: $(STAMP)
 	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/founding_document.py
 
 # In so many processes, which mostly wait for others that tests start.
 WORKERS ?= 2

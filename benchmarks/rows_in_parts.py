@@ -146,8 +146,6 @@ def calls_of(norm: Norm) -> dict[str, dict[str, Call]]:
     rstd_sharded = DTensor.from_local(rstd, norm.mesh, run_check=False)
     of_dot = ops.begin_backward(part["dy"], part["x"], part["w"], rstd, *early)
 
-    part_dy = part["dy"]
-
     def backward(given: Mapping[str, Any], rstd: Tensor) -> Call:
         return lambda: ops.backward(given["dy"], None, given["x"], given["w"], rstd, *early, True, True)
 
@@ -169,7 +167,7 @@ def calls_of(norm: Norm) -> dict[str, dict[str, Call]]:
         "backward": {
             "begin": lambda: ops.begin_backward(part["dy"], part["x"], part["w"], rstd, *early),
             "all_reduce": lambda: compat.sum_over_ranks(of_dot, norm.mesh, 0),
-            "finish": lambda: ops.finish_backward(part_dy, None, part["x"], part["w"], rstd, total, N, *early, True),
+            "finish": lambda: ops.finish_backward(part["dy"], None, part["x"], part["w"], rstd, total, N, *early, True),
             "eager": backward(sharded, rstd_sharded),
             "compiled": lambda: torch.autograd.grad(y, leaves, sharded["dy"], retain_graph=True),
             "kernel_on_part": backward(part, rstd),

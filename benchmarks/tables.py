@@ -9,7 +9,7 @@ A table, or a list of sentences with figures, stands between two comments, and w
     <!-- end of results -->
 
 NAME is one of the functions under `@part`, with hyphens. Each reads files of benchmarks/results/ and computes nothing
-but ratios, sums and extremes of what they hold.
+but ratios, sums and extremes of what they hold, or compares them with a prediction.
 """
 
 import argparse
@@ -22,7 +22,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from many import result as many_result
+from many.definitions import COLUMNS, PART, REDUCE, ROWS, WHOLE
+from rmsnorm.costs.counts import cost
 from rmsnorm.tools.bench.cases import MODES
+from rmsnorm.tools.report.prediction import Work, rate_on
 from whole_models.result import (
     aim_in_words,
     batches_title,
@@ -385,6 +391,35 @@ def gpu_aims() -> str:
     return _missed("bench-cuda")
 
 
+# Modes of gated norms, and what each is.
+_GATED = {
+    "gated-forward": "Qwen3-Next, forward",
+    "gated-backward": "Qwen3-Next, backward",
+    "gate-first-forward": "Mamba 2, 8 groups, forward",
+    "gate-first-backward": "Mamba 2, 8 groups, backward",
+}
+
+
+@part
+def gpu_gated() -> str:
+    """Gated norms beside those of other libraries."""
+    name = "bench-gated-cuda"
+    if not is_stored(name):
+        return ""
+    rows = [(c, what) for mode, what in _GATED.items() for d in ("bfloat16", "float32") for c in cases(name, d, mode)]
+    providers = [p for p in rows[0][0].providers if any(c.time(p) is not None for c, _ in rows)]
+    cells = [
+        [
+            f"{what}, {_DTYPES[c.dtype]}, {c.shape}",
+            *(us(c.time(p)) for p in providers),
+            between([c.ratio("ours", "copy")]),
+        ]
+        for c, what in rows
+    ]
+    times = table(["µs", *providers, "our time / copy's"], cells)
+    return f"Machine: {machine(stored(name)['machine'])}.\n\n{times}\n\n{_missed(name)}"
+
+
 # --- speed on a CPU ------------------------------------------------------------------------------------------
 
 
@@ -429,6 +464,40 @@ def cpu_layernorm() -> str:
 @part
 def cpu_aims() -> str:
     return _missed("bench-cpu")
+
+
+# --- predictions ---------------------------------------------------------------------------------------------
+
+_FROM_ELEMENTS = 1 << 25  # with fewer, launching weighs more than moving bytes
+_WITHIN = 0.15
+
+
+@part
+def predicted() -> str:
+    """How far our times in the benchmark are from what `rmsnorm report` predicts on this GPU."""
+    rate = rate_on(stored("bench-cuda")["machine"], None)
+    assert rate is not None
+    errors = {}
+    for mode, phase in (("forward", "inference"), ("backward", "backward")):
+        for dtype, short in _DTYPES.items():
+            for c in cases("bench-cuda", dtype, mode):
+                us_of_ours = c.time("ours")
+                if c.M * c.N >= _FROM_ELEMENTS and us_of_ours is not None:
+                    counts = cost((c.M, c.N), getattr(torch, dtype), phase=phase, device="cuda")  # type: ignore[arg-type]
+                    seconds = rate.seconds(Work(counts.moved, counts.kernels))
+                    errors[f"{short} {c.shape} {mode}"] = seconds * 1e6 / us_of_ours - 1
+    far = {case: error for case, error in errors.items() if abs(error) > _WITHIN}
+    typical = sorted(map(abs, errors.values()))[len(errors) // 2]
+    others = "".join(
+        f" {case} is predicted {abs(error) * 100:.1f} % too {'short' if error < 0 else 'long'}."
+        for case, error in far.items()
+    )
+    return (
+        f"Of the {len(errors)} cases of at least {two_to_the(_FROM_ELEMENTS)} elements, forward and backward in three "
+        f"dtypes, {len(errors) - len(far)} are predicted to within {percent(_WITHIN)}, half of them to "
+        f"within {typical * 100:.1f} %: {rate.efficiency * 100:.1f} % of {rate.name}, and {rate.launch * 1e6:.1f} µs a "
+        f"kernel. Both numbers are fitted to the forward pass in bf16 at one width.{others}"
+    )
 
 
 # --- a model, and the first call -----------------------------------------------------------------------------
@@ -643,6 +712,63 @@ def batch_invariance() -> str:
     sizes = ", ".join(map(str, first["batches"]))
     said = f"Rows of y, of dx that change, of {first['rows']} of width {first['width']}, in batches of {sizes} rows"
     return f"{said} ({machines}):\n\n{table(['', *header], lines)}"
+
+
+@part
+def many_gpus() -> str:
+    """Nothing until benchmarks/many_gpus.py has been run."""
+    if not is_stored("many-gpus-cuda"):
+        return ""
+    r = stored("many-gpus-cuda")
+    parts = [f"Machine: {machine(r['machine'])}, transformers {r['machine']['versions']['transformers']}.",
+             *_sharded_bits(r["bits"]), *_sharded_norms(r["norms"]), *_spread_steps(r["steps"])]  # fmt: skip
+    if missing := many_result.not_measured(r):
+        parts.append(f"Not measured: {'; '.join(missing)}.")
+    missed = [many_result.in_words(bound) for bound in r["bounds"] if not bound["met"]]
+    met = f"{len(r['bounds']) - len(missed)} of {len(r['bounds'])} aims are met"
+    parts.append(met + (":\n\n" + bullets(f"missed: {one}." for one in missed) if missed else "."))
+    return "\n\n".join(parts)
+
+
+def _sharded_bits(cases: list[dict[str, Any]]) -> Iterator[str]:
+    rows = [
+        [f"{many_result.ranks(world)}, by {sharding}", f"{len(group)}", f"{sum(c['elements'] for c in group):,}",
+         f"{sum(c['differing'] for c in group):,}", many_result.dw_in_words(group)]
+        for (world, sharding), group in many_result.by_sharding(cases)
+    ]  # fmt: skip
+    if rows:
+        yield table(["y, s and dx of sharded norms against one GPU", "cases", "elements", "differing", "dw"], rows)
+
+
+def _sharded_norms(timed: list[dict[str, Any]]) -> Iterator[str]:
+    names = WHOLE, ROWS, COLUMNS, PART, REDUCE
+    rows = [
+        [f"{many_result.ranks(one['world'])}, {one['direction']}, {one['rows']} × {one['width']}",
+         *(us(one["times"][name]["median_us"]) for name in names), f"{many_result.over_parts(one):.2f}"]
+        for one in timed
+    ]  # fmt: skip
+    if rows:
+        yield table(["µs, bf16, eager, with the time of the host", *names, "columns / (part + all-reduce)"], rows)
+
+
+def _spread_steps(steps: list[dict[str, Any]]) -> Iterator[str]:
+    rows = []
+    for one in steps:
+        as_is, patched = one["variants"]
+        pairs = zip(many_result.shares(as_is), many_result.shares(patched), strict=True)
+        rows.append(
+            [
+                f"{many_result.ranks(one['world'])}, {one['plan']}, {many_result.mesh_in_words(one)}, "
+                f"{one['batch']} × {one['tokens']} tokens",
+                *(f"{v['median_us'] / 1e3:.1f} ({v['low_us'] / 1e3:.1f} to {v['high_us'] / 1e3:.1f})"
+                  for v in (as_is, patched)),
+                _ratio(patched),
+                *("–" if None in pair else " → ".join(f"{share:.1%}" for share in pair) for pair in pairs),
+            ]
+        )  # fmt: skip
+    if rows:
+        header = ["ms of a training step (quartiles)", "as is", "patched", "patched / as is", *many_result.SHOWN]
+        yield table(header, rows)
 
 
 _INVARIANCE = {

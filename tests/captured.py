@@ -21,6 +21,7 @@ from torch._dynamo.backends.common import aot_autograd
 from rmsnorm import bits
 
 FORWARD = torch.ops.rmsnorm.forward.default
+FORWARD_SANDWICH = torch.ops.rmsnorm.forward_sandwich.default
 FORWARD_PAIR = torch.ops.rmsnorm.forward_pair.default
 # Which leave a tensor as it is; Inductor removes them before the pass.
 NO_OPERATION = torch.ops.aten.clone.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default
@@ -159,8 +160,9 @@ def calls(gm: fx.GraphModule, target: Any) -> list[fx.Node]:
 def sites(gm: fx.GraphModule) -> Sites:
     """The calls of the norm that add a residual, and of the backward operator of a sum of gradients."""
     names = [str(node.target) for node in gm.graph.nodes if node.op == "call_function"]
+    sandwiches = len(calls(gm, FORWARD_SANDWICH))  # each adds a residual, too
     return Sites(
-        forward=sum(node.args[1] is not None for node in calls(gm, FORWARD)),
+        forward=sandwiches + sum(node.args[1] is not None for node in calls(gm, FORWARD)),
         backward=sum(name.startswith("rmsnorm.backward_of_sum") for name in names),
     )
 
@@ -176,9 +178,12 @@ class _Recorder(fx.Interpreter):
         self.norms: list[Tensor] = []
 
     def run_node(self, n: fx.Node) -> Any:
+        if n.target is FORWARD_SANDWICH:  # the output of its first norm is not written
+            x, w, _, _, *options = self.fetch_args_kwargs_from_env(n)[0]
+            self.norms.append(FORWARD(x, None, w, *options)[0].flatten())
         result = super().run_node(n)
-        if n.target in (FORWARD, FORWARD_PAIR):
-            ys = result[:1] if n.target is FORWARD else result[::2]
+        if n.target in (FORWARD, FORWARD_PAIR, FORWARD_SANDWICH):
+            ys = result[::2] if n.target is FORWARD_PAIR else result[:1]
             self.norms += [y.flatten().clone() for y in ys]
         return result
 

@@ -68,7 +68,8 @@ BAD = [
     Bad("weight", "has shape (1,)", "(8,), the last dimension of x", ValueError, lambda: {"weight": x(1)}),
     Bad("weight", "has shape ()", "(8,), the last dimension of x", ValueError, lambda: {"weight": torch.tensor(1.0)}),
     Bad("weight", "has shape (1, 8)", "(8,), the last dimension of x", ValueError, lambda: {"weight": x(1, N)}),
-    Bad("weight", "has shape (3, 8)", "(8,), the last dimension of x", ValueError, lambda: {"weight": x(3, N)}),
+    Bad("weight", "has shape (2, 8)", "(8,), the last dimension of x, or (3,", ValueError, lambda: {"weight": x(2, N)}),
+    Bad("weight", "has shape (2, 4)", "x.unflatten(-1, (2, 4))", ValueError, lambda: {"weight": x(2, 4)}),
     Bad("weight", "has shape (0,)", "(8,), the last dimension of x", ValueError, lambda: {"weight": x(0)}),
     Bad("weight", "is on meta", "cpu, the device of x", ValueError, lambda: {"weight": x(N, device="meta")}),
     Bad("weight", "is on cpu", "meta, the device of x", ValueError, lambda: {"x": x(device="meta")}),
@@ -153,18 +154,37 @@ def test_a_short_weight_raises_the_message_of_the_contract() -> None:
     assert str(raised.value) == "[rms_norm] weight has shape (512,), expected (1280,), the last dimension of x"
 
 
-def test_a_weight_of_two_dimensions_raises_an_error_that_says_what_to_write() -> None:
-    more = (
-        "; to normalize over 2 dimensions, flatten them in x and weight; if each head has its own weight, call without"
-    )
-    for where, call in (
-        ("rms_norm", lambda: rms_norm(x(5, 4, N), x(4, N))),
-        ("add_rms_norm", lambda: add_rms_norm(x(5, 4, N), x(5, 4, N), x(4, N))),
-        ("explain", lambda: explain(x(5, 4, N), x(4, N))),
+def test_a_weight_of_several_dimensions_that_does_not_fit_raises_an_error_that_says_what_to_write() -> None:
+    heads = "; if each head has its own weight, call with x."
+    for given, weight, more in (
+        (x(5, 32), x(4, N), f", or (5, 32), the last two{heads}unflatten(-1, (4, 8))"),
+        (x(4, 5, N), x(4, N), f", or (5, 8), the last two{heads}transpose(-3, -2)"),
+        (x(5, 3, N), x(4, N), ", or (3, 8), the last two"),
+        (x(N), x(4, N), ""),
+        (x(3, 4, N), x(3, 4, N), "; to normalize over 3 dimensions, flatten them in x and weight; if each row of"),
     ):
-        start = f"[{where}] weight has shape (4, 8), expected (8,), the last dimension of x{more}"
-        with pytest.raises(ValueError, match=re.escape(start)):
-            call()
+        start = f"weight has shape {tuple(weight.shape)}, expected ({given.shape[-1]},), the last dimension of x{more}"
+        for where, call in (
+            ("rms_norm", lambda given=given, weight=weight: rms_norm(given, weight)),
+            ("add_rms_norm", lambda given=given, weight=weight: add_rms_norm(given, given, weight)),
+            ("explain", lambda given=given, weight=weight: explain(given, weight)),
+        ):
+            with pytest.raises(ValueError, match=re.escape(f"[{where}] {start}")):
+                call()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"heads": 0}, ValueError, "heads is 0, expected at least 1"),
+        ({"heads": 2.0}, TypeError, "heads is 2.0, expected an int"),
+        ({"heads": True}, TypeError, "heads is True, expected an int"),
+        ({"heads": 2, "elementwise_affine": False}, ValueError, "elementwise_affine is False with a number of heads"),
+    ],
+)
+def test_a_layer_refuses_a_number_of_heads_that_makes_no_sense(arguments, error, message) -> None:
+    with pytest.raises(error, match=re.escape(f"[RMSNorm] {message}")):
+        rmsnorm.RMSNorm(N, **arguments)
 
 
 def test_the_argument_order_of_f_rms_norm_raises_an_error_that_says_so() -> None:

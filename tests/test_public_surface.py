@@ -11,10 +11,11 @@ pytestmark = pytest.mark.short
 
 ROOT = Path(rmsnorm.__file__).parent
 SIGNATURES = {
-    "rms_norm": "x, weight=None, eps=1e-06, *, cast='early', offset=0.0",
-    "add_rms_norm": "x, residual, weight=None, eps=1e-06, *, cast='early', offset=0.0",
+    "rms_norm": "x, weight=None, eps=1e-06, *, cast='early', offset=0.0, variance_size=None",
+    "add_rms_norm": "x, residual, weight=None, eps=1e-06, *, cast='early', offset=0.0, variance_size=None",
     "rms_norms": "xs, weights=None, eps=1e-06, *, cast='early', offset=0.0",
-    "RMSNorm": "hidden_size, eps=1e-06, *, cast='early', offset=0.0, elementwise_affine=True, device=None, dtype=None",
+    "RMSNorm": "hidden_size, eps=1e-06, *, cast='early', offset=0.0, heads=None, variance_size=None, "
+    "elementwise_affine=True, device=None, dtype=None",
     "gated_rms_norm": "x, gate, weight=None, eps=1e-06, *, cast='early', activation='silu', gate_first=False, groups=1",
     "GatedRMSNorm": "hidden_size, eps=1e-06, *, cast='early', activation='silu', gate_first=False, groups=1, "
     "elementwise_affine=True, device=None, dtype=None",
@@ -29,11 +30,13 @@ SIGNATURES = {
     "register": "",
     "decompositions": "",
     "cost": "shape, dtype=torch.bfloat16, weight_dtype=None, *, implementation='ours', phase='inference', device='cpu', "
-    "cast='early', offset=0.0, elementwise_affine=True, master=False, recompute=False, threads=None",
+    "cast='early', offset=0.0, elementwise_affine=True, master=False, recompute=False, by_head=False, "
+    "threads=None",
     "Cost": "flops, read, written, kernels, saved, saved_by_readers, peak, least, parameters, gradients, optimizer, "
     "derived, terms",
     "unpatch": "model",
-    "explain": "x, weight=None, residual=None, *, eps=1e-06, cast='early', offset=0.0, gate=None, activation='silu', "
+    "explain": "x, weight=None, residual=None, *, eps=1e-06, cast='early', offset=0.0, variance_size=None, gate=None, "
+    "activation='silu', "
     "gate_first=False, groups=1",
     "warmup": "device='cpu', dtypes=(torch.float32, torch.bfloat16, torch.float16), weight_dtypes=None, hidden_size=128",
     "PatchReport": "verdicts, skipped=(), fuse_residual=True, recompute=False",

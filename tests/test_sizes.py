@@ -101,7 +101,7 @@ CHANGES: dict[str, tuple[bool, Change, str]] = {
     "the weight is of two dimensions": (
         False,
         lambda run: set_data(run.w, torch.ones(1, N)),
-        "[rms_norm] weight has shape (1, 64), expected (64,), the last dimension of x",
+        "[rms_norm] weight has shape (1, 64), expected (64,), the last dimension of x, or (4, 64), the last two",
     ),
     "x loses rows": (
         False,

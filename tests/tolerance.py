@@ -121,11 +121,16 @@ def assert_same_bits(got: Tensor | None, expected: Tensor | None, what: str = ""
         raise AssertionError(f"{what}: {int(differ.sum())} of {got.numel()} differ, first at {at}: {a!r} against {b!r}")
 
 
-def sums_of_dw(dy: Tensor, x: Tensor, rstd: Tensor, cast: str) -> tuple[Tensor, Tensor]:
-    """The fp64 sums over the rows of the rounded products that dw adds up, and of their magnitudes."""
+def sums_of_dw(
+    dy: Tensor, x: Tensor, rstd: Tensor, cast: str, shape: tuple[int, ...] | None = None
+) -> tuple[Tensor, Tensor]:
+    """The fp64 sums over the rows of the rounded products that dw adds up, and of their magnitudes.
+
+    shape: that of the weight, by default (N,).
+    """
     h = x.float() * rstd.unsqueeze(-1)
     products = dy.float() * (h.to(x.dtype).float() if cast != "late" else h)
-    products = products.reshape(-1, x.shape[-1]).double()
+    products = products.reshape(-1, *(shape or x.shape[-1:])).double()
     return products.sum(0), products.abs().sum(0)
 
 

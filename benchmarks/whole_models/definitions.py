@@ -34,6 +34,7 @@ class Model:
         far_off: The most by which outputs and gradients may differ from those of the eager model as it is, relative to
             their norm. bf16 alone makes up to a few percent.
         kinds: How many of the first layers have all kinds of layers. Gradients are compared on so many.
+        compiled: Whether it is measured compiled, too.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Model:
     tiny: dict[str, Any] = field(default_factory=dict)
     far_off: float = 0.1
     kinds: int = 1
+    compiled: bool = True
 
     def config(self, transformers: Any, tiny: bool, layers: int | None) -> Any:
         """Return its configuration. Raises CommandError if the installed transformers does not have the model.
@@ -72,6 +74,11 @@ _TINY_MOE = {
     "moe_intermediate_size": 16,
     "mlp_layer_types": ["sparse"],
 }
+_TINY_DELTA_RULE = {
+    "num_hidden_layers": 4, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+}  # fmt: skip
 MODELS = (
     Model("llama", "Llama 3.2 1B's widths", "llama", {
         "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8, "num_attention_heads": 32,
@@ -91,6 +98,10 @@ MODELS = (
     }, _TINY_MLA),
     Model("deepseek-ocr", "DeepSeek-OCR's decoder: one layer with a dense MLP, the others with 64 experts",
           "deepseek_ocr2_text", {"num_hidden_layers": 4}, _TINY_MOE, kinds=2),
+    # Compiled, its delta rule in plain torch would be a loop over 64 chunks, unrolled.
+    Model("qwen3-next", "Qwen3-Next's widths, 16 experts: gated norms in 3 of 4 layers, delta rule in plain torch",
+          "qwen3_next", {"num_hidden_layers": 4, "num_experts": 16, "num_experts_per_tok": 4}, _TINY_DELTA_RULE,
+          kinds=4, far_off=0.5, compiled=False),
 )  # fmt: skip
 
 
@@ -125,14 +136,23 @@ Norm = Callable[[Tensor, Tensor, Spec], Tensor]
 
 
 class ReplacedNorm(nn.Module):
-    """A norm that calls a function with its input, its weight and its spec."""
+    """A norm that calls a function with its input, its weight and its spec, and multiplies the result by a gate.
 
-    def __init__(self, norm: Norm, weight: nn.Parameter, spec: Spec) -> None:
+    Args:
+        norm: The function; None for the identity.
+        weight: The weight.
+        spec: The spec of the replaced norm. With a gate it is that of Qwen3-Next: the norm first, and silu.
+    """
+
+    def __init__(self, norm: Norm | None, weight: nn.Parameter, spec: Spec) -> None:
         super().__init__()
+        if spec.gate is not None and (spec.gate.first or spec.gate.activation != "silu" or spec.groups != 1):
+            raise CommandError(f"a gated norm of {spec} has no variants here")
         self.norm, self.weight, self.spec = norm, weight, spec
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x, self.weight, self.spec)
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        y = x if self.norm is None else self.norm(x, self.weight, self.spec)
+        return y if gate is None else y * nn.functional.silu(gate)
 
 
 def _torch_norm(x: Tensor, w: Tensor, spec: Spec) -> Tensor:
@@ -178,8 +198,7 @@ class Variant:
             for verdict in report.verdicts:
                 assert verdict.spec is not None
                 weight = copied.get_submodule(verdict.name).weight
-                replaced = nn.Identity() if self.norm is None else ReplacedNorm(self.norm, weight, verdict.spec)
-                copied.set_submodule(verdict.name, replaced)
+                copied.set_submodule(verdict.name, ReplacedNorm(self.norm, weight, verdict.spec))
         return copied
 
 

@@ -83,13 +83,13 @@ class Measured:
             "kept_bytes": self.kept,
             "peak_bytes": self.peak,
             "errors": {name: error if math.isfinite(error) else None for name, error in self.errors.items()},
-            "over_as_is": _ratio_to_json(self.samples, as_is.samples if as_is else []),
-            "over_patched": _ratio_to_json(self.samples, patched.samples if patched else []),
+            "over_as_is": ratio_to_json(self.samples, as_is.samples if as_is else []),
+            "over_patched": ratio_to_json(self.samples, patched.samples if patched else []),
             "samples_us": [round(sample * 1e6, 1) for sample in self.samples],
         }
 
 
-def _ratio_to_json(samples: Sequence[float], base: Sequence[float]) -> dict[str, Any] | None:
+def ratio_to_json(samples: Sequence[float], base: Sequence[float]) -> dict[str, Any] | None:
     """Return the median of the paired ratios with its interval; None without pairs."""
     if not samples or not base:
         return None
@@ -128,7 +128,8 @@ class Case:
 
     def prepare(self) -> None:
         """Build every variant, compile it with the first call, check it and measure its memory with the second."""
-        for compiled, variant in itertools.product((False, True), self.options.variants):
+        ways = (False, True) if self.model.compiled else (False,)
+        for compiled, variant in itertools.product(ways, self.options.variants):
             if (variant.only_compiled and not compiled) or (variant.only_training and not self.mode.training):
                 continue
             found = Measured(variant.name, compiled)

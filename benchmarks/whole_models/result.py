@@ -61,7 +61,7 @@ def bounds(cases: Sequence[dict[str, Any]], gradients: Sequence[dict[str, Any]] 
     for one in gradients:
         if "differing" in one:
             what = {"model": one["model"], "mode": "training", "compiled": one["compiled"]}
-            found.append(what | _at_most("gradients that recompute changes", one["differing"], _GRADIENTS_AT_MOST))
+            found.append(what | bound_at_most("gradients that recompute changes", one["differing"], _GRADIENTS_AT_MOST))
     return found
 
 
@@ -77,11 +77,11 @@ def _of_patched(case: dict[str, Any], by_name: dict[str, dict[str, Any]], compil
         return
     as_is, ratio = by_name[AS_IS], patched["over_as_is"]
     if ratio is not None:
-        yield _at_most("time", ratio["ratio"], case["at_most"], ratio["low"])
+        yield bound_at_most("time", ratio["ratio"], case["at_most"], ratio["low"])
     if compiled and None not in (patched["first_call_s"], as_is["first_call_s"]):
-        yield _at_most("compilation", patched["first_call_s"] / as_is["first_call_s"], _COMPILATION_AT_MOST)
+        yield bound_at_most("compilation", patched["first_call_s"] / as_is["first_call_s"], _COMPILATION_AT_MOST)
     if patched["kept_bytes"] and as_is["kept_bytes"]:
-        yield _at_most("kept memory", patched["kept_bytes"] / as_is["kept_bytes"], _KEPT_AT_MOST)
+        yield bound_at_most("kept memory", patched["kept_bytes"] / as_is["kept_bytes"], _KEPT_AT_MOST)
 
 
 def _of_recompute(case: dict[str, Any], by_name: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -89,7 +89,7 @@ def _of_recompute(case: dict[str, Any], by_name: dict[str, dict[str, Any]]) -> I
         return
     ratio = by_name[RECOMPUTED].get("over_patched")
     if ratio is not None:
-        yield _at_most("time with recompute", ratio["ratio"], _RECOMPUTED_TIME_AT_MOST, ratio["low"])
+        yield bound_at_most("time with recompute", ratio["ratio"], _RECOMPUTED_TIME_AT_MOST, ratio["low"])
     freed = freed_share(case, by_name)
     if freed is not None:
         yield _bound("norm outputs freed", freed, freed >= _FREED_AT_LEAST) | {"at_least": _FREED_AT_LEAST}
@@ -108,7 +108,7 @@ def recompute_less(by_name: dict[str, dict[str, Any]], figure: str) -> int | Non
     return None if plain is None or recomputed is None else plain - recomputed
 
 
-def _at_most(of: str, measured: float, at_most: float, low: float | None = None) -> dict[str, Any]:
+def bound_at_most(of: str, measured: float, at_most: float, low: float | None = None) -> dict[str, Any]:
     met = measured <= at_most
     spread = not met and low is not None and low <= at_most
     return _bound(of, measured, met, spread) | {"at_most": at_most}
@@ -165,7 +165,7 @@ def _recompute_tables(result: dict[str, Any]) -> Iterator[Block]:
             if freed is not None:
                 less = (size(recompute_less(by_name, figure), 3) for figure in ("kept_bytes", "peak_bytes"))
                 outputs = size(case["saved_output_bytes"], 3)
-                ratio = _ratio_in_words(by_name[RECOMPUTED], "over_patched")
+                ratio = ratio_in_words(by_name[RECOMPUTED], "over_patched")
                 rows.append((f"{case['model']}, {how(compiled)}", outputs, *less, f"{freed:.3f}", ratio))
     if rows:
         columns = (
@@ -214,10 +214,10 @@ def _row(found: dict[str, Any]) -> tuple[str, ...]:
         median, low, high = (found[f"{figure}_us"] / 1e6 for figure in ("median", "low", "high"))
         times = duration(median), f"{duration(low, 3)} to {duration(high, 3)}"
     memory = (size(found[f"{what}_bytes"], 3) for what in ("kept", "peak"))
-    return (label, *times, _ratio_in_words(found), duration(found["first_call_s"], 3), *memory)
+    return (label, *times, ratio_in_words(found), duration(found["first_call_s"], 3), *memory)
 
 
-def _ratio_in_words(found: dict[str, Any], which: str = "over_as_is") -> str:
+def ratio_in_words(found: dict[str, Any], which: str = "over_as_is") -> str:
     ratio = found.get(which)
     if ratio is None or (which == "over_as_is" and found["variant"] == AS_IS):
         return NOTHING

@@ -19,6 +19,7 @@ from rmsnorm.ops.autograd import needs_gradient, norm
 from rmsnorm.ops.dispatch import is_plain, load_sharding
 from rmsnorm.ops.gated import gated_norm
 from rmsnorm.ops.pairs import norms
+from rmsnorm.ops.slices import sliced_norm
 from rmsnorm.spec import (
     DTYPES,
     Activation,
@@ -28,6 +29,7 @@ from rmsnorm.spec import (
     check_int,
     check_order,
     check_tensors,
+    check_variance_size,
     gated_spec,
     spec_of,
     sum_dtype,
@@ -53,6 +55,7 @@ def rms_norm(
     *more: Never,
     cast: Cast = "early",
     offset: float = 0.0,
+    variance_size: int | None = None,
     normalized_shape: None = None,
 ) -> Tensor:
     """Normalize the rows of x: x / sqrt(mean(x²) + eps) · weight over the last dimension.
@@ -63,12 +66,16 @@ def rms_norm(
     Args:
         x: Of shape (..., N), in float32, bfloat16, float16 or float64 (which is computed in float32). Any strides; as
             long as the last dimension is contiguous nothing is copied.
-        weight: Of shape (N,), in any of these dtypes, or None.
+        weight: In any of these dtypes, or None. Of shape (N,), or (H, N) for x of shape (..., H, N): then each head is
+            multiplied by its own row of the weight. Every row of N numbers is normalized on its own in both cases.
         eps: Added to the mean of the squares; 0 is legal.
         cast: "early" casts to the dtype of x before the multiplication by the weight, as Llama, DeepSeek V2 and V3,
             Qwen and Mistral do; "late" multiplies in float32 and casts once, as GPT-OSS, Olmo 2 and Gemma do; "first"
             casts the statistic before x is multiplied by it, as the norms of DeepSeek V4 without a weight do.
         offset: 0, or 1 to multiply by 1 + weight, added in float32 (Gemma); needs a weight and cast="late".
+        variance_size: None, or a number V from 1 to N: then the mean is that of the first V columns of a row, by which
+            all N columns are normalized (vLLM's `var_hidden_size`). Such norms have no rule for DTensors and no
+            forward-mode derivative, and `recompute` leaves them.
 
     Returns:
         y, contiguous, of the shape of x. Its dtype is that of x for cast="late" or without a weight, and otherwise
@@ -76,14 +83,18 @@ def rms_norm(
 
     Raises:
         TypeError: If an argument is of a type or dtype that is not allowed; the message names it.
-        ValueError: If shapes, devices, eps, cast or offset are not allowed; the message names the argument.
+        ValueError: If shapes, devices, eps, cast, offset or variance_size are not allowed; the message names the
+            argument.
 
     Example:
         >>> x, weight = torch.randn(2, 8, dtype=torch.bfloat16), torch.ones(8, dtype=torch.bfloat16)
         >>> rmsnorm.rms_norm(x, weight, eps=1e-6).shape
         torch.Size([2, 8])
+        >>> queries, of_heads = torch.randn(2, 32, 128), torch.ones(32, 128)  # a weight for each of 32 heads
+        >>> rmsnorm.rms_norm(queries, of_heads).shape
+        torch.Size([2, 32, 128])
     """
-    if not more and normalized_shape is None and not torch.compiler.is_compiling():
+    if not more and normalized_shape is variance_size is None and not torch.compiler.is_compiling():
         y = host.norm(x, None, weight, eps, cast, offset)
         if y is not None:
             if eager_recomputation.open_passes:
@@ -91,8 +102,11 @@ def rms_norm(
             return y  # type: ignore[no-any-return]
     if not more and normalized_shape is None and _stands_for_tensors(x, weight):
         handle = torch.overrides.handle_torch_function
-        return handle(rms_norm, (x, weight), x, weight, eps, cast=cast, offset=offset)
+        sliced: dict[str, Any] = {} if variance_size is None else {"variance_size": variance_size}
+        return handle(rms_norm, (x, weight), x, weight, eps, cast=cast, offset=offset, **sliced)
     check_order("rms_norm", weight, more, normalized_shape)
+    if variance_size is not None:
+        return sliced_norm(x, None, weight, eps, cast, offset, variance_size)[0]
     return norm(x, None, weight, eps, cast, offset)[0]  # type: ignore[no-any-return]
 
 
@@ -105,6 +119,7 @@ def add_rms_norm(
     *more: Never,
     cast: Cast = "early",
     offset: float = 0.0,
+    variance_size: int | None = None,
     normalized_shape: None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add the residual to x and normalize the sum, in one pass over memory.
@@ -116,6 +131,7 @@ def add_rms_norm(
         eps: As in `rms_norm`.
         cast: As in `rms_norm`.
         offset: As in `rms_norm`.
+        variance_size: As in `rms_norm`.
 
     Returns:
         (y, s): s = x + residual, rounded to `torch.promote_types(x.dtype, residual.dtype)`, and
@@ -133,7 +149,7 @@ def add_rms_norm(
     """
     if residual is None:
         raise TypeError(complaint("add_rms_norm", "residual", f"is {type_name(residual)}", "a torch.Tensor"))
-    if not more and normalized_shape is None and not torch.compiler.is_compiling():
+    if not more and normalized_shape is variance_size is None and not torch.compiler.is_compiling():
         outputs = host.norm(x, residual, weight, eps, cast, offset)
         if outputs is not None:
             if eager_recomputation.open_passes:
@@ -141,8 +157,12 @@ def add_rms_norm(
             return outputs  # type: ignore[no-any-return]
     if _stands_for_tensors(x, residual, weight):
         handle = torch.overrides.handle_torch_function
-        return handle(add_rms_norm, (x, residual, weight), x, residual, weight, eps, cast=cast, offset=offset)
+        sliced: dict[str, Any] = {} if variance_size is None else {"variance_size": variance_size}
+        given = x, residual, weight
+        return handle(add_rms_norm, given, *given, eps, cast=cast, offset=offset, **sliced)
     check_order("add_rms_norm", weight, more, normalized_shape)
+    if variance_size is not None:
+        return sliced_norm(x, residual, weight, eps, cast, offset, variance_size)
     y, s = norm(x, residual, weight, eps, cast, offset)[:2]
     return y, s
 
@@ -248,6 +268,7 @@ def explain(
     eps: float = 1e-6,
     cast: Cast = "early",
     offset: float = 0.0,
+    variance_size: int | None = None,
     gate: Tensor | None = None,
     activation: Activation = "silu",
     gate_first: bool = False,
@@ -265,6 +286,7 @@ def explain(
         eps: As in `rms_norm`.
         cast: As in `rms_norm`.
         offset: As in `rms_norm`.
+        variance_size: As in `rms_norm`.
         gate: As in `gated_rms_norm`, or None. For a layer with a gate, None stands for a gate like x.
         activation: As in `gated_rms_norm`, like the following.
         gate_first: As in `gated_rms_norm`.
@@ -275,7 +297,8 @@ def explain(
 
     Raises:
         TypeError: As in `rms_norm` and `gated_rms_norm`, and if a layer without a gate is given one.
-        ValueError: As in `rms_norm` and `gated_rms_norm`, and if a gate is given with a residual or an offset.
+        ValueError: As in `rms_norm` and `gated_rms_norm`, and if a gate is given with a residual, an offset or a
+            variance_size.
 
     Example:
         >>> rmsnorm.explain(torch.ones(2, 8, dtype=torch.float64), torch.ones(8))[:12]
@@ -289,11 +312,13 @@ def explain(
         expected = "a torch.Tensor, a layer of rmsnorm or a norm that patch replaced: pass norm.weight"
         raise TypeError(complaint("explain", "weight", f"is {type_name(weight)} that was not patched", expected))
     check_order("explain", weight)
-    _check_gate_of_call(gate, residual, offset, of_gate=(activation, gate_first, groups) != ("silu", False, 1))
+    of_gate = (activation, gate_first, groups) != ("silu", False, 1)
+    _check_gate_of_call(gate, residual, offset, variance_size, of_gate)
     if gate is not None:
         return _explain_gated(x, gate, weight, eps, cast, activation, gate_first, groups)
-    spec = spec_of("explain", eps, cast, offset)
+    spec = spec_of("explain", eps, cast, offset, variance_size)
     check_tensors("explain", x, residual, weight, offset)
+    check_variance_size("explain", variance_size, x)
     plain = is_plain(x, residual, weight)
     given: list[Any] = [x, residual, weight]
     if not plain:
@@ -306,7 +331,8 @@ def explain(
     reason = plan.why if isinstance(plan, ByReference) else ""
     if isinstance(plan, Plan) and plain:
         host.look()
-        reason = host.made_by(plan, x, residual, weight, eps, cast, offset)
+        by_cpp = variance_size is None
+        reason = host.made_by(plan, x, residual, weight, eps, cast, offset) if by_cpp else _NOT_BY_CPP
     lines = _described(plan, reason, x=x, residual=residual, weight=weight)
     if isinstance(plan, Plan) and _differ_in_dtype(x, residual):
         lines.append(_SUM_BEFORE_THE_KERNEL)
@@ -358,7 +384,9 @@ def _check_gate_of_layer(gate: Tensor | None, explain_layer: Callable[..., str])
         raise TypeError(complaint("explain", "gate", "is given", "None: the layer has no gate"))
 
 
-def _check_gate_of_call(gate: Tensor | None, residual: Tensor | None, offset: float, of_gate: bool) -> None:
+def _check_gate_of_call(
+    gate: Tensor | None, residual: Tensor | None, offset: float, variance_size: int | None, of_gate: bool
+) -> None:
     """of_gate: whether there are arguments of gated norms only."""
     if gate is None:
         if of_gate:
@@ -367,6 +395,8 @@ def _check_gate_of_call(gate: Tensor | None, residual: Tensor | None, offset: fl
         raise ValueError(complaint("explain", "residual", "is given with a gate", "None"))
     elif offset != 0:
         raise ValueError(complaint("explain", "offset", f"is {offset} with a gate", "0"))
+    elif variance_size is not None:
+        raise ValueError(complaint("explain", "variance_size", f"is {variance_size} with a gate", "None"))
 
 
 def _explain_gated(
@@ -400,6 +430,9 @@ def _described(plan: Plan | ByReference, reason: str, **tensors: Tensor | None) 
         if copied:
             lines.append(f"copied once, because the last dimension is not contiguous: {', '.join(copied)}")
     return lines
+
+
+_NOT_BY_CPP = "called from Python: C++ does not take variance_size"
 
 
 def _sharding() -> Any:

@@ -16,6 +16,7 @@ from rmsnorm.spec import (
     check_bool,
     check_int,
     check_spec,
+    check_variance_size,
     gated_spec,
     is_torchs_shape,
 )  # fmt: skip
@@ -56,7 +57,7 @@ def _refuse_script(layer: nn.Module) -> NoReturn:
 
 
 class RMSNorm(nn.Module):
-    """The layer of `rms_norm`: normalizes over the last dimension and multiplies by a weight of shape (hidden_size,).
+    """The layer of `rms_norm`: normalizes over the last dimension and multiplies by a weight.
 
     A new weight is one, or zero with an offset of 1, so that the layer at first multiplies by one. Its key in the
     state_dict is "weight". `rmsnorm.TorchRMSNorm` is the class with the arguments of `torch.nn.RMSNorm`.
@@ -68,15 +69,21 @@ class RMSNorm(nn.Module):
             "late" multiplies in fp32 and converts once (GPT-OSS, Olmo 2, Gemma); "first" converts the statistic before
             x is multiplied by it (the norms of DeepSeek V4 without a weight).
         offset: 0, or 1 to multiply by 1 + weight (Gemma). 1 requires "late" and a weight.
+        heads: None for a weight of shape (hidden_size,). A number H, at least 1, for a weight of shape
+            (H, hidden_size): x is then (..., H, hidden_size), and each head is multiplied by its own row of the weight.
+            Requires a weight.
+        variance_size: None, or how many of the first columns the mean is taken over, from 1 to hidden_size, as in
+            `rms_norm`.
         elementwise_affine: Whether there is a weight.
         device: The device of the weight.
         dtype: The dtype of the weight: float32, bfloat16, float16 or float64. None for torch's default.
 
     Raises:
-        TypeError: If hidden_size is not an int, eps or offset is not a number, elementwise_affine is not a bool, dtype
-            is none of the four, or the arguments are those of `torch.nn.RMSNorm`.
-        ValueError: If hidden_size, eps, cast or offset has another value than these, or the offset is 1 without "late"
-            or without a weight.
+        TypeError: If hidden_size, heads or variance_size is not an int, eps or offset is not a number,
+            elementwise_affine is not a bool, dtype is none of the four, or the arguments are those of
+            `torch.nn.RMSNorm`.
+        ValueError: If hidden_size, eps, cast, offset, heads or variance_size has another value than these, the offset
+            is 1 without "late", or there is an offset of 1 or a number of heads without a weight.
 
     Example:
         >>> layer = rmsnorm.RMSNorm(1280, dtype=torch.bfloat16)
@@ -84,6 +91,8 @@ class RMSNorm(nn.Module):
         torch.bfloat16
         >>> rmsnorm.RMSNorm(3072, cast="late", offset=1.0)  # Gemma's
         RMSNorm(3072, eps=1e-06, cast='late', offset=1.0)
+        >>> rmsnorm.RMSNorm(128, heads=32).weight.shape  # for x of shape (..., 32, 128)
+        torch.Size([32, 128])
     """
 
     weight: nn.Parameter | None
@@ -96,6 +105,8 @@ class RMSNorm(nn.Module):
         *,
         cast: Cast = "early",
         offset: float = 0.0,
+        heads: int | None = None,
+        variance_size: int | None = None,
         elementwise_affine: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -103,16 +114,26 @@ class RMSNorm(nn.Module):
         super().__init__()
         where = type(self).__name__
         hidden_size = _checked_size(where, hidden_size)
+        heads = None if heads is None else check_int(where, "heads", heads, 1)
         check_bool(where, "elementwise_affine", elementwise_affine)
         _check_dtype(where, dtype)
         check_spec(where, eps, cast, offset)
         if offset != 0 and not elementwise_affine:
             raise ValueError(complaint(where, "elementwise_affine", "is False with an offset", "True"))
+        check_variance_size(where, variance_size)
+        if variance_size is not None and variance_size > hidden_size:
+            expected = f"at most {hidden_size}, the hidden_size"
+            raise ValueError(complaint(where, "variance_size", f"is {variance_size}", expected))
+        if heads is not None and not elementwise_affine:
+            raise ValueError(complaint(where, "elementwise_affine", "is False with a number of heads", "True"))
         self.hidden_size = hidden_size
+        self.heads = heads
+        self.variance_size = None if variance_size is None else int(variance_size)
         self.eps = float(eps)
         self.cast = cast
         self.offset = float(offset)
-        weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype)) if elementwise_affine else None
+        shape = (hidden_size,) if heads is None else (heads, hidden_size)
+        weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if elementwise_affine else None
         self.register_parameter("weight", weight)
         self.reset_parameters()
 
@@ -125,7 +146,8 @@ class RMSNorm(nn.Module):
         """Normalize x.
 
         Args:
-            x: (..., hidden_size) float32, bfloat16, float16 or float64.
+            x: (..., hidden_size), or (..., heads, hidden_size) if the layer has a number of heads; float32, bfloat16,
+                float16 or float64.
 
         Returns:
             y of the shape of x. For "late" or without a weight it has the dtype of x, otherwise that to which PyTorch
@@ -133,21 +155,30 @@ class RMSNorm(nn.Module):
 
         Raises:
             TypeError: If x is not a dense tensor of these dtypes.
-            ValueError: If its last dimension is not hidden_size, or it is on another device than the weight.
+            ValueError: If its last dimension is not hidden_size, the one before it not the number of heads, or it is on
+                another device than the weight.
         """
-        return rms_norm(x, self.weight, self.eps, cast=self.cast, offset=self.offset)
+        return rms_norm(
+            x, self.weight, self.eps, cast=self.cast, offset=self.offset, variance_size=self.variance_size
+        )  # fmt: skip
 
     __prepare_scriptable__ = _refuse_script  # torch.jit.script calls it
 
     def _rmsnorm_explain(self, x: Any) -> str:
         """For `rmsnorm.explain`."""
-        return explain(x, self.weight, eps=self.eps, cast=self.cast, offset=self.offset)
+        return explain(
+            x, self.weight, eps=self.eps, cast=self.cast, offset=self.offset, variance_size=self.variance_size
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         """The arguments of the constructor, for `print(model)`."""
         parts = [f"{self.hidden_size}, eps={self.eps}, cast={self.cast!r}"]
         if self.offset != 0:
             parts.append(f"offset={self.offset}")
+        if self.heads is not None:
+            parts.append(f"heads={self.heads}")
+        if self.variance_size is not None:
+            parts.append(f"variance_size={self.variance_size}")
         if self.weight is None:
             parts.append("elementwise_affine=False")
         return ", ".join(parts)

@@ -4,7 +4,8 @@ Every step rounds to fp32 unless the code says otherwise. The modules in `kernel
 `backward` and must give the same bits. `Spec` in spec.py defines *exact*, *published*, *early*, *late* and
 *first*.
 
-Shapes: x, residual, s, y, dy, ds and dx are (..., N), w and dw are (N,), and rstd is (...,), one fp32 number a row.
+Shapes: x, residual, s, y, dy, ds and dx are (..., N), w and dw are (N,), and rstd is (...,), one fp32 number a row. If
+each head has its own weight, w and dw are (H, N), rstd is (..., H), and the others are (..., H, N).
 """
 
 import functools
@@ -78,8 +79,9 @@ def published(x: Tensor, w: Tensor | None, eps: float, cast: str, offset: float)
 
 @torch.no_grad()
 def forward(
-    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float, with_rstd: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float, with_rstd: bool,
+    variance_size: int | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """The forward pass.
 
     Args:
@@ -90,6 +92,7 @@ def forward(
         cast: "early", "late" or "first".
         offset: 0 or 1.
         with_rstd: Whether the statistic is asked for.
+        variance_size: Over how many of the first columns the statistic is taken; None for all.
 
     Returns:
         y: (..., N) in the dtype that `spec.result_dtype` states, contiguous.
@@ -98,7 +101,7 @@ def forward(
     """
     s = None if residual is None else x + residual
     rows = x if s is None else s
-    rstd = exact_rstd(rows, eps)
+    rstd = exact_rstd(rows[..., :variance_size], eps)
     y = normalize(rows, w, rstd, cast, offset).contiguous()
     return y, None if s is None else s.contiguous(), rstd if with_rstd else None
 
@@ -114,10 +117,12 @@ def backward(
     offset: float,
     need_dx: bool,
     need_dw: bool,
+    variance_size: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The backward pass: dx = rstd · (g − xh · mean(g·xh)) + ds and dw = Σ over rows of dy·xh.
 
-    Here xh = x·rstd and g = dy·(w + offset).
+    Here xh = x·rstd and g = dy·(w + offset). If the statistic is taken over the first V of the N columns, the sum of
+    g·xh over all N is divided by V, and in the other columns dx = rstd · g + ds.
 
     Args:
         dy: (..., N), the gradient of y.
@@ -129,13 +134,15 @@ def backward(
         offset: 0 or 1.
         need_dx: Whether dx is asked for.
         need_dw: Whether dw is asked for.
+        variance_size: V, as in `forward`.
 
     Returns:
         dx: (..., N) in the dtype of x, contiguous; None if not asked for.
         dw: (N,) in the dtype of w; None if not asked for, or without a weight.
     """
     g, xh = products(dy, x, w, rstd, offset)
-    dx = input_gradient(g, xh, rstd, dot(g, xh), x.shape[-1], ds, x.dtype) if need_dx else None
+    V = x.shape[-1] if variance_size is None else variance_size
+    dx = input_gradient(g, xh, rstd, dot(g, xh), V, ds, x.dtype) if need_dx else None
     return dx, weight_gradient(dy, xh, x.dtype, w, cast) if need_dw and w is not None else None
 
 
@@ -258,19 +265,25 @@ def dot(g: Tensor, xh: Tensor) -> Tensor:
 def input_gradient(
     g: Tensor, xh: Tensor, rstd: Tensor, S: Tensor, N: int, ds: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """dx, (..., N) in the given dtype, from S = `dot(g, xh)` over whole rows of N."""
+    """dx, (..., N) in the given dtype, from S = `dot(g, xh)` over whole rows.
+
+    N: the number of columns over which the statistic was taken: all of a row, or the first ones.
+    """
     c = _mean(S + 0.0, N).unsqueeze(-1)  # + 0.0, because a sum of nothing but -0.0 is +0.0 in some orders
-    dx = rstd.unsqueeze(-1) * (g - xh * c)
+    through_rstd = xh * c
+    through_rstd[..., N:] = 0.0
+    dx = rstd.unsqueeze(-1) * (g - through_rstd)
     return (dx if ds is None else dx + ds.float()).to(dtype).contiguous()
 
 
 def weight_gradient(dy: Tensor, xh: Tensor, dtype: torch.dtype, w: Tensor, cast: str) -> Tensor:
-    """dw, (N,) in the dtype of w: Σ over rows of dy·xh in fp64. dtype is that of x; early and first cast xh to it."""
+    """dw, of the shape and dtype of w: Σ over rows of dy·xh in fp64. Early and first cast xh to dtype, that of x."""
     h = xh if cast == "late" else xh.to(dtype).float()
-    return (dy.float() * h).double().reshape(xh.shape[:-1].numel(), xh.shape[-1]).sum(0).to(w.dtype)
+    rows = xh.shape[: xh.dim() - w.dim()].numel()
+    return (dy.float() * h).double().reshape(rows, *w.shape).sum(0).to(w.dtype)
 
 
-def truth(x: Tensor, w: Tensor | None, eps: float, offset: float) -> Tensor:
+def truth(x: Tensor, w: Tensor | None, eps: float, offset: float, variance_size: int | None = None) -> Tensor:
     """The formula itself in fp64, unrounded and differentiable, against which gradients are measured.
 
     Args:
@@ -278,6 +291,7 @@ def truth(x: Tensor, w: Tensor | None, eps: float, offset: float) -> Tensor:
         w: (N,) or None.
         eps: Added to the mean of squares.
         offset: 0 or 1.
+        variance_size: Over how many of the first columns the statistic is taken; None for all.
 
     Returns:
         (..., N) float64.
@@ -289,7 +303,7 @@ def truth(x: Tensor, w: Tensor | None, eps: float, offset: float) -> Tensor:
         tensor([[0.8485, 1.1314]], dtype=torch.float64, grad_fn=<MulBackward0>)
     """
     x = x.double()
-    h = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    h = x * torch.rsqrt(x[..., :variance_size].square().mean(-1, keepdim=True) + eps)
     return h if w is None else (w.double() + offset) * h
 
 

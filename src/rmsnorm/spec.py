@@ -79,11 +79,13 @@ class Spec:
         offset: Added to the weight in fp32, 0 or 1. An offset of 1 requires "late".
         gate: What is done with a gate; None for a norm without one. Not with an offset.
         groups: How many parts of equal width a row has, each with its own statistic. More than 1 only with a gate.
+        variance_size: Over how many of the first columns of a row the statistic is taken, if not over all; all are
+            multiplied by it. Not with a gate.
 
     Raises:
-        TypeError: If eps or the offset is not a number.
-        ValueError: If eps, cast, the offset or groups has another value than these, or if the offset is 1 without
-            "late" or with a gate.
+        TypeError: If eps or the offset is not a number, or variance_size is not an int.
+        ValueError: If eps, cast, the offset, groups or variance_size has another value than these, if the offset is 1
+            without "late", or if there is an offset of 1 or a variance_size with a gate.
 
     Example:
         >>> from rmsnorm.spec import Spec
@@ -98,21 +100,26 @@ class Spec:
     offset: float = 0.0
     gate: Gate | None = None
     groups: int = 1
+    variance_size: int | None = None
 
     def __post_init__(self) -> None:
         check_spec("Spec", self.eps, self.cast, self.offset)
         check_groups("Spec", self.groups)
+        check_variance_size("Spec", self.variance_size)
         if self.gate is None:
             if self.groups != 1:
                 raise ValueError(complaint("Spec", "groups", f"is {self.groups} without a gate", "1"))
             return
         if self.offset != 0.0:
             raise ValueError(complaint("Spec", "offset", f"is {self.offset} with a gate", "0"))
+        if self.variance_size is not None:
+            raise ValueError(complaint("Spec", "variance_size", f"is {self.variance_size} with a gate", "None"))
         _check_gated_cast("Spec", self.cast)
 
     def __repr__(self) -> str:
-        """The fields by name; gate and groups only with a gate."""
-        names = ("eps", "cast", "offset") if self.gate is None else ("eps", "cast", "gate", "groups")
+        """The fields by name; gate and groups only with a gate, and variance_size only if there is one."""
+        names: tuple[str, ...] = ("eps", "cast", "offset") if self.gate is None else ("eps", "cast", "gate", "groups")
+        names += () if self.variance_size is None else ("variance_size",)
         return f"Spec({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
 
@@ -170,20 +177,45 @@ def gated_dtype(x: torch.dtype, weight: torch.dtype | None, spec: Spec) -> torch
     return result_dtype(x, weight, spec.cast) if spec.gate is not None and spec.gate.first else x
 
 
-def spec_of(where: str, eps: float, cast: Cast, offset: float) -> Spec:
+def spec_of(where: str, eps: float, cast: Cast, offset: float, variance_size: int | None = None) -> Spec:
     """The `Spec` with eps and offset as floats, from a cache.
 
     Raises:
-        TypeError: As `check_spec`.
-        ValueError: As `check_spec`.
+        TypeError: As `check_spec` and `check_variance_size`.
+        ValueError: As `check_spec` and `check_variance_size`.
     """
     check_spec(where, eps, cast, offset)
-    return _spec(eps, cast, offset)
+    check_variance_size(where, variance_size)
+    return _spec(eps, cast, offset, variance_size)
 
 
 @functools.lru_cache(256)
-def _spec(eps: float, cast: Cast, offset: float) -> Spec:
-    return Spec(float(eps), cast, float(offset))
+def _spec(eps: float, cast: Cast, offset: float, variance_size: int | None) -> Spec:
+    return Spec(float(eps), cast, float(offset), variance_size=None if variance_size is None else int(variance_size))
+
+
+def check_variance_size(
+    where: str, variance_size: object, x: torch.Tensor | None = None, symbolic: bool = False
+) -> None:
+    """Check a number of columns over which the statistic is taken, or None for all.
+
+    Args:
+        where: The function that was called, for the message.
+        variance_size: At least 1, and at most the last dimension of x.
+        x: (..., N); None if it is not known yet.
+        symbolic: Whether N may be unknown until a compiled program runs, which then checks it.
+
+    Raises:
+        TypeError: If it is not an int.
+        ValueError: If it is less than 1 or greater than N.
+    """
+    if variance_size is None:
+        return
+    V = check_int(where, "variance_size", variance_size, 1)
+    if x is not None and not _is_at_most(V, x.shape[-1], symbolic):
+        raise ValueError(
+            complaint(where, "variance_size", f"is {V}", f"at most {x.shape[-1]}, the last dimension of x")
+        )
 
 
 def check_gate(where: str, eps: float, cast: str, activation: str, gate_first: bool, groups: int) -> None:
@@ -367,7 +399,7 @@ def check_tensors(
         where: The function that was called, for the message.
         x: (..., N) with N of at least 1.
         residual: None, or of the shape of x.
-        weight: None, or (N,). An offset requires one.
+        weight: None, (N,), or (H, N) for x of shape (..., H, N). An offset requires one.
         offset: 0 or 1.
         symbolic: Whether a size may be unknown until a compiled program runs, which then checks it.
 
@@ -378,7 +410,7 @@ def check_tensors(
     _check_rows(where, "x", x, symbolic)
     if residual is not None:
         _check_like(where, "residual", residual, "x", x, symbolic)
-    _check_weight(where, weight, x, symbolic)
+    _check_weight(where, weight, x, symbolic, by_head=True)
     if weight is None and offset != 0.0:
         raise ValueError(complaint(where, "weight", "is None with an offset", "a weight that the offset is added to"))
 
@@ -413,6 +445,39 @@ def check_pair(
         _check_device(where, "x", x2, x, "the x before it")
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error} (in the second norm of a pair)") from None
+
+
+def check_sandwich(
+    where: str,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    residual: torch.Tensor,
+    weight2: torch.Tensor | None,
+    cast: str,
+    offset: float,
+    symbolic: bool = False,
+) -> None:
+    """Check the tensors of a norm whose output is added to a residual that another norm reads, as `check_tensors` does.
+
+    Args:
+        where: The function that was called, for the message.
+        x: (..., N).
+        weight: None, or (N,), of the norm of x.
+        residual: (..., N), of the shape of x.
+        weight2: None, or (N,), of the norm of the sum.
+        cast: "early", "late" or "first".
+        offset: 0 or 1.
+        symbolic: Whether a size may be unknown until a compiled program runs, which then checks it.
+
+    Raises:
+        TypeError: As `check_tensors`.
+        ValueError: As `check_tensors`.
+    """
+    check_tensors(where, x, residual, weight, offset, symbolic)
+    try:
+        check_tensors(where, x, None, weight2, offset, symbolic)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error} (in the second norm)") from None
 
 
 def check_gated(
@@ -493,7 +558,7 @@ def check_part(
     Args:
         where: The function that was called, for the message.
         rows: By name, x and what must have its shape (..., n) and its device, or is None; n may be 0.
-        weight: None, or (n,).
+        weight: None, (n,), or (H, n) if each of H heads has its own.
         of_rows: By name, tensors of one number a row: rstd in float32, the sums S in float64.
         N: The width of whole rows.
         backward: Whether this is the backward pass; the message then says so.
@@ -512,7 +577,7 @@ def check_part(
         for name, t in rows.items():
             if t is not None:
                 _check_like(where, name, t, "x", x, symbolic)
-        _check_weight(where, weight, x, symbolic)
+        _check_weight(where, weight, x, symbolic, by_head=True)
         for name, t in of_rows.items():
             dtype = torch.float32 if name == "rstd" else torch.float64
             _check_of_rows(where, name, t, dtype, tuple(x.shape[:-1]), x, symbolic)
@@ -559,7 +624,7 @@ def check_gradients(
         _check_like(where, "x", x, "dy", dy, symbolic)
         if ds is not None:
             _check_like(where, "ds", ds, "dy", dy, symbolic)
-        _check_weight(where, weight, x, symbolic)
+        _check_weight(where, weight, x, symbolic, by_head=True)
         if weight is None and (need_dw or offset != 0.0):
             raise ValueError(complaint(where, "weight", "is None", "a weight, for its gradient or for an offset"))
         _check_of_rows(where, "rstd", rstd, torch.float32, tuple(x.shape[:-1]), x, symbolic)
@@ -705,19 +770,41 @@ def _check_like(where: str, name: str, t: torch.Tensor, of: str, x: torch.Tensor
     _check_device(where, name, t, x, of)
 
 
-def _check_weight(where: str, weight: torch.Tensor | None, x: torch.Tensor, symbolic: bool) -> None:
+def _check_weight(
+    where: str, weight: torch.Tensor | None, x: torch.Tensor, symbolic: bool, by_head: bool = False
+) -> None:
+    """Check a weight of shape (N,), or if `by_head` also of shape (H, N), for x of shape (..., H, N)."""
     if weight is None:
         return
     _check_dtype(where, "weight", weight)
-    if not _same_sizes(weight.shape, x.shape[-1:], symbolic):
-        expected = f"({x.shape[-1]},), the last dimension of x"
-        if not symbolic and weight.dim() > 1 and weight.shape == x.shape[-weight.dim() :]:
-            expected += (
-                f"; to normalize over {weight.dim()} dimensions, flatten them in x and weight; if each head has its "
-                "own weight, call without a weight and multiply the result by it"
-            )
-        raise ValueError(complaint(where, "weight", f"has shape {tuple(weight.shape)}", expected))
+    dims = 2 if by_head and weight.dim() == 2 else 1
+    if not _same_sizes(weight.shape, x.shape[-dims:], symbolic):
+        was = f"has shape {tuple(weight.shape)}"
+        raise ValueError(complaint(where, "weight", was, _expected_weight(weight.shape, x.shape, by_head)))
     _check_device(where, "weight", weight, x)
+
+
+def _expected_weight(shape: Sequence[int], of_x: Sequence[int], by_head: bool) -> str:
+    """What a weight of this shape should have been for x of shape `of_x`, for a message."""
+    N, dims = of_x[-1], len(shape)
+    expected = f"({N},), the last dimension of x"
+    if not by_head or dims < 2:
+        return expected
+    if dims == 2:
+        heads, width = shape
+        if len(of_x) > 1:
+            expected += f", or ({of_x[-2]}, {N}), the last two"
+        if heads * width == N and heads > 1:
+            expected += f"; if each head has its own weight, call with x.unflatten(-1, ({heads}, {width}))"
+        elif len(of_x) > 2 and (of_x[-3], N) == (heads, width):
+            expected += "; if each head has its own weight, call with x.transpose(-3, -2)"
+        return expected
+    if tuple(shape) == tuple(of_x[-dims:]):
+        expected += (
+            f"; to normalize over {dims} dimensions, flatten them in x and weight; if each row of these has its own "
+            "weight, flatten all of them but the last"
+        )
+    return expected
 
 
 def _check_of_rows(
@@ -772,6 +859,17 @@ def _divides(groups: int, n: int, symbolic: bool) -> bool:
     if guard_or_false(n % groups != 0):
         return False
     torch._check(n % groups == 0)
+    return True
+
+
+def _is_at_most(size: int, n: int, symbolic: bool) -> bool:
+    if not symbolic:
+        return size <= n
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    if guard_or_false(size > n):
+        return False
+    torch._check(size <= n)
     return True
 
 

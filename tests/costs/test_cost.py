@@ -54,14 +54,15 @@ def counted(shape: tuple[int, ...], x: torch.dtype, w: torch.dtype | None, **opt
 
 
 def wrong(
-    implementation: str, cast: str, offset: float, x: torch.dtype, w: torch.dtype | None, shape: Any
-) -> list[str]:
+    implementation: str, cast: str, offset: float, x: torch.dtype, w: torch.dtype | None, shape: Any,
+    by_head: bool = False,
+) -> list[str]:  # fmt: skip
     """The counts that differ from the trace, one line each."""
     found = []
     for phase in counting.PHASES:
-        c = counted(shape, x, w, implementation=implementation, phase=phase, cast=cast, offset=offset)
+        c = counted(shape, x, w, implementation=implementation, phase=phase, cast=cast, offset=offset, by_head=by_head)
         assert not c.derived
-        trace = traced(Run.of(shape, x, w, implementation, cast, offset), phase)
+        trace = traced(Run.of(shape, x, w, implementation, cast, offset, by_head=by_head), phase)
         fields = (
             FIELDS if implementation in ("eager", "F.rms_norm") else FIELDS[1:]
         )  # of the others a trace sees no arithmetic
@@ -75,6 +76,19 @@ def wrong(
 @pytest.mark.parametrize(("implementation", "cast", "offset", "x", "w"), cases())
 def test_every_count_equals_a_trace_of_the_running_code(implementation, cast, offset, x, w) -> None:
     assert [line for shape in SHAPES for line in wrong(implementation, cast, offset, x, w, shape)] == []
+
+
+@pytest.mark.parametrize(("x", "w"), [of for of in DTYPES if of[1] is not None])
+def test_every_count_for_heads_with_weights_of_their_own_equals_a_trace(x, w) -> None:
+    shapes = (64, 3, 1000), (2, 70, 5), (5, 300, 33), (1, 7), (3, 1, 9), (2000, 2, 8)
+    for name, (cast, offset) in itertools.product(("ours", "ours+residual"), (EARLY, OFFSET)):
+        assert [line for shape in shapes for line in wrong(name, cast, offset, x, w, shape, by_head=True)] == []
+
+
+def test_heads_with_weights_of_their_own_have_so_many_parameters() -> None:
+    one, many = (cost((5, 4, 8), F, phase="backward", by_head=by_head) for by_head in (False, True))
+    assert (one.parameters, many.parameters, many.gradients, many.optimizer) == (32, 128, 128, 260)
+    assert many.least - one.least == 2 * (128 - 32)
 
 
 READ_FIELDS = tuple(field for field in FIELDS if field != "flops")
@@ -342,23 +356,26 @@ def test_the_counts_ask_for_the_launches_that_the_kernels_ask_for(monkeypatch) -
     gpu = pytest.importorskip("rmsnorm.kernels.gpu.planner", reason="there is no Triton")
     asked: list[Any] = []
 
-    def spy(name: str, used: int) -> Callable[..., Any]:
+    def spy(name: str, used: int, heads_at: int) -> Callable[..., Any]:
         before = getattr(tiling, name)
 
         def wrapped(*args: Any) -> Any:
-            asked.append((name, *args[:used]))
+            asked.append((name, *args[:used], args[heads_at] if heads_at < len(args) else 1))
             return before(*args)
 
         return wrapped
 
-    # All arguments but the GPU.
-    for name, used in (("forward", 4), ("backward", 7), ("dw_alone", 4)):
-        monkeypatch.setattr(tiling, name, spy(name, used))
+    # All arguments but the GPU and those of sums of gradients.
+    for name, used, heads_at in (("forward", 4, 5), ("backward", 7, 10), ("dw_alone", 4, 5)):
+        monkeypatch.setattr(tiling, name, spy(name, used, heads_at))
     monkeypatch.setattr(gpu, "gpu_at", lambda _: tiling.Gpu(227 << 10))
-    for (x, w), N, adds in itertools.product(DTYPES, (7, 1280, 12000, 14336, 40000), (False, True)):
+    widths, both = (7, 1280, 12000, 14336, 40000), (False, True)
+    for (x, w), N, adds, by_head in itertools.product(DTYPES, widths, both, both):
         asked.clear()
-        rows, rstd = TensorKind.dense((33, N), x), TensorKind.dense((33,), torch.float32)
-        other, weight = rows if adds else None, None if w is None else TensorKind.dense((N,), w)
+        by_head = by_head and w is not None
+        rows, rstd = TensorKind.dense((11, 3, N), x), TensorKind.dense((11, 3), torch.float32)
+        of_w = (3, N) if by_head else (N,)
+        other, weight = rows if adds else None, None if w is None else TensorKind.dense(of_w, w)
         cpu, spec = torch.device("cpu"), Spec()
         y = gpu.plan_forward.__wrapped__(Forward(cpu, rows, other, weight, spec, True)).fresh[0]
         dy = TensorKind.dense(y.shape, y.dtype)
@@ -367,7 +384,7 @@ def test_the_counts_ask_for_the_launches_that_the_kernels_ask_for(monkeypatch) -
         asked.clear()
         name: Any = "ours+residual" if adds else "ours"
         for phase in ("forward", "backward"):
-            counted((33, N), x, w, implementation=name, phase=phase, device="cuda")
+            counted((11, 3, N), x, w, implementation=name, phase=phase, device="cuda", by_head=by_head)
         assert sorted(set(asked)) == kernels
 
 
@@ -425,6 +442,10 @@ def test_no_rows_cost_nothing_but_the_parameters(implementation, device, phase) 
             "recompute is True with implementation",
         ),
         (((4, 8),), {"recompute": 1}, TypeError, "recompute is 1, expected"),
+        (((4, 8),), {"by_head": 1}, TypeError, "by_head is 1, expected"),
+        (((8,),), {"by_head": True}, ValueError, "shape is (8,) with by_head, expected (..., H, N)"),
+        (((4, 8),), {"by_head": True, "implementation": "eager"}, ValueError, "by_head is True with implementation"),
+        (((4, 8),), {"by_head": True, "elementwise_affine": False}, ValueError, "elementwise_affine is False with by"),
         (((4, 8),), {"threads": 0}, ValueError, "threads is 0"),
         (((4, 8),), {"threads": "4"}, TypeError, "threads is '4', expected an int"),
     ],

@@ -143,19 +143,19 @@ class Run:
     @classmethod
     def of(
         cls, shape: tuple[int, ...], dtype: torch.dtype, weight_dtype: torch.dtype | None, implementation: str,
-        cast: str, offset: float, device: str = "cpu",
+        cast: str, offset: float, device: str = "cpu", by_head: bool = False,
     ) -> "Run":  # fmt: skip
         generator = torch.Generator().manual_seed(1)
 
         def draw(*size: int, dtype: torch.dtype) -> Tensor:
             return torch.randn(*size, generator=generator).to(device, dtype).requires_grad_()
 
-        N = shape[-1]
+        of_w = shape[-2:] if by_head else shape[-1:]
         return cls(
             draw(*shape, dtype=dtype),
             draw(*shape, dtype=dtype) if implementation == "ours+residual" else None,
-            None if weight_dtype is None else draw(N, dtype=weight_dtype),
-            draw(N, dtype=weight_dtype) if implementation == "LayerNorm" and weight_dtype is not None else None,
+            None if weight_dtype is None else draw(*of_w, dtype=weight_dtype),
+            draw(*of_w, dtype=weight_dtype) if implementation == "LayerNorm" and weight_dtype is not None else None,
             implementation, cast, offset,
         )  # fmt: skip
 

@@ -111,10 +111,26 @@ def test_native_differs_in_few_outputs_without_a_residual_and_in_many_with_one()
     assert differing(y, ops.rms_norm.impls["native"].impl_fn(s, weight, 1e-6))[0] <= NEARLY_NONE * x.numel()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_statistic_of_the_first_columns_has_the_bits_of_our_functions(name: str) -> None:
+    x, residual, weight = inputs(torch.bfloat16, torch.bfloat16)
+    options = {"cast": NAMES[name], "variance_size": 320}
+    with ops.rms_norm.set_priority([name, "native"]), ops.fused_add_rms_norm.set_priority([name, "native"]):
+        y = ops.rms_norm(x, weight, 1e-5, 320)
+        z, s = ops.fused_add_rms_norm(x, residual, weight, 1e-5, 320)
+    assert differing(y, rmsnorm.rms_norm(x, weight, 1e-5, **options)) == (0, 0)
+    for ours, theirs in zip(rmsnorm.add_rms_norm(x, residual, weight, 1e-5, **options), (z, s), strict=True):
+        assert differing(theirs, ours) == (0, 0)
+    if name == "rmsnorm":
+        native = ops.rms_norm.impls["native"].impl_fn(x, weight, 1e-5, 320)
+        assert differing(native, y)[0] <= NEARLY_NONE * x.numel()
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"variance_size": 320}, "the statistic of a part of the row"),
+        ({"variance_size": 641}, "more columns than a row has"),
+        ({"variance_size": 0}, "no columns"),
         ({"weight": torch.ones(640, dtype=torch.float16)}, "another 16-bit dtype"),
         ({"weight": torch.ones(1)}, "a weight that is broadcast"),
         ({"x": torch.ones(2, 640, dtype=torch.float64)}, "float64"),

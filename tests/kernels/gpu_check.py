@@ -560,6 +560,29 @@ def streams(tally: Tally) -> None:
 
 
 @check
+def pairs_and_sandwiches(tally: Tally) -> None:
+    """Two norms in one call, independent ones and ones with an addition between them, compared with the reference."""
+    random = Draw(18)
+    for (x_dtype, w_dtype, cast, offset), N in itertools.product(COMBINATIONS, (64, 128, 1000, 2304, 5376, 7168)):
+        what, options = f"{x_dtype} {w_dtype} {cast} {offset} {N}", (1e-6, cast, offset, True)
+        for M in (16, 4096):
+            x = random.rows(M, N, dtype=x_dtype)
+            w, w2 = (None if w_dtype is None else random.normal(N).to(w_dtype) for _ in range(2))
+            h, _, rstd = reference.forward(x, None, w, *options)
+            x2 = random.rows(2 * M, N // 2 + 16, dtype=x_dtype)[:, : N // 2]
+            half = None if w2 is None else w2[: N // 2].contiguous()
+            y2, _, rstd2 = reference.forward(x2, None, half, *options)
+            found = torch.ops.rmsnorm.forward_pair(x, w, x2, half, *options)
+            for name, a, b in zip(("y", "rstd", "y2", "rstd2"), found, (h, rstd, y2, rstd2), strict=True):
+                tally.same(a, b, f"pair {what} {M} {name}")
+            residual = random.rows(M, N, dtype=h.dtype)
+            y, s, rstd2 = reference.forward(h, residual, w2, *options)
+            found = torch.ops.rmsnorm.forward_sandwich(x, w, residual, w2, *options)
+            for name, a, b in zip(("y", "s", "rstd", "rstd2"), found, (y, s, rstd, rstd2), strict=True):
+                tally.same(a, b, f"sandwich {what} {M} {name}")
+
+
+@check
 def compiled(tally: Tally) -> None:
     """torch.compile(fullgraph=True), forward and backward, also with a second batch size."""
     random = Draw(17)

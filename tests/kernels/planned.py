@@ -35,17 +35,18 @@ class Kernels(NamedTuple):
 
     def forward(
         self, x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float,
-        with_rstd: bool,
+        with_rstd: bool, variance_size: int | None = None,
     ) -> list[Tensor | None]:  # fmt: skip
-        plan = self.planner.plan_forward(Forward.of(x, residual, w, Spec(eps, cast, offset), with_rstd))
+        spec = Spec(eps, cast, offset, variance_size=variance_size)
+        plan = self.planner.plan_forward(Forward.of(x, residual, w, spec, with_rstd))
         assert isinstance(plan, Plan), plan.why
         return run(plan, (x, residual, w))
 
     def backward(
         self, dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, cast: str, offset: float,
-        need_dx: bool, need_dw: bool,
+        need_dx: bool, need_dw: bool, variance_size: int | None = None,
     ) -> list[Tensor | None]:  # fmt: skip
-        spec = Spec(0.0, cast, offset)
+        spec = Spec(0.0, cast, offset, variance_size=variance_size)
         plan = self.planner.plan_backward(Backward.of(dy, ds, x, w, rstd, spec, need_dx, need_dw))
         assert isinstance(plan, Plan), plan.why
         return run(plan, (dy, ds, x, w, rstd))

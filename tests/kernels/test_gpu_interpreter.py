@@ -93,6 +93,7 @@ def check(
     offset: float = 0.0,
     with_rstd: bool = True,
     needs: tuple[bool, bool] = (True, True),
+    V: int | None = None,
     kernels: Any = None,
 ) -> None:
     """Compares forward and backward of the kernels with the reference, and checks the memory around the outputs.
@@ -107,9 +108,9 @@ def check(
     inputs = [t for t in (x, w, residual, dy, ds) if t is not None]
     before = [t.clone(memory_format=torch.contiguous_format) for t in inputs]
     with guarded() as buffers:
-        got = kernels.forward(x, residual, w, eps, cast, offset, with_rstd)
+        got = kernels.forward(x, residual, w, eps, cast, offset, with_rstd, V)
     assert buffers, "no output is guarded"
-    expected = reference.forward(x, residual, w, eps, cast, offset, True)
+    expected = reference.forward(x, residual, w, eps, cast, offset, True, V)
     wrong = {name: differing(a, b) for name, a, b in zip(("y", "s"), got, expected, strict=False)}
     wrong["rstd"] = differing(got[2], expected[2] if with_rstd else None)
 
@@ -119,11 +120,13 @@ def check(
     dy = draw(*y.shape, dtype=y.dtype) if dy is None else dy
     needs = (needs[0], needs[1] and w is not None)
     with guarded():
-        gradients = kernels.backward(dy, ds, rows, w, rstd, cast, offset, *needs)
-    right = reference.backward(dy, ds, rows, w, rstd, cast, offset, *needs)
+        gradients = kernels.backward(dy, ds, rows, w, rstd, cast, offset, *needs, V)
+    right = reference.backward(dy, ds, rows, w, rstd, cast, offset, *needs, V)
     wrong["dx"] = differing(gradients[0], right[0])
     if needs[1]:
-        count = tolerance.dw_too_far_off(gradients[1], *tolerance.sums_of_dw(dy, rows, rstd, cast), rstd.numel())
+        assert w is not None
+        sums = tolerance.sums_of_dw(dy, rows, rstd, cast, w.shape)
+        count = tolerance.dw_too_far_off(gradients[1], *sums, rstd.numel())
         wrong["dw"] = f"{count} are too far off" if count else ""
     wrong["inputs"] = "; ".join(filter(None, map(differing, (t.contiguous() for t in inputs), before)))
     said = {name: what for name, what in wrong.items() if what}
@@ -138,13 +141,16 @@ def two_norms_in_one_launch() -> None:
     from rmsnorm.kernels.run import run
     from rmsnorm.spec import Spec
 
-    shapes = (((5, 64), (3, 96)), ((2, 3, 1280), (7, 16)), ((4, 72), (1, 513)))
-    for (cast, offset), dtype, (shape, shape2) in itertools.product(SPECS[:3], (FP32, FP16), shapes):
+    # The dimensions of each x, and how many of them each weight has.
+    shapes = (
+        ((5, 64), (3, 96), 1), ((2, 3, 1280), (7, 16), 1), ((4, 72), (1, 513), 1), ((9, 4, 64), (9, 2, 48), 2)
+    )  # fmt: skip
+    for (cast, offset), dtype, (shape, shape2, dims) in itertools.product(SPECS[:3], (FP32, FP16), shapes):
         xs = draw(*shape, dtype=dtype), draw(*shape2[:-1], shape2[-1] + 16)[..., : shape2[-1]]
-        ws = draw(shape[-1], dtype=dtype), None if offset == 0 and dtype is FP16 else draw(shape2[-1])
+        ws = draw(*shape[-dims:], dtype=dtype), None if offset == 0 and dtype is FP16 else draw(*shape2[-dims:])
         spec = Spec(1e-6, cast, offset)
         apart = [gpu.plan_forward(Forward.of(x, None, w, spec, True)) for x, w in zip(xs, ws, strict=True)]
-        plan = gpu.merge_launches(both(*apart, (0, 2)))
+        plan = gpu.merge_pair(both(*apart, (0, 2)))
         assert len(plan.launches) == 1
         with guarded():
             found = run(plan, (xs[0], None, ws[0], xs[1], None, ws[1]))
@@ -152,6 +158,39 @@ def two_norms_in_one_launch() -> None:
             y, _, rstd = reference.forward(x, None, w, 1e-6, cast, offset, True)
             said = differing(found[2 * i], y) or differing(found[2 * i + 1], rstd)
             assert not said, f"norm {i} of {shape} and {shape2}, {dtype}, {cast}: {said}"
+
+
+@case
+def norm_sum_and_norm_in_one_launch() -> None:
+    from rmsnorm import reference
+    from rmsnorm.kernels import dispatch
+    from rmsnorm.kernels.gpu import planner as gpu
+    from rmsnorm.kernels.plan import sandwich
+    from rmsnorm.kernels.run import run
+    from rmsnorm.spec import Spec
+
+    shapes = ((5, 64), (2, 3, 1280), (3, 2304), (4, 96))
+    kinds = ((FP32, FP32), (FP16, FP16), (FP16, FP32))
+    for (cast, offset), (dtype, w_dtype), shape in itertools.product(SPECS[:3], kinds, shapes):
+        N = shape[-1]
+        h_dtype = FP32 if cast == "early" and w_dtype is FP32 else dtype
+        x, residual = draw(*shape, dtype=dtype), draw(*shape[:-1], N + 16, dtype=h_dtype)[..., :N]
+        w, w2 = draw(N, dtype=w_dtype), None if offset == 0 and dtype is FP16 else draw(N, dtype=w_dtype)
+        for with_rstd in (False, True):
+            spec = Spec(1e-6, cast, offset)
+            apart = map(gpu.plan_forward, dispatch.sandwich_kinds(x, w, residual, w2, spec, with_rstd))
+            merged = gpu.merge_sandwich(sandwich(*apart))
+            assert len(merged.launches) == 1, (shape, dtype)
+            with guarded():
+                y, s, rstd, rstd2 = run(merged, (x, None, w, residual, w2))
+            h, _, expected_rstd = reference.forward(x, None, w, 1e-6, cast, offset, with_rstd)
+            expected = reference.forward(h, residual, w2, 1e-6, cast, offset, with_rstd)
+            named = {"y": (y, expected[0]), "s": (s, expected[1])}
+            if with_rstd:
+                named |= {"rstd": (rstd, expected_rstd), "rstd2": (rstd2, expected[2])}
+            for name, (a, b) in named.items():
+                said = differing(a, b)
+                assert not said, f"{name} of {shape}, {dtype}, {cast}, offset {offset}: {said}"
 
 
 @contextmanager
@@ -228,6 +267,51 @@ def widths() -> None:
 
 
 @case
+def heads_with_weights_of_their_own() -> None:
+    forms = (((7,), 3, 64), ((2, 5), 4, 24), ((), 5, 1280), ((3,), 1, 8), ((40,), 3, 7), ((0,), 2, 8))
+    for index, (shape, H, N) in enumerate(forms):
+        for dtype, w_dtype in ((FP32, FP32), (FP16, FP16), (FP16, FP32)):
+            cast, offset = SPECS[index % len(SPECS)]
+            x, w = draw(*shape, H, N, dtype=dtype), draw(H, N, dtype=w_dtype)
+            check(x, w, cast=cast, offset=offset, needs=(index % 2 == 0, True))
+            cast, offset = SPECS[(index + 1) % len(SPECS)]
+            residual, ds = draw(*x.shape, dtype=dtype), draw(*x.shape, dtype=dtype)
+            check(x, w, residual, ds=ds, cast=cast, offset=offset)
+    with settings(MULTIPROCESSORS=1):  # more heads than programs, and programs of several tiles
+        check(draw(130, 3, 16), draw(3, 16))
+        check(draw(3, 70, 65, dtype=FP16), draw(70, 65, dtype=FP16))
+        check(draw(90, 2, 40), draw(2, 40), needs=(False, True))
+    wide = draw(2, 3, 4, 64)
+    for x in (wide.transpose(1, 2)[:, :2, :, 5:53], wide[:, :, ::2, :48], draw(48, 3, 2).permute(1, 2, 0)):
+        check(x, draw(48, x.shape[-2]).t(), dy=x.flip(-1))
+    with walked(32, PIECE=32, COLUMNS=64) as seen:
+        check(draw(5, 3, 65), draw(3, 65))
+        check(draw(5, 3, 65), draw(3, 65), draw(5, 3, 65), ds=draw(5, 3, 65))
+    assert seen >= WALKS | WALKS_OF_TWO, seen
+
+
+@case
+def statistics_of_the_first_columns() -> None:
+    forms = ((5, 64, 40), (3, 72, 1), (67, 65, 33), (2, 1280, 1279), (4, 97, 97), (1, 8, 4), (0, 8, 3), (3, 2049, 16))
+    for index, (M, N, V) in enumerate(forms):
+        for dtype in (FP32, FP16):
+            cast, offset = SPECS[index % len(SPECS)]
+            x, w = draw(M, N, dtype=dtype), draw(N, dtype=dtype)
+            x[2:, V:] = torch.inf  # outside of the statistic
+            check(x, w, cast=cast, offset=offset, V=V)
+            cast, offset = SPECS[(index + 1) % len(SPECS)]
+            residual, ds = draw(M, N, dtype=dtype), draw(M, N, dtype=dtype)
+            weight = w if offset or index % 2 else None
+            check(draw(M, N, dtype=dtype), weight, residual, ds=ds, cast=cast, offset=offset, V=V)
+    check(draw(3, 4, 48), draw(4, 48), V=24)
+    check(draw(4, 3, 48).transpose(0, 1)[..., 5:], draw(43), V=24)
+    with walked(32, PIECE=32, COLUMNS=64) as seen:
+        check(draw(5, 65), draw(65), V=40)
+        check(draw(5, 65, dtype=FP16), draw(65), draw(5, 65, dtype=FP16), ds=draw(5, 65, dtype=FP16), V=33)
+    assert seen >= WALKS | WALKS_OF_TWO, seen
+
+
+@case
 def rows_that_begin_anywhere_in_a_word() -> None:
     """Rows before and after are loaded with the words at the ends of a row, but do not affect it."""
     for index, (N, dtype) in enumerate(((65, FP32), (98, FP16), (72, FP16))):
@@ -273,13 +357,15 @@ def every_row_counts() -> None:
     from rmsnorm.kernels.gpu import planner as gpu
 
     with settings(MULTIPROCESSORS=1):
-        for (M, N), dtype in itertools.product(((1, 31), (300, 31), (67, 512), (19, 1281)), (FP32, FP16)):
-            x = torch.where(draw(M, N) < 0, -1.0, 1.0).to(dtype)
-            dy = draw(M, N).round().clamp(-3, 3).to(dtype)
+        shapes = ((1, 31), (300, 31), (67, 512), (19, 1281), (300, 3, 31), (41, 17, 64))  # the last two have heads
+        for shape, dtype in itertools.product(shapes, (FP32, FP16)):
+            x = torch.where(draw(*shape) < 0, -1.0, 1.0).to(dtype)
+            dy = draw(*shape).round().clamp(-3, 3).to(dtype)
             expected = (x * dy).sum(0, dtype=torch.float64).to(dtype)
+            w, rstd = draw(*shape[1:], dtype=dtype), torch.ones(shape[:-1])
             for needs in ((True, True), (False, True)):
-                dw = Kernels(gpu).backward(dy, None, x, draw(N, dtype=dtype), torch.ones(M), "early", 0.0, *needs)[1]
-                assert not differing(dw, expected), f"{M} x {N} {dtype} {needs}: {differing(dw, expected)}"
+                dw = Kernels(gpu).backward(dy, None, x, w, rstd, "early", 0.0, *needs)[1]
+                assert not differing(dw, expected), f"{shape} {dtype} {needs}: {differing(dw, expected)}"
 
 
 @case
@@ -363,6 +449,8 @@ def sums_of_gradients() -> None:
         dy, ds = [draw(5, N, dtype=dtype) for _ in range(count)], draw(5, N, dtype=dtype)
         check_sum(dy, ds, x, w, cast=cast, offset=offset, needs=needs)
         check_sum(dy, None, x, w if index % 2 else None, cast=cast, needs=needs)
+    heads = [draw(7, 3, 40) for _ in range(5)]
+    check_sum(heads[:3], heads[3], heads[4], draw(3, 40))
 
 
 @case

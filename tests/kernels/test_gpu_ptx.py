@@ -31,7 +31,7 @@ from rmsnorm.kernels.gpu import driver, kernels, staged, tiling  # noqa: E402
 from rmsnorm.kernels.gpu import planner as gpu  # noqa: E402
 from rmsnorm.kernels.gpu.driver import Slot, TritonLaunch  # noqa: E402
 from rmsnorm.kernels.gpu.tiling import Gpu  # noqa: E402
-from rmsnorm.kernels.plan import Backward, Forward, Plan, TensorKind  # noqa: E402
+from rmsnorm.kernels.plan import Backward, Forward, Plan, TensorKind, sandwich  # noqa: E402
 from rmsnorm.kernels.run import run  # noqa: E402
 from rmsnorm.spec import Spec  # noqa: E402
 
@@ -77,14 +77,16 @@ def plans(
     residual: bool,
     frozen: str = "",
     capability: int = 9,
+    heads: int = 1,
+    V: int | None = None,
 ) -> tuple[Plan, Plan]:
     """The plans of a forward and a backward pass."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "gpu_at", lambda device: Gpu(SHARED_MEMORY[capability], capability=capability))
         gpu.plan_forward.cache_clear()
         gpu.plan_backward.cache_clear()
-        spec, x_ = Spec(1e-6, cast, offset), TensorKind.dense(shape, x)
-        w_ = None if w is None else TensorKind.dense(shape[-1:], w)
+        spec, x_ = Spec(1e-6, cast, offset, variance_size=V), TensorKind.dense(shape, x)
+        w_ = None if w is None else TensorKind.dense(shape[-1:] if heads == 1 else (heads, shape[-1]), w)
         forward = gpu.plan_forward(Forward(CPU, x_, x_ if residual else None, w_, spec, True))
         y = next(t for t in forward.fresh if t.name == "y")
         dy, rstd = TensorKind.dense(shape, y.dtype), TensorKind.dense(shape[:-1], FP32)
@@ -197,6 +199,16 @@ OTHERS: dict[str, dict[str, Any]] = {
     "odd width, wider": {"N": 200001, "residual": True},
     "no residual, wide": {"N": 32768},
     "64-bit rows": {"M": 2**31 + 16},
+    "first columns": {"V": 1024},
+    "first columns, residual": {"V": 1000, "residual": True},
+    "first columns, odd width": {"N": 1279, "V": 640},
+    "first columns, wide": {"N": 32768, "V": 16384},
+    "heads": {"heads": 32, "N": 128},
+    "heads, narrow": {"heads": 4, "N": 64, "x": FP16, "w": FP32, "cast": "late", "offset": 1.0},
+    "heads, residual": {"heads": 8, "residual": True},
+    "heads, odd width": {"heads": 3, "N": 1279},
+    "heads, wide": {"heads": 8, "N": 32768, "residual": True},
+    "heads, frozen input": {"heads": 16, "frozen": "x"},
     "one row": {"M": 1},
 }
 
@@ -246,6 +258,19 @@ def test_ptx_of_a_sum_of_gradients_meets_the_requirements(dtype: torch.dtype, tm
     for frozen in ("x", "w"):
         for launch in plan_of_sum(1024, dtype, 2, frozen=frozen).launches:
             held_to(launch, 90, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
+def test_ptx_of_a_norm_a_sum_and_a_norm_meets_the_requirements(dtype: torch.dtype, tmp_path: Path) -> None:
+    for N in (128, 1152, 2304, 3584, 5376, 12288):  # Gemma's widths, and the widest
+        x, w = TensorKind.dense((8192, N), dtype), TensorKind.dense((N,), dtype)
+        first, second = (
+            gpu.plan_forward(Forward(CPU, x, residual, w, Spec(1e-6, "late", 1.0), True)) for residual in (None, x)
+        )
+        plan = sandwich(first, second)
+        assert plan is not None
+        (launch,) = gpu.merge_sandwich(plan).launches
+        held_to(launch, 90, tmp_path)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

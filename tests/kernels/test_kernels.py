@@ -182,6 +182,31 @@ def test_bits_for_a_strided_weight(x_dtype, w_dtype, cast, offset, randn) -> Non
 
 
 @diverse
+def test_bits_of_a_weight_for_each_head(x_dtype, w_dtype, cast, offset, randn) -> None:
+    if w_dtype is None:
+        return
+    y_dtype = output_dtype(x_dtype, w_dtype, cast)
+    for (*rows, H, N), w in (
+        ((5, 4, 7), randn(4, 7)),
+        ((2, 1, 3, 64), randn(64, 3).t()),
+        ((6, 2), randn(6, 2)),
+        ((3, 1, 33), randn(1, 33)),
+        ((401, 5, 64), randn(5, 64)),
+        ((3, 2000, 2), randn(2000, 2)),
+        ((0, 3, 8), randn(3, 8)),
+        ((2, 0, 8), randn(0, 8)),
+    ):
+        shape = *rows, H, N
+        x, dy = randn(*shape, dtype=x_dtype), randn(*shape, dtype=y_dtype)
+        check(x, w.to(w_dtype), dy, cast=cast, offset=offset)
+        # Heads in front of the rows, as in attention, and a residual.
+        if len(shape) == 3:
+            x, dy = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, dy))
+            residual, ds = randn(*shape, dtype=x_dtype), randn(*shape, dtype=x_dtype)
+            check(x, w.to(w_dtype), dy, residual, ds, cast=cast, offset=offset)
+
+
+@diverse
 def test_bits_for_many_rows(x_dtype, w_dtype, cast, offset, randn) -> None:
     """So many rows that threads share them in pieces, with sizes that do not divide evenly."""
     y_dtype = output_dtype(x_dtype, w_dtype, cast)

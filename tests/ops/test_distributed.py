@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module, distribute_tensor
@@ -293,6 +294,33 @@ def two_dimensions(mesh: DeviceMesh) -> None:
             same(a, b, str(placements), *placements)
         assert got_gradients[-1].placements == of_dw
         torch.testing.assert_close(got_gradients[-1].full_tensor(), gradients[-1], rtol=OTHER_ORDER, atol=1e-5)
+
+
+@on(2, 4)
+def weights_of_heads_are_sharded_as_the_heads(mesh: DeviceMesh) -> None:
+    """Whole heads without communication, as under tensor parallelism; also uneven shards, rows and columns."""
+    for H, dtype in ((8, torch.bfloat16), (3, torch.float32)):
+        x, residual, _, dy, ds = drawn((5, H, 40), dtype, dtype)
+        w = randn(H, 40, seed=6, dtype=dtype).requires_grad_()
+        outputs, gradients = norm(x, residual, w, dy, ds, {})
+        for p, of_w, of_dw in (
+            (Shard(1), Shard(0), Shard(0)),
+            (Shard(1), Replicate(), Shard(0)),
+            (Shard(0), Replicate(), Partial()),
+            (Shard(2), Shard(1), Shard(1)),
+            (Replicate(), Replicate(), Replicate()),
+        ):
+            X, R, DY, DS = (spread(t, mesh, p) for t in (x, residual, dy, ds))
+            with communicating(**({"all_reduce": 2} if p == Shard(2) else {})):
+                got, got_gradients = norm(X, R, spread(w, mesh, of_w), DY, DS, {})
+            for a, b in zip(got + got_gradients[:-1], outputs + gradients[:-1], strict=True):
+                same(a, b, f"{H} heads, {p}", p)
+            dw = got_gradients[-1]
+            assert dw.placements == (of_dw,)
+            if of_dw == Partial():  # each rank rounds its share
+                torch.testing.assert_close(dw.full_tensor().float(), gradients[-1].float(), rtol=2e-2, atol=2e-2)
+            else:
+                assert_same_bits(dw.full_tensor(), gradients[-1], "dw")
 
 
 @on(2)
@@ -654,18 +682,19 @@ def fully_sharded(mesh: DeviceMesh) -> None:
 
 @on(2)
 def recomputing_where_parameters_are_sharded_or_replicated(mesh: DeviceMesh) -> None:
-    """Gradients keep their bits. With FSDP2, outputs are kept where their weight is gathered later than they are read."""
+    """Outputs and gradients keep their bits. With FSDP2, outputs whose weight is gathered later than their use are kept."""
     rank = mesh.get_local_rank()
+    mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
     def build(recompute: bool) -> tuple[nn.Module, Any]:
         model = nn.Sequential(Block(), Block(), nn.Linear(N, N))
         return model, rmsnorm.patch(model, recompute=recompute)
 
-    def by_fsdp(*units: str) -> Callable[[nn.Module], nn.Module]:
+    def by_fsdp(*units: str, **options: Any) -> Callable[[nn.Module], nn.Module]:
         def shard(model: nn.Module) -> nn.Module:
             for unit in units:
-                fully_shard(model.get_submodule(unit), mesh=mesh)
-            return fully_shard(model, mesh=mesh)
+                fully_shard(model.get_submodule(unit), mesh=mesh, **options)
+            return fully_shard(model, mesh=mesh, **options)
 
         return shard
 
@@ -675,6 +704,7 @@ def recomputing_where_parameters_are_sharded_or_replicated(mesh: DeviceMesh) -> 
         (nn.parallel.DistributedDataParallel, {}),
         (by_fsdp(), {}),
         (by_fsdp("0", "1"), {freed: 2}),  # what leaves a block
+        (by_fsdp("0", "1", mp_policy=mixed), {freed: 2}),
         (by_fsdp(*every_norm), {freed: 6}),
     ):
         found: list[dict[str, Tensor]] = []
@@ -682,8 +712,9 @@ def recomputing_where_parameters_are_sharded_or_replicated(mesh: DeviceMesh) -> 
             model, report = build(recompute)
             model = spread_out(model)
             for _ in range(2):
-                model(randn(3, 8, N, seed=rank)).square().sum().backward()
-            found.append(gradients(model))
+                y = model(randn(3, 8, N, seed=rank))
+                y.float().square().sum().backward()
+            found.append(gradients(model) | {"y": y.detach()})
         assert found[0].keys() == found[1].keys()
         for name, expected in found[0].items():
             assert_same_bits(found[1][name], expected, name)
@@ -802,6 +833,59 @@ def a_checkpoint_loads_into_other_shardings(mesh: DeviceMesh) -> None:
             close({"y": whole(loaded(x))}, {"y": y})
 
 
+@on(2, 4)
+def a_checkpoint_of_a_patched_model_continues_its_training(mesh: DeviceMesh) -> None:
+    """On the same mesh with the same bits; it is also loaded onto other meshes, and into models that are not patched.
+
+    It is saved from shards on two ranks; on four ranks there are two replicas of them.
+    """
+    world = mesh.size()
+    half = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards")) if world == 4 else mesh
+    x = randn(3, 8, N, seed=mesh.get_local_rank())
+
+    def build(on_mesh: DeviceMesh | None, patched: bool = True) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.Sequential(strange_block())
+        if patched:
+            assert len(rmsnorm.patch(model, recompute=True).replaced) == 3
+        if on_mesh is not None:
+            for part in (*model, model):
+                fully_shard(part, mesh=on_mesh)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        moments = {
+            f"{i} {key}": whole(t) for i, state in optimizer.state_dict()["state"].items() for key, t in state.items()
+        }
+        return weights(model) | moments
+
+    model, optimizer = build(half)
+    first = train(model, optimizer)
+    parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.save(parts, checkpoint_id="patched")
+    second = train(model, optimizer)
+
+    def load(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        dcp.load(state, checkpoint_id="patched")
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+    for on_mesh, patched in ((half, True), (mesh, False), (None, True)):
+        again, its_optimizer = build(on_mesh, patched)
+        for parameter in again.parameters():
+            nn.init.zeros_(parameter)
+        load(again, its_optimizer)
+        for name, w in weights(again).items():
+            assert_same_bits(w, first[name], name)
+        if patched and on_mesh is not None:
+            continued = train(again, its_optimizer)
+            assert continued.keys() == second.keys()
+            for name, t in second.items():
+                assert_same_bits(continued[name], t, name)
+
+
 @on(2)
 def data_parallel(mesh: DeviceMesh) -> None:
     xs = [randn(3, 8, N, seed=s) for s in range(2)]
@@ -810,6 +894,47 @@ def data_parallel(mesh: DeviceMesh) -> None:
         y = model(xs[mesh.get_local_rank()])
     y.square().sum().backward()
     close(gradients(model), mean_gradients(Block(), xs))
+
+
+class Choosing(nn.Module):
+    """A patched model with a norm that runs only if it is chosen, and one that never runs."""
+
+    def __init__(self, recompute: bool) -> None:
+        super().__init__()
+        self.block, self.chosen, self.never = strange_block(), StrangersRMSNorm(N), StrangersRMSNorm(N)
+        assert len(rmsnorm.patch(self, recompute=recompute).replaced) == 5
+
+    def forward(self, x: Tensor, choose: bool) -> Tensor:
+        y = self.block(x)
+        return self.chosen(y) if choose else y
+
+
+@on(2)
+def data_parallel_with_a_static_graph_or_unused_parameters(mesh: DeviceMesh) -> None:
+    """The gradients of a patched model are the mean of those of both batches alone, with the same bits."""
+    xs = [randn(3, 8, N, seed=s) for s in range(2)]
+    own = mesh.get_local_rank()
+    plain = Choosing(recompute=False)
+    for options, chosen, recompute in (
+        ({"find_unused_parameters": True}, [True, False], False),
+        ({"find_unused_parameters": True}, [True, True], True),
+        ({"static_graph": True}, [True, True], False),
+        ({"static_graph": True}, [True, True], True),
+    ):
+        model = nn.parallel.DistributedDataParallel(Choosing(recompute), **options)
+        for _ in range(3):  # a static graph is used from the second step
+            model.zero_grad()
+            model(xs[own], chosen[own]).square().sum().backward()
+        alone = []
+        for x, choose in zip(xs, chosen, strict=True):
+            plain.zero_grad()
+            plain(x, choose).square().sum().backward()
+            alone.append({name: p.grad for name, p in plain.named_parameters()})
+        found = gradients(model)
+        assert found.keys() == alone[0].keys() - {"never.weight"}
+        for name, g in found.items():
+            parts = [torch.zeros_like(g) if one[name] is None else one[name] for one in alone]
+            assert_same_bits(g, (parts[0] + parts[1]) / 2, f"{name} {options} {chosen} {recompute}")
 
 
 @on(2)
@@ -890,6 +1015,7 @@ def unsuitable_placements_raise(mesh: DeviceMesh) -> None:
     x, residual, w, *_ = (t.detach() for t in drawn((4, 6, 32), torch.float32, torch.float32))
     rows, columns, every = (spread(x, mesh, p) for p in (Shard(1), Shard(2), Replicate()))
     w_every, w_columns = spread(w, mesh, Replicate()), spread(w, mesh, Shard(0))
+    of_heads = spread(randn(6, 32), mesh, Shard(1))
     table: list[tuple[tuple[Any, ...], list[str]]] = [
         ((rows, w), ["weight is a plain tensor", "Shard(dim=1)", "distribute_tensor(weight", "parallelize_module"]),
         ((x, w_columns), ["x is a plain tensor", "Shard(dim=0)", "distribute_tensor(x", "fully_shard"]),
@@ -897,6 +1023,7 @@ def unsuitable_placements_raise(mesh: DeviceMesh) -> None:
         ((rows, w_columns), ["weight has placements (Shard(dim=0),)", "x has (Shard(dim=1),)", "redistribute"]),
         ((rows, spread(w, other, Replicate(), Replicate())), ["weight is on the mesh", "the mesh of x", "on one mesh"]),
         ((rows, DTensor.from_local(w, mesh, [Partial()])), ["weight has placements (Partial(sum),)", "redistribute"]),
+        ((rows, of_heads), ["weight has placements (Shard(dim=1),)", "Shard(dim=0) on mesh dimension 0", "same dimension"]),
         ((columns, rows, w_every), ["residual has placements (Shard(dim=1),)", "Shard(dim=2)", "residual.redistribute"]),
         ((rows, residual, w_every), ["residual is a plain tensor", "Shard(dim=1)", "distribute_tensor(residual"]),
     ]  # fmt: skip
@@ -905,6 +1032,8 @@ def unsuitable_placements_raise(mesh: DeviceMesh) -> None:
         with pytest.raises(ValueError, match=rf"^\[{call.__name__}\] ") as raised:
             call(*arguments)
         assert all(word in str(raised.value) for word in words), raised.value
+    with pytest.raises(NotImplementedError, match=r"\[rms_norm\] variance_size is given, expected None for a DTensor"):
+        rmsnorm.rms_norm(rows, w_every, variance_size=16)
     sharded = fully_shard(Block(), mesh=mesh)
     with pytest.raises(ValueError, match="call of the module"):
         sharded.norm(x.view(-1, 8, 96)[..., :N])

@@ -69,6 +69,7 @@ OUT = Path("out")
     ("arguments", "verb", "given"),
     [
         ("report", "report.command.report", ("deepseek-ocr", Path(), {"device": None, "tokens": 2048, "seconds": 90.0, "every_layer": False, "compiled": False})),
+        ("report --from a.json --out out --all", "report.command.draw_stored", (Path("a.json"), OUT, {"every_layer": True})),
         (
             "report folder --out out --device cpu --tokens 5 --seconds 2.5 --all --compile",
             "report.command.report",
@@ -115,8 +116,8 @@ def test_every_option_reaches_its_verb(arguments, verb, given, monkeypatch) -> N
 @pytest.mark.parametrize(
     ("arguments", "verb", "wrote"),
     [
-        ("report", "report", "report.json"),
-        ("report --out out", "report", "out/report.json"),
+        ("report", "report", "report.html"),
+        ("report --out out", "report", "out/report.html"),
         ("bench --out out", "bench", "out/bench-cpu.json"),
         ("report --json -", "report", None),
         ("bench --json x.json", "bench", None),
@@ -419,6 +420,8 @@ def test_a_full_disk_prints_one_line(monkeypatch, capsys, tmp_path) -> None:
     [
         (("report", "--out", "r", "--json", "r"), "--json writes the file r, which --out needs as a folder"),
         (("report", "--out", "there", "--json", "there/report.json"), "--out and --json both write there/report.json"),
+        (("report", "--json", "report.html"), "--out and --json both write report.html: give them different names"),
+        (("report", "--from", "r", "--json", "report.html"), "--out and --json both write report.html"),
         (("report", "--json", "report.json"), "--out and --json both write report.json: give them different names"),
         (("bench", "--out", "there", "--json", "there/bench-cpu.json"), "--out and --json both write there/bench"),
         (("bench", "--plot", "a.svg", "--json", "a.svg"), "--plot and --json both write a.svg"),

@@ -109,6 +109,34 @@ def test_every_model_is_patched_as_a_whole_and_compiled_in_one_graph(
     assert [(v["variant"], v.get("no_time")) for v in case["variants"]] == [("as is", None), ("patched", None)] * 2
 
 
+def test_a_model_with_gated_norms_is_measured_in_eager_mode(
+    models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models.measuring, "MOST_ROUNDS", 7)
+    result = run(models, tmp_path, "--models", "qwen3-next", "--modes", "training", "--sections", "times,gradients")
+    (case,) = result["cases"]
+    assert {v["variant"] for v in case["variants"]} >= {"as is", "patched", "recomputed", "F.rms_norm", "no norms"}
+    assert not any(v["compiled"] or "no_time" in v for v in case["variants"])
+    assert [(one["compiled"], one["differing"]) for one in result["gradients"]] == [(False, 0)]
+
+
+def test_the_memory_of_the_gpu_in_use_is_limited_and_released(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[float, int]] = []
+    cuda = {
+        "empty_cache": lambda: None,
+        "current_device": lambda: 1,
+        "get_per_process_memory_fraction": lambda index: 0.75 if type(index) is int else 1 / 0,
+        "get_device_properties": lambda index: types.SimpleNamespace(total_memory=1000 * index),
+        "set_per_process_memory_fraction": lambda fraction, index: seen.append((fraction, index)),
+    }
+    for name, function in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    for device in ("cuda", "cuda:1"):
+        with models.measuring.batches._limited(torch.device(device), 200):
+            assert seen.pop() == (0.2, 1)
+        assert seen.pop() == (0.75, 1)
+
+
 def test_a_variant_replaces_every_norm_of_a_copy(models: Any) -> None:
     transformers = pytest.importorskip("transformers")
     (model,) = (m for m in models.definitions.MODELS if m.name == "gemma2")
@@ -323,7 +351,10 @@ def test_a_file_that_is_not_a_result_raises(models: Any, content: str | None, tm
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--models", "lama"), "'lama' is not a model: give one of llama, qwen3, gemma2, deepseek-v3, deepseek-ocr"),
+        (
+            ("--models", "lama"),
+            "'lama' is not a model: give one of llama, qwen3, gemma2, deepseek-v3, deepseek-ocr, qwen3-next",
+        ),
         (("--modes", "backward"), "'backward' is not a mode: give one of training, forward, token"),
         (
             ("--variants", "patched,ligre"),

@@ -27,6 +27,7 @@ class Case:
     Attributes:
         M: The number of rows.
         N: The number of columns.
+        heads: How many weights of N columns there are; 1 unless each head has its own.
         x_dtype: The dtype of x.
         w_dtype: The dtype of the weight; None without one.
         implementation: One of `IMPLEMENTATIONS`.
@@ -51,6 +52,12 @@ class Case:
     recompute: bool = False
     single_row: bool = False
     threads: int = 1
+    heads: int = 1
+
+    @property
+    def W(self) -> int:
+        """The number of elements of the weight, if there is one."""
+        return self.heads * self.N
 
     @property
     def E(self) -> int:
@@ -86,7 +93,7 @@ class Case:
 
     def weight(self) -> Array | None:
         """The weight as it is stored; None without one."""
-        return None if self.w_dtype is None else given(self.N, self.w_dtype)
+        return None if self.w_dtype is None else given(self.W, self.w_dtype)
 
 
 def check_case(
@@ -103,6 +110,7 @@ def check_case(
     master: bool,
     recompute: bool,
     threads: int | None,
+    by_head: bool,
 ) -> Case:
     """The case that these arguments of `cost` describe.
 
@@ -139,6 +147,9 @@ def check_case(
         raise ValueError(complaint("cost", "elementwise_affine", "is False with an offset", "True"))
     if implementation == "LayerNorm" and elementwise_affine:
         _check_layer_norm(dtype, weight_dtype, device)
+    check_bool("cost", "by_head", by_head)
+    if by_head:
+        _check_by_head(sizes, implementation, elementwise_affine)
     threads = None if threads is None else check_int("cost", "threads", threads, 1)
     return Case(
         M=math.prod(sizes[:-1]),
@@ -153,7 +164,19 @@ def check_case(
         recompute=recompute,
         single_row=len(sizes) == 1,
         threads=threads or torch.get_num_threads(),
+        heads=max(1, sizes[-2]) if by_head else 1,
     )
+
+
+def _check_by_head(sizes: Sequence[int], implementation: str, elementwise_affine: bool) -> None:
+    """Raise ValueError if a norm of this shape and implementation has no weight for each head."""
+    if len(sizes) < 2:
+        raise ValueError(complaint("cost", "shape", f"is {tuple(sizes)} with by_head", "(..., H, N)"))
+    if implementation not in RECOMPUTED:
+        expected = f"False, or implementation {' or '.join(map(repr, RECOMPUTED))}"
+        raise ValueError(complaint("cost", "by_head", f"is True with implementation {implementation!r}", expected))
+    if not elementwise_affine:
+        raise ValueError(complaint("cost", "elementwise_affine", "is False with by_head", "True"))
 
 
 def _check_layer_norm(dtype: torch.dtype, weight_dtype: torch.dtype, device: str) -> None:

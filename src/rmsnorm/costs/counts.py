@@ -110,6 +110,7 @@ def cost(
     elementwise_affine: bool = True,
     master: bool = False,
     recompute: bool = False,
+    by_head: bool = False,
     threads: int | None = None,
 ) -> Cost:
     """Count what one norm of x costs, without running it.
@@ -136,6 +137,8 @@ def cost(
         recompute: Whether y is not kept for the operators that read it, but recomputed in the backward pass, as by
             `rmsnorm.recompute` and `patch(model, recompute=True)`. This adds a forward call to the backward phase. For
             "ours" and "ours+residual" only.
+        by_head: Whether each head has its own weight: x is (..., H, N) and the weight (H, N). For "ours" and
+            "ours+residual" only.
         threads: The number of CPU threads; None for torch's. The backward pass of LayerNorm allocates memory for each.
 
     Returns:
@@ -143,9 +146,9 @@ def cost(
 
     Raises:
         TypeError: If `shape` is not a sequence of integers, a dtype is none of the three, or `elementwise_affine`,
-            `master`, `recompute` or `threads` has the wrong type; the message names the argument.
+            `master`, `recompute`, `by_head` or `threads` has the wrong type; the message names the argument.
         ValueError: If another argument has a value that is not allowed, LayerNorm refuses the weight's dtype, or
-            `recompute` is True with another implementation than ours; the message names the argument.
+            `recompute` or `by_head` is True with another implementation than ours; the message names the argument.
 
     Example:
         >>> c = rmsnorm.cost((8192, 1280), torch.bfloat16)
@@ -155,6 +158,7 @@ def cost(
     case = check_case(
         shape, dtype, weight_dtype, implementation=implementation, phase=phase, device=device, cast=cast, offset=offset,
         elementwise_affine=elementwise_affine, master=master, recompute=recompute, threads=threads,
+        by_head=by_head,
     )  # fmt: skip
     tape, saved = _record(case)
     parameters = _parameter_bytes(case)
@@ -196,7 +200,7 @@ def _least_bytes(case: Case) -> int:
     A call that recomputes y reads what was normalized and the weight, and writes y.
     """
     x, y = case.E * case.x_dtype.itemsize, case.y_nbytes
-    weight = 0 if case.w_dtype is None or not case.M else case.N * case.w_dtype.itemsize
+    weight = 0 if case.w_dtype is None or not case.M else case.W * case.w_dtype.itemsize
     rstd = 4 * case.M if case.training else 0
     if case.phase == "backward":
         dy, dx, dw, ds = y, x, weight, x if case.adds else 0
@@ -214,12 +218,12 @@ def _tensors(case: Case) -> int:
 
 
 def _parameter_bytes(case: Case) -> int:
-    return 0 if case.w_dtype is None else _tensors(case) * case.N * case.w_dtype.itemsize
+    return 0 if case.w_dtype is None else _tensors(case) * case.W * case.w_dtype.itemsize
 
 
 def _adamw_bytes(case: Case, master: bool) -> int:
     """Two moments in the dtype that is stepped, and 4 bytes a tensor that count the steps; a master copy is fp32."""
     counters = 4 * _tensors(case)
     if master and case.w_dtype not in (None, F32):
-        return 3 * _tensors(case) * case.N * F32.itemsize + counters
+        return 3 * _tensors(case) * case.W * F32.itemsize + counters
     return 2 * _parameter_bytes(case) + counters

@@ -19,26 +19,26 @@ _GPU = tiling.Gpu(227 << 10)
 
 
 def forward_flops(case: Case) -> int:
-    """FLOPs of the forward pass: 4E + 3M with a weight, E more with a residual, N more with an offset.
+    """FLOPs of the forward pass: 4E + 3M with a weight, E more with a residual, W more with an offset.
 
-    x² E, their sum E − M, / N M, + eps M, sqrt M, 1 / M, × rstd E, × weight E; + residual E, + offset N.
+    x² E, their sum E − M, / N M, + eps M, sqrt M, 1 / M, × rstd E, × weight E; + residual E, + offset W.
     """
     per_element = 3 + (case.w_dtype is not None) + case.adds
-    return per_element * case.E + 3 * case.M + int(case.offset) * case.N
+    return per_element * case.E + 3 * case.M + int(case.offset) * case.W
 
 
 def backward_flops(case: Case, need_dx: bool = True, need_dw: bool = True) -> int:
-    """FLOPs of the backward pass: 7E for dx with a weight, and 2E − N for dw.
+    """FLOPs of the backward pass: 7E for dx with a weight, and 2E − W for dw.
 
     Both: xh = x · rstd E. dx: g = dy · w E, g · xh E, its sum E − M, / N M, xh · c E, g − E, rstd · E, + ds E.
-    dw: dy · xh E, its sum E − N.
+    dw: dy · xh E, its sum E − W.
     """
     flops = case.E
     if need_dx:
         per_element = 5 + (case.w_dtype is not None) + case.adds
-        flops += per_element * case.E + int(case.offset) * case.N
+        flops += per_element * case.E + int(case.offset) * case.W
     if need_dw and case.w_dtype is not None:
-        flops += 2 * case.E - case.N
+        flops += 2 * case.E - case.W
     return flops
 
 
@@ -88,9 +88,9 @@ def _cpu_backward(tape: Tape, case: Case, inputs: list[Array | None], dx: Array)
     if case.w_dtype is None:
         tape.run("backward", backward_flops(case), inputs, [dx])
         return
-    partials = tape.new(cpu_chunks(case) * case.N, torch.float64)
+    partials = tape.new(cpu_chunks(case) * case.W, torch.float64)
     tape.run("backward", backward_flops(case), inputs, [dx, partials])
-    dw = tape.new(case.N, _dtype_as_read(case, case.w_dtype))
+    dw = tape.new(case.W, _dtype_as_read(case, case.w_dtype))
     tape.run("Σ over chunks", 0, [partials], [dw])
     tape.recast(dw, case.w_dtype)
     tape.free(partials)
@@ -101,35 +101,36 @@ def _cuda_backward(tape: Tape, case: Case, inputs: list[Array | None], dx: Array
     dy, _, x, _, rstd = inputs
     config, alone = _backward_launch(case), _dw_launch(case)
     shares = _shares(tape, case, config)
-    partials = None if case.w_dtype is None else tape.new((alone or config).programs * case.N, F32)
+    partials = None if case.w_dtype is None else tape.new((alone or config).programs * case.N, F32)  # of one head each
     if alone is not None:
-        dw_flops = 2 * case.E - case.N
+        dw_flops = 2 * case.E - case.W
         tape.run("dx", backward_flops(case) - dw_flops, [*inputs, shares], [dx, shares])
         tape.run("dw, by programs", dw_flops, [dy, x, rstd], [partials])
     else:
         what = "dx" if partials is None else "dx, and dw by programs"
         tape.run(what, backward_flops(case), [*inputs, shares], [dx, partials, shares])
     if case.w_dtype is not None:
-        tape.run("Σ over programs", 0, [partials], [tape.new(case.N, case.w_dtype)])
+        tape.run("Σ over programs", 0, [partials], [tape.new(case.W, case.w_dtype)])
     tape.free(partials, shares)
 
 
 def _forward_launch(case: Case) -> Launch:
     aligned = tiling.ADD_WIDEST < case.N and case.N % tiling.WORD[case.x_dtype.itemsize] == 0
-    return tiling.forward(case.N, case.x_dtype.itemsize, case.adds, aligned, _GPU)
+    return tiling.forward(case.N, case.x_dtype.itemsize, case.adds, aligned, _GPU, case.heads)
 
 
 def _backward_launch(case: Case) -> Launch:
     x, dy, dw = case.x_dtype.itemsize, case.y_dtype.itemsize, 0 if case.w_dtype is None else case.w_dtype.itemsize
     aligned = tiling.BACKWARD_WIDEST[x] < case.N and case.N % tiling.WORD[x] == 0
-    return tiling.backward(case.M, case.N, x, dy, dw, case.adds, aligned, _GPU)
+    return tiling.backward(case.M, case.N, x, dy, dw, case.adds, aligned, _GPU, 1, False, case.heads)
 
 
 def _dw_launch(case: Case) -> Launch | None:
     """The launch of the kernel that sums dw alone; None where the first kernel does it, or there is no weight."""
     if case.w_dtype is None or _backward_launch(case).parts > 0:
         return None
-    return tiling.dw_alone(case.M, case.N, case.y_dtype.itemsize + case.x_dtype.itemsize, case.w_dtype.itemsize, _GPU)
+    loaded = case.y_dtype.itemsize + case.x_dtype.itemsize
+    return tiling.dw_alone(case.M, case.N, loaded, case.w_dtype.itemsize, _GPU, case.heads)
 
 
 def _shares(tape: Tape, case: Case, config: Launch) -> Array | None:
@@ -164,5 +165,5 @@ def _dtype_as_read(case: Case, w_dtype: torch.dtype) -> torch.dtype:
 
 def cpu_chunks(case: Case) -> int:
     """The number of chunks of rows in which the CPU's kernels sum dw, as `kernels/cpu/launches.py` splits them."""
-    rows = max(32, -(-(1 << 16) // case.N), -(-case.M // 256))
+    rows = case.heads * max(32, -(-(1 << 16) // case.W), -(-(case.M // case.heads) // 256))
     return -(-case.M // rows)

@@ -45,7 +45,8 @@ def register() -> None:
 
 
 def _supports_rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> bool:
-    return variance_size is None and epsilon >= 0 and cast_for(x, weight, "early") is not None
+    fits = variance_size is None or (x.dim() > 0 and 1 <= variance_size <= x.shape[-1])
+    return fits and epsilon >= 0 and cast_for(x, weight, "early") is not None
 
 
 def _supports_fused_add_rms_norm(
@@ -58,7 +59,8 @@ def _supports_fused_add_rms_norm(
 @functools.cache
 def _rms_norm(same_dtype: Cast) -> Callable[..., Tensor]:
     def rmsnorm_rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> Tensor:
-        return rms_norm(x, weight, epsilon, cast=cast_for(x, weight, same_dtype) or same_dtype)
+        cast = cast_for(x, weight, same_dtype) or same_dtype
+        return rms_norm(x, weight, epsilon, cast=cast, variance_size=variance_size)
 
     return rmsnorm_rms_norm
 
@@ -68,6 +70,7 @@ def _fused_add_rms_norm(same_dtype: Cast) -> Callable[..., tuple[Tensor, Tensor]
     def rmsnorm_fused_add_rms_norm(
         x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        return add_rms_norm(x, x_residual, weight, epsilon, cast=cast_for(x, weight, same_dtype) or same_dtype)
+        cast = cast_for(x, weight, same_dtype) or same_dtype
+        return add_rms_norm(x, x_residual, weight, epsilon, cast=cast, variance_size=variance_size)
 
     return rmsnorm_fused_add_rms_norm

@@ -22,10 +22,13 @@ from rmsnorm.kernels.plan import (
     GatedBackward,
     GatedForward,
     Plan,
+    TensorKind,
     both,
+    heads_of,
+    sandwich,
 )  # fmt: skip
 from rmsnorm.kernels.run import run
-from rmsnorm.spec import KERNEL_DTYPES, Spec, sum_dtype
+from rmsnorm.spec import KERNEL_DTYPES, Spec, result_dtype, sum_dtype
 
 _KERNELS = {"cpu": ("cpu", "Numba"), "cuda": ("gpu", "Triton")}
 
@@ -36,7 +39,7 @@ def forward(
     """As `reference.forward`."""
     plan = plan_forward(Forward.of(x, residual, w, spec, with_rstd))
     if isinstance(plan, ByReference):
-        return reference.forward(x, residual, w, spec.eps, spec.cast, spec.offset, with_rstd)
+        return reference.forward(x, residual, w, spec.eps, spec.cast, spec.offset, with_rstd, spec.variance_size)
     y, s, rstd = run(plan, (x, residual, w))
     assert y is not None
     return y, s, rstd
@@ -48,7 +51,7 @@ def backward(
     """As `reference.backward`."""
     plan = plan_backward(Backward.of(dy, ds, x, w, rstd, spec, need_dx, need_dw))
     if isinstance(plan, ByReference):
-        return reference.backward(dy, ds, x, w, rstd, spec.cast, spec.offset, need_dx, need_dw)
+        return reference.backward(dy, ds, x, w, rstd, spec.cast, spec.offset, need_dx, need_dw, spec.variance_size)
     dx, dw = run(plan, (dy, ds, x, w, rstd))
     return dx, dw
 
@@ -88,6 +91,31 @@ def backward_pair(
     if isinstance(plan, ByReference):
         return [t for each in given for t in backward(*each, spec, need_dx, need_dw)]  # type: ignore[arg-type]
     return run(plan, (*given[0], *given[1]))
+
+
+def forward_sandwich(
+    x: Tensor, w: Tensor | None, residual: Tensor, w2: Tensor | None, spec: Spec, with_rstd: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """y and s of the norm, with weight w2, of residual + h, and rstd of both norms; h is y of the norm of x."""
+    first, second = sandwich_kinds(x, w, residual, w2, spec, with_rstd)
+    plan = plan_forward_sandwich(first, second)
+    if isinstance(plan, ByReference):
+        h, _, rstd = forward(x, None, w, spec, with_rstd)
+        y, s, rstd2 = forward(h, residual, w2, spec, with_rstd)
+    else:
+        y, s, rstd, rstd2 = run(plan, (x, None, w, residual, w2))  # type: ignore[assignment]
+    assert y is not None
+    assert s is not None
+    return y, s, rstd, rstd2
+
+
+def sandwich_kinds(
+    x: Tensor, w: Tensor | None, residual: Tensor, w2: Tensor | None, spec: Spec, with_rstd: bool
+) -> tuple[Forward, Forward]:  # fmt: skip
+    """The kinds of the two calls that `forward_sandwich` makes."""
+    first = Forward.of(x, None, w, spec, with_rstd)
+    h = TensorKind.dense(x.shape, result_dtype(x.dtype, None if w is None else w.dtype, spec.cast))
+    return first, Forward.of(x, residual, w2, spec, with_rstd)._replace(x=h)
 
 
 def begin_forward(x: Tensor, residual: Tensor | None) -> tuple[Tensor | None, Tensor]:
@@ -179,15 +207,35 @@ def plan_backward(kind: Backward) -> Plan | ByReference:
 @functools.lru_cache(MOST_PLANS)
 def plan_forward_pair(first: Forward, second: Forward) -> Plan | ByReference:
     """The plan of a call that computes y and rstd of two norms, or the reason why they are computed apart."""
-    plan = _pair(plan_forward(first), plan_forward(second), (0, 2))
-    merge = getattr(_module(first.device.type), "merge_launches", None)
-    return plan if merge is None or isinstance(plan, ByReference) else merge(plan)
+    return _merged(_pair(plan_forward(first), plan_forward(second), (0, 2)), "merge_pair")
 
 
 @functools.lru_cache(MOST_PLANS)
 def plan_backward_pair(first: Backward, second: Backward) -> Plan | ByReference:
     """The plan of a call that computes dx and dw of two norms, or the reason why they are computed apart."""
     return _pair(plan_backward(first), plan_backward(second), (0, 1))
+
+
+@functools.lru_cache(MOST_PLANS)
+def plan_forward_sandwich(first: Forward, second: Forward) -> Plan | ByReference:
+    """The plan of a call that computes y, s, rstd and rstd2 of `forward_sandwich`, or why there are two calls."""
+    of_first, of_second = plan_forward(first), plan_forward(second)
+    if isinstance(of_first, ByReference):
+        return of_first
+    if isinstance(of_second, ByReference):
+        return of_second
+    plan = sandwich(of_first, of_second)
+    if plan is None:
+        return ByReference("torch adds tensors of several dtypes")
+    return _merged(plan, "merge_sandwich")
+
+
+def _merged(plan: Plan | ByReference, name: str) -> Plan | ByReference:
+    """The plan with one launch for two, if the device's planner has a function of this name that can do that."""
+    if isinstance(plan, ByReference):
+        return plan
+    merge = getattr(_module(plan.device.type), name, None)
+    return plan if merge is None else merge(plan)
 
 
 def _pair(first: Plan | ByReference, second: Plan | ByReference, outputs: Sequence[int]) -> Plan | ByReference:
@@ -204,31 +252,33 @@ def plan_begin_forward(kind: BeginForward) -> Plan | ByReference:
 
 def plan_finish_forward(kind: FinishForward) -> Plan | ByReference:
     """The plan of the device's kernels, or the reason why the reference computes."""
-    planner = _parts_planner(kind, None, None if kind.w is None else kind.w.dtype)
+    planner = _parts_planner(kind, None, kind.w)
     return planner if isinstance(planner, ByReference) else planner.plan_finish_forward(kind)
 
 
 def plan_begin_backward(kind: BeginBackward) -> Plan | ByReference:
     """The plan of the device's kernels, or the reason why the reference computes."""
-    planner = _parts_planner(kind, None, None if kind.w is None else kind.w.dtype)
+    planner = _parts_planner(kind, None, kind.w)
     return planner if isinstance(planner, ByReference) else planner.plan_begin_backward(kind)
 
 
 def plan_finish_backward(kind: FinishBackward) -> Plan | ByReference:
     """The plan of the device's kernels, or the reason why the reference computes."""
-    planner = _parts_planner(kind, None, None if kind.w is None else kind.w.dtype)
+    planner = _parts_planner(kind, None, kind.w)
     return planner if isinstance(planner, ByReference) else planner.plan_finish_backward(kind)
 
 
 def _parts_planner(
     kind: BeginForward | FinishForward | BeginBackward | FinishBackward, residual: torch.dtype | None,
-    w: torch.dtype | None,
+    w: TensorKind | None,
 ) -> ModuleType | ByReference:  # fmt: skip
-    planner = _planner(kind.device, kind.x.dtype, residual, w)
+    planner = _planner(kind.device, kind.x.dtype, residual, None if w is None else w.dtype)
     if isinstance(planner, ByReference):
         return planner
     if kind.x.shape[-1] == 0:
         return ByReference("this rank has no columns")
+    if heads_of(w) > 1:
+        return ByReference("each head has its own weight")
     return _module(kind.device.type, "parts_planner")
 
 

@@ -383,23 +383,28 @@ class Plan:
         return Native(self.inputs, self.fresh, tuple(launches), self.outputs, self)
 
 
-def both(first: Plan, second: Plan, outputs: Sequence[int]) -> Plan:
+def both(first: Plan, second: Plan, outputs: Sequence[int], shared: Mapping[str, str] | None = None) -> Plan:
     """A plan that makes the calls of two plans for one device.
 
     Args:
         first: A plan.
         second: Another, whose tensors get a 2 at the end of their names.
         outputs: The places in each plan's outputs of those that the plan has; the first plan's come first.
+        shared: Inputs of the second plan that are fresh tensors of the first, each with its name there. The second
+            plan converts none of them.
     """
+    shared = shared or {}
+    assert not any(shared.keys() & set(converted.of) for converted in second.before)  # conversions come first
     names = {name: f"{name}2" for name in (*second.inputs, *(t.name for t in second.fresh))}
     names |= {converted.name: f"{converted.name}2" for converted in (*second.before, *second.after)}
+    names |= shared
 
     def renamed(converted: Converted) -> Converted:
         return replace(converted, name=names[converted.name], of=tuple(names[name] for name in converted.of))
 
     return Plan(
         first.device,
-        inputs=(*first.inputs, *(names[name] for name in second.inputs)),
+        inputs=(*first.inputs, *(names[name] for name in second.inputs if name not in shared)),
         before=(*first.before, *map(renamed, second.before)),
         fresh=(*first.fresh, *(replace(t, name=names[t.name]) for t in second.fresh)),
         launches=(*first.launches, *(launch.renamed(names) for launch in second.launches)),
@@ -409,6 +414,18 @@ def both(first: Plan, second: Plan, outputs: Sequence[int]) -> Plan:
             *(None if (name := second.outputs[i]) is None else names[name] for i in outputs),
         ),
     )
+
+
+def sandwich(first: Plan, second: Plan) -> Plan | None:
+    """A plan that returns y, s, rstd and rstd2 of a norm, whose y is the x of a second norm with a residual.
+
+    None if torch must convert that x.
+    """
+    if any("x" in converted.of for converted in second.before):
+        return None
+    plan = both(first, second, (0, 1, 2), {"x": "y"})
+    _, _, rstd, y, s, rstd2 = plan.outputs
+    return replace(plan, outputs=(y, s, rstd, rstd2))
 
 
 @dataclass(frozen=True)
@@ -452,6 +469,11 @@ def summands(kind: Forward | BeginForward) -> tuple[str, TensorKind, TensorKind 
         return "x", x, residual, []
     total = TensorKind.dense(x.shape, sum_dtype(x.dtype, residual.dtype))
     return "s", total, None, [Converted("s", ("x", "residual"), total.dtype)]
+
+
+def heads_of(w: TensorKind | None) -> int:
+    """How many heads have a weight of their own: row m has that of head m % heads. 1 if all rows have the same."""
+    return 1 if w is None or len(w.shape) == 1 else max(1, w.shape[0])
 
 
 def gradients(kind: Backward, dtype: torch.dtype) -> tuple[dict[str, TensorKind], list[Converted]]:

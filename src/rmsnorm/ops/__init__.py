@@ -1,5 +1,5 @@
 """The operators `torch.ops.rmsnorm.*`; importing this registers them."""
 
-from rmsnorm.ops import gated, operators, pairs, parts
+from rmsnorm.ops import gated, operators, pairs, parts, sandwich, slices
 
-__all__ = ["gated", "operators", "pairs", "parts"]
+__all__ = ["gated", "operators", "pairs", "parts", "sandwich", "slices"]

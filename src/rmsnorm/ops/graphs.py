@@ -10,6 +10,7 @@ from torch.fx import Graph, Node
 FORWARD = torch.ops.rmsnorm.forward.default
 BACKWARD = torch.ops.rmsnorm.backward.default
 BACKWARD_OF_SUM = torch.ops.rmsnorm.backward_of_sum.default
+FORWARD_SANDWICH = torch.ops.rmsnorm.forward_sandwich.default
 FORWARD_PAIR = torch.ops.rmsnorm.forward_pair.default
 BACKWARD_PAIR = torch.ops.rmsnorm.backward_pair.default
 VIEW = torch.ops.aten.view.default

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from rmsnorm import compat
-from rmsnorm.errors import complaint
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
 from rmsnorm.ops.autograd import BackwardOnce, TransformedNorm, check_backward
@@ -143,23 +142,26 @@ def _empty_gradients(x: Tensor, w: Tensor | None, need_dx: bool, need_dw: bool) 
 
 
 def _vmap_rule(name: str, tensors: int) -> Any:
-    """The vmap rule: one call for the whole batch if only rows are batched; otherwise one call for each sample."""
+    """The vmap rule: one call for the whole batch if only rows are batched; otherwise one call for each sample.
+
+    Samples with fewer dimensions than the weight are called alone too: the operator would take the samples of a batch
+    for heads, or for the columns of a row.
+    """
     op = getattr(torch.ops.rmsnorm, name).default
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any, **hints: Any) -> Outputs:
         if name == "forward" and in_dims[2] is None:
             front = [a if d is None else a.movedim(d, 0) for a, d in zip(args[:2], in_dims[:2], strict=True)]
             batched = [d is not None for d in in_dims[:2]]
-            if batched[0] and front[0].dim() == 1:  # the operator would treat the samples as the columns of a row
-                expected = "(..., N) with N of at least 1"
-                raise ValueError(complaint(caller(front[1]), "x", "has shape ()", expected))
             rows = [
                 a if a is None or is_batched else a.expand(info.batch_size, *a.shape)
                 for a, is_batched in zip(front, batched, strict=True)
             ]
-            outputs = op(*rows, *args[2:], **hints)
-            with_s, with_rstd = front[1] is not None, args[-1]
-            return outputs, (0, 0 if with_s else None, 0 if with_rstd else None)
+            w = args[2]
+            if rows[0].dim() > (1 if w is None else w.dim()):
+                outputs = op(*rows, *args[2:], **hints)
+                with_s, with_rstd = front[1] is not None, args[-1]
+                return outputs, (0, 0 if with_s else None, 0 if with_rstd else None)
         return call_by_sample(op, tensors, info, in_dims, args)
 
     return rule

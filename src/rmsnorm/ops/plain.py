@@ -19,11 +19,26 @@ def plain_forward(
     **hints: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """As the operator `forward`, but with the *published* statistic, in operators that autograd can differentiate."""
+    return plain_slice_forward(x, residual, w, eps, cast, offset, None, with_rstd)
+
+
+def plain_slice_forward(
+    x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: Cast, offset: float,
+    variance_size: int | None, with_rstd: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """As the operator `slice_forward`, with the *published* statistic; over all columns if variance_size is None."""
     s = None if residual is None else (x + residual).contiguous()
     rows = x if s is None else s
-    rstd = reference.published_rstd(rows, eps)
+    rstd = reference.published_rstd(rows[..., :variance_size], eps)
     y = reference.normalize(rows, w, rstd, cast, offset).contiguous()
     return without_none(x, y, s, rstd if with_rstd else None)
+
+
+def _plain_slice_backward(
+    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, cast: Cast, offset: float,
+    variance_size: int, need_dx: bool, need_dw: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return without_none(x, *reference.backward(dy, ds, x, w, rstd, cast, offset, need_dx, need_dw, variance_size))
 
 
 def _plain_backward(
@@ -89,6 +104,8 @@ def decompositions() -> dict[Any, Callable[..., tuple[Tensor, ...]]]:
         torch.ops.rmsnorm.backward.default: _plain_backward,
         torch.ops.rmsnorm.forward_pair.default: _plain_forward_pair,
         torch.ops.rmsnorm.backward_pair.default: _plain_backward_pair,
+        torch.ops.rmsnorm.slice_forward.default: plain_slice_forward,
+        torch.ops.rmsnorm.slice_backward.default: _plain_slice_backward,
         torch.ops.rmsnorm.gated_forward.default: plain_gated_forward,
         torch.ops.rmsnorm.gated_backward.default: _plain_gated_backward,
     }

@@ -1,6 +1,7 @@
 """Fuses additions with norms in a graph that torch.compile has made of a model.
 
     s = a + b;  y = forward(s)                       ->  y, s = forward(a, b)
+    h = forward(x);  y, s = forward(h, b)            ->  y, s = forward_sandwich(x, b)
     dy = a + b + c;  dx = backward(dy);  dx + ds     ->  dx + ds = backward_of_sum([a, b, c], ds)
 
 No rewriting changes the bits that eager mode gives: the fused operators round after each addition, as the separate
@@ -21,6 +22,7 @@ from rmsnorm.ops.graphs import (
     BACKWARD_OF_SUM,
     CHECKPOINTING,
     FORWARD,
+    FORWARD_SANDWICH,
     RESHAPES,
     VIEW,
     Edit,
@@ -42,6 +44,8 @@ def fuse(graph: Graph) -> None:
         _fuse_backward(edit, node)
     for node in graph.find_nodes(op="call_function", target=FORWARD):
         _fuse_forward(edit, node)
+    for node in graph.find_nodes(op="call_function", target=FORWARD):
+        _fuse_sandwich(edit, node)
 
 
 def _fuse_forward(edit: Edit, norm: Node) -> None:
@@ -56,6 +60,7 @@ def _fuse_forward(edit: Edit, norm: Node) -> None:
     if not edit.precedes([w], first) or any(total.meta.get(k) != norm.meta.get(k) for k in CHECKPOINTING):
         return
     fused = edit.call(first, FORWARD, (*arguments(total), w, *options), norm)
+    fused.kwargs = norm.kwargs
     s = edit.output(first, fused, 1, total)
     total.replace_all_uses_with(s, delete_user_cb=lambda user: user is not fused)
     found = outputs(norm)
@@ -66,6 +71,53 @@ def _fuse_forward(edit: Edit, norm: Node) -> None:
             new = edit.call(output, VIEW, (new, shape if i == 0 else shape[:-1]), output)
         output.replace_all_uses_with(new)
     edit.erase(*(output for _, output in found), norm, x, total)
+
+
+class _NormBefore(NamedTuple):
+    """A call of a norm, its output h, and what is added to h."""
+
+    call: Node
+    h: Node
+    residual: Node
+
+
+def _fuse_sandwich(edit: Edit, norm: Node) -> None:
+    """Fuse a norm that adds a residual with the norm before it whose output it adds, if nothing else reads that."""
+    before = _norm_before(norm)
+    if before is None:
+        return
+    rstds = [output for i, output in outputs(before.call) if i == 2]
+    if not all(edit.precedes([norm], user) for rstd in rstds for user in rstd.users):
+        return
+    replaced = [((0, 1, 3)[i], output) for i, output in outputs(norm)] + [(2, rstd) for rstd in rstds]
+    _, _, w, *options = arguments(norm)
+    x, _, w_before, *_ = arguments(before.call)
+    call = edit.call(norm, FORWARD_SANDWICH, (x, w_before, before.residual, w, *options), norm)
+    for i, output in replaced:
+        output.replace_all_uses_with(edit.output(norm, call, i, output))
+    edit.erase(*(output for _, output in replaced), norm, before.h, before.call)
+
+
+def _norm_before(norm: Node) -> _NormBefore | None:
+    """The norm whose output another norm adds to a residual, if one kernel can make both and nothing else reads it."""
+    a, b, _, *options = arguments(norm)
+    if b is None or not may_fuse(norm):
+        return None
+    for h, residual in ((a, b), (b, a)):
+        call = call_of(h)
+        if call is None or not may_fuse(call) or h is residual or _only_user(h) is not norm:
+            continue
+        x, added, _, *options_before = arguments(call)
+        values = [node.meta["val"] for node in (x, h, residual)]
+        if (
+            arguments(h)[1] == 0
+            and added is None
+            and options == options_before
+            and all(value.dtype is values[0].dtype and _same(value.shape, values[0].shape) for value in values)
+            and all(call.meta.get(key) == norm.meta.get(key) for key in CHECKPOINTING)
+        ):
+            return _NormBefore(call, h, residual)
+    return None
 
 
 def _fuse_backward(edit: Edit, norm: Node) -> None:

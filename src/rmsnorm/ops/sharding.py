@@ -8,6 +8,9 @@ sharded by columns (the hidden dimension):
     Shard(row)   Replicate            as x       Shard(row)   Partial(sum)   none
     Shard(-1)    Shard(0), Replicate  as x       Replicate    Shard(0)       one fp64 number a row, in each direction
 
+If each head has its own weight, (H, N), the weight is sharded as the last two dimensions of x are, or replicated. Heads
+that are sharded need no communication.
+
 A row that is sharded by columns has the same bits as a whole row, because the ranks exchange partial sums in fp64,
 where the order of summation does not change the rounded result. A kernel runs on each side of the all-reduce (see
 parts.py). Two norms of one call of `rms_norms` share the all-reduce.
@@ -137,7 +140,7 @@ class _Norm:
         return _local(t, self.layout)
 
     def local_weight(self, w: Any) -> Any:
-        return _local(w, _of_weight(self.layout, self.last))
+        return _local(w, _of_weight(self.layout, self.x, self.w))
 
     def local_rstd(self, rstd: Any) -> Any:
         return _local(rstd, _of_rows(self.layout, self.last))
@@ -153,15 +156,14 @@ class _Norm:
 
     def gradients(self, dx: Tensor | None, dw: Tensor | None) -> tuple[Tensor, Tensor]:
         """The gradients from the local ones; None for one that was not requested."""
-        rows = [p == Shard(self.last) for p in self.layout]
+        of_w = _of_weight(self.layout, self.x, self.w)
         of_dw = tuple(
-            Shard(0) if columns else Partial() if _dim(p) is not None else p
-            for p, columns in zip(self.layout, rows, strict=True)
+            Partial() if q == Replicate() and _dim(p) is not None else q for p, q in zip(self.layout, of_w, strict=True)
         )
         absent = self.x.to_local().new_empty
         return (
             absent(0) if dx is None else as_whole(dx, self.mesh, self.layout, self.x.shape),
-            absent(0) if dw is None else as_whole(dw, self.mesh, of_dw, self.x.shape[-1:]),
+            absent(0) if dw is None else as_whole(dw, self.mesh, of_dw, self.w.shape),
         )
 
 
@@ -273,19 +275,22 @@ def _layout(where: str, x: Any, residual: Any, w: Any) -> Layout:
             was = f"is on the mesh {t.device_mesh} with placements {t.placements}"
             raise ValueError(complaint(where, other, was, f"{where_given()}: distribute both on one mesh"))
     layout, last = [], x.dim() - 1
+    shared = x.dim() - (1 if w is None else w.dim())  # dimensions of x that the weight does not have
     for i, p in enumerate(x.placements):
         q = p if residual is None else residual.placements[i]
         if _dim(p) is not None and _dim(q) is not None and p != q:
             fix = f"{x.placements}, those of x: residual.redistribute(placements=x.placements)"
             raise ValueError(complaint(where, "residual", f"has placements {residual.placements}", fix))
         p = next((one for one in (p, q) if _dim(one) is not None), Replicate())
-        if _dim(p) == last and p != Shard(last):
-            fix = "Shard or Replicate in the hidden dimension: x.redistribute(placements=…)"
+        dim = _dim(p)
+        if dim is not None and dim >= shared and p != Shard(dim):
+            of = "hidden dimension" if dim == last else "dimension of the heads"
+            fix = f"Shard or Replicate in the {of}: x.redistribute(placements=…)"
             raise ValueError(complaint(where, "x", f"has placements {x.placements}", fix))
-        fitting = (Replicate(), Shard(0)) if p == Shard(last) else (Replicate(),)
+        fitting = (Replicate(), *([Shard(dim - shared)] if dim is not None and dim >= shared else []))
         if w is not None and w.placements[i] not in fitting:
             fix = f"{' or '.join(map(repr, fitting))} on mesh dimension {i}, as x has {x.placements}: "
-            fix += "redistribute the weight, or shard the last dimension of x too"
+            fix += "redistribute the weight, or shard the same dimension of x too"
             raise ValueError(complaint(where, "weight", f"has placements {w.placements}", fix))
         layout.append(p)
     return tuple(layout)
@@ -296,8 +301,11 @@ def _dim(p: Placement) -> int | None:
     return getattr(p, "dim", None)
 
 
-def _of_weight(layout: Layout, last: int) -> Layout:
-    return tuple(Shard(0) if p == Shard(last) else Replicate() for p in layout)
+def _of_weight(layout: Layout, x: Any, w: Any) -> Layout:
+    """The layout of the weight, and of its gradient before that is summed: x's in the dimensions that both have."""
+    shared = x.dim() - (1 if w is None else w.dim())
+    dims = [_dim(p) for p in layout]
+    return tuple(Replicate() if dim is None or dim < shared else Shard(dim - shared) for dim in dims)
 
 
 def _of_rows(layout: Layout, last: int) -> Layout:

@@ -64,6 +64,7 @@ class _Parser(argparse.ArgumentParser):
         raise CommandError(f"{message}; see {self.prog} --help")
 
 
+_TARGET, _TOKENS, _REPORT_SECONDS = "deepseek-ocr", 2048, 90.0  # of report, if the user names no other
 _LARGEST = 10**9  # larger numbers would overflow 64 bits in some products
 
 
@@ -110,6 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     def verbose(made: argparse.ArgumentParser) -> None:
         made.add_argument("--verbose", action="store_true", help="print every figure, not only the summary")
 
+    def stored(made: argparse.ArgumentParser, what: str) -> None:
+        made.add_argument("--from", type=Path, dest="stored", metavar="FILE", help=what)
+
     def several(made: argparse.ArgumentParser, option: str, what: str, metavar: str) -> None:
         made.add_argument(option, action="append", default=[], metavar=metavar, help=f"{what}; can be repeated")
 
@@ -117,7 +121,6 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "target",
         nargs="?",
-        default="deepseek-ocr",
         help="the preset deepseek-ocr (default), or the folder of a Hugging Face checkpoint",
     )
     device(report)
@@ -126,13 +129,17 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path(),
         metavar="FOLDER",
-        help=f"folder for {results.REPORT_FILE}, which is overwritten if it exists (default: the current folder)",
+        help=f"folder for {results.REPORT_FILE} and {results.REPORT_PAGE}, which are overwritten if they exist "
+        "(default: the current folder)",
+    )
+    stored(
+        report, f"print the stored {results.REPORT_FILE} in FILE, and draw {results.REPORT_PAGE}, instead of measuring"
     )
     report.add_argument(
-        "--tokens", type=_whole_number, default=2048, metavar="N", help="length of the sequence (default: %(default)s)"
+        "--tokens", type=_whole_number, metavar="N", help=f"length of the sequence (default: {_TOKENS})"
     )
     report.add_argument(
-        "--seconds", type=_seconds, default=90.0, metavar="S", help="about how long it may take (default: %(default)g)"
+        "--seconds", type=_seconds, metavar="S", help=f"about how long it may take (default: {_REPORT_SECONDS:g})"
     )
     report.add_argument(
         "--compile",
@@ -157,13 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw speeds relative to a copy into this .svg or .png file"
     )
-    bench.add_argument(
-        "--from",
-        type=Path,
-        dest="stored",
-        metavar="FILE",
-        help="print the stored result in this JSON file instead of measuring",
-    )
+    stored(bench, "print the stored result in this JSON file instead of measuring")
     several(bench, "--dtype", "measure only this dtype: bfloat16, float32 or float16", "DTYPE")
     on_cpu, on_gpu = (", ".join(mode.slug for mode in modes) for modes in (CPU_MODES, CUDA_MODES))
     several(bench, "--mode", f"measure only this mode: on a CPU {on_cpu}; on a GPU {on_gpu}", "MODE")
@@ -199,22 +200,35 @@ class _Finished:
         ok: Whether all checks passed.
         json: The result as JSON.
         blocks: Makes what is printed.
-        wrote: A file that the verb wrote, if the arguments do not name it.
+        wrote: Files that the verb wrote, if the arguments do not name them.
     """
 
     ok: bool
     json: dict[str, Any]
     blocks: Callable[[], Iterable[display.Block]]
-    wrote: Path | None = None
+    wrote: tuple[Path, ...] = ()
 
 
 def _report(args: argparse.Namespace, progress: Progress) -> _Finished:
     from rmsnorm.tools.report import command, printing
 
-    options = {"device": args.device, "tokens": args.tokens, "seconds": args.seconds, "every_layer": args.all,
-               "compiled": args.compile}  # fmt: skip
-    result = command.report(args.target, args.out, progress, **options)
-    return _Finished(result.ok, result.to_json(), lambda: printing.blocks(result), args.out / results.REPORT_FILE)
+    if args.stored is not None:
+        if args.target or args.device or args.tokens or args.seconds or args.compile:
+            raise CommandError(
+                "--from measures nothing: leave out the target, --device, --tokens, --seconds and --compile"
+            )
+        result = command.draw_stored(args.stored, args.out, every_layer=args.all)
+    else:
+        options = {"device": args.device, "tokens": args.tokens or _TOKENS, "seconds": args.seconds or _REPORT_SECONDS,
+                   "every_layer": args.all, "compiled": args.compile}  # fmt: skip
+        result = command.report(args.target or _TARGET, args.out, progress, **options)
+    wrote = tuple(args.out / name for name in _report_files(args))
+    return _Finished(result.ok, result.to_json(), lambda: printing.blocks(result), wrote)
+
+
+def _report_files(args: argparse.Namespace) -> tuple[str, ...]:
+    """Return the names of the files that report writes into its folder."""
+    return (results.REPORT_PAGE,) if args.stored is not None else (results.REPORT_FILE, results.REPORT_PAGE)
 
 
 def _verify(args: argparse.Namespace, progress: Progress) -> _Finished:
@@ -236,7 +250,7 @@ def _bench(args: argparse.Namespace, progress: Progress) -> _Finished:
 
     only = {"dtypes": args.dtype, "modes": args.mode, "names": args.provider}
     result = command.bench(args.device, args.quick, args.out, progress, drawing=args.plot, stored=args.stored, **only)
-    wrote = None if args.out is None else args.out / results.bench_file(result.facts["device"])
+    wrote = () if args.out is None else (args.out / results.bench_file(result.facts["device"]),)
     return _Finished(result.ok, result.to_json(), lambda: printing.blocks(result, args.verbose), wrote)
 
 
@@ -274,7 +288,7 @@ def _run(args: argparse.Namespace) -> int:
     if to_screen:
         _print(text)
     else:
-        wrote = [] if finished.wrote is None else [display.Text(f"wrote {finished.wrote}", "note", fold=False)]
+        wrote = [display.Text(f"wrote {file}", "note", fold=False) for file in finished.wrote]
         _print(_drawn([*finished.blocks(), *wrote]))
     return 0 if finished.ok else 1
 
@@ -282,7 +296,7 @@ def _run(args: argparse.Namespace) -> int:
 def _files(args: argparse.Namespace) -> list[tuple[str, Path]]:
     """Return the options of the verb that write files besides --json, each with its file."""
     out, plot = getattr(args, "out", None), getattr(args, "plot", None)
-    names = (results.REPORT_FILE,) if args.work is _report else tuple(map(results.bench_file, ("cpu", "cuda")))
+    names = _report_files(args) if args.work is _report else tuple(map(results.bench_file, ("cpu", "cuda")))
     return [("--out", out / name) for name in names if out is not None] + ([("--plot", plot)] if plot else [])
 
 

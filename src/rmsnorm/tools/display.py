@@ -92,6 +92,11 @@ def share(part: float | None, digits: int = _DIGITS) -> str:
     return number(None if part is None else 100 * part, "%", digits)
 
 
+def signed_share(part: float | None, digits: int = 2) -> str:
+    """Format a change as a share with its sign: `+3.6 %`; None gives a dash."""
+    return NOTHING if part is None else f"{'+' if part > 0 else ''}{number(100 * part, '%', digits)}"
+
+
 def factor(value: float | None, digits: int = _DIGITS) -> str:
     """Format a factor: `3.21 ×`; None gives a dash."""
     return number(value, "×", digits)
@@ -161,6 +166,11 @@ def render(blocks: Iterable[Block], width: int = 80, color: bool = False) -> str
     return "\n".join(lines[1:] if lines and not lines[0] else lines) + ("\n" if lines else "")
 
 
+def printable(text: str) -> str:
+    """Escape control characters, and those that change the direction of text; names in a model can have any."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 def terminal_width() -> int:
     """Return the width of standard output: COLUMNS if that is set, else the terminal's, or 80 without a terminal."""
     return shutil.get_terminal_size((80, 24)).columns
@@ -184,8 +194,7 @@ class _Part:
 
 def _cell(cell: str | Text) -> Text:
     cell = Text(cell) if isinstance(cell, str) else cell
-    text = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in cell.text)
-    return Text(text, cell.style, cell.fold)
+    return Text(printable(cell.text), cell.style, cell.fold)
 
 
 def _wrapped(cell: Text, width: int, hard: bool = False) -> list[str]:

@@ -1,4 +1,4 @@
-"""The published peak figures of GPUs, for dense matrices."""
+"""The published peak figures of GPUs, for dense matrices, and what our kernels reach of them."""
 
 from dataclasses import dataclass
 
@@ -33,4 +33,27 @@ GPUS: dict[str, Gpu] = {
     "l40s": Gpu("L40S", 0.864e12, 362e12, "NVIDIA L40S datasheet", few_fp64=True),
     "l4": Gpu("L4", 0.3e12, 121e12, "NVIDIA L4 datasheet", few_fp64=True),
     "rtx4090": Gpu("GeForce RTX 4090", 1.008e12, 165.2e12, "NVIDIA Ada GPU architecture whitepaper", few_fp64=True),
+}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What our kernels reach on a GPU, fitted to times of the forward pass: launch + bytes / (efficiency · bandwidth).
+
+    Attributes:
+        gpu: The GPU, a key of `GPUS`.
+        efficiency: The share of its published bandwidth.
+        launch: The seconds that a kernel takes besides moving its bytes.
+        source: The file with the measurements.
+    """
+
+    gpu: str
+    efficiency: float
+    launch: float
+    source: str
+
+
+# By the name that torch gives to the GPU. A test compares each with its source.
+FITTED: dict[str, Fit] = {
+    "NVIDIA H200": Fit("h200", 0.872, 5.42e-6, "the line of ours in benchmarks/results/bench-cuda.json"),
 }

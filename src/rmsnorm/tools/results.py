@@ -13,7 +13,7 @@ from rmsnorm.errors import CommandError, one_line
 _LARGEST_RESULT = 1 << 18
 
 # What `rmsnorm report` writes into its folder.
-REPORT_FILE = "report.json"
+REPORT_FILE, REPORT_PAGE = "report.json", "report.html"
 
 
 def bench_file(device_type: str) -> str:

@@ -63,6 +63,11 @@ def summarize(samples: list[float], repeats: int = 1) -> Timing:
     return Timing(len(samples) * repeats, min(samples), statistics.median(samples), low, high)
 
 
+def undisturbed(timing: Timing, device: torch.device) -> float:
+    """Return the minimum on a CPU, where other processes only make calls longer, and the median on a GPU."""
+    return timing.minimum if device.type == "cpu" else timing.median
+
+
 @dataclass(frozen=True)
 class Interval:
     """A confidence interval: it contains the median of the sampled distribution with probability `coverage`."""

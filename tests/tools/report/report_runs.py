@@ -27,12 +27,12 @@ from transformers import (
 
 from rmsnorm.patching.patch_report import Verdict
 from rmsnorm.spec import Spec
-from rmsnorm.tools import timing
+from rmsnorm.tools import machine, timing
 from rmsnorm.tools.display import render
 from rmsnorm.tools.report import command, norm_timer, printing
 from rmsnorm.tools.report import run as report_run
 from rmsnorm.tools.report.norms import NormResult, Pair
-from rmsnorm.tools.report.result import ReportResult
+from rmsnorm.tools.report.result import MemoryBytes, ReportResult
 from rmsnorm.tools.report.steps import StepResult
 
 SMALL: dict[str, Any] = {
@@ -167,3 +167,29 @@ def a_norm(name: str, times: dict[str, Pair], **more: Any) -> NormResult:
     spec = Spec(1e-6, "early", 0.0)
     facts = {"calls": 1, "rows": 8, "outputs": 512} | more
     return NormResult(Verdict("ARMSNorm", spec, name=name), facts.pop("width", 64), times=times, **facts)  # type: ignore[arg-type]
+
+
+MODEL = {
+    "class": "AModel", "parameters": 337_400_000, "dtype": "bfloat16", "tokens": 2048, "tokens_asked": 2048,
+    "norms": 3, "norm_parameters": 192, "as_expected": None,
+}  # fmt: skip
+REASON = "it multiplies by a weight that is a function of its input, which no RMSNorm of ours does, " * 3
+
+
+def a_result(**changes: Any) -> ReportResult:
+    times = {"forward": Pair(6.0912e-3, 258.5e-6), "training": Pair(0.0123456, 5.4321e-3), "token": Pair(3e-5, 2e-6)}
+    norms = (
+        a_norm("layers.0.input_layernorm", times, changed=3, ulp=2),
+        a_norm("layers.1.input_layernorm", times),
+        NormResult(Verdict("OddRMSNorm", reason=REASON, name="odd"), None),
+    )
+    differences = (0.0381, 0.0402, 0.0413, 0.0394, 0.0425, 0.0436, 0.0377)
+    timed = a_step(*differences, before=8.07, norms=Pair(0.1, 0.01))
+    facts = machine.describe("cpu")
+    values = {
+        "target": "small", "facts": facts, "model": MODEL, "notes": ("a note",), "norms": norms, "forward": timed,
+        "training": timed, "saved": MemoryBytes(2048, 2_999_123_456, 2_737_123_456, 2_637_123_456),
+        "peak": MemoryBytes(2048, 4_111_000_000, 3_999_000_000, 4_222_000_000), "asked": 90.0,
+        "phases": {"loading": 12.345, "norms": 60.0}, "peak_bytes": 3_123_456_789,
+    }  # fmt: skip
+    return ReportResult(**values | changes)

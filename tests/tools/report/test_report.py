@@ -85,6 +85,9 @@ def test_every_norm_of_a_checkpoint_is_proven_and_measured(
         assert set(n.times) == {"forward", "token", "training"}
         assert all(pair.after > 0 for pair in n.times.values())
     assert {n.width for n in result.norms} == widths
+    assert {(n.dtype, n.weight_dtype) for n in result.norms} == {("bfloat16", "bfloat16")}
+    assert result.copy is not None
+    assert result.copy.sizes[-1][0] >= max(n["moved_bytes"]["forward_backward"] for n in result.to_json()["norms"])
     assert result.saved is not None
     assert 0 < result.saved.after < result.saved.before
     assert result.forward is not None
@@ -92,7 +95,7 @@ def test_every_norm_of_a_checkpoint_is_proven_and_measured(
     assert len(result.forward.rounds) == len(result.training.rounds) == 7
     assert result.forward.tokens == result.training.tokens == result.saved.tokens == 32
 
-    assert [p.name for p in out.iterdir()] == ["report.json"]
+    assert sorted(p.name for p in out.iterdir()) == ["report.html", "report.json"]
     written = json.loads((out / "report.json").read_text())
     assert written == json.loads(json.dumps(result.to_json()))
     assert [n["spec"] for n in written["norms"]] == [spec] * names

@@ -1,41 +1,11 @@
 """What the report prints."""
 
 import re
-from typing import Any
 
 import pytest
-from report_runs import a_norm, a_step, printed_report
+from report_runs import REASON, a_norm, a_result, printed_report
 
-from rmsnorm.patching.patch_report import Verdict
-from rmsnorm.tools import machine
-from rmsnorm.tools.report.norms import NormResult, Pair
-from rmsnorm.tools.report.result import MemoryBytes, ReportResult
-
-MODEL = {
-    "class": "AModel", "parameters": 337_400_000, "dtype": "bfloat16", "tokens": 2048, "tokens_asked": 2048,
-    "norms": 3, "norm_parameters": 192, "as_expected": None,
-}  # fmt: skip
-REASON = "it multiplies by a weight that is a function of its input, which no RMSNorm of ours does, " * 3
-
-
-def a_result(**changes: Any) -> ReportResult:
-    times = {"forward": Pair(6.0912e-3, 258.5e-6), "training": Pair(0.0123456, 5.4321e-3), "token": Pair(3e-5, 2e-6)}
-    norms = (
-        a_norm("layers.0.input_layernorm", times, changed=3, ulp=2),
-        a_norm("layers.1.input_layernorm", times),
-        NormResult(Verdict("OddRMSNorm", reason=REASON, name="odd"), None),
-    )
-    differences = (0.0381, 0.0402, 0.0413, 0.0394, 0.0425, 0.0436, 0.0377)
-    timed = a_step(*differences, before=8.07, norms=Pair(0.1, 0.01))
-    facts = machine.describe("cpu")
-    values = {
-        "target": "small", "facts": facts, "model": MODEL, "notes": ("a note",), "norms": norms, "forward": timed,
-        "training": timed, "saved": MemoryBytes(2048, 2_999_123_456, 2_737_123_456, 2_637_123_456),
-        "peak": MemoryBytes(2048, 4_111_000_000, 3_999_000_000, 4_222_000_000), "asked": 90.0,
-        "phases": {"loading": 12.345, "norms": 60.0}, "peak_bytes": 3_123_456_789,
-    }  # fmt: skip
-    return ReportResult(**values | changes)
-
+from rmsnorm.tools.report.result import MemoryBytes
 
 FIGURE = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?")
 UNIT = re.compile(r"(?:s|ms|µs|B|kB|MB|GB|×|%|thousand|million|billion|ulp)\b|×|%")

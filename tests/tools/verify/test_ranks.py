@@ -1,14 +1,12 @@
 """verify on several ranks. That it fails on wrong code is tested in test_distributed.py."""
 
 import json
+import multiprocessing
 import os
 import signal
-import threading
-from typing import Any
 
 import pytest
 import torch
-from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from rmsnorm.errors import CommandError
 from rmsnorm.tools import machine
@@ -42,38 +40,20 @@ def test_a_failing_rank_raises_its_message() -> None:
         ranks.tallies_of_ranks([SweepRow("form", "wrong", (case,))], 1, "cpu", lambda *step: None)
 
 
-def test_ctrl_c_raises_keyboard_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
-    def launch(*_: object) -> Any:
-        def interrupted(*_: object) -> None:
-            raise SignalException("got signal 2", sigval=signal.SIGINT)
+def test_a_rank_that_is_killed_ends_verify_with_an_error() -> None:
+    """In the middle of a sweep, when the other rank waits for it in a collective."""
+    done: list[int] = []
 
-        return interrupted
+    def kill_rank_1(outputs: int, *_: object) -> None:
+        done.append(outputs)
+        if len(done) == 3:
+            (killed,) = (child for child in multiprocessing.active_children() if child.name == "rank 1")
+            os.kill(killed.pid, signal.SIGKILL)
 
-    monkeypatch.setattr(ranks, "elastic_launch", launch)
-    with pytest.raises(KeyboardInterrupt):
-        ranks.tallies_of_ranks([], 1, "cpu", lambda *step: None)
-
-
-def _killed_while_reporting_progress(sweep_rows: Any, device: str, steps: Any) -> None:
-    steps._wlock.acquire()
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_killed_rank_raises_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "_rank", _killed_while_reporting_progress)
-    raised: list[CommandError] = []
-
-    def run() -> None:
-        try:
-            ranks.tallies_of_ranks([], 1, "cpu", lambda *step: None)
-        except CommandError as error:
-            raised.append(error)
-
-    running = threading.Thread(target=run, daemon=True)  # a thread, so that a hang is a failure
-    running.start()
-    running.join(25)
-    assert not running.is_alive(), "it hangs"
-    assert "rank 0 of 1 failed: Signal 9" in str(raised[0])
+    with pytest.raises(CommandError, match="rank 1 of 2 was killed by SIGKILL"):
+        ranks.verify_on_ranks(2, "cpu", quick=True, progress=kill_rank_1)
+    assert done[2] > 0
+    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.parametrize("world", [2, 3, 4, 8])

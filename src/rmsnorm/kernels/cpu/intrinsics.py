@@ -247,9 +247,10 @@ def invoke(typing_context: Any, call: Any, pointers: Any, first: Any, last: Any)
 
 # --- where rows begin ----------------------------------------------------------------------------------------
 # The layout of a call holds N, the rows of a chunk, the two inner sizes of the rows' three dimensions, and from FIRST
-# on three strides for each input, then at WHOLE the width of whole rows: more than N if a call takes a part of them.
+# on three strides for each input. HEADS: how many rows one after the other have different weights. MEASURED: over how
+# many columns the statistic is taken. WHOLE: by how many it is divided: more if a call takes a part of rows.
 
-FIRST, SECOND, THIRD, FOURTH, FIFTH, WHOLE = 4, 7, 10, 13, 16, 19
+FIRST, SECOND, THIRD, FOURTH, FIFTH, HEADS, MEASURED, WHOLE = 4, 7, 10, 13, 16, 19, 20, 21
 
 
 @numba.njit(error_model="numpy")

@@ -14,6 +14,8 @@ from rmsnorm.kernels.cpu.intrinsics import (
     FIFTH,
     FIRST,
     FOURTH,
+    HEADS,
+    MEASURED,
     SECOND,
     THIRD,
     WHOLE,
@@ -42,50 +44,67 @@ from rmsnorm.kernels.cpu.intrinsics import (
 # would change a weight of -0.0.
 
 
-def forward(
-    x: Any, residual: Any, w: Any, y: Any, s: Any, rstd: Any, sums: Any, layout: Any, spec: Any, first: int, last: int
-) -> None:  # fmt: skip
-    N, eps, offset, early = layout[0], spec[0], spec[1], spec[2] != 0
-    finishes = given(sums) and given(y)
-    parts = parts_of(x)
-    steps = N // parts
-    for m in range(first, last):
-        rows, at, out = x, start_of(layout, FIRST, m) // parts, m * steps
-        if given(residual):
-            other = start_of(layout, SECOND, m) // parts
+def forward(by_head: bool, sliced: bool) -> Callable[..., None]:
+    """The forward kernel.
+
+    by_head: whether each head has its own weight, so that row m has that of head m % heads. sliced: whether the
+    statistic is taken over only some of the columns.
+    """
+
+    def forward(
+        x: Any, residual: Any, w: Any, y: Any, s: Any, rstd: Any, sums: Any, layout: Any, spec: Any, first: int,
+        last: int,
+    ) -> None:  # fmt: skip
+        N, eps, offset, early = layout[0], spec[0], spec[1], spec[2] != 0
+        finishes = given(sums) and given(y)
+        parts = parts_of(x)
+        steps, of_head = N // parts, 0
+        measured = layout[MEASURED] if sliced else N
+        for m in range(first, last):
+            rows, at, out = x, start_of(layout, FIRST, m) // parts, m * steps
+            if given(residual):
+                other = start_of(layout, SECOND, m) // parts
+                for i in range(steps):
+                    element = nothing(s)
+                    for k in range(parts):
+                        element = put(element, k, widen(x[at + i], k) + widen(residual[other + i], k), s, x)
+                    s[out + i] = element
+                rows, at = s, out
+            if by_head:
+                of_head = m % layout[HEADS] * steps
+            total = 0.0
+            if finishes:
+                total = sums[m]
+            else:
+                for i in range(measured // parts):
+                    for k in range(parts):
+                        total = add_square(total, np.float64(widen(rows[at + i], k)))
+            if not given(y):
+                sums[m] = total
+                continue
+            v = np.float32(total / layout[WHOLE]) + eps
+            r = np.float32(1) / np.float32(math.sqrt(v))
+            if given(rstd):
+                rstd[m] = r
+            if spec[2] == 2:
+                r = cast(r, x)
             for i in range(steps):
-                element = nothing(s)
+                element = nothing(y)
                 for k in range(parts):
-                    element = put(element, k, widen(x[at + i], k) + widen(residual[other + i], k), s, x)
-                s[out + i] = element
-            rows, at = s, out
-        total = 0.0
-        if finishes:
-            total = sums[m]
-        else:
-            for i in range(steps):
-                for k in range(parts):
-                    total = add_square(total, np.float64(widen(rows[at + i], k)))
-        if not given(y):
-            sums[m] = total
-            continue
-        v = np.float32(total / layout[WHOLE]) + eps
-        r = np.float32(1) / np.float32(math.sqrt(v))
-        if given(rstd):
-            rstd[m] = r
-        if spec[2] == 2:
-            r = cast(r, x)
-        for i in range(steps):
-            element = nothing(y)
-            for k in range(parts):
-                h = widen(rows[at + i], k) * r
-                scaled = widen(w[i], k) * cast(h, x) if early else (widen(w[i], k) + offset) * h
-                element = put(element, k, scaled, y, w)
-            y[out + i] = element
+                    h = widen(rows[at + i], k) * r
+                    scale = widen(w[of_head + i], k)
+                    scaled = scale * cast(h, x) if early else (scale + offset) * h
+                    element = put(element, k, scaled, y, w)
+                y[out + i] = element
+
+    return forward
 
 
-def backward(dys: int, round_first: bool) -> Callable[..., None]:
-    """The backward kernel for a sum of `dys` gradients of y; dx is rounded before ds is added if `round_first`."""
+def backward(dys: int, round_first: bool, by_head: bool, sliced: bool) -> Callable[..., None]:
+    """The backward kernel for a sum of `dys` gradients of y.
+
+    dx is rounded before ds is added if `round_first`; by_head, sliced: as in `forward`.
+    """
     strides_of_ds = (THIRD, FOURTH, FIFTH)[dys - 1]
 
     def backward(
@@ -96,7 +115,10 @@ def backward(dys: int, round_first: bool) -> Callable[..., None]:
         finishes = given(sums) and given(dx)
         offset, early = spec[1], spec[2] != 0
         parts = parts_of(x)
-        steps = N // parts
+        steps, columns, of_head = N // parts, N, 0  # columns: of dw
+        if by_head:
+            columns *= layout[HEADS]
+        measured = layout[MEASURED] if sliced else N
         a2, a3 = 0, 0
         for m in range(first, last):
             a, b = start_of(layout, FIRST, m) // parts, start_of(layout, SECOND, m) // parts
@@ -104,11 +126,13 @@ def backward(dys: int, round_first: bool) -> Callable[..., None]:
                 a2 = start_of(layout, THIRD, m) // parts
             if dys > 2:
                 a3 = start_of(layout, FOURTH, m) // parts
-            out, share = m * steps, m // chunk * N
+            out, share = m * steps, m // chunk * columns
             r = rstd[m]
             if wants_dw and m % chunk == 0:
-                for i in range(N):
+                for i in range(columns):
                     dw[share + i] = 0.0
+            if by_head:
+                of_head = m % layout[HEADS] * steps
             total = 0.0
             for i in range(steps if wants_dw or not finishes else 0):
                 for k in range(parts):
@@ -117,9 +141,10 @@ def backward(dys: int, round_first: bool) -> Callable[..., None]:
                         d = cast(d + widen(dy2[a2 + i], k), dy)
                     if dys > 2:
                         d = cast(d + widen(dy3[a3 + i], k), dy)
-                    total = add(total, np.float64((d * (widen(w[i], k) + offset)) * xh))
+                    total = add(total, np.float64((d * (widen(w[of_head + i], k) + offset)) * xh))
                     if wants_dw:
-                        dw[share + k * steps + i] += np.float64(d * (cast(xh, x) if early else xh))
+                        column = k * (columns // parts) + of_head + i
+                        dw[share + column] += np.float64(d * (cast(xh, x) if early else xh))
             if given(sums) and not finishes:
                 sums[m] = total
             if given(dx):
@@ -133,7 +158,10 @@ def backward(dys: int, round_first: bool) -> Callable[..., None]:
                             d = cast(d + widen(dy2[a2 + i], k), dy)
                         if dys > 2:
                             d = cast(d + widen(dy3[a3 + i], k), dy)
-                        t = r * (d * (widen(w[i], k) + offset) - xh * c)
+                        through = xh * c
+                        if sliced and i >= measured // parts:
+                            through = np.float32(0)
+                        t = r * (d * (widen(w[of_head + i], k) + offset) - through)
                         if round_first:
                             t = widen(put(nothing(dx), 0, t, dx, w), 0)
                         element = put(element, k, t + widen(ds[other + i], k) if adds else t, dx, w)

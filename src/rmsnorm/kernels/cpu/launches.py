@@ -31,7 +31,7 @@ _MOST_INPUTS = 5  # tensors of rows that a kernel reads
 class Rows:
     """How kernels traverse M rows of N elements. It depends on shape and strides only, not on the number of threads.
 
-    Of gated norms with groups, a row here is one group of a row.
+    Of gated norms with groups, a row here is one group of a row. If each head has its own weight, heads are groups.
 
     grain: rows that a thread takes at once in the forward pass. chunk, chunks: rows of each partial sum of dw, and how
     many such sums there are. even: whether rows begin and end at pairs of numbers. layout: the array that kernels read.
@@ -48,11 +48,13 @@ class Rows:
 
 @functools.lru_cache(MOST_PLANS)
 def rows_of(
-    shape: Sequence[int], *strides: Sequence[int], groups: int = 1, least: int = CHUNK, whole: int = 0
-) -> Rows | None:
+    shape: Sequence[int], *strides: Sequence[int], groups: int = 1, least: int = CHUNK, measured: int | None = None,
+    whole: int = 0,
+) -> Rows | None:  # fmt: skip
     """As `rows.walk`, with rows divided into chunks of at least `least` elements and a multiple of `groups` rows.
 
-    whole: the width of whole rows if these are parts of them.
+    measured: over how many of the first columns the statistic is taken, if not over all. whole: the width of whole rows
+    if these are parts of them.
     """
     found = walk(shape, *strides)
     if found is None:
@@ -61,8 +63,9 @@ def rows_of(
     chunk = groups * max(_FEWEST_ROWS, -(-least // (N * groups)), -(-(M // groups) // _MOST_CHUNKS))
     sizes = found.sizes if found.strided else (1, M)
     steps = [step for of_one in found.steps for step in of_one]
-    values = [N, chunk, *sizes, *steps, *[0] * (3 * _MOST_INPUTS - len(steps)), whole or N]
-    even = all(number % 2 == 0 for number in (N, *steps)) and sys.byteorder == "little"
+    columns = N if measured is None else measured
+    values = [N, chunk, *sizes, *steps, *[0] * (3 * _MOST_INPUTS - len(steps)), groups, columns, whole or columns]
+    even = all(number % 2 == 0 for number in (N, columns, *steps)) and sys.byteorder == "little"
     return Rows(M, N, max(1, _GRAIN // N), chunk, -(-M // chunk), even, (ctypes.c_int64 * len(values))(*values))
 
 

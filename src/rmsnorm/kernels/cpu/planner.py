@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from rmsnorm.kernels.plan import (
     dense,
     find_layout,
     gradients,
+    heads_of,
     summands,
 )
 from rmsnorm.spec import result_dtype
@@ -52,16 +54,19 @@ def _elements(x: torch.dtype, read: Types, even: bool) -> tuple[Any, Any, Any]:
 
 
 @functools.cache
-def forward_kernel(x: torch.dtype, read: Types, even: bool) -> Any:
+def forward_kernel(x: torch.dtype, read: Types, even: bool, by_head: bool = False, sliced: bool = False) -> Any:
     X, W, Y = _elements(x, read, even)
-    return compiled(forward, X, X, W, Y, X, types.float32, types.float64, types.int64, types.float32)
+    pointees = X, X, W, Y, X, types.float32, types.float64, types.int64, types.float32
+    return compiled(forward(by_head, sliced), *pointees)
 
 
 @functools.cache
-def backward_kernel(x: torch.dtype, read: Types, even: bool, dys: int, round_first: bool) -> Any:
+def backward_kernel(
+    x: torch.dtype, read: Types, even: bool, dys: int, round_first: bool, by_head: bool = False, sliced: bool = False
+) -> Any:
     X, W, Y = _elements(x, read, even)
     pointees = Y, Y, Y, X, X, W, types.float32, X, types.float64, types.float64, types.int64, types.float32
-    return compiled(backward(dys, round_first), *pointees)
+    return compiled(backward(dys, round_first, by_head, sliced), *pointees)
 
 
 @functools.cache
@@ -86,11 +91,13 @@ def plan_forward(kind: Forward) -> Plan | ByReference:
     row, x, residual, before = summands(kind)
     spec = kind.spec
     wanted = {row: (x, x.dtype)} | ({} if residual is None else {"residual": (residual, x.dtype)})
-    rows, kinds, converted = find_layout(rows_of, wanted)
+    heads, sliced = heads_of(kind.w), spec.variance_size is not None
+    find = functools.partial(rows_of, groups=heads, measured=spec.variance_size)
+    rows, kinds, converted = find_layout(find, wanted)
     types = types_of(x.dtype, None if kind.w is None else kind.w.dtype, spec.cast)
     scale = scale_of(kind.w, types, rows.N)
     even = rows.even and paired(*kinds.values(), scale.kind)
-    kernel = forward_kernel(x.dtype, types, even)
+    kernel = forward_kernel(x.dtype, types, even, heads > 1, sliced)
     if isinstance(kernel, str):
         return ByReference(kernel)
     y, s = like_rows("y", kind.x, types.y), like_rows("s", kind.x, x.dtype)
@@ -121,12 +128,14 @@ def plan_backward(kind: Backward) -> Plan | ByReference:
     dys, before = gradients(kind, types.y)
     dy, *more = ((name, (of, types.y)) for name, of in dys.items())
     wanted = dict([dy, ("x", (x, x.dtype)), *more]) | ({} if kind.ds is None else {"ds": (kind.ds, x.dtype)})
-    rows, kinds, converted = find_layout(rows_of, wanted)  # in the order of the kernel's layout
+    heads, sliced = heads_of(w), spec.variance_size is not None
+    find = functools.partial(rows_of, groups=heads, measured=spec.variance_size)
+    rows, kinds, converted = find_layout(find, wanted)  # in the order of the kernel's layout
     before += converted
     rstd = dense("rstd", kind.rstd, before)  # only hooks on saved tensors can make a copy necessary
     scale = scale_of(w, types, rows.N)
     even = rows.even and paired(*kinds.values(), scale.kind, rstd)
-    kernel = backward_kernel(x.dtype, types, even, len(dys), kind.rounds_dx_first)
+    kernel = backward_kernel(x.dtype, types, even, len(dys), kind.rounds_dx_first, heads > 1, sliced)
     dw = sums_of_dw(w if kind.need_dw else None, x.dtype, types, rows, even)
     if isinstance(kernel, str):
         return ByReference(kernel)
@@ -163,15 +172,16 @@ def sums_of_dw(w: TensorKind | None, x: torch.dtype, types: Types, rows: Rows, e
     if w is None:
         return SumsOfDw()
     if rows.chunks == 0:
-        return SumsOfDw(output="dw", fresh=(Fresh("dw", w.dtype, (rows.N,), value=0),))
+        return SumsOfDw(output="dw", fresh=(Fresh("dw", w.dtype, tuple(w.shape), value=0),))
     kernel = sum_kernel(x, types, even)
     if isinstance(kernel, str):
         return kernel
+    columns = math.prod(w.shape)
     return SumsOfDw(
         "partials",
         "dw",
-        (Fresh("partials", torch.float64, (rows.chunks, rows.N)), Fresh("dw", types.w, (rows.N,))),
-        (MachineCode(kernel, ("partials", "dw"), (rows.chunks, rows.N)),),
+        (Fresh("partials", torch.float64, (rows.chunks, columns)), Fresh("dw", types.w, tuple(w.shape))),
+        (MachineCode(kernel, ("partials", "dw"), (rows.chunks, columns)),),
         () if w.dtype is types.w else (Converted("dw", ("dw",), w.dtype),),
     )
 
@@ -191,7 +201,7 @@ class _Scale(NamedTuple):
 def scale_of(w: TensorKind | None, types: Types, N: int) -> _Scale:
     if w is not None and w.dtype is types.w and w.is_dense:
         return _Scale("w", w)
-    made = TensorKind.dense((N,), types.w)
+    made = TensorKind.dense((N,) if w is None else w.shape, types.w)
     if w is None:
         return _Scale("ones", made, fresh=(Fresh("ones", types.w, (N,), value=1),))
     return _Scale("w", made, before=(Converted("w", ("w",), types.w),))

@@ -20,6 +20,10 @@ import triton.language as tl
 # first `lead` columns of such a row come before its first whole word. The rows of a tile are APART rows apart, so all
 # have the same lead. The PIECES hold the `body` columns, those in whole words, and one more piece (see `ends_of`) holds
 # the columns at both ends. Column numbers n count from the first whole word.
+#
+# HEADS: how many weights there are. Row m has that of head m % HEADS, so the rows of a tile are HEADS rows apart, and
+# all tiles of a program have the rows of one head.
+# V: over how many of the first columns the statistic is taken; None for all.
 
 
 @triton.jit
@@ -70,6 +74,18 @@ def body_of(N, lead, WORD: tl.constexpr):
 def start_of(start, lead, WORD: tl.constexpr):
     """Where the first whole word begins in rows that begin at `start`."""
     return start if WORD == 1 else as_multiple(start + lead, WORD)
+
+
+@triton.jit
+def weight_of(w, tile, N, HEADS: tl.constexpr):
+    """The weight of the rows of a tile; `tile` can also be a row, or a program that takes the rows of one head."""
+    return w if w is None or HEADS == 1 else w + (tile % HEADS).to(tl.int64) * N
+
+
+@triton.jit
+def measured(values, n, V):
+    """The values of the columns n over which the statistic is taken; zero for the others."""
+    return values if V is None else tl.where(n < V, values, 0.0)
 
 
 @triton.jit
@@ -287,13 +303,14 @@ def _packed(row):
 
 @triton.jit
 def forward_tile(
-    tile, part, x, residual, w, y, s, rstd, shares, M, N, parts, sizes, x_steps, residual_steps, eps, offset,
+    tile, part, x, residual, w, y, s, rstd, shares, M, N, parts, sizes, x_steps, residual_steps, eps, offset, V,
     EARLY: tl.constexpr, FIRST: tl.constexpr, STRIDED: tl.constexpr, MULTIPLE: tl.constexpr, WORD: tl.constexpr,
     PARTS: tl.constexpr, ROWS: tl.constexpr, APART: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    HEADS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Computes the ROWS rows of a tile, reading them once; if PARTS > 1, one part of a row."""
     N = as_multiple(N, MULTIPLE)
+    w = weight_of(w, tile, N, HEADS)
     m = rows_of(tile, ROWS, APART)
     lead = lead_of(tile, N, APART, WORD)
     body = body_of(N, lead, WORD)
@@ -319,7 +336,7 @@ def forward_tile(
             store_piece(s + start + n, row[k], (m < M) & (n < body), m, M, ends, k, PIECES)
     squares = tl.zeros([ROWS, BLOCK_N], tl.float64)
     for k in tl.static_range(ALL):
-        d = row[k].to(tl.float32).to(tl.float64)
+        d = measured(row[k].to(tl.float32), columns(first, ends, k, PIECES, BLOCK_N) + lead, V).to(tl.float64)
         squares = tl.fma(d, d, squares)  # the square is exact, so fusing changes nothing
     S = tl.sum(squares, axis=1, keep_dims=True)
     if PARTS > 1:
@@ -330,7 +347,7 @@ def forward_tile(
         for k in tl.static_range(ALL):
             packed += (_packed(row[k]),)
         row = packed
-    r = rstd_of(S, N, eps)
+    r = rstd_of(S, N if V is None else V, eps)
     if rstd is not None:
         tl.store(rstd + m, r, m < M)
     r = factor_of(r, x.dtype.element_ty, FIRST)
@@ -345,16 +362,16 @@ def forward_tile(
 
 @triton.jit(do_not_specialize=["M"])
 def forward_block(
-    x, residual, w, y, s, rstd, shares, M, N, parts, sizes, x_steps, residual_steps, eps, offset,
+    x, residual, w, y, s, rstd, shares, M, N, parts, sizes, x_steps, residual_steps, eps, offset, V,
     EARLY: tl.constexpr, FIRST: tl.constexpr, STRIDED: tl.constexpr, MULTIPLE: tl.constexpr, WORD: tl.constexpr,
     PARTS: tl.constexpr, ROWS: tl.constexpr, APART: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    HEADS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Each program computes a tile, or one part of it."""
     forward_tile(
         tl.program_id(0) // parts, tl.program_id(0) % parts, x, residual, w, y, s, rstd, shares, M, N, parts,
-        sizes, x_steps, residual_steps, eps, offset,
-        EARLY, FIRST, STRIDED, MULTIPLE, WORD, PARTS, ROWS, APART, PIECES, BLOCK_N, OVERLAP,
+        sizes, x_steps, residual_steps, eps, offset, V,
+        EARLY, FIRST, STRIDED, MULTIPLE, WORD, PARTS, ROWS, APART, PIECES, BLOCK_N, HEADS, OVERLAP,
     )  # fmt: skip
 
 
@@ -363,30 +380,82 @@ def forward_two(
     x, w, y, rstd, x2, w2, y2, rstd2, M, N, sizes, x_steps, M2, N2, sizes2, x2_steps, tiles, eps, offset,
     EARLY: tl.constexpr, FIRST: tl.constexpr,
     STRIDED: tl.constexpr, MULTIPLE: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEADS: tl.constexpr,
     STRIDED2: tl.constexpr, MULTIPLE2: tl.constexpr, ROWS2: tl.constexpr, PIECES2: tl.constexpr, BLOCK_N2: tl.constexpr,
+    HEADS2: tl.constexpr,
 ):  # fmt: skip
     """Two calls of `forward_block` without a residual: the first `tiles` programs make the first."""
     program = tl.program_id(0)
     if program < tiles:
         forward_tile(
             program, 0, x, None, w, y, None, rstd, None, M, N, 1, sizes, x_steps, None, eps, offset,
-            EARLY, FIRST, STRIDED, MULTIPLE, 1, 1, ROWS, 1, PIECES, BLOCK_N, False,
+            None, EARLY, FIRST, STRIDED, MULTIPLE, 1, 1, ROWS, HEADS, PIECES, BLOCK_N, HEADS, False,
         )  # fmt: skip
     else:
         forward_tile(
             program - tiles, 0, x2, None, w2, y2, None, rstd2, None, M2, N2, 1, sizes2, x2_steps, None, eps, offset,
-            EARLY, FIRST, STRIDED2, MULTIPLE2, 1, 1, ROWS2, 1, PIECES2, BLOCK_N2, False,
+            None, EARLY, FIRST, STRIDED2, MULTIPLE2, 1, 1, ROWS2, HEADS2, PIECES2, BLOCK_N2, HEADS2, False,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
+def forward_sandwich(
+    x, residual, w, w2, y, s, rstd, rstd2, M, N, sizes, x_steps, residual_steps, eps, offset,
+    EARLY: tl.constexpr, FIRST: tl.constexpr, STRIDED: tl.constexpr, MULTIPLE: tl.constexpr,
+    ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Each program computes the norm of a tile of x, adds the residual, and computes the norm of the sum s."""
+    N = as_multiple(N, MULTIPLE)
+    m = rows_of(tl.program_id(0), ROWS, 1)
+    first = tl.arange(0, BLOCK_N)[None, :]
+    row = ()
+    other = ()
+    squares = tl.zeros([ROWS, BLOCK_N], tl.float64)
+    for k in tl.static_range(PIECES):
+        n = first + k * BLOCK_N
+        inside = (m < M) & (n < N)
+        row += (tl.load(x + row_start(m, sizes, x_steps, STRIDED, MULTIPLE) + n, inside, 0.0),)
+        other += (tl.load(residual + row_start(m, sizes, residual_steps, STRIDED, MULTIPLE) + n, inside, 0.0),)
+    for k in tl.static_range(PIECES):
+        d = row[k].to(tl.float32).to(tl.float64)
+        squares = tl.fma(d, d, squares)  # the square is exact, so fusing changes nothing
+    r = rstd_of(tl.sum(squares, axis=1, keep_dims=True), N, eps)
+    if rstd is not None:
+        tl.store(rstd + m, r, m < M)
+    r = factor_of(r, x.dtype.element_ty, FIRST)
+    total = ()
+    squares = tl.zeros([ROWS, BLOCK_N], tl.float64)
+    for k in tl.static_range(PIECES):
+        n = first + k * BLOCK_N
+        weight = None if w is None else tl.load(w + n, n < N, 0.0)
+        h = scaled_output(row[k].to(tl.float32) * r, weight, offset, x.dtype.element_ty, s.dtype.element_ty, EARLY)
+        # h is not 0 beyond the end of a row if r is inf or NaN.
+        sum_k = tl.where(n < N, (h.to(tl.float32) + other[k].to(tl.float32)).to(s.dtype.element_ty), 0.0)
+        tl.store(s + m * N + n, sum_k, (m < M) & (n < N))
+        d = sum_k.to(tl.float32).to(tl.float64)
+        squares = tl.fma(d, d, squares)
+        total += (sum_k,)
+    r = rstd_of(tl.sum(squares, axis=1, keep_dims=True), N, eps)
+    if rstd2 is not None:
+        tl.store(rstd2 + m, r, m < M)
+    r = factor_of(r, s.dtype.element_ty, FIRST)
+    for k in tl.static_range(PIECES):
+        n = first + k * BLOCK_N
+        weight = None if w2 is None else tl.load(w2 + n, n < N, 0.0)
+        out = scaled_output(total[k].to(tl.float32) * r, weight, offset, s.dtype.element_ty, y.dtype.element_ty, EARLY)
+        tl.store(y + m * N + n, out, (m < M) & (n < N))
+
+
+@triton.jit(do_not_specialize=["M"])
 def forward_loop(
-    x, residual, w, y, s, rstd, M, N, sizes, x_steps, residual_steps, eps, offset,
+    x, residual, w, y, s, rstd, M, N, sizes, x_steps, residual_steps, eps, offset, V,
     EARLY: tl.constexpr, FIRST: tl.constexpr, STRIDED: tl.constexpr, MULTIPLE: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEADS: tl.constexpr,
 ):  # fmt: skip
     """Each program loops over one row twice: once for the sum, once for y."""
     N = as_multiple(N, MULTIPLE)
     m = tl.program_id(0).to(tl.int64)
+    w = weight_of(w, m, N, HEADS)
     rows = x + row_start(m, sizes, x_steps, STRIDED, MULTIPLE)
     squares = tl.zeros([BLOCK_N], tl.float64)
     for first in range(0, N.to(tl.int64), BLOCK_N):
@@ -396,9 +465,9 @@ def forward_loop(
             other = load_fp32(residual + row_start(m, sizes, residual_steps, STRIDED, MULTIPLE) + n, n < N)
             row = (row.to(tl.float32) + other).to(row.dtype)
             tl.store(s + m * N + n, row, n < N)
-        d = row.to(tl.float32).to(tl.float64)
+        d = measured(row.to(tl.float32), n, V).to(tl.float64)
         squares = tl.fma(d, d, squares)  # the square is exact, so fusing changes nothing
-    r = rstd_of(tl.sum(squares, axis=0), N, eps)
+    r = rstd_of(tl.sum(squares, axis=0), N if V is None else V, eps)
     if rstd is not None:
         tl.store(rstd + m, r)
     r = factor_of(r, x.dtype.element_ty, FIRST)
@@ -465,20 +534,22 @@ def turns_of(M, program, programs, ROWS: tl.constexpr, APART: tl.constexpr):
 @triton.jit(do_not_specialize=["M", "programs"])
 def backward_block(
     dy, dy2, dy3, ds, x, w, rstd, dx, partials, shares, M, N, parts, programs,
-    sizes, dy_steps, dy2_steps, dy3_steps, ds_steps, x_steps, offset,
+    sizes, dy_steps, dy2_steps, dy3_steps, ds_steps, x_steps, offset, V,
     EARLY: tl.constexpr, ROUND_FIRST: tl.constexpr,
     STRIDED: tl.constexpr, MULTIPLE: tl.constexpr, WORD: tl.constexpr, PARTS: tl.constexpr,
-    ROWS: tl.constexpr, APART: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr, APART: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexpr,
     STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """dx of every `programs`-th tile of ROWS rows, and their share of dw; if PARTS > 1, of one part of each row.
 
     If STAGES > 1, the next tiles are loaded into shared memory while this one is processed. At any time all programs
     work on neighbouring tiles, for which memory is faster than if each worked on its own range of rows. If rows
-    begin anywhere within a word, APART divides `programs` or each program has one tile, so that its rows have one lead.
+    begin anywhere within a word, or HEADS > 1, APART divides `programs` or each program has one tile, so that its rows
+    have one lead or one weight.
     """
     N = as_multiple(N, MULTIPLE)
     program, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    w = weight_of(w, program, N, HEADS)
     n = part * (PIECES * BLOCK_N) + tl.arange(0, BLOCK_N)[None, :]
     lead = lead_of(program, N, APART, WORD)
     body = body_of(N, lead, WORD)
@@ -488,7 +559,7 @@ def backward_block(
     for _ in tl.static_range(ALL):
         dw += (tl.zeros([ROWS, BLOCK_N], tl.float32),)
     weight = load_weights(w, n, lead, body, ends, ROWS, PIECES, BLOCK_N, ALL)
-    width = tl.full([ROWS, 1], N, tl.float64)
+    width = tl.full([ROWS, 1], N if V is None else V, tl.float64)
     inverse = 1.0 / width
     if PARTS > 1 and OVERLAP:
         tl.extra.cuda.gdc_wait()
@@ -533,7 +604,7 @@ def backward_block(
             inside = is_column(of_piece, body, ends, k, PIECES, PARTS)
             xh = normalized(x_row[k], r, inside)
             g = times_scale(dy_row[k], None if w is None else weight[k], offset, EARLY)
-            dx_row = r * (g - xh * c)
+            dx_row = r * (g - measured(xh * c, of_piece + lead, V))
             if ds is not None:
                 dx_row = plus_ds(dx_row, ds_row[k], dx.dtype.element_ty, ROUND_FIRST)
             out = at_piece(dx + start_of(m * N, lead, WORD), n, ends, k, PIECES, BLOCK_N)
@@ -573,13 +644,14 @@ def dw_terms(dy, xh, X: tl.constexpr, EARLY: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def backward_loop(
-    dy, ds, x, w, rstd, dx, M, N, sizes, dy_steps, ds_steps, x_steps, offset,
+    dy, ds, x, w, rstd, dx, M, N, sizes, dy_steps, ds_steps, x_steps, offset, V,
     EARLY: tl.constexpr, ROUND_FIRST: tl.constexpr, STRIDED: tl.constexpr, MULTIPLE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """Each program computes dx of one row, looping over it twice: once for the sum, once for dx."""
     N = as_multiple(N, MULTIPLE)
     m = tl.program_id(0).to(tl.int64)
+    w = weight_of(w, m, N, HEADS)
     r = tl.load(rstd + m)
     dy += row_start(m, sizes, dy_steps, STRIDED, MULTIPLE)
     x += row_start(m, sizes, x_steps, STRIDED, MULTIPLE)
@@ -589,12 +661,12 @@ def backward_loop(
         xh = normalized(load_fp32(x + n, n < N), r, n < N)
         g = times_scale(load_fp32(dy + n, n < N), None if w is None else load_fp32(w + n, n < N), offset, EARLY)
         products += (g * xh).to(tl.float64)
-    c = (tl.sum(products, axis=0) / N).to(tl.float32)
+    c = (tl.sum(products, axis=0) / (N if V is None else V)).to(tl.float32)
     for first in range(0, N.to(tl.int64), BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         xh = load_fp32(x + n, n < N) * r
         g = times_scale(load_fp32(dy + n, n < N), None if w is None else load_fp32(w + n, n < N), offset, EARLY)
-        dx_row = r * (g - xh * c)
+        dx_row = r * (g - measured(xh * c, n, V))
         if ds is not None:
             ds_row = tl.load(ds + row_start(m, sizes, ds_steps, STRIDED, MULTIPLE) + n, n < N, 0.0)
             dx_row = plus_ds(dx_row, ds_row, dx.dtype.element_ty, ROUND_FIRST)
@@ -604,16 +676,16 @@ def backward_loop(
 @triton.jit(do_not_specialize=["M", "programs"])
 def dw_alone(
     dy, dy2, dy3, x, rstd, partials, M, N, parts, programs, sizes, dy_steps, dy2_steps, dy3_steps, x_steps,
-    EARLY: tl.constexpr, STRIDED: tl.constexpr, MULTIPLE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    EARLY: tl.constexpr, STRIDED: tl.constexpr, MULTIPLE: tl.constexpr, ROWS: tl.constexpr, APART: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A share of dw for BLOCK_N columns: the sum over every `programs`-th tile of ROWS rows."""
+    """A share of dw for BLOCK_N columns: the sum over every `programs`-th tile of ROWS rows, APART rows apart."""
     N = as_multiple(N, MULTIPLE)
     program, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     n = part.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     dw = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    for turn in tl.range(0, turns_of(M, program, programs, ROWS, 1), num_stages=STAGES):
-        m = rows_of(program + turn * programs, ROWS, 1)
+    for turn in tl.range(0, turns_of(M, program, programs, ROWS, APART), num_stages=STAGES):
+        m = rows_of(program + turn * programs, ROWS, APART)
         inside = (m < M) & (n < N)
         r = tl.load(rstd + m, m < M, 0.0)
         dy_row = tl.load(dy + row_start(m, sizes, dy_steps, STRIDED, MULTIPLE) + n, inside, 0.0)

@@ -21,6 +21,7 @@ from rmsnorm.kernels.plan import (
     dense,
     find_layout,
     gradients,
+    heads_of,
     summands,
 )
 from rmsnorm.kernels.rows import Walk, walk
@@ -54,8 +55,8 @@ def plan_forward(kind: Forward) -> Plan:
     rows, kinds, converted = find_layout(walk, wanted)
     before += converted
     gpu = gpu_at(index_of(kind.device))
-    aligned = rows.N > tiling.ADD_WIDEST and _can_be_staged(rows, kinds, x.dtype)
-    config = tiling.forward(rows.N, x.dtype.itemsize, residual is not None, aligned, gpu)
+    aligned = rows.N > tiling.ADD_WIDEST and spec.variance_size is None and _can_be_staged(rows, kinds, x.dtype)
+    config = tiling.forward(rows.N, x.dtype.itemsize, residual is not None, aligned, gpu, heads_of(w))
     if w is not None:
         kinds["w"] = dense("w", w, before)
     shape = tuple(x.shape)
@@ -72,7 +73,7 @@ def plan_forward(kind: Forward) -> Plan:
         x=row, residual=None if residual is None else "residual", w=None if w is None else "w", y="y",
         s=None if residual is None else "s", rstd="rstd" if kind.with_rstd else None, shares="shares",
         x_steps=rows.steps[0], residual_steps=rows.steps[-1], eps=float(spec.eps), offset=offset_of(spec.offset),
-        EARLY=spec.cast != "late", FIRST=spec.cast == "first",
+        V=spec.variance_size, EARLY=spec.cast != "late", FIRST=spec.cast == "first",
     )  # fmt: skip
     return Plan(
         kind.device,
@@ -85,34 +86,68 @@ def plan_forward(kind: Forward) -> Plan:
 
 
 _SHARED_BY_TWO = "eps", "offset", "EARLY", "FIRST"
-_OF_EACH = "M", "N", "sizes", "STRIDED", "MULTIPLE", "ROWS", "PIECES", "BLOCK_N"
+_OF_EACH = "M", "N", "sizes", "STRIDED", "MULTIPLE", "ROWS", "PIECES", "BLOCK_N", "HEADS"
 
 
-def merge_launches(plan: Plan) -> Plan:
+def merge_pair(plan: Plan) -> Plan:
     """The plan of two forward passes with one launch for both, if each has one that holds whole rows, of few tiles."""
-    if len(plan.launches) != 2:
+    found = _launches_of_whole_rows(plan)
+    if found is None:
         return plan
-    first, second = plan.launches
-    assert isinstance(first, TritonLaunch)
-    assert isinstance(second, TritonLaunch)
-    a, b = (dict(zip(launch.kernel.arg_names, launch.arguments, strict=True)) for launch in (first, second))
-    whole_rows = all(
-        launch.kernel is kernels.forward_block and named["residual"] is None and named["WORD"] == named["PARTS"] == 1
-        for launch, named in ((first, a), (second, b))
-    )
+    (first, a), (second, b) = found
     tiles = first.grid[0]
-    if not whole_rows or tiles + second.grid[0] > tiling.MOST_TILES_OF_TWO:
+    if a["residual"] is not None or b["residual"] is not None or tiles + second.grid[0] > tiling.MOST_TILES_OF_TWO:
         return plan
     values = {name: a[name] for name in _SHARED_BY_TWO} | {"tiles": tiles}
     for number, named in (("", a), ("2", b)):
         values |= {f"{name}{number}": named[name] for name in (*_OF_EACH, "x", "w", "y", "rstd")}
         values[f"x{number}_steps"] = named["x_steps"]
+    return _with_one_launch(plan, kernels.forward_two, tiles + second.grid[0], values)
+
+
+def merge_sandwich(plan: Plan) -> Plan:
+    """The plan of `forward_sandwich` with one launch for both norms, if each has one that holds whole rows.
+
+    The rows of x must be a constant step apart, and so must those of the residual.
+    """
+    found = _launches_of_whole_rows(plan)
+    if found is None:
+        return plan
+    (_, a), (second, b) = found
+    h = a["y"].tensor
+    plain = all(named["HEADS"] == 1 and not named["STRIDED"] for named in (a, b))
+    if b["x"].tensor != h or a["MULTIPLE"] != b["MULTIPLE"] or not plain:
+        return plan
+    values = {name: b[name] for name in (*_OF_EACH, *_SHARED_BY_TWO, "residual", "residual_steps", "y", "s")}
+    values |= {"x": a["x"], "x_steps": a["x_steps"], "w": a["w"], "rstd": a["rstd"], "w2": b["w"], "rstd2": b["rstd"]}
+    merged = _with_one_launch(plan, kernels.forward_sandwich, second.grid[0], values)
+    return replace(merged, fresh=tuple(t for t in plan.fresh if t.name != h))
+
+
+def _launches_of_whole_rows(plan: Plan) -> list[tuple[TritonLaunch, dict[str, Any]]] | None:
+    """The two launches of a plan, each with its arguments by name; None if not each holds whole rows of whole words."""
+    found = []
+    for launch in plan.launches:
+        assert isinstance(launch, TritonLaunch)
+        named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=True))
+        whole_words = named.get("WORD") == named.get("PARTS") == 1
+        if launch.kernel is not kernels.forward_block or named["V"] is not None or not whole_words:
+            return None
+        found.append((launch, named))
+    return found if len(found) == 2 else None  # none if there are no rows
+
+
+def _with_one_launch(plan: Plan, kernel: Any, programs: int, values: Mapping[str, Any]) -> Plan:
+    """The plan with one launch in place of its two."""
+    first, second = plan.launches
+    assert isinstance(first, TritonLaunch)
+    assert isinstance(second, TritonLaunch)
     merged = replace(
         first,
-        kernel=kernels.forward_two,
-        grid=(tiles + second.grid[0],),
+        kernel=kernel,
+        grid=(programs,),
         warps=max(first.warps, second.warps),
-        arguments=tuple(values[name] for name in kernels.forward_two.arg_names),
+        arguments=tuple(values[name] for name in kernel.arg_names),
         aligned=first.aligned and second.aligned,
     )
     return replace(plan, launches=(merged,))
@@ -139,20 +174,21 @@ def plan_backward(kind: Backward) -> Plan:
     before += converted
     M, N, device, gpu = rows.M, rows.N, index_of(kind.device), gpu_at(index_of(kind.device))
     of_x, of_dy = x.dtype.itemsize, y_dtype.itemsize
-    aligned = tiling.BACKWARD_WIDEST[of_x] < N and _can_be_staged(rows, kinds, x.dtype)
+    wide, whole = tiling.BACKWARD_WIDEST[of_x] < N, spec.variance_size is None
+    aligned = wide and whole and _can_be_staged(rows, kinds, x.dtype)
     kinds["rstd"] = dense("rstd", kind.rstd, before)  # only hooks on saved tensors can make a copy necessary
     if w is not None:
         kinds["w"] = dense("w", w, before)
     if need_dx:
         fresh.append(Fresh("dx", x.dtype, tuple(x.shape)))
     calls = Calls(device, rows, kinds, fresh, x.dtype)
-    early = spec.cast != "late"
+    early, heads = spec.cast != "late", heads_of(w)
     reads = _reads(dict(zip(wanted, rows.steps, strict=True)))
     sums: Launch | None = None  # the launch whose programs compute partial sums of dw
     if need_dx:
         itemsize = 0 if of_dw is None else of_dw.itemsize
         config = tiling.backward(
-            M, N, of_x, of_dy, itemsize, with_ds, aligned, gpu, len(dys), kind.round_first
+            M, N, of_x, of_dy, itemsize, with_ds, aligned, gpu, len(dys), kind.round_first, heads
         )  # fmt: skip
         sums = config if of_dw is not None and config.parts > 0 else None
         if sums is not None:
@@ -163,22 +199,25 @@ def plan_backward(kind: Backward) -> Plan:
             M if config.parts == 0 else config.programs * config.parts, config, calls.exchange(config, gpu),
             **reads, ds="ds" if with_ds else None, w=None if w is None else "w", rstd="rstd", dx="dx",
             partials=None if sums is None else "partials", shares="shares", programs=config.programs,
-            ds_steps=rows.steps[-1], offset=offset_of(spec.offset), EARLY=early, ROUND_FIRST=kind.rounds_dx_first,
+            ds_steps=rows.steps[-1], offset=offset_of(spec.offset), V=spec.variance_size, EARLY=early,
+            ROUND_FIRST=kind.rounds_dx_first,
         )  # fmt: skip
-    if of_dw is not None:
+    if of_dw is not None and w is not None:
         if sums is None:
-            sums = tiling.dw_alone(M, N, len(dys) * of_dy + of_x, of_dw.itemsize, gpu)
+            sums = tiling.dw_alone(M, N, len(dys) * of_dy + of_x, of_dw.itemsize, gpu, heads)
             parts = cdiv(N, sums.block_n)
             fresh.append(Fresh("partials", torch.float32, (sums.programs, N)))
             calls.add(
                 kernels.dw_alone, sums.programs * parts, sums, False, **reads, rstd="rstd", partials="partials",
                 parts=parts, programs=sums.programs, EARLY=early,
             )  # fmt: skip
-        config = tiling.sum_partials(sums.programs, N, gpu)
-        fresh.append(Fresh("dw", of_dw, (N,)))
+        # The shares of a program for each head, one after the other, are like those of one program for a wider row.
+        programs, columns = sums.programs // heads, heads * N
+        config = tiling.sum_partials(programs, columns, gpu)
+        fresh.append(Fresh("dw", of_dw, tuple(w.shape)))
         calls.add(
-            kernels.sum_partials, cdiv(N, config.block_n), config, sums.programs > 0, partials="partials", dw="dw",
-            programs=sums.programs,
+            kernels.sum_partials, cdiv(columns, config.block_n), config, programs > 0, partials="partials", dw="dw",
+            programs=programs, N=columns,
         )  # fmt: skip
     return Plan(
         kind.device,
@@ -246,7 +285,7 @@ class Calls:
         if grid == 0:
             return
         rows = self._rows
-        word = self._word if config.apart > 1 and self._can_be_shifted else 1
+        word = self._word if config.apart > 1 and config.heads == 1 and self._can_be_shifted else 1
         values = (config if word > 1 else config.for_any_strides(rows.N)).constants | {
             "M": rows.M, "N": rows.N, "parts": config.parts, "sizes": rows.sizes, "STRIDED": rows.strided,
             # One for each lane of a warp: with fewer, every value is held several times, in a third more registers.

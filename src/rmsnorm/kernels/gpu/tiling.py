@@ -335,7 +335,8 @@ class Launch:
 
     parts: how many programs share a row; 0 means that one program loops over a row in steps of block_n columns.
     programs: how many programs (or groups of `parts` programs) the backward pass distributes its tiles over.
-    apart: how many rows a program's rows are apart, so that all of them begin at the same place within a word.
+    apart: how many rows a program's rows are apart, so that all of them begin at the same place within a word, or have
+    the same weight. heads: how many weights there are; if more than one, `apart` is this number.
     staged: whether rows are held in shared memory instead of registers. overlap: whether one of our kernels may start
     before the previous one has ended.
     """
@@ -348,6 +349,7 @@ class Launch:
     stages: int = 1
     programs: int = 1
     apart: int = 1
+    heads: int = 1
     staged: bool = False
     overlap: bool = False
 
@@ -367,24 +369,27 @@ class Launch:
             "APART": self.apart,
             "PIECES": self.pieces,
             "BLOCK_N": self.block_n,
+            "HEADS": self.heads,
             "STAGES": self.stages,
             "OVERLAP": self.overlap,
         }
 
 
 @functools.lru_cache(4096)
-def forward(N: int, itemsize: int, with_residual: bool, aligned: bool, gpu: Gpu) -> Launch:
+def forward(N: int, itemsize: int, with_residual: bool, aligned: bool, gpu: Gpu, heads: int = 1) -> Launch:
     """The launch of the forward pass: whole rows, or for wide rows several programs that share each.
 
-    aligned: whether rows begin and end at multiples of 16 bytes.
+    aligned: whether rows begin and end at multiples of 16 bytes. heads: as in `Launch`.
     """
-    body, apart = _body(N, itemsize), _apart(N, itemsize)
+    body, apart = (_body(N, itemsize), _apart(N, itemsize)) if heads == 1 else (N, heads)
     if (ADD_WIDEST if with_residual else FORWARD_WIDEST) < N:
+        if heads > 1:
+            return _looping(heads)
         staged = _FORWARD_STAGED[4 if with_residual else itemsize]  # with a residual the tiles for fp32 are faster
         config = _shared(N, staged, _FORWARD_SHARED[itemsize], itemsize, aligned, gpu)
         return replace(config, apart=apart, overlap=config.parts > 0 and gpu.capability >= 9)
     tile = _forward_tile(N, itemsize)
-    return Launch(tile.block_n, tile.warps, tile.rows, pieces=-(-body // tile.block_n), apart=apart)
+    return Launch(tile.block_n, tile.warps, tile.rows, pieces=-(-body // tile.block_n), apart=apart, heads=heads)
 
 
 def backward_is_wide(N: int, itemsize: int) -> bool:
@@ -404,16 +409,18 @@ def sum_gradients(N: int) -> Launch:
 @functools.lru_cache(4096)
 def backward(
     M: int, N: int, itemsize: int, dy_itemsize: int, dw_itemsize: int, with_ds: bool, aligned: bool, gpu: Gpu,
-    dys: int = 1, ds_apart: bool = False,
+    dys: int = 1, ds_apart: bool = False, heads: int = 1,
 ) -> Launch:  # fmt: skip
     """The launch of the backward pass: a program processes many tiles and accumulates its share of dw over them.
 
     itemsize, dy_itemsize, dw_itemsize: bytes of one number of x and ds, of dy, and of dw (0 if dw is not needed).
     dys: how many gradients the kernel adds to get dy. ds_apart: whether adding ds replaces a separate addition after
-    the backward pass; dw must then have the bits that it has without ds.
+    the backward pass; dw must then have the bits that it has without ds. heads: as in `Launch`.
     """
     more = (with_ds and not (ds_apart and dw_itemsize > 0)) or dy_itemsize > itemsize
     if backward_is_wide(N, itemsize):
+        if heads > 1:
+            return _looping(heads)
         overlap, apart, longest = gpu.capability >= 9, _apart(N, itemsize), LONGEST_SUM.get(dw_itemsize, M)
         # The rows, and with more than 32 columns a thread also the weight, of at most 4 bytes a number.
         bytes_a_column = STAGES * (itemsize + dy_itemsize) + (4 if itemsize == 2 else 0)
@@ -431,33 +438,36 @@ def backward(
         return replace(
             config, stages=STAGES if config.staged else 1, programs=programs, apart=apart, overlap=overlap
         )  # fmt: skip
-    return _backward_of_whole_rows(M, N, itemsize, dy_itemsize, dw_itemsize, with_ds, gpu, dys, more)
+    return _backward_of_whole_rows(M, N, itemsize, dy_itemsize, dw_itemsize, with_ds, gpu, dys, more, heads=heads)
 
 
 def _backward_of_whole_rows(
     M: int, N: int, itemsize: int, dy_itemsize: int, dw_itemsize: int, with_ds: bool, gpu: Gpu, dys: int, more: bool,
-    parts: int = 1,
+    parts: int = 1, heads: int = 1,
 ) -> Launch:  # fmt: skip
     """As `backward`, for rows that one program holds, or one of their `parts` of N columns. more: see `_at_once`."""
     overlap = gpu.capability >= 9
     longest = LONGEST_SUM.get(dw_itemsize, M)
-    body, apart = _body(N, itemsize), _apart(N, itemsize)
+    body, apart = (_body(N, itemsize), _apart(N, itemsize)) if heads == 1 else (N, heads)
     tile = _backward_tile(N, itemsize)
-    narrow_loads = apart == 1 and not _is_whole_words(N, itemsize)
+    narrow_loads = (apart == 1 or heads > 1) and not _is_whole_words(N, itemsize)
     rows, block_n, warps, most = tile.rows, tile.block_n, tile.warps, tile.stages
     programs = _at_once(tile, more)
     pieces = -(-body // block_n)
     tiles = _tiles(M, rows, apart)
     if dw_itemsize == 0 and (tile.alone or narrow_loads):
-        return Launch(block_n, warps, rows, pieces, parts, programs=tiles, apart=apart)
+        return Launch(block_n, warps, rows, pieces, parts, programs=tiles, apart=apart, heads=heads)
     stages = 1  # narrow loads cannot be prefetched into shared memory
     if not narrow_loads:
-        tile_bytes = rows * (pieces + (apart > 1)) * block_n * (dys * dy_itemsize + itemsize * (2 if with_ds else 1))
+        loaded = dys * dy_itemsize + itemsize * (2 if with_ds else 1)
+        tile_bytes = rows * (pieces + (apart > 1 and heads == 1)) * block_n * loaded
         stages = _stages(tile_bytes, gpu.shared_memory // programs, most)
         if stages == 1:  # prefetching is worth more than several programs at once
             stages = _stages(tile_bytes, gpu.shared_memory, most)
     programs = _programs(tiles, max(1, MULTIPROCESSORS * programs // parts), longest, apart)
-    return Launch(block_n, warps, rows, pieces, parts, stages, programs, apart, overlap=overlap)
+    return Launch(
+        block_n, warps, rows, pieces, parts, stages, programs, apart, heads=heads, overlap=overlap
+    )  # fmt: skip
 
 
 # The columns that a program takes of parts of rows that are too wide for one program. Not measured alone.
@@ -546,14 +556,15 @@ def gated_dw_alone(M: int, N: int, groups: int, loaded: int, dw_itemsize: int, g
 
 
 @functools.lru_cache(4096)
-def dw_alone(M: int, N: int, loaded: int, dw_itemsize: int, gpu: Gpu) -> Launch:
+def dw_alone(M: int, N: int, loaded: int, dw_itemsize: int, gpu: Gpu, heads: int = 1) -> Launch:
     """The launch of `dw_alone`: a program processes block_n columns of some of the rows, for any N."""
     block_n = min(power_of_two(N), COLUMNS)
     rows = min(TILE // block_n, MOST_ROWS)
     most = max(1, 4 * MULTIPROCESSORS // -(-N // block_n))
-    programs = _programs(_tiles(M, rows), most, LONGEST_SUM[dw_itemsize])
+    programs = _programs(_tiles(M, rows, heads), most, LONGEST_SUM[dw_itemsize], heads)
     stages = _stages(rows * block_n * loaded, gpu.shared_memory // 4, 3) if N % WORD[2] == 0 else 1
-    return Launch(block_n, 4, rows, stages=stages, programs=programs, overlap=gpu.capability >= 9)
+    overlap = gpu.capability >= 9
+    return Launch(block_n, 4, rows, stages=stages, programs=programs, apart=heads, heads=heads, overlap=overlap)
 
 
 @functools.lru_cache(4096)
@@ -567,6 +578,11 @@ def sum_partials(programs: int, N: int, gpu: Gpu) -> Launch:
     rows = min(max(power_of_two(max(1, programs)) // 4, 8), 128)
     size, warps = (4096, 8) if rows == 8 else (1024, 4)
     return Launch(min(power_of_two(N), size // rows), warps, rows, overlap=gpu.capability >= 9)
+
+
+def _looping(heads: int) -> Launch:
+    """The launch for wide rows if each head has its own weight: one program loops over each row. Not measured."""
+    return Launch(PIECE, 16, parts=0, apart=heads, heads=heads)
 
 
 def no_shares_yet(gpu: Gpu) -> Launch:

@@ -75,10 +75,10 @@ struct Spec {
 };
 
 enum class Pass {
-  FORWARD, BACKWARD, BACKWARD_OF_SUM, FORWARD_PAIR, BACKWARD_PAIR, GATED_FORWARD, GATED_BACKWARD, BEGIN_FORWARD,
-  FINISH_FORWARD, BEGIN_BACKWARD, FINISH_BACKWARD
+  FORWARD, BACKWARD, BACKWARD_OF_SUM, FORWARD_PAIR, BACKWARD_PAIR, FORWARD_SANDWICH, GATED_FORWARD, GATED_BACKWARD,
+  BEGIN_FORWARD, FINISH_FORWARD, BEGIN_BACKWARD, FINISH_BACKWARD
 };
-constexpr size_t PASSES = 11;
+constexpr size_t PASSES = 12;
 
 // name: that of the operator. label: for profilers. tensors: one letter for each tensor of a call, before dy2 and dy3 of
 // a sum: t if it is an argument of the operator, l if that is a list, - if it is always absent. rows: the place of x.
@@ -93,14 +93,16 @@ struct Facts {
   size_t requested, arguments;
 };
 
-// Tensors: x, residual, w; or dy, ds, x, w, rstd; for a pair twice, without residuals and ds. With a gate: x, gate, w; or
-// dy, x, gate, w, rstd. For parts of rows: x, residual; x, w, S; dy, x, w, rstd; dy, ds, x, w, rstd, S.
+// Tensors: x, residual, w; or dy, ds, x, w, rstd; for a pair twice, without residuals and ds. Of a sandwich: x, -, w,
+// residual, w2. With a gate: x, gate, w; or dy, x, gate, w, rstd. For parts of rows: x, residual; x, w, S; dy, x, w, rstd;
+// dy, ds, x, w, rstd, S.
 constexpr std::array<Facts, PASSES> facts{{
     {"forward", "rmsnorm", "ttt", 0, "eco", 1, 9}, // the last two arguments are for compilers only
     {"backward", "rmsnorm_backward", "ttttt", 2, "co", 2, 9},
     {"backward_of_sum", "rmsnorm_backward_of_sum", "ltttt", 2, "co", 2, 9},
     {"forward_pair", "rmsnorm_pair", "t-tt-t", 0, "eco", 1, 8},
     {"backward_pair", "rmsnorm_backward_pair", "t-tttt-ttt", 2, "co", 2, 12},
+    {"forward_sandwich", "rmsnorm_sandwich", "t-ttt", 0, "eco", 1, 8},
     {"gated_forward", "rmsnorm_gated", "ttt", 0, "ecg", 1, 9},
     {"gated_backward", "rmsnorm_gated_backward", "ttttt", 1, "cg", 3, 12},
     {"begin_forward", "rmsnorm_begin", "tt", 0, "", 0, 2},
@@ -873,6 +875,7 @@ PYBIND11_MODULE(RMSNORM_HOST, module) {
     register_operator<Pass::BACKWARD_OF_SUM>();
     register_operator<Pass::FORWARD_PAIR>();
     register_operator<Pass::BACKWARD_PAIR>();
+    register_operator<Pass::FORWARD_SANDWICH>();
     register_operator<Pass::GATED_FORWARD>();
     register_operator<Pass::GATED_BACKWARD>();
     register_operator<Pass::BEGIN_FORWARD>();

@@ -60,6 +60,7 @@ from rmsnorm.spec import (
     check_pair,
     check_pair_gradients,
     check_part,
+    check_sandwich,
     check_saved,
     check_summed,
     check_tensors,
@@ -252,6 +253,20 @@ def _native_forward_pair(
         return None
     kinds = (Forward.of(rows, None, weight, spec, with_rstd) for rows, weight in ((x, w), (x2, w2)))
     return _native(dispatch.plan_forward_pair(*kinds))
+
+
+def _native_forward_sandwich(
+    x: Tensor, _: None, w: Tensor | None, residual: Tensor, w2: Tensor | None, eps: float, cast: Cast, offset: float,
+    with_rstd: bool,
+) -> Native | None:  # fmt: skip
+    """As `_native_forward`, for `forward_sandwich`; None stands for the residual of the first norm."""
+    try:
+        check_sandwich("forward_sandwich", x, w, residual, w2, cast, offset)
+        spec = Spec(eps, cast, offset)
+    except (TypeError, ValueError):
+        return None
+    kinds = dispatch.sandwich_kinds(x, w, residual, w2, spec, with_rstd)
+    return _native(dispatch.plan_forward_sandwich(*kinds))
 
 
 def _native_backward_pair(
@@ -583,6 +598,7 @@ def _open(file: int, target: Path) -> None:
         "backward_of_sum": _native_backward_of_sum,
         "forward_pair": _native_forward_pair,
         "backward_pair": _native_backward_pair,
+        "forward_sandwich": _native_forward_sandwich,
         "gated_forward": _native_gated_forward,
         "gated_backward": _native_gated_backward,
         "begin_forward": _native_begin_forward,

@@ -51,6 +51,8 @@ def _cuda_aims(case: BenchCase) -> tuple[Aim, ...]:
     """Return the aims on a GPU: shares of a copy's speed, of QuACK's and of LayerNorm's."""
     wide = case.N > _CUDA_WIDEST
     copy = {FORWARD: 1 / 1.10 if wide else 1 / 1.05, STRIDED_FORWARD: 1 / 1.05, ADD_FORWARD: 1 / 1.05}.get(case.mode)
+    if case.mode.gated is not None:
+        copy = 1 / 1.20 if case.mode.backward else 1 / 1.10
     if case.mode == BACKWARD:
         copy = 1 / 1.30 if wide or case.N < 1024 else 1 / 1.10
     small = case.M * case.N < 1 << 25

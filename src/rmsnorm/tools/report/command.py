@@ -1,8 +1,9 @@
 """Runs `rmsnorm report`.
 
-build -> prove -> check and time each norm alone -> time whole-model steps in pairs -> ReportResult
+build -> prove -> check and time each norm alone -> time whole-model steps in pairs -> ReportResult -> JSON and page
 """
 
+import json
 import math
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from rmsnorm.errors import CommandError
 from rmsnorm.functional import wait_for_host
 from rmsnorm.tools import machine, results
 from rmsnorm.tools.models import library, loading
+from rmsnorm.tools.report import page
 from rmsnorm.tools.report.budget import Announcer, Budget
 from rmsnorm.tools.report.result import ReportResult
 from rmsnorm.tools.report.run import ReportRun
@@ -20,11 +22,11 @@ def report(
     target: str, out: Path, progress: Progress, *, device: str | None = None, tokens: int = 2048, seconds: float = 90.0,
     every_layer: bool = False, compiled: bool = False,
 ) -> ReportResult:  # fmt: skip
-    """Measure what replacing the norms of a model changes and gains, and write out/report.json.
+    """Measure what replacing the norms of a model changes and gains, and write out/report.json and out/report.html.
 
     Args:
         target: "deepseek-ocr", or the path of a folder with config.json and *.safetensors.
-        out: The folder for report.json; it is made if it does not exist.
+        out: The folder for the two files; it is made if it does not exist.
         progress: Called before each step with the percentage of the budget that is spent, 100, and what comes next.
         device: "cpu" or "cuda"; by default the GPU if there is one.
         tokens: The length of the sequence; shorter if the model has fewer positions or the time does not suffice.
@@ -36,13 +38,15 @@ def report(
         What was found; its `notes` say what was left out and why.
 
     Raises:
-        CommandError: Before anything is written, if the target is neither a preset nor an intact folder, or an option
-            is out of range.
+        CommandError: Before anything is written, if the target is neither a preset nor an intact folder, an option is
+            out of range, or jinja2 is missing.
     """
     budget = Budget(seconds)
     _check_options(tokens, seconds)
+    page.check()
     where = machine.find_device(device)
-    results.check_file(out / results.REPORT_FILE, "--out")
+    for name in (results.REPORT_FILE, results.REPORT_PAGE):
+        results.check_file(out / name, "--out")
     build = loading.builder(target)
     library.import_transformers("the report")
     say = Announcer(progress, budget)
@@ -53,7 +57,39 @@ def report(
         budget.finish("loading")
         result = ReportRun(target, where, built, tokens, budget, say, every_layer, compiled).result()
     results.write_json(out / results.REPORT_FILE, result.to_json())
+    _write_page(out, result)
     return result
+
+
+def draw_stored(path: Path, out: Path, *, every_layer: bool = False) -> ReportResult:
+    """Read a stored report, and write out/report.html.
+
+    Args:
+        path: A report.json.
+        out: The folder for report.html; it is made if it does not exist.
+        every_layer: Whether to print a row for each norm instead of each kind of norm.
+
+    Returns:
+        The report.
+
+    Raises:
+        CommandError: If the file cannot be read or is not the JSON of a report, or the page cannot be written.
+    """
+    page.check()
+    results.check_file(out / results.REPORT_PAGE, "--out")
+    try:
+        result = ReportResult.from_json(json.loads(path.read_text(encoding="utf-8")), every_layer)
+        result.to_json()  # counts what the norms move, which fails for sizes that are none
+    except OSError as error:
+        raise CommandError(f"--from {path}: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        raise CommandError(f"--from {path}: give the report.json of a run of rmsnorm report") from None
+    _write_page(out, result)
+    return result
+
+
+def _write_page(out: Path, result: ReportResult) -> None:
+    results.write_whole(out / results.REPORT_PAGE, page.html(result).encode())
 
 
 def _check_options(tokens: int, seconds: float) -> None:

@@ -14,7 +14,6 @@ from rmsnorm.tools import timing
 from rmsnorm.tools.report.budget import Announcer
 from rmsnorm.tools.report.norms import Mode, NormResult, Pair
 from rmsnorm.tools.report.patched import PatchedModel
-from rmsnorm.tools.timing import Timing
 
 _NORM_SAMPLES, _TOKEN_SAMPLES, _FEWEST_SAMPLES = 15, 50, 3
 OUTLIER = 3.0  # how many times as slow as norms of the same kind an outlier is
@@ -63,6 +62,8 @@ def check_outputs(n: NormResult, own: type[nn.Module], module: nn.Module, inputs
     before = own.forward(module, *inputs)
     expected = exact_output(module, *inputs)
     n.width = n.width or y.shape[-1]
+    w = module._parameters.get("weight")
+    n.dtype, n.weight_dtype = (None if t is None else str(t.dtype).removeprefix("torch.") for t in (inputs[0], w))
     n.calls += 1
     n.rows += inputs[0].numel() // n.width
     n.outputs += y.numel()
@@ -153,10 +154,5 @@ class NormTimer:
                     {"before": make(own.forward), "after": make(ours.forward)}, device, samples=samples,
                     fewest=_FEWEST_SAMPLES, seconds=part * seconds / 2, with_host=self.with_host,
                 )  # fmt: skip
-            times[mode] = Pair(*(_undisturbed(timings[side], device) for side in ("before", "after")))
+            times[mode] = Pair(*(timing.undisturbed(timings[side], device) for side in ("before", "after")))
         return times
-
-
-def _undisturbed(timing: Timing, device: torch.device) -> float:
-    """Return the minimum on a CPU, where other processes only make calls longer, and the median on a GPU."""
-    return timing.minimum if device.type == "cpu" else timing.median

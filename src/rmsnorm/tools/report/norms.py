@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rmsnorm.patching.patch_report import Verdict
-from rmsnorm.spec import Spec
+from rmsnorm.spec import Gate, Spec
 
 Mode = Literal["forward", "training", "token"]  # training: forward and backward; token: forward of one token
 WITH_BACKWARD: tuple[Mode, ...] = ("forward", "training")
+KEYS: dict[Mode, str] = {"forward": "forward", "training": "forward_backward", "token": "one_token"}  # in JSON
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ def pair_to_json(pair: Pair | None) -> dict[str, Any] | None:
     return {"before_us": pair.before * 1e6, "after_us": pair.after * 1e6, "gain": pair.gain}
 
 
+def pair_from_json(stored: dict[str, Any]) -> Pair:
+    """Return what `pair_to_json` describes. Raises KeyError for the JSON of anything else."""
+    return Pair(stored["before_us"] / 1e6, stored["after_us"] / 1e6)
+
+
 @dataclass
 class NormResult:
     """One norm, proven or left as it is, and what was measured when activations reached it.
@@ -45,6 +51,8 @@ class NormResult:
     Attributes:
         verdict: What `patch` decided.
         width: The width of its rows; None until that is known.
+        dtype: The dtype of its input, such as "bfloat16"; None until that is known.
+        weight_dtype: The dtype of its weight; None without a weight.
         calls: How often the model called it.
         rows: How many rows it got in all calls.
         outputs: How many outputs were compared.
@@ -59,6 +67,8 @@ class NormResult:
 
     verdict: Verdict
     width: int | None
+    dtype: str | None = None
+    weight_dtype: str | None = None
     calls: int = 0
     rows: int = 0
     outputs: int = 0
@@ -81,6 +91,9 @@ class NormResult:
             "name": self.verdict.name,
             "class": self.verdict.class_name,
             "width": self.width,
+            "dtype": self.dtype,
+            "weight_dtype": self.weight_dtype,
+            "finding": self.verdict.finding,
             "spec": None if spec is None else _spec_to_json(spec),
             "left_because": self.verdict.reason or None,
             "own_forward": self.verdict.own_forward_when or None,
@@ -97,12 +110,60 @@ class NormResult:
             "outlier": self.outlier,
         }
 
+    @classmethod
+    def from_json(cls, stored: dict[str, Any], dtype: str | None) -> "NormResult":
+        """Return what `to_json` describes. Raises KeyError for the JSON of anything else.
+
+        Args:
+            stored: The JSON.
+            dtype: The dtype of the model, for an older file that has none for each norm.
+        """
+        times = {mode: pair_from_json(stored[key]) for mode, key in KEYS.items() if stored[key] is not None}
+        return cls(
+            StoredVerdict.from_json(stored), stored["width"], stored.get("dtype", dtype),
+            stored.get("weight_dtype", dtype), stored["calls"], stored["rows"], stored["outputs"],
+            stored["differ_from_exact"], stored["differ_from_original"], stored["most_ulp_from_original"], times,
+            stored.get("measured_again", 0), stored.get("outlier", False),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StoredVerdict(Verdict):
+    """A verdict that was read from the JSON of a report, which has in words what was found."""
+
+    words: str = field(kw_only=True)
+    own_forward: str = field(kw_only=True)
+
+    @property
+    def finding(self) -> str:
+        """What was found, in words."""
+        return self.words or super().finding
+
+    @property
+    def own_forward_when(self) -> str:
+        """When a replacement runs the module's own forward; "" if never."""
+        return self.own_forward
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> "StoredVerdict":
+        """Return the verdict of a norm in the JSON of a report. Raises KeyError for the JSON of anything else."""
+        spec = None if stored["spec"] is None else _spec_from_json(stored["spec"])
+        return cls(
+            stored["class"], spec, stored["left_because"] or "", name=stored["name"], words=stored.get("finding", ""),
+            own_forward=stored["own_forward"] or "",
+        )  # fmt: skip
+
 
 def _spec_to_json(spec: Spec) -> dict[str, Any]:
     found: dict[str, Any] = {"eps": spec.eps, "cast": spec.cast, "offset": spec.offset}
     if spec.gate is not None:
         found |= {"activation": spec.gate.activation, "gate_first": spec.gate.first, "groups": spec.groups}
     return found
+
+
+def _spec_from_json(stored: dict[str, Any]) -> Spec:
+    gate = Gate(stored["activation"], stored["gate_first"]) if "activation" in stored else None
+    return Spec(stored["eps"], stored["cast"], stored["offset"], gate, stored.get("groups", 1))
 
 
 @dataclass(frozen=True)

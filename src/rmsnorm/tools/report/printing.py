@@ -3,8 +3,22 @@
 from collections.abc import Iterator
 
 from rmsnorm.tools import machine
-from rmsnorm.tools.display import NOTHING, Block, Column, Table, Text, count, duration, factor, share, size
-from rmsnorm.tools.report.norms import WITH_BACKWARD, Mode, NormResult, Pair, kinds_of
+from rmsnorm.tools.display import (
+    NOTHING,
+    Block,
+    Column,
+    Table,
+    Text,
+    count,
+    duration,
+    factor,
+    share,
+    signed_share,
+    size,
+    speed,
+)
+from rmsnorm.tools.report.norms import WITH_BACKWARD, Mode, NormKind, NormResult, Pair, kinds_of
+from rmsnorm.tools.report.prediction import Rate
 from rmsnorm.tools.report.result import ReportResult
 from rmsnorm.tools.report.steps import CONFIDENCE
 
@@ -20,18 +34,20 @@ def blocks(result: ReportResult) -> tuple[Block, ...]:
         f"{size(result.peak_bytes, 2)} of memory at most",
     )
     return (
-        *_answer(result),
+        *answer(result),
         *([_norms_table(result) if result.every_layer else _kinds_table(result)] if result.norms else []),
         *_model_table(result),
+        *_prediction_table(result),
         "",
-        *_compilation(result),
-        *_verdicts(result),
+        *compilation(result),
+        *findings(result),
         *(f"Note: {note}" for note in result.notes),
         *(Text(line, "note") for line in last),
     )
 
 
-def _answer(result: ReportResult) -> Iterator[Block]:
+def answer(result: ReportResult) -> Iterator[str | Text]:
+    """Yield what was found, in three lines."""
     found, proven = len(result.norms), [n for n in result.norms if n.verdict.replaced]
     if not proven:
         yield Text(
@@ -93,7 +109,7 @@ def _kinds_table(result: ReportResult) -> Table:
                 n.verdict.class_name,
                 width,
                 str(len(kind.norms)),
-                _verdict(n),
+                verdict(n),
                 _changed(wrong, outputs, changed),
                 *times,
             )
@@ -119,7 +135,7 @@ def _norms_table(result: ReportResult) -> Table:
             (
                 n.verdict.name,
                 f"{n.rows} × {n.width}" if n.calls else NOTHING,
-                _verdict(n),
+                verdict(n),
                 changed,
                 str(n.ulp) if n.calls else NOTHING,
                 *times,
@@ -169,6 +185,43 @@ def _model_table(result: ReportResult) -> Iterator[Table]:
         )
 
 
+def _prediction_table(result: ReportResult) -> Iterator[Table]:
+    """Yield how long our norms were expected to take, and how long they took; nothing if that is unknown."""
+    rate = result.rate
+    if rate is None:
+        return
+    kinds = kinds_of(n for n in result.norms if n.compared)
+    if result.every_layer:
+        kinds = tuple(NormKind((n,)) for kind in kinds for n in kind.norms)
+    rows = []
+    named: tuple[tuple[str, Mode], ...] = (("forward", "forward"), ("forward + backward", "training"))
+    for words, mode in named:
+        found = [(_named(kind, result.every_layer), result.prediction(kind, mode)) for kind in kinds]
+        found.append(("all norms", result.whole_prediction(mode)))
+        rows += [
+            (f"{name}, {words}", duration(p.predicted, 3), duration(p.measured, 3), signed_share(p.error))
+            for name, p in found
+            if p is not None
+        ]
+    if rows:
+        columns = (Column("", words=True), Column("predicted"), Column("measured"), Column("error"))
+        yield Table(f"Our norms, predicted and measured. Predicted: {in_words(rate)}", columns, tuple(rows))
+
+
+def _named(kind: NormKind, every_layer: bool) -> str:
+    n = kind.norms[0]
+    return n.verdict.name if every_layer else f"{len(kind.norms)} × {n.verdict.class_name}, {n.rows} × {n.width}"
+
+
+def in_words(rate: Rate) -> str:
+    """Return what a prediction assumes."""
+    part = "" if rate.efficiency == 1 else f"{share(rate.efficiency, 3)} of "
+    return (
+        f"bytes at {part}{rate.name} ({speed(rate.bandwidth, 3)}), and {duration(rate.launch, 3)} a kernel "
+        f"(from {rate.source})"
+    )
+
+
 def _memory_row(label: str, before: int, after: int) -> tuple[str, ...]:
     change = f"{size(before - after)} less" if after <= before else f"{size(after - before)} more"
     return label, size(before), size(after), change
@@ -181,7 +234,7 @@ _NORMS = {
 }
 
 
-def _compilation(result: ReportResult) -> Iterator[str]:
+def compilation(result: ReportResult) -> Iterator[str]:
     """Yield what was compiled and how long that took."""
     if result.compilation is None:
         return
@@ -194,7 +247,7 @@ def _compilation(result: ReportResult) -> Iterator[str]:
         yield f"  {step.mode} step with {_NORMS[step.side]}: {duration(step.seconds, 3)}{graphs}"
 
 
-def _verdicts(result: ReportResult) -> Iterator[str]:
+def findings(result: ReportResult) -> Iterator[str]:
     """Yield what was found about each kind of norm, with the whole reason."""
     groups: dict[tuple[str, str], list[NormResult]] = {}
     for n in result.norms:
@@ -211,7 +264,8 @@ def _arrow(pair: Pair | None) -> str:
     return NOTHING if pair is None else f"{duration(pair.before, 3)} → {duration(pair.after, 3)}"
 
 
-def _verdict(n: NormResult) -> Text:
+def verdict(n: NormResult) -> Text:
+    """Return what was found about a norm, in a word or two."""
     if not n.verdict.replaced:
         return Text("left", "bad")
     if n.wrong:

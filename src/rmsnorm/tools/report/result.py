@@ -3,7 +3,17 @@
 from dataclasses import dataclass
 from typing import Any
 
-from rmsnorm.tools.report.norms import Mode, NormResult, Pair, pair_to_json, total
+from rmsnorm.tools.report.norms import (
+    KEYS,
+    WITH_BACKWARD,
+    Mode,
+    NormKind,
+    NormResult,
+    Pair,
+    pair_to_json,
+    total,
+)
+from rmsnorm.tools.report.prediction import CopyLine, Prediction, Rate, predict, rate_on, work_of
 from rmsnorm.tools.report.steps import StepResult
 
 
@@ -34,6 +44,14 @@ class MemoryBytes:
             "recompute_less_bytes": None if self.recomputed is None else self.after - self.recomputed,
         }
 
+    @classmethod
+    def from_json(cls, stored: dict[str, Any] | None, tokens: int) -> "MemoryBytes | None":
+        """Return what `to_json` describes; `tokens` is for an older file that has no number of tokens."""
+        if stored is None:
+            return None
+        recomputed = stored.get("recomputed_bytes")
+        return cls(stored.get("tokens", tokens), stored["before_bytes"], stored["after_bytes"], recomputed)
+
 
 @dataclass(frozen=True)
 class CompiledStep:
@@ -54,6 +72,11 @@ class CompiledStep:
     def to_json(self) -> dict[str, Any]:
         """Return everything, in types that `json.dumps` takes."""
         return {"step": self.mode, "norms": self.side, "seconds": round(self.seconds, 3), "graphs": self.graphs}
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> "CompiledStep":
+        """Return what `to_json` describes. Raises KeyError for the JSON of anything else."""
+        return cls(stored["step"], stored["norms"], stored["seconds"], stored["graphs"])
 
 
 @dataclass(frozen=True)
@@ -76,6 +99,14 @@ class Compilation:
             "without_fusion": {f"{mode}_step": step.to_json() for mode, step in self.unfused.items()},
         }
 
+    @classmethod
+    def from_json(cls, stored: dict[str, Any], tokens: int) -> "Compilation":
+        """Return what `to_json` describes. Raises KeyError for the JSON of anything else."""
+        none, modes = Pair(0.0, 0.0), WITH_BACKWARD
+        steps = {mode: stored["without_fusion"].get(f"{mode}_step") for mode in modes}
+        unfused = {mode: StepResult.from_json(step, tokens, none) for mode, step in steps.items() if step is not None}
+        return cls(tuple(map(CompiledStep.from_json, stored["first_calls"])), unfused)
+
 
 @dataclass(frozen=True)
 class ReportResult:
@@ -96,6 +127,7 @@ class ReportResult:
         peak_bytes: The most memory that the process used.
         every_layer: Whether to print a row for each norm.
         compilation: What was compiled; None if whole-model steps ran eagerly or were not timed.
+        copy: Copies on the device; None if none was timed.
     """
 
     target: str
@@ -112,6 +144,7 @@ class ReportResult:
     peak_bytes: int
     every_layer: bool = False
     compilation: Compilation | None = None
+    copy: CopyLine | None = None
 
     @property
     def ok(self) -> bool:
@@ -127,6 +160,38 @@ class ReportResult:
         """Return the seconds of all norms together; None if they were not timed."""
         return total(self.norms, mode)
 
+    @property
+    def rate(self) -> Rate | None:
+        """What our kernels are expected to reach on the device; None if that is unknown."""
+        return rate_on(self.facts, self.copy)
+
+    def prediction(self, kind: NormKind, mode: Mode) -> Prediction | None:
+        """Return the predicted and the measured time of all calls of some norms; None if one of them is unknown."""
+        predicted, measured = predict(kind.norms, mode, self.facts["device"], self.rate), kind.time(mode)
+        return None if predicted is None or measured is None else Prediction(predicted, measured.after)
+
+    def whole_prediction(self, mode: Mode) -> Prediction | None:
+        """Return the predicted and the measured time of all norms together; None if one of them is unknown."""
+        compared = [n for n in self.norms if n.compared]
+        predicted, measured = predict(compared, mode, self.facts["device"], self.rate), self.total(mode)
+        return None if predicted is None or measured is None else Prediction(predicted, measured.after)
+
+    def _norm_to_json(self, n: NormResult) -> dict[str, Any]:
+        works = {mode: work_of(n, mode, self.facts["device"]) for mode in WITH_BACKWARD}
+        predicted: dict[str, Any] = {}
+        for mode, work in works.items():
+            if work is not None and self.rate is not None and mode in n.times:
+                found = Prediction(self.rate.seconds(work), n.times[mode].after)
+                predicted[KEYS[mode]] = found.to_json()
+        moved = {KEYS[mode]: None if work is None else work.moved for mode, work in works.items()}
+        return n.to_json() | {"moved_bytes": moved, "predicted": predicted}
+
+    def _prediction_to_json(self) -> dict[str, Any] | None:
+        if self.rate is None:
+            return None
+        whole = {mode: self.whole_prediction(mode) for mode in WITH_BACKWARD}
+        return self.rate.to_json() | {f"sum_{KEYS[m]}": p and p.to_json() for m, p in whole.items()}
+
     def to_json(self) -> dict[str, Any]:
         """Return everything, in types that `json.dumps` takes."""
         return {
@@ -136,12 +201,14 @@ class ReportResult:
             "machine": self.facts,
             "model": self.model,
             "notes": list(self.notes),
-            "norms": [n.to_json() for n in self.norms],
+            "norms": [self._norm_to_json(n) for n in self.norms],
             "sum_forward": pair_to_json(self.total("forward")),
             "sum_forward_backward": pair_to_json(self.total("training")),
             "sum_one_token": pair_to_json(self.total("token")),
             "forward_step": self.forward and self.forward.to_json(),
             "training_step": self.training and self.training.to_json(),
+            "copy": self.copy and self.copy.to_json(),
+            "prediction": self._prediction_to_json(),
             "compiled": self.compilation and self.compilation.to_json(),
             "saved_for_backward": self.saved and self.saved.to_json(),
             "peak_of_training_step": self.peak and self.peak.to_json(),
@@ -150,3 +217,31 @@ class ReportResult:
             "phases_seconds": {name: round(seconds, 1) for name, seconds in self.phases.items()},
             "peak_resident_bytes": self.peak_bytes,
         }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any], every_layer: bool = False) -> "ReportResult":
+        """Return what `to_json` describes, or an older version of it. Raises KeyError for the JSON of anything else.
+
+        Args:
+            stored: The JSON.
+            every_layer: Whether to print a row for each norm.
+        """
+        if stored["verb"] != "report":
+            raise KeyError("verb")
+        model = stored["model"]
+        tokens, dtype = model["tokens"], model["dtype"] if ", " not in model["dtype"] else None
+        norms = tuple(NormResult.from_json(n, dtype) for n in stored["norms"])
+
+        def step(mode: Mode) -> StepResult | None:
+            found = stored[f"{mode}_step"]
+            return found and StepResult.from_json(found, tokens, total(norms, mode) or Pair(0.0, 0.0))
+
+        compiled, copy = stored.get("compiled"), stored.get("copy")
+        return cls(
+            stored["target"], stored["machine"], model, tuple(stored["notes"]), norms, step("forward"),
+            step("training"), MemoryBytes.from_json(stored["saved_for_backward"], tokens),
+            MemoryBytes.from_json(stored.get("peak_of_training_step"), tokens),
+            stored.get("asked_seconds", stored["seconds"]), stored.get("phases_seconds", {"in all": stored["seconds"]}),
+            stored["peak_resident_bytes"], every_layer, compiled and Compilation.from_json(compiled, tokens),
+            copy and CopyLine.from_json(copy),
+        )  # fmt: skip

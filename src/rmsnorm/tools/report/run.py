@@ -23,12 +23,14 @@ from rmsnorm.tools.report.budget import FEWEST_TOKENS, MARGIN, Announcer, Budget
 from rmsnorm.tools.report.norm_timer import OUTLIER, NormTimer, examine
 from rmsnorm.tools.report.norms import WITH_BACKWARD, Mode, total
 from rmsnorm.tools.report.patched import CompiledModel, PatchedModel, Side, Sides
+from rmsnorm.tools.report.prediction import CopyLine, measure_copies
 from rmsnorm.tools.report.result import Compilation, MemoryBytes, ReportResult
 from rmsnorm.tools.report.steps import FEWEST_PAIRS, StepResult
 
 _MOST_PAIRS = 200
 _NORM_SECONDS = 8.0  # the most for timing the norms alone, all of them together
 _MEMORY_STEPS = 6  # what measuring memory takes, in training steps: each is also run with recompute
+_COPY_SECONDS = 1.0  # the most for timing copies
 _OF_A_KIND = 3  # how many norms of a kind are timed if only their sum is needed
 # Shares of the time that is left.
 _FOR_THE_COMPILER, _FOR_EXAMINING, _FOR_NORMS = 0.25, 0.25, 0.2
@@ -64,6 +66,7 @@ class ReportRun:
         self.peak: MemoryBytes | None = None
         self.compiled = compiled
         self.compilation: Compilation | None = None
+        self.copy: CopyLine | None = None
         self.sides = len((CompiledModel if compiled else PatchedModel).sides)
 
     def result(self) -> ReportResult:
@@ -91,7 +94,7 @@ class ReportRun:
         return ReportResult(
             self.target, facts, self._model_facts(), tuple(self.notes), self.norms, self.steps.get("forward"),
             self.steps.get("training"), self.saved, self.peak, self.budget.seconds, self.budget.phases, _peak_bytes(),
-            self.every_layer, self.compilation,
+            self.every_layer, self.compilation, self.copy,
         )  # fmt: skip
 
     def _model_facts(self) -> dict[str, object]:
@@ -139,6 +142,9 @@ class ReportRun:
                 "when measured again; their times are not used in sums"
             )
         self.pass_time = cost
+        if tokens is not None:
+            self.say("timing copies of as many bytes as the norms move")
+            self.copy = measure_copies(self.device, self.norms, min(_COPY_SECONDS, budget.left * _FOR_NORMS / 4))
         return tokens is not None
 
     def _steps_within_budget(self) -> None:

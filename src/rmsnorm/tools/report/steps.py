@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from rmsnorm.tools import timing
 from rmsnorm.tools.display import duration, share
-from rmsnorm.tools.report.norms import Pair, pair_to_json
+from rmsnorm.tools.report.norms import Pair, pair_from_json, pair_to_json
 from rmsnorm.tools.timing import Interval, Timing
 
 FEWEST_PAIRS = 7  # fewer give no interval of CONFIDENCE that is worth reporting
@@ -92,6 +92,19 @@ class StepResult:
         if interval.low <= 0:
             return f"noise: {low} to {high}"
         return f"noise: {duration(self.difference, 3)} less, but the norms can save at most {duration(self.most, 3)}"
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any], tokens: int, norms: Pair) -> "StepResult":
+        """Return what `to_json` describes. Raises KeyError for the JSON of anything else.
+
+        Args:
+            stored: The JSON.
+            tokens: The number of tokens, for an older file that has none for each step.
+            norms: The seconds that the norms alone take, for an older file that does not have them either.
+        """
+        rounds = tuple((before / 1e6, after / 1e6) for before, after in stored["rounds_us"])
+        alone = stored.get("norms")
+        return cls(stored.get("tokens", tokens), rounds, norms if alone is None else pair_from_json(alone))
 
     def to_json(self) -> dict[str, Any]:
         """Return everything, in types that `json.dumps` takes."""

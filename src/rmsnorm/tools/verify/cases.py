@@ -35,6 +35,7 @@ class VerifyCase:
         activation: Of a gated norm, like the following: "silu" or "sigmoid".
         gate_first: Whether x is multiplied by the gate before it is normalized.
         groups: The number of groups of a row.
+        heads: How many weights there are, one for each head; x is then (M / heads, heads, N). 1 for a single weight.
     """
 
     x: torch.dtype
@@ -52,6 +53,7 @@ class VerifyCase:
     activation: Activation = "silu"
     gate_first: bool = False
     groups: int = 1
+    heads: int = 1
 
     @property
     def outputs(self) -> int:
@@ -165,6 +167,14 @@ def sweep(quick: bool) -> list[SweepRow]:
         sliced = VerifyCase(x, None, "first", 0.0, M, 512, "512 of 576 columns")
         added = VerifyCase(x, None, "first", 0.0, M, 1280, residual=x)
         rows.append(SweepRow("spec", f"{short_name(x)}, no weight, first", (*contiguous, sliced, added)))
+    for i, x in enumerate(FLOATS):
+        batch = 16 if quick else 64
+        cases = tuple(
+            VerifyCase(x, (x, _MIXED[x])[j % 2], *SPECS[(i + j) % 3], batch * H, N, form, residual=residual, heads=H)
+            for j, (H, N) in enumerate(((32, 128), (5, 64), (8, 1280), (3, 97)))
+            for form, residual in (("contiguous", None), ("512 of 576 columns", None), ("contiguous", x))
+        )
+        rows.append(SweepRow("form", f"{short_name(x)}, a weight for each head", cases))
     rows += _gated_rows(quick)
     return [dataclasses.replace(row, seed=1000 * i) for i, row in enumerate(rows)]
 

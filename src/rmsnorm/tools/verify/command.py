@@ -104,7 +104,7 @@ def groups_by_kernel(rows: list[SweepRow]) -> list[set[VerifyCase]]:
     """Return every case once, with few rows, in sets that share most kernels, so that few are compiled twice."""
     groups: dict[VerifyCase, set[VerifyCase]] = {}
     for case in (case for row in rows for case in row.cases):
-        few = dataclasses.replace(case, M=min(case.M, _FEW_ROWS), eps=1.0)
+        few = dataclasses.replace(case, M=min(case.M, _FEW_ROWS * case.heads), eps=1.0)
         of_kernel = dataclasses.replace(few, M=0, offset=0.0, N=case.N.bit_length())
         if case.gate is not None:  # few cases share a kernel, but more groups than workers are of no use
             of_kernel = VerifyCase(case.x, None, "early", 0.0, 0, 0, gate=case.gate)
@@ -115,4 +115,4 @@ def groups_by_kernel(rows: list[SweepRow]) -> list[set[VerifyCase]]:
 def _run_once(cases: set[VerifyCase], device: torch.device) -> None:
     for case in cases:
         with contextlib.suppress(Exception):
-            run_unsharded(place(draw(case, 0), case.form, device), case)
+            run_unsharded(place(draw(case, 0), case, device), case)

@@ -81,7 +81,7 @@ def eager(x: Tensor, w: Tensor | None, eps: float, cast: str, offset: float) -> 
 
     Args:
         x: (..., N).
-        w: (N,), or None.
+        w: (N,), or None; or (H, N) for x of shape (..., H, N).
         eps: The epsilon of the norm.
         cast: "early", "late" or "first".
         offset: What is added to the weight.
@@ -252,7 +252,7 @@ def compare(case: VerifyCase, seed: int, device: torch.device, run: Run = run_un
         The tally of the case; empty but for `unsteady` if this process does not compare.
     """
     drawn = draw(case, seed)
-    inputs = place(drawn, case.form, device)
+    inputs = place(drawn, case, device)
     ours = run(inputs, case)
     with host.bypassed():  # Python makes the calls that C++ makes otherwise, if it is loaded
         again = [run(inputs, case)]
@@ -286,7 +286,7 @@ def compare(case: VerifyCase, seed: int, device: torch.device, run: Run = run_un
     ulp = largest_ulp(ours.y, y_eager, rows.dtype)
     dw_error = GradientError()
     if ours.dw is not None and dw_eager is not None and dw_true is not None:
-        terms = (inputs.dy.double() * xh).abs().reshape(-1, case.N).sum(0)
+        terms = (inputs.dy.double() * xh).abs().reshape(-1, *ours.dw.shape).sum(0)
         dw_error = _gradient_error(ours.dw, dw_eager, dw_true, terms)
     return dataclasses.replace(
         tally,
@@ -302,7 +302,7 @@ def _with_cpu(tally: Tally, ours: CallOutputs, drawn: Inputs, case: VerifyCase, 
     """Return the tally with the numbers that differ from those of the same call on the CPU, if this is a GPU."""
     if device.type == "cpu":
         return tally
-    on_cpu = run_unsharded(place(drawn, case.form, torch.device("cpu")), case)
+    on_cpu = run_unsharded(place(drawn, case, torch.device("cpu")), case)
     return dataclasses.replace(tally, from_cpu=sum(differing(a.cpu(), b) for a, b in ours.pairs(on_cpu)))
 
 

@@ -14,7 +14,7 @@ from rmsnorm.tools.verify.layouts import LAYOUTS, ORTHOGONAL, ROUNDING_BOUNDARY,
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors of one call: (..., N) each, the weight (N,). residual, w and ds may be absent.
+    """The tensors of one call: (..., N) each, the weight (N,) or (heads, N). residual, w and ds may be absent.
 
     more_dy: further gradients of y, which are added to dy. gate: that of a gated norm.
     """
@@ -62,7 +62,8 @@ def draw(case: VerifyCase, seed: int) -> Inputs:
         return torch.randn((case.M, case.N), generator=generator)
 
     x, dy = normal() * size, normal() * size
-    w = None if case.w is None else torch.randn(case.N, generator=generator)
+    shape = (case.N,) if case.heads == 1 else (case.heads, case.N)
+    w = None if case.w is None else torch.randn(shape, generator=generator)
     if case.form == SPECIAL_VALUES:
         _spoil(x, torch.finfo(case.x).max)
     elif case.form == ROUNDING_BOUNDARY:
@@ -126,16 +127,20 @@ def _orthogonalize(x: Tensor, w: Tensor, dy: Tensor, generator: torch.Generator)
     x[:, two], w[two], dy[:, two] = x[:, one], w[one], -dy[:, one]
 
 
-def place(inputs: Inputs, form: str, device: torch.device) -> Inputs:
-    """Return the inputs on a device and in a layout.
+def place(inputs: Inputs, case: VerifyCase, device: torch.device) -> Inputs:
+    """Return the inputs on a device, in the layout of a case, and with a dimension for its heads.
 
     They are moved first and laid out then, because moving a strided tensor to a device makes it contiguous.
 
     Args:
         inputs: Contiguous tensors.
-        form: The form of a case; the special values are contiguous.
+        case: The case; those with special values are contiguous.
         device: Where the tensors are to be.
     """
-    values, gradients = LAYOUTS.get(form, LAYOUTS["contiguous"])
-    there = dataclasses.replace(inputs, w=None if inputs.w is None else inputs.w.to(device))
-    return there.map(lambda t, is_gradient: (gradients if is_gradient else values)(t.to(device)))
+    values, gradients = LAYOUTS.get(case.form, LAYOUTS["contiguous"])
+
+    def laid_out(t: Tensor, is_gradient: bool) -> Tensor:
+        rows = (gradients if is_gradient else values)(t.to(device))
+        return rows if case.heads == 1 else rows.unflatten(0, (-1, case.heads))
+
+    return dataclasses.replace(inputs, w=None if inputs.w is None else inputs.w.to(device)).map(laid_out)

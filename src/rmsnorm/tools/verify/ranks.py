@@ -1,37 +1,21 @@
-"""Runs `rmsnorm verify --world N`: the same sweep with each case assign_shardings over N ranks, which are started here.
+"""Runs `rmsnorm verify --world N`: the same sweep with each case sharded over N ranks, which are started here.
 
 Every rank draws the whole inputs of a case, passes its own part to the public API as a DTensor, and gathers the
 outputs. The ranks take turns comparing them.
 """
 
-import contextlib
 import dataclasses
-import datetime
 import itertools
-import logging
-import multiprocessing
-import os
-import signal
-import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from rmsnorm.errors import CommandError
 from rmsnorm.ops.sharding import as_whole
-from rmsnorm.tools import machine
-from rmsnorm.tools.processes import exit_on_ctrl_c
+from rmsnorm.tools import machine, processes
+from rmsnorm.tools.processes import Rank
 from rmsnorm.tools.timing import Progress, no_progress
 from rmsnorm.tools.verify.cases import SweepRow, VerifyCase, select_rows, sweep
 from rmsnorm.tools.verify.command import count_cases, finish
@@ -41,10 +25,8 @@ from rmsnorm.tools.verify.judge import judge_all
 from rmsnorm.tools.verify.result import VerifyResult
 from rmsnorm.tools.verify.tally import Tally
 
-# By name: what is assign_shardings along each dimension of the device mesh.
+# By name: what is sharded along each dimension of the device mesh.
 SHARDINGS = {"rows": ("rows",), "columns": ("columns",), "rows and columns": ("rows", "columns")}
-# A rank that waits longer than this for the others ends with an error.
-_TIMEOUT = datetime.timedelta(minutes=5)
 
 
 def verify_on_ranks(
@@ -71,12 +53,7 @@ def verify_on_ranks(
         CommandError: If the device or so many ranks cannot be used, a text is in no row's name, or a rank fails.
     """
     where = machine.find_device(device)
-    if world < 1:
-        raise CommandError(f"--world is {world}, expected at least 1")
-    if where.type == "cuda" and world > torch.cuda.device_count():
-        raise CommandError(
-            f"--world is {world}, but there are {torch.cuda.device_count()} GPUs: give fewer, or --device cpu"
-        )
+    processes.check_world(world, where)
     start = time.perf_counter()
     rows = select_rows(assign_shardings(sweep(quick), world), only)
     results = judge_all(rows, tallies_of_ranks(rows, world, where.type, progress))
@@ -98,8 +75,9 @@ def assign_shardings(rows: list[SweepRow], world: int) -> list[SweepRow]:
             ),
         )
         for i, row in enumerate(rows)
-        # neither the operator that adds gradients nor gated norms have a rule for sharded tensors
-        if not row.cases[0].summands and row.cases[0].gate is None
+        # The operator that adds gradients and gated norms have no rule for sharded tensors; if each head has its own
+        # weight, dw has parts of another kind.
+        if not row.cases[0].summands and row.cases[0].gate is None and row.cases[0].heads == 1
     ]
 
 
@@ -110,7 +88,7 @@ def tallies_of_ranks(rows: list[SweepRow], world: int, device: str, progress: Pr
         rows: The rows, with a sharding assigned to each case.
         world: The number of ranks.
         device: "cpu" or "cuda".
-        progress: Called as `command.count_cases` does.
+        progress: Called in this process as `command.count_cases` does.
 
     Returns:
         A tally for each row, added up over the ranks.
@@ -118,74 +96,23 @@ def tallies_of_ranks(rows: list[SweepRow], world: int, device: str, progress: Pr
     Raises:
         CommandError: If a rank fails or is killed.
     """
-    steps = multiprocessing.get_context("spawn").SimpleQueue()
-
-    def forward_progress() -> None:
-        while (step := steps.get()) is not None:
-            progress(*step)
-
-    listener = threading.Thread(target=forward_progress, daemon=True)
-    listener.start()
-    with tempfile.TemporaryDirectory() as logs, _silent_launcher():
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=world,
-            run_id="rmsnorm-verify",
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",
-            max_restarts=0,
-            logs_specs=DefaultLogsSpecs(logs, redirects=Std.OUT),  # NCCL logs to stdout, which may be for the JSON
-        )
-        try:
-            counted = elastic_launch(config, _rank)(rows, device, steps)
-        except SignalException as error:
-            if error.sigval == signal.SIGINT:
-                raise KeyboardInterrupt from None
-            raise
-        except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            message = failure.message["message"] if isinstance(failure.message, dict) else failure.message
-            raise CommandError(f"rank {rank} of {world} failed: {message}") from None
-    steps.put(None)  # not after a failure: a rank that was killed may still hold the queue's lock
-    listener.join()
-    return [sum(tallies, Tally()) for tallies in zip(*counted.values(), strict=True)]
+    counted = processes.run_ranks(_count_on_rank, (rows,), world, device, progress)
+    return [sum(tallies, Tally()) for tallies in zip(*counted, strict=True)]
 
 
-@contextlib.contextmanager
-def _silent_launcher() -> Iterator[None]:
-    """Turn off the launcher's warnings: Ctrl-C causes one for each rank. Failures are raised in any case."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(disabled)
-
-
-def _rank(rows: list[SweepRow], device_type: str, steps: Any) -> list[Tally]:
-    """Run one rank. Only the first one reports progress."""
-    exit_on_ctrl_c()
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if device_type == "cuda":
-        torch.cuda.set_device(rank)
-    else:
-        torch.set_num_threads(max(1, torch.get_num_threads() // world))
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=_TIMEOUT)
-    line = init_device_mesh(device_type, (world,))
-    square = init_device_mesh(device_type, (2, world // 2)) if world > 2 and world % 2 == 0 else line
-    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
+def _count_on_rank(rank: Rank, rows: list[SweepRow]) -> list[Tally]:
+    """Count the rows on one rank. Only the first one reports progress."""
+    kind, world = rank.device.type, rank.world
+    line = init_device_mesh(kind, (world,))
+    square = init_device_mesh(kind, (2, world // 2)) if world > 2 and world % 2 == 0 else line
     turns = itertools.cycle(range(world))
 
     def count(case: VerifyCase, seed: int) -> Tally:
         mesh = square if len(SHARDINGS[case.sharding]) > 1 else line
-        return compare(case, seed, device, lambda inputs, case: run_sharded(inputs, case, mesh), next(turns) == rank)
+        own_turn = next(turns) == rank.index
+        return compare(case, seed, rank.device, lambda inputs, case: run_sharded(inputs, case, mesh), own_turn)
 
-    try:
-        return count_cases(rows, count, lambda *step: steps.put(step) if rank == 0 else None)
-    finally:
-        dist.destroy_process_group()
+    return count_cases(rows, count, rank.report if rank.index == 0 else no_progress)
 
 
 def run_sharded(inputs: Inputs, case: VerifyCase, mesh: DeviceMesh) -> CallOutputs:
