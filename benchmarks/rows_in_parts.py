@@ -138,7 +138,7 @@ def compare_calls(calls: Mapping[str, Mapping[str, Call]], count: dict[str, int]
 
 def calls_of(norm: Norm) -> dict[str, dict[str, Call]]:
     """What is timed, by direction and name."""
-    ops, part, whole, sharded, (_M, N) = torch.ops.rmsnorm, norm.part, norm.whole, norm.sharded, norm.shape
+    ops, part, whole, sharded, N = torch.ops.rmsnorm, norm.part, norm.whole, norm.sharded, norm.shape[-1]
     early = ("early", 0.0)
     S = ops.begin_forward(part["x"], None)[1]
     total = compat.sum_over_ranks(S, norm.mesh, 0)
@@ -149,7 +149,8 @@ def calls_of(norm: Norm) -> dict[str, dict[str, Call]]:
     def backward(given: Mapping[str, Any], rstd: Tensor) -> Call:
         return lambda: ops.backward(given["dy"], None, given["x"], given["w"], rstd, *early, True, True)
 
-    compiled = torch.compile(rmsnorm.rms_norm, fullgraph=True)
+    backend = "inductor" if norm.mesh.device_type == "cuda" else "aot_eager"
+    compiled = torch.compile(rmsnorm.rms_norm, fullgraph=True, backend=backend)
     leaves = [sharded[name].detach().requires_grad_() for name in ("x", "w")]
     with torch.enable_grad():
         y = compiled(*leaves, EPS)

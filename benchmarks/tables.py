@@ -659,6 +659,41 @@ def cost_check() -> str:
 
 
 @part
+def rows_in_parts() -> str:
+    """Norms whose columns are sharded, compared with the least that such a norm needs."""
+    found = stored("rows-in-parts-cuda")
+    names = {
+        "kernel_on_part": "kernel for whole rows on one part",
+        "all_reduce": "all-reduce alone",
+        "begin": "kernel before the all-reduce",
+        "finish": "kernel after it",
+        "cuda_graph": "**sharded, in a CUDA graph**",
+        "eager": "**sharded, eager, queued ahead**",
+        "compiled": "**sharded, compiled, queued ahead**",
+        "eager_in_a_row": "sharded, eager calls in a row",
+        "whole_rows": "whole rows on one GPU",
+    }
+    cases = found["cases"]
+
+    def cell(case: dict[str, Any], name: str) -> str:
+        medians = {key: timing["median_us"] for key, timing in case["times"].items()}
+        least = medians["kernel_on_part"] + medians["all_reduce"]
+        bold = name in ("cuda_graph", "eager", "compiled")
+        return f"{medians[name]:.0f}" + (f" ({medians[name] / least:.2f})" if bold else "")
+
+    header = ["µs", *(f"{c['M']} × {c['N']} {c['direction']}" for c in cases)]
+    rows = [[words, *(cell(case, name) for case in cases)] for name, words in names.items()]
+    bits, pair = found["bits"], {name: timing["median_us"] for name, timing in found["pair"]["times"].items()}
+    q, k = found["pair"]["N"]
+    return (
+        f"{machine(found['machine'])}; {found['ranks']} GPUs, bf16, medians. {bits['differ']} of "
+        f"{bits['compared']:,} compared outputs differ from those of whole rows.\n\n{table(header, rows)}\n\n"
+        f"Two norms of {found['pair']['M']} rows of {q} and {k} columns in a CUDA graph: "
+        f"{pair['apart_in_graph']:.0f} µs by two calls, {pair['together_in_graph']:.0f} µs by one of `rms_norms`."
+    )
+
+
+@part
 def batch_invariance() -> str:
     """How many rows change with the batch, on each device on which that was counted."""
     found = [stored(name) for name in ("batch-invariance-cpu", "batch-invariance-cuda") if is_stored(name)]

@@ -78,13 +78,9 @@ def left_to_python(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return lambda *arguments: (seen.append(name), made(*arguments))[1]
 
     for name in (
-        "backward_of_sum",
-        "forward_pair",
-        "backward_pair",
-        "forward_sandwich",
-        "gated_forward",
-        "gated_backward",
-    ):
+        "backward_of_sum", "forward_pair", "backward_pair", "forward_sandwich", "gated_forward", "gated_backward",
+        "begin_forward", "finish_forward", "begin_backward", "finish_backward",
+    ):  # fmt: skip
         monkeypatch.setattr(dispatch, name, noting(name, getattr(dispatch, name)))
     return seen
 

@@ -365,14 +365,15 @@ def _explain_parts(x: Tensor, weight: Tensor | None, residual: Tensor | None, n:
         dispatch.plan_begin_forward(BeginForward.of(part(x), part(residual))._replace(device=x.device)),
         dispatch.plan_finish_forward(finish),
     )
+    by_kernels = [plan for plan in plans if isinstance(plan, Plan)]
     plan = next((plan for plan in plans if isinstance(plan, ByReference)), plans[1])
-    why = "in two parts around an all-reduce, because the last dimension is sharded"
     if isinstance(plan, ByReference):
-        why += f"; {plan.why}"
+        why = plan.why
     else:
         host.look()
-        why += f"; {host.operator_made_by(*(plan for plan in plans if isinstance(plan, Plan)))}"
+        why = host.operator_made_by(*by_kernels)
     lines = _described(plan, why, x=x, residual=residual, weight=weight)
+    lines.append("in two parts around an all-reduce, because the last dimension is sharded")
     if isinstance(plan, Plan) and _differ_in_dtype(x, residual):
         lines.append(_SUM_BEFORE_THE_KERNEL)
     return "; ".join([*lines, _THROUGH_THE_OPERATORS])

@@ -562,7 +562,7 @@ def test_a_plan_keeps_its_machine_code_alive(cpp, randn) -> None:
     """Clearing the Python caches must not free the machine code and layouts that a plan in C++ points to."""
     x, w = randn(4, 32), randn(32)
     expected = rms_norm(x, w)
-    for cache in (cpu.plan_forward, launches.rows_of, cpu._spec, cpu._forward_kernel, compiling.compiled):
+    for cache in (cpu.plan_forward, launches.rows_of, cpu.spec_words, cpu.forward_kernel, compiling.compiled):
         cache.cache_clear()
     gc.collect()
     churn = [(ctypes.c_int64 * 16)(*[-1] * 16) for _ in range(2000)]
@@ -614,7 +614,7 @@ def test_an_invalid_plan_raises(cpp, randn, monkeypatch) -> None:
     x, w = randn(4, 32), randn(32)
     for launch, said in {
         NativeLaunch(1, (0,) * 49, launcher=1, configuration=bytes(8)): "a launch of another form",
-        NativeLaunch(1, (0,) * 14): "a launch of another form",
+        NativeLaunch(1, (0,) * 15): "a launch of another form",
         NativeLaunch(1, (0,), launcher=1, configuration=bytes(65)): "a launch of another form",
         NativeLaunch(1, (0,), launcher=1, configuration=bytes(8), stream_at=4): "a launch of another form",
         NativeLaunch(1, ("z",)): "no tensor of the plan is called z",

@@ -81,7 +81,10 @@ def held_to(launch: TritonLaunch, capability: int, folder: Path, aligned: bool =
     assert code.metadata.shared <= SHARED_MEMORY[capability // 10], where
     assert spilled(ptx, capability, folder) == 0, f"{where}: spills"
     if aligned:
-        assert re.search(r"ld\.global[\w.:]*\.(v4\.b32|v2\.b64)|cp\.async\.cg\S* .*, 0x10,", ptx), f"{where}: loads"
+        # To begin a backward pass, a thread loads at least half a word of each of two tensors at once.
+        half = r"|v2\.b32|b64" if name == "begin_backward" else ""
+        loads = rf"ld\.global[\w.:]*\.(v4\.b32|v2\.b64{half})\s|cp\.async\.cg\S* .*, 0x10,"
+        assert re.search(loads, ptx), f"{where}: loads"
         if name in ("finish_forward", "finish_backward"):
             assert re.search(r"st\.global[\w.:]*\.(v4\.b32|v2\.b64)", ptx), f"{where}: stores"
 

@@ -262,15 +262,18 @@ def _layout(where: str, x: Any, residual: Any, w: Any) -> Layout:
     """
     present = {name: t for name, t in (("x", x), ("residual", residual), ("weight", w)) if t is not None}
     name, given = next((name, t) for name, t in present.items() if isinstance(t, DTensor))
-    where_given = f"the mesh of {name}, which is {given.device_mesh} with placements {given.placements}"
+
+    def where_given() -> str:  # formatted for messages only, because that takes as long as the checks
+        return f"the mesh of {name}, which is {given.device_mesh} with placements {given.placements}"
+
     for other, t in present.items():
         if not isinstance(t, DTensor):
-            fix = f"a DTensor on {where_given}: distribute_tensor({other}, …), parallelize_module for the norm, or, "
+            fix = f"a DTensor on {where_given()}: distribute_tensor({other}, …), parallelize_module for the norm, or, "
             fix += "where fully_shard holds the weight, a call of the module that it was given"
             raise ValueError(complaint(where, other, "is a plain tensor", fix))
         if t.device_mesh != given.device_mesh:
             was = f"is on the mesh {t.device_mesh} with placements {t.placements}"
-            raise ValueError(complaint(where, other, was, f"{where_given}: distribute both on one mesh"))
+            raise ValueError(complaint(where, other, was, f"{where_given()}: distribute both on one mesh"))
     layout, last = [], x.dim() - 1
     shared = x.dim() - (1 if w is None else w.dim())  # dimensions of x that the weight does not have
     for i, p in enumerate(x.placements):

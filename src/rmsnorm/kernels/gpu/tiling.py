@@ -478,8 +478,8 @@ WIDTH_OF_WIDE = 4096
 def parts_forward(N: int, itemsize: int, with_dy: bool = False) -> Launch:
     """The launch of the kernels that begin and finish a forward pass of parts of rows of N columns.
 
-    with_dy: the launch of the kernel that begins a backward pass. It reads two tensors and so takes the tiles for fp32;
-    with those for 16 bits, 1280 and 10,240 columns spill.
+    with_dy: the launch of the kernel that begins a backward pass. It reads two tensors and so takes the tiles for fp32,
+    also if a thread then loads 8 bytes at a time; with those for 16 bits, 1280 and 10,240 columns spill.
     """
     of_tile, widest = (4, BACKWARD_WIDEST[4]) if with_dy else (itemsize, FORWARD_WIDEST)
     if widest < N:
