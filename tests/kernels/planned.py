@@ -122,7 +122,7 @@ class InParts(NamedTuple):
 
     def forward(
         self, x: Tensor, residual: Tensor | None, w: Tensor | None, eps: float, cast: str, offset: float,
-        with_rstd: bool,
+        with_rstd: bool, variance_size: None = None,
     ) -> list[Tensor | None]:  # fmt: skip
         begun = [self.functions.begin_forward(x[..., c], _part(residual, c)) for c in self.columns]
         rows = [x[..., c] if residual is None else s for c, (s, _) in zip(self.columns, begun, strict=True)]
@@ -138,7 +138,7 @@ class InParts(NamedTuple):
 
     def backward(
         self, dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, cast: str, offset: float,
-        need_dx: bool, need_dw: bool,
+        need_dx: bool, need_dw: bool, variance_size: None = None,
     ) -> list[Tensor | None]:  # fmt: skip
         assert need_dx
         begin = self.functions.begin_backward
