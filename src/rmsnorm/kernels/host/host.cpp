@@ -861,4 +861,8 @@ PYBIND11_MODULE(RMSNORM_HOST, module) {
     const std::unique_lock lock(plans_mutex);
     plans.swap(dropped);
   });
+  module.def("cached_plans", [] {
+    const std::shared_lock lock(plans_mutex);
+    return plans.size();
+  });
 }
