@@ -2,10 +2,10 @@
 
     python benchmarks/load.py [--device cuda] [--seconds 600] [--out DIR]
 
-A round runs every workload once, in random order, on calls of a fixed list of kinds. Every output is compared bit by bit
-with what reference.py gave before the first round (dw: with the first call's). After a round the resources are counted:
-memory, threads, open files, cached plans. Exits with 1 if a bit is wrong, if a workload fails or never did what it is
-for, or if a resource grows. With --out, writes load-cpu.json or load-cuda.json.
+A round runs every workload once, in random order, on calls of a fixed list of kinds. Every output is compared bit by
+bit with what reference.py gave before the first round (dw: with the first call's). After a round the resources are
+counted: memory, threads, open files, cached plans. Exits with 1 if a bit is wrong, if a workload fails or never did
+what it is for, or if a resource grows. With --out, writes load-cpu.json or load-cuda.json.
 """
 
 import argparse
@@ -52,7 +52,7 @@ THREADS, CALLS_OF_A_THREAD = 4, 6
 SPAWN_SECONDS, CHILD_SECONDS = 30.0, 120.0
 # Of the calls whose allocations fail. More than 32 MB, so that malloc always asks the system for it.
 LARGE = {"cpu": (4352, 4096), "cuda": (8192, 4096)}
-FEWEST_TO_JUDGE, MOST_STORED = 30, 120
+FEWEST_TO_JUDGE, MOST_STORED, MOST_FAULTS = 30, 120, 20
 MB = 1e6
 
 
@@ -80,14 +80,20 @@ class Case:
         found = getattr(rmsnorm, self.function)(*inputs, EPS, **self.arguments)
         return found if isinstance(found, tuple) else (found,)
 
-    def outputs_and_gradients(self, call: Callable[..., Any] | None = None, create_graph: bool = False) -> list[Tensor]:
+    def outputs_and_gradients(
+        self, call: Callable[..., Any] | None = None, *, create_graph: bool = False, accumulate: bool = False
+    ) -> list[Tensor]:
+        """The expected results as the call gives them. accumulate: by `backward`, which reentrant checkpointing needs.
+
+        Not always, because torch then copies a gradient of two inputs: on several threads, where a forked child hangs.
+        """
         leaves = [t.detach().requires_grad_() for t in self.inputs]
         outputs = (call or self.call)(*leaves)
-        if create_graph:
-            gradients = torch.autograd.grad(outputs, leaves, self.cotangents, create_graph=True)
-        else:
-            torch.autograd.backward(outputs, self.cotangents)  # checkpointing that is reentrant takes no other form
+        if accumulate:
+            torch.autograd.backward(outputs, self.cotangents)
             gradients = tuple(t.grad for t in leaves if t.grad is not None)
+        else:
+            gradients = torch.autograd.grad(outputs, leaves, self.cotangents, create_graph=create_graph)
         return [t.detach() for t in (*outputs, *gradients)]
 
     def check(self, found: Sequence[Tensor], what: str, expected: Sequence[Tensor] | None = None) -> None:
@@ -192,7 +198,7 @@ def checkpointed(load: Load) -> None:
     for case in load.some(8):
         for reentrant in (True, False):
             again = functools.partial(checkpoint, case.call, use_reentrant=reentrant)
-            case.check(case.outputs_and_gradients(again), f"checkpointing, reentrant={reentrant}")
+            case.check(case.outputs_and_gradients(again, accumulate=reentrant), f"checkpointing, {reentrant=}")
 
 
 def offloaded(load: Load) -> None:
@@ -262,16 +268,17 @@ def in_threads(load: Load) -> None:
         raise faults[0]
 
 
+def forward_and_backward(case: Case, leaves: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
+    outputs = case.call(*leaves)
+    return [*outputs, *torch.autograd.grad(outputs, leaves, cotangents)]
+
+
 def captured(load: Load) -> None:
     """A CUDA graph of forward and backward, replayed on the rows in another order."""
     for case in load.some(2):
         leaves = [t.clone().requires_grad_() for t in case.inputs]
         cotangents = [t.clone() for t in case.cotangents]
-
-        def step() -> list[Tensor]:
-            outputs = case.call(*leaves)
-            return [*outputs, *torch.autograd.grad(outputs, leaves, cotangents)]
-
+        step = functools.partial(forward_and_backward, case, leaves, cotangents)
         side = torch.cuda.Stream(load.device)
         side.wait_stream(torch.cuda.current_stream(load.device))
         with torch.cuda.stream(side):
@@ -369,8 +376,8 @@ def spawned(load: Load) -> None:
 
 
 def worker(device: torch.device) -> list[str]:
-    """Digests of a few kinds of calls, as computed by the library; dw is left out, as processes may differ in threads."""
-    return [digest(case.outputs_and_gradients()[:-1]) for case in all_cases(device, 4)]
+    """Digests of a few kinds of calls, as the library computes them."""
+    return [digest(case.outputs_and_gradients()) for case in all_cases(device, 4)]
 
 
 WORKLOADS: dict[str, Callable[[Load], None]] = {
@@ -493,7 +500,7 @@ class Verdict:
 
 
 def judged(samples: Sequence[dict[str, float]]) -> list[Verdict]:
-    """Compare the last third of the samples with the third before it; the first third fills caches. None if too few."""
+    """Compare the last third of the samples with the third before it; the first fills caches. Too few give nothing."""
     if len(samples) < FEWEST_TO_JUDGE:
         return []
     third = len(samples) // 3
@@ -590,7 +597,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"  {v.resource:26} {v.middle:10.1f} -> {v.last:10.1f} {v.unit:2} {said}")
     if not outcome.verdicts:
         print(f"  {outcome.rounds} samples are too few to judge growth, which takes {FEWEST_TO_JUDGE}")
-    print(f"{len(outcome.faults)} faults" + "".join(f"\n  {fault}" for fault in outcome.faults[:20]))
+    print(f"{len(outcome.faults)} faults" + "".join(f"\n  {fault}" for fault in outcome.faults[:MOST_FAULTS]))
     return 0 if outcome.passed else 1
 
 

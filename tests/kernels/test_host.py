@@ -545,6 +545,30 @@ def test_concurrent_calls_from_many_threads_are_right(cpp, randn) -> None:
     in_threads(8, work)
 
 
+def test_the_plan_cache_is_right_while_threads_fill_clear_and_count_it(cpp, randn) -> None:
+    """The number of plans is that of the kinds of calls that were made since the cache was cleared."""
+    x, w = randn(64, 16), randn(16)
+    expected = [rms_norm(x[:M], w) for M in range(1, 65)]
+    counts: list[int] = []
+
+    def work(seed: int) -> None:
+        for turn in range(300):
+            M = 1 + (turn * 7 + seed * 13) % 64
+            assert torch.equal(rms_norm(x[:M], w), expected[M - 1]), f"{M} rows"
+            if seed == 0 and turn % 20 == 0:
+                host.forget()
+            if seed == 1:
+                counts.append(host.cached_plans())
+
+    in_threads(6, work)
+    assert 0 < max(counts) <= 64
+    host.forget()
+    assert host.cached_plans() == 0
+    for M in (1, 2, 3, 3, 2):
+        rms_norm(x[:M], w)
+    assert host.cached_plans() == 3
+
+
 def test_no_tensor_of_a_call_is_kept_alive(cpp, randn) -> None:
     def run() -> list[weakref.ref[Tensor]]:
         x, w = randn(4, 32).requires_grad_(), randn(32).requires_grad_()
