@@ -122,7 +122,9 @@ def run(sanitizer: Sanitizer) -> bool:
     if library is None:
         print(f"skipped: {shlex.join(compiler)} has no {sanitizer.runtime}", flush=True)
         return True
-    environment = build(sanitizer, compiler) | {"LD_PRELOAD": library, **sanitizer.options}
+    # The runtime looks for the function that throws exceptions when it starts, before torch loads the standard library.
+    preloaded = f"{library} {runtime(compiler, 'libstdc++.so.6') or ''}"
+    environment = build(sanitizer, compiler) | {"LD_PRELOAD": preloaded.strip(), **sanitizer.options}
     reports = Path(environment["TORCH_EXTENSIONS_DIR"]) / "reports"
     shutil.rmtree(reports, ignore_errors=True)
     reports.mkdir()
