@@ -535,10 +535,12 @@ class Outcome:
         return not self.faults and all(v.flat for v in self.verdicts)
 
 
-def loaded(device: torch.device, seconds: float, say: Callable[[str], None], seed: int = 0) -> Outcome:
-    """Run rounds until the time is over, at least one."""
+def loaded(
+    device: torch.device, seconds: float, say: Callable[[str], None], kinds: int | None = None, seed: int = 0
+) -> Outcome:
+    """Run rounds of so many kinds of calls until the time is over, at least one."""
     rng = random.Random(seed)
-    cases = all_cases(device)
+    cases = all_cases(device, kinds)
     wait_for_host()
     cpu_cases = cases if device.type == "cpu" else all_cases(torch.device("cpu"), 8)
     dtype = (torch.bfloat16, torch.bfloat16)
@@ -580,6 +582,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
     parser.add_argument("--seconds", type=float, default=600.0, help="how long (default: 600)")
+    parser.add_argument("--kinds", type=int, help="how many kinds of calls, at least 8 (default: all 96)")
     parser.add_argument("--out", type=Path, help="a folder for the result")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -589,7 +592,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.out is not None:
         results.check_folder(options.out)
-    outcome = loaded(device, options.seconds, lambda text: print(text, flush=True))
+    outcome = loaded(device, options.seconds, lambda text: print(text, flush=True), options.kinds)
     if options.out is not None:
         results.write_json(options.out / f"load-{device.type}.json", result(outcome, machine.describe(device)))
     print(
