@@ -8,6 +8,7 @@ of a sanitizer is missing, its tests are skipped, which is printed.
 
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -44,6 +45,7 @@ CALLS = (
     "batched_cotangents_saved_tensor_hooks_and_checkpointing_work",
     "a_python_error_in_the_backward_pass_is_raised_unchanged",
     "no_tensor_of_a_call_is_kept_alive",
+    "a_hook_that_raises_while_tensors_are_saved_keeps_nothing_alive",
     "a_plan_keeps_its_machine_code_alive",
     "a_gpu_launch_passes_the_right_arguments_to_the_driver",
     "an_invalid_plan_raises",
@@ -83,7 +85,8 @@ SANITIZERS = (
         (*_ALWAYS, "-fsanitize=thread"),
         "libtsan.so",
         b"__tsan_init",
-        {"TSAN_OPTIONS": f"halt_on_error=1:suppressions={Path(__file__).with_suffix('.tsan')}"},
+        # Only accesses by host.cpp count: how torch's and OpenMP's threads wait for each other is not seen.
+        {"TSAN_OPTIONS": "halt_on_error=1:ignore_noninstrumented_modules=1"},
         THREADED,
     ),
 )
@@ -132,13 +135,16 @@ def run(sanitizer: Sanitizer) -> bool:
         environment[variable] += f":log_path={reports / 'report'}"
     fixed = ["setarch", "-R"] if shutil.which("setarch") else []  # some addresses of a random layout confuse TSan
     names = [f"tests/kernels/test_host.py::test_{name}" for name in sanitizer.tests]
-    command = [*fixed, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *names]
+    command = [*fixed, sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *names]
     print(f"{sanitizer.name}: {len(names)} tests of host.cpp with {shlex.join(sanitizer.flags)}", flush=True)
-    code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    print(done.stdout, flush=True)
+    # Where the C++ cannot be loaded, the tests are skipped: then nothing was tested.
+    passed = done.returncode == 0 and re.search(r"^\d+ passed in", done.stdout, re.MULTILINE) is not None
     reported = sorted(reports.iterdir())
     for report in reported:
         print(report.read_text(errors="replace"), flush=True)
-    return code == 0 and not reported
+    return passed and not reported
 
 
 def main() -> int:

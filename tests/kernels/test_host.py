@@ -27,10 +27,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from concurrency import in_threads
 from planned import planning
-from rmsnorm import add_rms_norm, explain, functional, gated_rms_norm, rms_norm
+from rmsnorm import add_rms_norm, compat, explain, functional, gated_rms_norm, rms_norm
 from rmsnorm.functional import wait_for_host
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.cpu import compiling, launches
@@ -580,6 +581,37 @@ def test_no_tensor_of_a_call_is_kept_alive(cpp, randn) -> None:
         refs = run()
         gc.collect()
         assert [ref() for ref in refs] == [None] * 5
+
+
+@pytest.mark.parametrize("fails_at", [None, 1, 2, 3])
+def test_a_hook_that_raises_while_tensors_are_saved_keeps_nothing_alive(cpp, randn, fails_at) -> None:
+    """Non-reentrant checkpointing ends its recomputation so, and s would stay alive with its node at every step."""
+
+    def step() -> list[Any]:
+        x, residual, w = randn(4, 32).requires_grad_(), randn(4, 32).requires_grad_(), randn(32).requires_grad_()
+        seen = [compat.StorageWeakRef(t.untyped_storage()) for t in (x, residual, w)]
+        if fails_at is None:
+            outputs = checkpoint(add_rms_norm, x, residual, w, use_reentrant=False)
+            torch.autograd.grad(outputs, (x, residual, w), (randn(4, 32), randn(4, 32)))
+            return seen
+        calls = itertools.count(1)
+
+        def pack(t: Tensor) -> Tensor:
+            if next(calls) == fails_at:
+                raise ValueError("the hook fails")
+            return t
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+            pytest.raises(ValueError, match="the hook fails"),
+        ):
+            add_rms_norm(x, residual, w)
+        return seen
+
+    step()  # the first call of a kind is made by Python
+    seen = step()
+    gc.collect()
+    assert [reference.expired() for reference in seen] == [True] * 3
 
 
 def test_a_plan_keeps_its_machine_code_alive(cpp, randn) -> None:
