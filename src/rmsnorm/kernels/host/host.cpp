@@ -808,12 +808,13 @@ PyObject* makes(PyObject*, PyObject* const* given, Py_ssize_t count) {
 }
 
 // A hook for saved tensors can raise, as that of non-reentrant checkpointing does to end a recomputation early. Then torch
-// leaves s among the tensors that its own node is to save, and the two would keep each other alive.
+// leaves s among the tensors that its own node saves or is to save, and the two would keep each other alive.
 void release_unsaved(const Tensors& made) {
   for (const auto& t : made) {
     if (t.defined()) {
       if (auto* node = dynamic_cast<torch::autograd::CppNode<rmsnorm::Norm>*>(t.grad_fn().get())) {
         node->ctx_.save_for_backward({});
+        node->release_variables(); // those that were saved before
       }
     }
   }
