@@ -14,7 +14,7 @@ TORCH_FOR_PIP := $(if $(filter 0% 1% 2% 3% 4% 5% 6% 7% 8% 9%,$(TORCH)),torch==$(
 # The tests whose outcome could depend on how a processor sums and takes roots, if a verdict or bound were wrong.
 SENSITIVE := tests/patching tests/test_properties.py tests/test_reference.py
 
-.PHONY: setup report test test-compiled test-gpu-code test-short test-processors test-integrations check bench tables docs test-gpu
+.PHONY: setup report test test-compiled test-gpu-code test-short test-processors test-sanitizers test-integrations check audit bench tables docs test-gpu
 
 setup: $(STAMP)
 
@@ -63,6 +63,10 @@ test-processors: $(STAMP)
 	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not compiled" $(SENSITIVE)
 	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not compiled" $(SENSITIVE)
 
+# host.cpp, compiled with AddressSanitizer, UBSan and ThreadSanitizer. Skipped where the compiler has no such runtime.
+test-sanitizers: $(STAMP)
+	$(BIN)/python tests/kernels/sanitizers.py
+
 # The adapters to other libraries, with the libraries themselves. Each environment adds to .venv what a file in
 # tests/integrations names; its tests run in a process for each file (5: no tests, all were skipped).
 INTEGRATIONS := engines hub transformers-4.46
@@ -84,6 +88,19 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Known vulnerabilities of the versions in constraints.txt. Where the advisories cannot be read, that is printed.
+audit: .venv-audit/.complete
+	@grep -v '^#' constraints.txt | sed 's/;.*//' > .venv-audit/pins.txt
+	@.venv-audit/bin/pip-audit --no-deps --disable-pip -r .venv-audit/pins.txt > .venv-audit/found.txt 2> .venv-audit/log.txt; \
+		code=$$?; cat .venv-audit/found.txt; tail -n 3 .venv-audit/log.txt; \
+		grep -q 'No known\|Found [0-9]' .venv-audit/log.txt .venv-audit/found.txt && exit $$code; \
+		echo "not audited: pip-audit cannot read the advisories here"
+
+.venv-audit/.complete:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install -q pip-audit
+	@touch $@
 
 # torch comes first and alone, because which build of it is right depends on the machine; it brings its own Triton
 # where it can use one. What it chose is then pinned for the rest.

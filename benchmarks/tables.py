@@ -780,6 +780,27 @@ _INVARIANCE = {
 }
 
 
+@part
+def load() -> str:
+    """What was done on each device, and how each resource changed."""
+    found = [stored(name) for name in ("load-cpu", "load-cuda") if is_stored(name)]
+    return "\n\n".join(map(_loaded, found))
+
+
+def _loaded(r: dict[str, Any]) -> str:
+    did = ", ".join(f"{count:,} {what}" for what, count in r["counts"].items())
+    said = f"{r['rounds']} rounds in {r['seconds']:.0f} s, {did}; {count(r['fault_count'], 'fault')}"
+    first, last = r["samples"][0], r["samples"][-1]
+    verdicts = {v["resource"]: v for v in r["verdicts"]}
+
+    def verdict(name: str) -> str:
+        return "too few rounds" if name not in verdicts else "yes" if verdicts[name]["flat"] else "no"
+
+    lines = [[name, f"{first[name]:,.0f}", f"{last[name]:,.0f}", verdict(name)] for name in first if name != "second"]
+    header = ["memory in MB, numbers of others", "first round", "last round", "constant"]
+    return f"{machine(r['machine'])}: {said}.\n\n{table(header, lines)}"
+
+
 # --- the command ---------------------------------------------------------------------------------------------
 
 

@@ -32,7 +32,7 @@ from torch import Tensor  # noqa: E402
 
 import tolerance  # noqa: E402
 from planned import Kernels  # noqa: E402
-from rmsnorm import add_rms_norm, explain, reference, rms_norm  # noqa: E402
+from rmsnorm import add_rms_norm, explain, gated_rms_norm, reference, rms_norm, rms_norms  # noqa: E402
 from rmsnorm.functional import wait_for_host  # noqa: E402
 from rmsnorm.kernels.host import loader as host  # noqa: E402
 from rmsnorm.tools import machine  # noqa: E402
@@ -604,20 +604,43 @@ def compiled(tally: Tally) -> None:
 
 
 @check
-def sanitizer(tally: Tally) -> None:
-    """Runs every kernel under compute-sanitizer, with a separate allocation for each tensor."""
+def memcheck(tally: Tally) -> None:
+    """Accesses outside of allocations, with a separate allocation for each tensor."""
+    run_sanitizer(tally, "memcheck", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+
+@check
+def racecheck(tally: Tally) -> None:
+    """Races on shared memory."""
+    run_sanitizer(tally, "racecheck")
+
+
+@check
+def initcheck(tally: Tally) -> None:
+    """Reads of memory that nothing has written."""
+    run_sanitizer(tally, "initcheck", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+
+@check
+def synccheck(tally: Tally) -> None:
+    """Barriers that not all threads reach."""
+    run_sanitizer(tally, "synccheck")
+
+
+def run_sanitizer(tally: Tally, tool: str, **environment: str) -> None:
+    """Runs every kernel under a tool of compute-sanitizer."""
     packages = Path(torch.__file__).parents[1] / "nvidia"
     places = (*glob.glob("/usr/local/cuda*/bin/compute-sanitizer"), *packages.rglob("compute-sanitizer"))
     found = shutil.which("compute-sanitizer") or next(iter(places), None)
     if found is None:
         tally.skipped = "compute-sanitizer is not on this machine"
         return
-    command = [found, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, __file__, "--check", "touch"]
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = [found, "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, "--check", "touch"]
+    variables = os.environ | environment
     try:
-        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+        process = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=200, check=False)
     except subprocess.TimeoutExpired:  # its limit is below EACH_SECONDS, so that this can be reported
-        tally.skipped = "compute-sanitizer takes more than 200 s here"
+        tally.skipped = f"{tool} takes more than 200 s here"
         return
     said = [line for line in process.stdout.splitlines() if line.startswith("=========")]
     tally.notes += said[-1:]
@@ -638,6 +661,13 @@ def touch(tally: Tally) -> None:
             y, s, rstd = gpu.forward(x, x, w, 1e-6, "early", 0.0, True)
             for needs in ((True, True), (False, True)):
                 gpu.backward(y, s, x, w, rstd, "early", 0.0, *needs)
+    for M, N in ((3, 64), (67, 96), (5, 4104)):
+        x, gate, w = (t.requires_grad_() for t in (random.rows(M, N, dtype=BF16), random.rows(M, N, dtype=BF16),
+                                                   random.normal(N).to(BF16)))  # fmt: skip
+        y = gated_rms_norm(x, gate, w)
+        torch.autograd.grad(y, (x, gate, w), y.detach())
+        pair = rms_norms([x, gate], [w, w])
+        torch.autograd.grad(pair, (x, gate, w), [t.detach() for t in pair])
     torch.cuda.synchronize()
     tally.notes.append("touched")
 
@@ -730,7 +760,16 @@ def main() -> int:
         print(json.dumps(run_here(options.check)))
         return 0
     # The longest first, so that none of them is still running alone at the end.
-    first = ("beyond_2_31_rows", "sanitizer", "host_of_many_columns", "compiled", "against_cpu")
+    first = (
+        "beyond_2_31_rows",
+        "racecheck",
+        "memcheck",
+        "initcheck",
+        "synccheck",
+        "host_of_many_columns",
+        "compiled",
+        "against_cpu",
+    )
     names = options.only or [*first, *(name for name in CHECKS if name not in first)]
     about, start = versions(), time.monotonic()
     wait_for_host()

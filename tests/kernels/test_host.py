@@ -27,10 +27,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from concurrency import in_threads
 from planned import planning
-from rmsnorm import add_rms_norm, explain, functional, gated_rms_norm, rms_norm
+from rmsnorm import add_rms_norm, compat, explain, functional, gated_rms_norm, rms_norm
 from rmsnorm.functional import wait_for_host
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.cpu import compiling, launches
@@ -545,6 +546,30 @@ def test_concurrent_calls_from_many_threads_are_right(cpp, randn) -> None:
     in_threads(8, work)
 
 
+def test_the_plan_cache_is_right_while_threads_fill_clear_and_count_it(cpp, randn) -> None:
+    """The number of plans is that of the kinds of calls that were made since the cache was cleared."""
+    x, w = randn(64, 16), randn(16)
+    expected = [rms_norm(x[:M], w) for M in range(1, 65)]
+    counts: list[int] = []
+
+    def work(seed: int) -> None:
+        for turn in range(300):
+            M = 1 + (turn * 7 + seed * 13) % 64
+            assert torch.equal(rms_norm(x[:M], w), expected[M - 1]), f"{M} rows"
+            if seed == 0 and turn % 20 == 0:
+                host.forget()
+            if seed == 1:
+                counts.append(host.cached_plans())
+
+    in_threads(6, work)
+    assert 0 < max(counts) <= 64
+    host.forget()
+    assert host.cached_plans() == 0
+    for M in (1, 2, 3, 3, 2):
+        rms_norm(x[:M], w)
+    assert host.cached_plans() == 3
+
+
 def test_no_tensor_of_a_call_is_kept_alive(cpp, randn) -> None:
     def run() -> list[weakref.ref[Tensor]]:
         x, w = randn(4, 32).requires_grad_(), randn(32).requires_grad_()
@@ -556,6 +581,37 @@ def test_no_tensor_of_a_call_is_kept_alive(cpp, randn) -> None:
         refs = run()
         gc.collect()
         assert [ref() for ref in refs] == [None] * 5
+
+
+@pytest.mark.parametrize("fails_at", [None, 1, 2, 3])
+def test_a_hook_that_raises_while_tensors_are_saved_keeps_nothing_alive(cpp, randn, fails_at) -> None:
+    """Non-reentrant checkpointing ends its recomputation so, and s would stay alive with its node at every step."""
+
+    def step() -> list[Any]:
+        x, residual, w = randn(4, 32).requires_grad_(), randn(4, 32).requires_grad_(), randn(32).requires_grad_()
+        seen = [compat.StorageWeakRef(t.untyped_storage()) for t in (x, residual, w)]
+        if fails_at is None:
+            outputs = checkpoint(add_rms_norm, x, residual, w, use_reentrant=False)
+            torch.autograd.grad(outputs, (x, residual, w), (randn(4, 32), randn(4, 32)))
+            return seen
+        calls = itertools.count(1)
+
+        def pack(t: Tensor) -> Tensor:
+            if next(calls) == fails_at:
+                raise ValueError("the hook fails")
+            return t
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+            pytest.raises(ValueError, match="the hook fails"),
+        ):
+            add_rms_norm(x, residual, w)
+        return seen
+
+    step()  # the first call of a kind is made by Python
+    seen = step()
+    gc.collect()
+    assert [reference.expired() for reference in seen] == [True] * 3
 
 
 def test_a_plan_keeps_its_machine_code_alive(cpp, randn) -> None:

@@ -829,6 +829,19 @@ PyObject* makes(PyObject*, PyObject* const* given, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// A hook for saved tensors can raise, as that of non-reentrant checkpointing does to end a recomputation early. Then torch
+// leaves s among the tensors that its own node saves or is to save, and the two would keep each other alive.
+void release_unsaved(const Tensors& made) {
+  for (const auto& t : made) {
+    if (t.defined()) {
+      if (auto* node = dynamic_cast<torch::autograd::CppNode<rmsnorm::Norm>*>(t.grad_fn().get())) {
+        node->ctx_.save_for_backward({});
+        node->release_variables(); // those that were saved before
+      }
+    }
+  }
+}
+
 // norm(x, residual, w, eps, cast, offset): returns y, or (y, s) with a residual; None if Python must make the call.
 PyObject* norm(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
@@ -844,7 +857,12 @@ PyObject* norm(PyObject*, PyObject* const* given, Py_ssize_t count) {
   variable_list outputs{(*made)[0], (*made)[1]};
   if (call->requested[0]) {
     const Tensors* all = &*made;
-    outputs = rmsnorm::Norm::apply(tensors[0], given_or_not(tensors[1]), given_or_not(tensors[2]), all, call->spec);
+    try {
+      outputs = rmsnorm::Norm::apply(tensors[0], given_or_not(tensors[1]), given_or_not(tensors[2]), all, call->spec);
+    } catch (...) {
+      release_unsaved(*made);
+      throw;
+    }
   }
   if (!tensors[1].defined()) {
     return THPVariable_Wrap(outputs[0]);
@@ -887,5 +905,9 @@ PYBIND11_MODULE(RMSNORM_HOST, module) {
     Plans dropped;
     const std::unique_lock lock(plans_mutex);
     plans.swap(dropped);
+  });
+  module.def("cached_plans", [] {
+    const std::shared_lock lock(plans_mutex);
+    return plans.size();
   });
 }

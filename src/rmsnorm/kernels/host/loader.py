@@ -200,6 +200,11 @@ def forget() -> None:
         _State.module.forget()
 
 
+def cached_plans() -> int:
+    """How many plans the cache of the C++ holds, which is at most `MOST_PLANS` of host.cpp."""
+    return 0 if _State.module is None else int(_State.module.cached_plans())
+
+
 # --- called from C++ -----------------------------------------------------------------------------------------
 
 
