@@ -79,7 +79,7 @@ def start_of(start, lead, WORD: tl.constexpr):
 @triton.jit
 def weight_of(w, tile, N, HEADS: tl.constexpr):
     """The weight of the rows of a tile; `tile` can also be a row, or a program that takes the rows of one head."""
-    return w if w is None or HEADS == 1 else w + (tile % HEADS).to(tl.int64) * N
+    return w + (tile % HEADS).to(tl.int64) * N
 
 
 @triton.jit
@@ -310,7 +310,8 @@ def forward_tile(
 ):  # fmt: skip
     """Computes the ROWS rows of a tile, reading them once; if PARTS > 1, one part of a row."""
     N = as_multiple(N, MULTIPLE)
-    w = weight_of(w, tile, N, HEADS)
+    if HEADS > 1:
+        w = weight_of(w, tile, N, HEADS)
     m = rows_of(tile, ROWS, APART)
     lead = lead_of(tile, N, APART, WORD)
     body = body_of(N, lead, WORD)
@@ -455,7 +456,8 @@ def forward_loop(
     """Each program loops over one row twice: once for the sum, once for y."""
     N = as_multiple(N, MULTIPLE)
     m = tl.program_id(0).to(tl.int64)
-    w = weight_of(w, m, N, HEADS)
+    if HEADS > 1:
+        w = weight_of(w, m, N, HEADS)
     rows = x + row_start(m, sizes, x_steps, STRIDED, MULTIPLE)
     squares = tl.zeros([BLOCK_N], tl.float64)
     for first in range(0, N.to(tl.int64), BLOCK_N):
@@ -549,7 +551,8 @@ def backward_block(
     """
     N = as_multiple(N, MULTIPLE)
     program, part = tl.program_id(0) // parts, tl.program_id(0) % parts
-    w = weight_of(w, program, N, HEADS)
+    if HEADS > 1:
+        w = weight_of(w, program, N, HEADS)
     n = part * (PIECES * BLOCK_N) + tl.arange(0, BLOCK_N)[None, :]
     lead = lead_of(program, N, APART, WORD)
     body = body_of(N, lead, WORD)
@@ -651,7 +654,8 @@ def backward_loop(
     """Each program computes dx of one row, looping over it twice: once for the sum, once for dx."""
     N = as_multiple(N, MULTIPLE)
     m = tl.program_id(0).to(tl.int64)
-    w = weight_of(w, m, N, HEADS)
+    if HEADS > 1:
+        w = weight_of(w, m, N, HEADS)
     r = tl.load(rstd + m)
     dy += row_start(m, sizes, dy_steps, STRIDED, MULTIPLE)
     x += row_start(m, sizes, x_steps, STRIDED, MULTIPLE)
