@@ -99,7 +99,9 @@ def run(arguments: list[str], allowed: tuple[Path, ...]) -> None:
     assert (exit.value.code, len(said)) in ((0, 0), (2, 1)), (exit.value.code, said)
     assert all(line.startswith("rmsnorm: ") and line.isprintable() for line in said)
     roots = [os.path.realpath(folder) + os.sep for folder in allowed]
-    elsewhere = [path for path in written if not os.path.realpath(path).startswith((*roots, os.path.devnull))]
+    elsewhere = [
+        path for path in written if not f"{os.path.realpath(path)}{os.sep}".startswith((*roots, os.path.devnull))
+    ]
     assert elsewhere == []
 
 
