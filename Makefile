@@ -94,6 +94,7 @@ audit: .venv-audit/.complete
 	@grep -v '^#' constraints.txt | sed 's/;.*//' > .venv-audit/pins.txt
 	@.venv-audit/bin/pip-audit --no-deps --disable-pip -r .venv-audit/pins.txt > .venv-audit/found.txt 2> .venv-audit/log.txt; \
 		code=$$?; cat .venv-audit/found.txt; tail -n 3 .venv-audit/log.txt; \
+		echo "$$(grep -c 'could not be audited' .venv-audit/found.txt) packages could not be audited"; \
 		grep -q 'No known\|Found [0-9]' .venv-audit/log.txt .venv-audit/found.txt && exit $$code; \
 		echo "not audited: pip-audit cannot read the advisories here"
 
