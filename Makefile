@@ -14,7 +14,7 @@ TORCH_FOR_PIP := $(if $(filter 0% 1% 2% 3% 4% 5% 6% 7% 8% 9%,$(TORCH)),torch==$(
 # The tests whose outcome could depend on how a processor sums and takes roots, if a verdict or bound were wrong.
 SENSITIVE := tests/patching tests/test_properties.py tests/test_reference.py
 
-.PHONY: setup report test test-compiled test-gpu-code test-short test-processors test-sanitizers test-integrations check audit bench tables docs test-gpu
+.PHONY: setup report test test-compiled test-gpu-code test-short test-processors test-sanitizers test-integrations test-mutants check audit bench tables docs test-gpu
 
 setup: $(STAMP)
 
@@ -52,6 +52,10 @@ test-compiled: $(STAMP)
 # because all tests of the interpreter share one run of it.
 test-gpu-code: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m gpu_code tests/kernels
+
+# Makes the code wrong in each of the ways that tests/mutants/mutants.py lists, and checks that tests notice.
+test-mutants: $(STAMP)
+	$(BIN)/python tests/mutants/runner.py
 
 # The tests marked `short`, which show within a minute whether the package works with another torch.
 test-short: $(STAMP)

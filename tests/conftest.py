@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 from torch import Tensor
 
+from memory_guards import poisoned_memory
 from rmsnorm.functional import wait_for_host
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
 
 # The same examples on every run and no time limit, so that a slow machine fails nothing.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=30)
+settings.register_profile("unshrunk", settings.get_profile("fixed"), phases=(Phase.explicit, Phase.generate))
 settings.load_profile("fixed")
 
 Draw = Callable[..., Tensor]
@@ -43,12 +45,9 @@ def randn() -> Draw:
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """Fill fresh memory with NaN, so that an element that was never written is noticed."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+    """Fill fresh memory, so that an element that was never written is noticed."""
+    with poisoned_memory():
+        yield
 
 
 @pytest.fixture

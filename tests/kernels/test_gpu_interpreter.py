@@ -1,7 +1,7 @@
 """The GPU kernels in Triton's interpreter, without a GPU: fp32 and fp16 results have the bits of the reference.
 
-The interpreter is a mode of the whole process, so a single child process runs all cases and prints the errors, and
-each test reads its own case. bf16 is only tested on GPUs, because the interpreter's cast to bf16 truncates.
+The interpreter is a mode of the whole process, so a single child process runs all selected cases and prints the errors,
+and each test reads its own case. bf16 is only tested on GPUs, because the interpreter's cast to bf16 truncates.
 """
 
 import itertools
@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 import tolerance
+from memory_guards import guarded
 
 pytest.importorskip(
     "triton",
@@ -31,7 +33,6 @@ pytestmark = pytest.mark.gpu_code
 FP32, FP16 = torch.float32, torch.float16
 SPECS = (("early", 0.0), ("late", 0.0), ("late", 1.0), ("first", 0.0))
 WIDTHS = (1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 31, 32, 61, 64, 100, 127, 255, 512, 1000, 1021, 1279, 1280, 2049, 4093, 5000)
-GUARD, SENTINEL = 64, -77.0
 CASES: dict[str, Callable[[], None]] = {}
 _random = torch.Generator().manual_seed(0)
 
@@ -58,27 +59,6 @@ def differing(got: Tensor | None, expected: Tensor | None) -> str:
     width = torch.int32 if got.element_size() == 4 else torch.int16
     same = (got.view(width) == expected.contiguous().view(width)) | (got.isnan() & expected.isnan())
     return "" if same.all() else f"{int((~same).sum())} of {same.numel()} differ"
-
-
-@contextmanager
-def guarded() -> Iterator[list[Tensor]]:
-    """Allocates outputs inside larger memory, filled with a sentinel that must survive around them."""
-    empty, buffers = torch.empty, []
-
-    def inside(*size: Any, dtype: torch.dtype, device: Any) -> Tensor:
-        shape = torch.Size(size if isinstance(size[0], int) else size[0])
-        buffer = torch.full((shape.numel() + 2 * GUARD,), SENTINEL, dtype=dtype, device=device)
-        buffers.append(buffer)
-        return buffer[GUARD : buffer.numel() - GUARD].view(shape)
-
-    torch.empty = inside  # type: ignore[assignment]
-    try:
-        yield buffers
-    finally:
-        torch.empty = empty
-    for buffer in buffers:
-        around = torch.cat([buffer[:GUARD], buffer[buffer.numel() - GUARD :]])
-        assert (around == SENTINEL).all(), "wrote outside of an output"
 
 
 def check(
@@ -400,6 +380,27 @@ def strides() -> None:
         for x in views[:4]:
             check(x, draw(x.shape[-1]), x.flip(-1), ds=x)
     assert seen >= WALKS_OF_TWO, seen
+
+
+@case
+def rows_that_begin_more_than_2_31_elements_apart() -> None:
+    step, N = 1 << 30, 33
+    with tempfile.TemporaryDirectory() as folder:
+        # A sparse file, of which only the pages of the rows take memory.
+        store = torch.from_file(f"{folder}/numbers", shared=True, size=2 * step + 128, dtype=FP16)
+        for shape, strides in (((3, N), (step, 1)), ((2, 3, N), (64, step, 1))):
+            x = store.as_strided(shape, strides)
+            x.copy_(draw(*shape))
+            w, near = draw(N, dtype=FP16), draw(*shape, dtype=FP16)
+            for widest in (16384, 16):
+                with walked(widest, PIECE=16, COLUMNS=16):
+                    check(x, w)
+                    check(near, w, x, ds=x, dy=x)
+                    check(near, w, dy=x, needs=(False, True))
+                    check_sum([near, x, x], x, near, w)
+            for loops in ({}, LOOPS):
+                with settings(**loops):
+                    check_gated(x, x, w, 1, groups=3, dy=x)
 
 
 @case
@@ -778,12 +779,14 @@ def gated_extremes() -> None:
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, str]:
-    """The errors of each case."""
+def interpreted(request: pytest.FixtureRequest) -> dict[str, str]:
+    """The errors of each case whose test was selected."""
+    here = Path(__file__).resolve()
+    names = [item.callspec.params["name"] for item in request.session.items if item.path == here]
     root = Path(__file__).resolve().parents[2]
     paths = os.pathsep.join(filter(None, (str(root / "src"), str(root / "tests"), os.environ.get("PYTHONPATH"))))
     process = subprocess.run(
-        [sys.executable, __file__],
+        [sys.executable, __file__, *names],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths},
         capture_output=True,
         text=True,
@@ -804,9 +807,9 @@ def main() -> None:
     import traceback
 
     result = {}
-    for name, function in CASES.items():
+    for name in sys.argv[1:]:
         try:
-            function()
+            CASES[name]()
             result[name] = ""
         except Exception:  # reported by the test of this case
             result[name] = traceback.format_exc()[-3000:]

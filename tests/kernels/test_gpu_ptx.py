@@ -411,6 +411,7 @@ def test_bf16_is_rounded_two_numbers_at_a_time() -> None:
                 continue
             ptx = instructions(launch)
             assert "cvt.rn.bf16x2.f32" in ptx
+            assert "cvt.rz" not in ptx
             assert "cvt.rn.bf16.f32" not in ptx
 
 

@@ -133,6 +133,7 @@ FORMS: dict[str, Callable[[Draw, int, torch.dtype], Tensor]] = {
     "3d_transposed": lambda randn, N, dtype: randn(4, 3, N, dtype=dtype).transpose(0, 1),
     "4d_transposed": lambda randn, N, dtype: randn(2, 3, 4, N, dtype=dtype).transpose(1, 2),
     "4d_sliced": lambda randn, N, dtype: randn(2, 5, 4, N + 8, dtype=dtype)[:, 1:4, ::2, :N],
+    "4d_permuted": lambda randn, N, dtype: randn(2, 3, 4, N, dtype=dtype).permute(2, 1, 0, 3),
     "5d_permuted": lambda randn, N, dtype: randn(2, 3, 2, 3, N, dtype=dtype).permute(3, 1, 0, 2, 4),
     "expanded_rows": lambda randn, N, dtype: randn(1, N, dtype=dtype).expand(6, N),
     "expanded_wholly": lambda randn, N, dtype: randn(1, 1, dtype=dtype).expand(6, N),
@@ -213,6 +214,24 @@ def test_bits_for_many_rows(x_dtype, w_dtype, cast, offset, randn) -> None:
     for M, N in ((20011, 64), (401, 2049), (300_007, 1)):
         x, dy = randn(M, N, dtype=x_dtype), randn(M, N, dtype=y_dtype)
         check(x, weight(randn, N, w_dtype), dy, cast=cast, offset=offset)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=short)
+def test_bits_for_rows_that_begin_more_than_2_31_elements_apart(dtype, randn, tmp_path) -> None:
+    step, N = 1 << 30, 33
+    # A sparse file, of which only the pages of the rows take memory.
+    store = torch.from_file(str(tmp_path / "numbers"), shared=True, size=2 * step + 128, dtype=dtype)
+    for shape, strides in (((3, N), (step, 1)), ((2, 3, N), (64, step, 1))):
+        far = store.as_strided(shape, strides)
+        near, w = far.copy_(randn(*shape, dtype=dtype)).clone(), randn(N, dtype=dtype)
+        rstd = reference.exact_rstd(near, 1e-6)
+        dx, dw = reference.backward(near, near, near, w, rstd, "early", 0.0, True, True)
+        assert_same_bits(rms_norm(far, w), rms_norm(near, w), "y")
+        assert_same_bits(add_rms_norm(near, far, w)[1], near + near, "s")
+        leaves = far.detach().requires_grad_(), torch.zeros_like(near), w.detach().requires_grad_()
+        found = torch.autograd.grad(add_rms_norm(*leaves), (leaves[0], leaves[2]), (far, far))
+        assert_same_bits(found[0], dx, "dx")
+        assert_same_bits(found[1], dw, "dw")
 
 
 @every_case

@@ -526,10 +526,16 @@ def test_a_norm_that_changes_its_eps_before_use_is_not_replaced(change: Callable
 
 
 def test_attributes_that_compare_equal_do_not_share_a_proof() -> None:
-    def change(plain: Any, self: Any, x: Tensor) -> Tensor:
-        return plain(x) if math.copysign(1, self.sign) > 0 else plain(x) * 2
+    class SignedRMSNorm(PlainRMSNorm):
+        def __init__(self, sign: float) -> None:
+            super().__init__()
+            self.sign = sign
 
-    report = patch(nn.Sequential(changed_norm(change, sign=0.0), changed_norm(change, sign=-0.0)))
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return y if math.copysign(1, self.sign) > 0 else y * 2
+
+    report = patch(nn.Sequential(SignedRMSNorm(0.0), SignedRMSNorm(-0.0)))
     assert [v.spec for v in report.verdicts] == [Spec(1e-6), None]
 
 

@@ -1,0 +1,660 @@
+"""Small changes that make the package wrong, each with tests that must notice it; runner.py applies them.
+
+A mutant names the fastest tests that notice it. Its text occurs exactly once in its file, which
+tests/mutants/test_mutants.py checks.
+"""
+
+from dataclasses import dataclass
+
+REFERENCE = "tests/test_reference.py"
+KERNELS = "tests/kernels/test_kernels.py"
+HOST = "tests/kernels/test_host.py"
+PTX = "tests/kernels/test_gpu_ptx.py"
+LAUNCH = "tests/kernels/test_launch.py"
+GATED = "tests/kernels/test_gated_kernels.py"
+OF_SUM = "tests/ops/test_backward_of_sum.py"
+PAIRS = "tests/ops/test_pairs.py"
+OPS = "tests/ops/test_ops.py"
+SIZES = "tests/test_sizes.py"
+BAD_INPUT = "tests/test_bad_input.py"
+RECOMPUTATION = "tests/ops/test_eager_recomputation.py"
+RANKS = "tests/tools/verify/test_ranks.py"
+PROOF = "tests/patching/test_proof.py"
+PATCH = "tests/patching/test_patch.py"
+REPLACEMENT = "tests/patching/test_replacement.py"
+FAULTS = "tests/kernels/test_faults.py"
+GENERATED = "tests/test_generated.py"
+
+
+def interpreted(case: str) -> str:
+    return f"tests/kernels/test_gpu_interpreter.py::test_interpreted_kernels_have_the_bits_of_the_reference[{case}]"
+
+
+SILU = "Spec(eps=1e-06, cast='early', gate=Gate(activation='silu', first=False), groups=1)"
+SILU_FIRST = SILU.replace("first=False", "first=True")
+
+
+def gated(form: str) -> str:
+    return f"{GATED}::test_bits_for_every_dtype[float32-{form}]"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """name: what the change makes wrong. file: in src/rmsnorm. text: becomes the replacement. tests: must turn red."""
+
+    name: str
+    file: str
+    text: str
+    replacement: str
+    tests: tuple[str, ...]
+
+    @property
+    def path(self) -> str:
+        """The file, relative to the checkout."""
+        return f"src/rmsnorm/{self.file}"
+
+    def applied_to(self, text: str) -> str:
+        """The file's text with the change. Raises ValueError if the text does not occur exactly once."""
+        count = text.count(self.text)
+        if count != 1:
+            raise ValueError(f"mutant {self.name!r}: its text occurs {count} times in {self.file}, expected once")
+        return text.replace(self.text, self.replacement)
+
+
+BY_HAND = f"{REFERENCE}::test_forward_gives_the_bits_of_the_arithmetic_written_out_by_hand"
+GRADIENTS = f"{REFERENCE}::test_gradients_are_no_further_from_fp64_than_those_of_eager"
+
+OF_REFERENCE = (
+    Mutant(
+        "eps is not added", "reference.py",
+        "v = _mean(S, N) + eps", "v = _mean(S, N)",
+        (f"{BY_HAND}[x_dtype0-early-0.0]",),
+    ),
+    Mutant(
+        "the squares are summed in fp32", "reference.py",
+        "x.float().double().square().sum(-1)", "x.float().square().sum(-1).double()",
+        (f"{BY_HAND}[x_dtype0-early-0.0]",),
+    ),
+    Mutant(
+        "the root is torch's fp32 sqrt", "reference.py",
+        "1 / v.double().sqrt().float()", "1 / v.sqrt()",
+        (f"{BY_HAND}[x_dtype0-early-0.0]",),
+    ),
+    Mutant(
+        "early casts once, at the end", "reference.py",
+        "return w * h.to(x.dtype)  # PyTorch", "return (w.float() * h).to(torch.promote_types(w.dtype, x.dtype))  #",
+        (f"{BY_HAND}[x_dtype1-early-0.0]",),
+    ),
+    Mutant(
+        "late casts before it multiplies by the weight", "reference.py",
+        "return (_scale(w, offset) * h).to(x.dtype)", "return (_scale(w, offset) * h.to(x.dtype)).to(x.dtype)",
+        (f"{BY_HAND}[x_dtype1-late-0.0]",),
+    ),
+    Mutant(
+        "first does not round the statistic", "reference.py",
+        'if cast == "first" else x.float() * rstd.unsqueeze(-1)', 'if False else x.float() * rstd.unsqueeze(-1)',
+        (f"{BY_HAND}[x_dtype1-first-0.0]",),
+    ),
+    Mutant(
+        "the offset is added in the weight's dtype", "reference.py",
+        "else w.float() + offset", "else (w + offset).float()",
+        (f"{BY_HAND}[x_dtype1-late-1.0]",),
+    ),
+    Mutant(
+        "+0.0 is added to a weight without an offset", "reference.py",
+        "return w.float() if offset == 0 else w.float() + offset", "return w.float() + offset",
+        (f"{KERNELS}::test_bits_for_every_bf16_pattern_in_the_weight[float32-late-0.0]",),
+    ),
+    Mutant(
+        "the unrounded sum with the residual is normalized", "reference.py",
+        '    rows = x if s is None else s\n    rstd = exact_rstd(rows[', '    rows = x if s is None else x.float() + residual.float()\n    rstd = exact_rstd(rows[',
+        (f"{REFERENCE}::test_the_sum_with_the_residual_is_rounded_before_it_is_normalized[x_dtype1-r_dtype1]",),
+    ),
+    Mutant(
+        "the gradient through the sum is added after the cast", "reference.py",
+        "return (dx if ds is None else dx + ds.float()).to(dtype).contiguous()",
+        "return (dx.to(dtype) if ds is None else dx.to(dtype) + ds).contiguous()",
+        (f"{REFERENCE}::test_the_gradient_through_the_sum_is_added_before_the_only_cast[early-0.0]",),
+    ),
+    Mutant(
+        "dx without its second term", "reference.py",
+        'dx = rstd.unsqueeze(-1) * (g - through_rstd)', 'dx = rstd.unsqueeze(-1) * g',
+        (f"{GRADIENTS}[127-w_dtype0-x_dtype0-early-0.0]",),
+    ),
+    Mutant(
+        "the products for dx are summed in fp32", "reference.py",
+        "return (g * xh).double().sum(-1)", "return (g * xh).sum(-1).double()",
+        (f"{KERNELS}::test_bits_at_every_width[x-float32-w-float32-early-0]",),
+    ),
+    Mutant(
+        "the products for dx are not rounded to fp32", "reference.py",
+        "return (g * xh).double().sum(-1)", "return (g.double() * xh.double()).sum(-1)",
+        (f"{KERNELS}::test_bits_at_every_width[x-float32-w-float32-early-0]",),
+    ),
+    Mutant(
+        "early takes dw from numbers that it did not cast", "reference.py",
+        'h = xh if cast == "late" else xh.to(dtype).float()', "h = xh",
+        (f"{KERNELS}::test_bits_at_every_width[x-bfloat16-w-bfloat16-early-0]",),
+    ),
+    Mutant(
+        "dw is summed in fp32", "reference.py",
+        "return (dy.float() * h).double().reshape(", "return (dy.float() * h).reshape(",
+        (f"{KERNELS}::test_bits_for_many_rows[float32-float32-early-0.0]",),
+    ),
+    Mutant(
+        "dw without the last row", "reference.py",
+        'reshape(rows, *w.shape).sum(0).to(w.dtype)', 'reshape(rows, *w.shape)[:-1].sum(0).to(w.dtype)',
+        (f"{GRADIENTS}[127-w_dtype0-x_dtype0-early-0.0]",),
+    ),
+    Mutant(
+        "several gradients of y are added in fp32", "reference.py",
+        "backward(functools.reduce(torch.add, dy), None, x",
+        "backward(functools.reduce(torch.add, [d.float() for d in dy]), None, x",
+        (f"{OF_SUM}::test_the_reference_has_the_bits_of_separate_additions",),
+    ),
+)  # fmt: skip
+
+OF_ARGUMENTS = (
+    Mutant(
+        "early returns the dtype of x, not the promoted one", "spec.py",
+        'return x if weight is None or cast == "late" else torch.promote_types(x, weight)', "return x",
+        (f"{KERNELS}::test_bits_at_every_width[x-bfloat16-w-float32-early-0]",),
+    ),
+    Mutant(
+        "a weight that is too short is accepted", "spec.py",
+        'if not _same_sizes(weight.shape, x.shape[-dims:], symbolic):', 'if False:',
+        (f"{BAD_INPUT}::test_a_short_weight_raises_the_message_of_the_contract",),
+    ),
+    Mutant(
+        "a negative eps is accepted", "spec.py",
+        "if type(eps) is float and 0.0 <= eps <= LARGEST_EPS and", "if type(eps) is float and eps <= LARGEST_EPS and",
+        (f"{HOST}::test_arguments_are_checked_after_the_plan_is_cached",),
+    ),
+    Mutant(
+        "memory that was freed is read", "spec.py",
+        "        if held < needed:\n", "        if False:\n",
+        (f"{SIZES}::test_strided_rows_that_reach_past_their_storage_are_named[Python]",),
+    ),
+    Mutant(
+        "the backward pass accepts a weight whose dtype has changed", "spec.py",
+        "if t is not None and t.dtype is not dtype:", "if False:",
+        (f"{SIZES}::test_a_dtype_that_changed_to_that_of_another_planned_kind_is_named",),
+    ),
+    Mutant(
+        "rows of no elements are accepted", "spec.py",
+        "if not shape or not _is_not_zero(shape[-1], symbolic):", "if not shape:",
+        (f"{BAD_INPUT}::test_rms_norm_names_the_bad_argument_and_what_it_should_be[x has shape (3, 0)]",),
+    ),
+)  # fmt: skip
+
+WIDTH_BF16 = f"{KERNELS}::test_bits_at_every_width[x-bfloat16-w-bfloat16-early-0]"
+WIDTH_FP32 = f"{KERNELS}::test_bits_at_every_width[x-float32-w-float32-early-0]"
+MANY_ROWS = f"{KERNELS}::test_bits_for_many_rows[float32-float32-early-0.0]"
+
+OF_CPU_KERNELS = (
+    Mutant(
+        "eps is not added", "kernels/cpu/kernels.py",
+        'v = np.float32(total / layout[WHOLE]) + eps', 'v = np.float32(total / layout[WHOLE])',
+        (WIDTH_FP32,),
+    ),
+    Mutant(
+        "the squares are summed in fp32", "kernels/cpu/kernels.py",
+        "total = add_square(total, np.float64(widen(rows[at + i], k)))",
+        "total = np.float64(np.float32(add_square(total, np.float64(widen(rows[at + i], k)))))",
+        (WIDTH_FP32,),
+    ),
+    Mutant(
+        "the last element of a row is not written", "kernels/cpu/kernels.py",
+        '            for i in range(steps):\n                element = nothing(y)', '            for i in range(steps - 1):\n                element = nothing(y)',
+        (WIDTH_FP32,),
+    ),
+    Mutant(
+        "the last row is not written", "kernels/cpu/kernels.py",
+        "last = min(first + rows, M)", "last = min(first + rows, max(first, M - 1))",
+        (MANY_ROWS,),
+    ),
+    Mutant(
+        "early casts once, at the end", "kernels/cpu/kernels.py",
+        'scaled = scale * cast(h, x) if early else', 'scaled = scale * h if early else',
+        (WIDTH_BF16,),
+    ),
+    Mutant(
+        "first does not round the statistic", "kernels/cpu/kernels.py",
+        '            if spec[2] == 2:\n                r = cast(r, x)\n', '',
+        (f"{KERNELS}::test_bits_at_every_width[x-bfloat16-w-bfloat16-first-0]",),
+    ),
+    Mutant(
+        "the residual is read with the strides of x", "kernels/cpu/kernels.py",
+        "other = start_of(layout, SECOND, m) // parts", "other = start_of(layout, FIRST, m) // parts",
+        (f"{KERNELS}::test_bits_with_a_residual[x-float32-w-float32-early-0]",),
+    ),
+    Mutant(
+        "the third gradient is read with the strides of the second", "kernels/cpu/kernels.py",
+        "a3 = start_of(layout, FOURTH, m) // parts", "a3 = start_of(layout, THIRD, m) // parts",
+        (f"{OF_SUM}::test_gradients_of_any_strides_are_added",),
+    ),
+    Mutant(
+        "dw is added to what was in memory", "kernels/cpu/kernels.py",
+        '                    dw[share + i] = 0.0\n', '                    pass\n',
+        (WIDTH_FP32,),
+    ),
+    Mutant(
+        "the last block of rows is missing from dw", "kernels/cpu/kernels.py",
+        "for chunk in range(1, chunks):", "for chunk in range(1, chunks - 1):",
+        (MANY_ROWS,),
+    ),
+    Mutant(
+        "all blocks of rows are summed into the first sum of dw", "kernels/cpu/kernels.py",
+        'out, share = m * steps, m // chunk * columns', 'out, share = m * steps, 0',
+        (MANY_ROWS,),
+    ),
+    Mutant(
+        "the sum for dx leaves out the offset", "kernels/cpu/kernels.py",
+        "total = add(total, np.float64((d * (widen(w[of_head + i], k) + offset)) * xh))",
+        "total = add(total, np.float64((d * widen(w[of_head + i], k)) * xh))",
+        (f"{KERNELS}::test_bits_at_every_width[x-float32-w-float32-late-1]",),
+    ),
+    Mutant(
+        "dx is not rounded before a gradient is added that was added separately", "kernels/cpu/kernels.py",
+        "                        if round_first:\n", "                        if False:\n",
+        (f"{OF_SUM}::test_bits_are_those_of_separate_operators[C++-x_dtype0-w_dtype0-early-0.0]",),
+    ),
+    Mutant(
+        "bf16 rounds ties away from zero", "kernels/cpu/intrinsics.py",
+        "rounded = builder.add(builder.add(bits, _I32(0x7FFF)), odd)", "rounded = builder.add(bits, _I32(0x8000))",
+        (WIDTH_BF16,),
+    ),
+    Mutant(
+        "a NaN from an fp32 weight is rounded like a number", "kernels/cpu/intrinsics.py",
+        "    if source.dtype == types.float32:\n", "    if False:\n",
+        (f"{KERNELS}::test_a_nan_with_any_payload_stays_a_nan[bfloat16-early]",),
+    ),
+    Mutant(
+        "rows of three strided dimensions take the middle stride for the outer", "kernels/cpu/intrinsics.py",
+        "return outer * layout[strides] + rest", "return outer * layout[strides + 1] + rest",
+        (f"{KERNELS}::test_bits_for_every_memory_layout[4d_permuted-float32-float32-early-0.0]",),
+    ),
+)  # fmt: skip
+
+OF_PLANS = (
+    Mutant(
+        "alignment is not part of a kind of call", "kernels/plan.py",
+        "return cls(t.dtype, t.shape, t.stride(), address & -address)", "return cls(t.dtype, t.shape, t.stride())",
+        (f"{HOST}::test_unaligned_tensors_get_their_own_plan",),
+    ),
+    Mutant(
+        "several gradients of another dtype are not added by torch first", "kernels/plan.py",
+        "if len(dys) == 1 or kind.dy.dtype is dtype:", "if True:",
+        (f"{OF_SUM}::test_gradients_of_another_dtype_than_y_are_added_in_their_own_dtype",),
+    ),
+    Mutant(
+        "C++ gets plans in which torch converts a tensor", "kernels/plan.py",
+        "        if self.before or self.after:\n", "        if False:\n",
+        (f"{HOST}::test_calls_that_need_a_conversion_are_made_by_python",),
+    ),
+    Mutant(
+        "a tensor with a strided last dimension is not copied", "kernels/rows.py",
+        "    if M > 0 and N > 1 and any(stride[-1] != 1 for stride in strides):\n        return None\n", "",
+        (f"{LAUNCH}::test_walk_returns_none_if_a_copy_is_needed",),
+    ),
+    Mutant(
+        "dimensions are merged if one tensor allows it", "kernels/rows.py",
+        "if dims and all(outer == inner * size", "if dims and any(outer == inner * size",
+        (f"{KERNELS}::test_bits_with_a_residual[x-float32-w-float32-early-0]",),
+    ),
+    Mutant(
+        "rows at odd addresses are read in pairs", "kernels/cpu/planner.py",
+        "return all(kind.alignment >= _PAIR_BYTES for kind in kinds)", "return True",
+        (f"{HOST}::test_unaligned_tensors_get_their_own_plan",),
+    ),
+    Mutant(
+        "rows of an odd number of elements are read in pairs", "kernels/cpu/launches.py",
+        'even = all(number % 2 == 0 for number in (N, columns, *steps)) and', 'even = True and',
+        (WIDTH_BF16,),
+    ),
+    Mutant(
+        "the blocks of dw follow the thread count", "kernels/cpu/launches.py",
+        "chunk = groups * max(_FEWEST_ROWS,", "chunk = groups * max(_FEWEST_ROWS, -(-M // torch.get_num_threads()),",
+        (f"{KERNELS}::test_the_order_in_which_dw_is_summed_depends_on_its_shape_only",),
+    ),
+    Mutant(
+        "gradients are added in another order", "kernels/dispatch.py",
+        "dx, dw = run(plan, (dy[0], ds, x, w, rstd, *dy[1:]))", "dx, dw = run(plan, (dy[0], ds, x, w, rstd, *dy[:0:-1]))",
+        (f"{OF_SUM}::test_bits_are_those_of_separate_operators[Python-x_dtype0-w_dtype0-early-0.0]",),
+    ),
+    Mutant(
+        "fp64 runs the kernels of fp32", "spec.py",
+        "KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)",
+        "KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)",
+        (f"{OPS}::test_fp64_is_computed_in_fp32_and_returned_as_promoted",),
+    ),
+    Mutant(
+        "the second norm of a pair is launched as the first", "kernels/plan.py",
+        "launches=(*first.launches, *(launch.renamed(names) for launch in second.launches)),",
+        "launches=(*first.launches, *(launch.renamed(names) for launch in first.launches)),",
+        (f"{PAIRS}::test_a_pair_has_the_bits_of_two_calls[C++-x_dtype0-w_dtype0-early-0.0]",),
+    ),
+)  # fmt: skip
+
+OF_GPU_KERNELS = (
+    Mutant(
+        "the statistic is an approximate rsqrt", "kernels/gpu/kernels.py",
+        "return tl.div_rn(1.0, tl.sqrt_rn(v))", "return tl.rsqrt(v)",
+        (f"{PTX}::test_rounding_is_ieee_and_subnormals_are_kept",),
+    ),
+    Mutant(
+        "bf16 is cast by cutting bits off", "kernels/gpu/kernels.py",
+        '"{ .reg .b32 two; cvt.rn.bf16x2.f32 two, $3, $2;', '"{ .reg .b32 two; cvt.rz.bf16x2.f32 two, $3, $2;',
+        (f"{PTX}::test_bf16_is_rounded_two_numbers_at_a_time",),
+    ),
+    Mutant(
+        "the middle and inner sizes of strided rows are exchanged", "kernels/gpu/kernels.py",
+        "middle, inner = sizes[0], sizes[1]", "inner, middle = sizes[0], sizes[1]",
+        (interpreted("strides"),),
+    ),
+    Mutant(
+        "the sum with the residual is not rounded before it is normalized", "kernels/gpu/kernels.py",
+        "(row[k].to(tl.float32) + other.to(tl.float32)).to(x.dtype.element_ty),)",
+        "row[k].to(tl.float32) + other.to(tl.float32),)",
+        (interpreted("no_rows_or_one"),),
+    ),
+    Mutant(
+        "columns beyond the end of a row count if the statistic is infinite", "kernels/gpu/kernels.py",
+        "return tl.where(inside, x.to(tl.float32) * r, 0.0)", "return x.to(tl.float32) * r",
+        (interpreted("extremes"),),
+    ),
+    Mutant(
+        "programs leave out their last tile", "kernels/gpu/kernels.py",
+        "return last // programs + (last % programs >= program).to(tl.int32)",
+        "return last // programs + (last % programs > program).to(tl.int32)",
+        (interpreted("every_row_counts"),),
+    ),
+    Mutant(
+        "dw leaves out the shares of the last programs", "kernels/gpu/kernels.py",
+        "(program < programs) & (n < N), 0.0).to(tl.float64)", "(program < programs - 1) & (n < N), 0.0).to(tl.float64)",
+        (interpreted("every_row_counts"),),
+    ),
+    Mutant(
+        "rows of tiles are computed with 32-bit numbers", "kernels/gpu/kernels.py",
+        "m = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]", "m = tile * ROWS + tl.arange(0, ROWS)[:, None]",
+        (interpreted("rows_that_begin_more_than_2_31_elements_apart"),),
+    ),
+    Mutant(
+        "wide rows are computed with 32-bit numbers", "kernels/gpu/kernels.py",
+        '    """Each program loops over one row twice: once for the sum, once for y."""\n'
+        "    N = as_multiple(N, MULTIPLE)\n    m = tl.program_id(0).to(tl.int64)",
+        '    """Each program loops over one row twice: once for the sum, once for y."""\n'
+        "    N = as_multiple(N, MULTIPLE)\n    m = tl.program_id(0)",
+        (interpreted("rows_that_begin_more_than_2_31_elements_apart"),),
+    ),
+    Mutant(
+        "programs are placed by where they are in the first of two norms", "kernels/gpu/kernels.py",
+        "program - tiles, 0, x2, None, w2,", "program, 0, x2, None, w2,",
+        (interpreted("two_norms_in_one_launch"),),
+    ),
+    Mutant(
+        "partial sums of dw are read before the launch before has ended", "kernels/gpu/kernels.py",
+        "        tl.extra.cuda.gdc_wait()  # this kernel may start", "        pass  # this kernel may start",
+        (f"{PTX}::test_a_kernel_that_starts_early_waits_before_it_reads_results",),
+    ),
+    Mutant(
+        "multiplications and additions are fused", "kernels/gpu/driver.py",
+        '"enable_fp_fusion": False', '"enable_fp_fusion": True',
+        (f"{PTX}::test_every_launch_forbids_fusion",),
+    ),
+    Mutant(
+        "two launches of a kernel share their argument memory at once", "kernels/gpu/driver.py",
+        "        if not self._lock.acquire(blocking=False):\n            return False\n",
+        "        self._lock.acquire(blocking=False)\n",
+        ("tests/kernels/test_driver.py::test_concurrent_launches_do_not_mix_up_addresses",
+         "tests/kernels/test_driver.py::test_a_launch_during_a_launch_does_not_deadlock"),
+    ),
+    Mutant(
+        "a GPU call runs on the current GPU, not on that of its tensors", "kernels/run.py",
+        "if gpu is not None and gpu != compat.current_gpu():", "if False:",
+        (f"{PTX}::test_a_call_runs_on_the_gpu_of_its_tensors",),
+    ),
+)  # fmt: skip
+
+OF_GATED = (
+    Mutant(
+        "silu in fp32", "gated_reference.py",
+        'return (t * sigma if activation == "silu" else sigma).float()',
+        'return (t.float() * sigma.float() if activation == "silu" else sigma).float()',
+        (gated(SILU),),
+    ),
+    Mutant(
+        "the exponential has a coefficient of fp32", "gated_reference.py",
+        '"0x1.0000000000001p-1", "0x1.5555555555556p-3",', '"0x1.0000000000001p-1", "0x1.5555p-3",',
+        ("tests/ops/test_gated.py::test_silu_and_sigmoid_of_bf16_numbers_are_correctly_rounded_but_for_near_ties_at_zero",),
+    ),
+    Mutant(
+        "the first group's part of the weight serves all groups", "kernels/cpu/gated_kernels.py",
+        "at_x, at_gate, column = start_of(layout, FIRST, m), start_of(layout, SECOND, m), m % groups * N",
+        "at_x, at_gate, column = start_of(layout, FIRST, m), start_of(layout, SECOND, m), 0",
+        (gated(SILU),),
+    ),
+    Mutant(
+        "the derivative of silu leaves out the gate", "kernels/cpu/gated_kernels.py",
+        "slopes[i] = np.float32(sigma + scaled * rest)", "slopes[i] = np.float32(sigma + sigma * rest)",
+        (gated(SILU),),
+    ),
+    Mutant(
+        "a gate that comes first does not reach the sum of squares", "kernels/cpu/gated_kernels.py",
+        "        activate(factor, n, form[2] != 0)\n        multiply(z, n, factor)\n\n",
+        "        activate(factor, n, form[2] != 0)\n\n",
+        (gated(SILU_FIRST),),
+    ),
+    Mutant(
+        "the gate is read with the strides of x", "kernels/cpu/gated_kernels.py",
+        "start_of(layout, SECOND, m), m % groups * N\n        total", "start_of(layout, FIRST, m), m % groups * N\n        total",
+        (f"{GATED}::test_bits_for_every_memory_layout[3d_transposed-float32-float32-float32-{SILU}]",),
+    ),
+    Mutant(
+        "the second tile of a wide group overwrites the first", "kernels/cpu/gated_kernels.py",
+        "store(z, n, y, form[8], m * N + i)", "store(z, n, y, form[8], m * N)",
+        (f"{GATED}::test_bits_at_every_width[{SILU}]",),
+    ),
+)  # fmt: skip
+
+OF_HOST = (
+    Mutant(
+        "machine code of other sources is loaded", "kernels/cpu/cache.py",
+        'return b"".join(source.read_bytes() for source in SOURCES) + repr(versions).encode()',
+        "return repr(versions).encode()",
+        ("tests/kernels/test_processes.py::test_the_cache_of_another_source_is_not_used",),
+    ),
+    Mutant(
+        "a cache that others can write is used", "kernels/cpu/cache.py",
+        "    _check_own(folder)\n    build", "    build",
+        (f"{FAULTS}::test_a_cache_that_other_users_can_write_is_not_used",),
+    ),
+)  # fmt: skip
+
+OF_OPERATORS = (
+    Mutant(
+        "saved tensors are kept without their version", "ops/autograd.py",
+        "        ctx.save_for_backward(rows, w, rstd)\n        ctx.set_materialize_grads(False)\n        ctx.spec = spec",
+        "        ctx.save_for_backward(rows.data, None if w is None else w.data, rstd)\n"
+        "        ctx.set_materialize_grads(False)\n        ctx.spec = spec",
+        (f"{SIZES}::test_an_x_or_weight_modified_in_place_raises_an_error_that_says_what_to_write",),
+    ),
+    Mutant(
+        "the tangent leaves out that of the weight", "ops/autograd.py",
+        "        if w_t is not None:\n", "        if False:\n",
+        (f"{OPS}::test_forward_mode",),
+    ),
+    Mutant(
+        "second derivatives are silently zero", "ops/derivatives.py",
+        "        @staticmethod\n        def backward(ctx: Any, *grads: Tensor) -> None:\n            raise RuntimeError(message)",
+        "        @staticmethod\n        def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:\n            return (None,) * 9",
+        (f"{OPS}::test_a_second_derivative_raises",),
+    ),
+    Mutant(
+        "a lazily negated tensor is read as it lies in memory", "ops/dispatch.py",
+        "or t.is_neg() or", "or",
+        (f"{KERNELS}::test_a_lazily_negated_view_is_negated",),
+    ),
+    Mutant(
+        "the gradients of a pair are exchanged", "ops/pairs.py",
+        "return without_none(x, *dispatch.backward_pair(first, second, spec, need_dx, need_dw))",
+        "return without_none(x, *dispatch.backward_pair(second, first, spec, need_dx, need_dw))",
+        (f"{PAIRS}::test_a_pair_has_the_bits_of_two_calls[Python-x_dtype0-w_dtype0-early-0.0]",),
+    ),
+    Mutant(
+        "each rank normalizes by its own columns", "ops/sharding.py",
+        '        S = summed  # type: ignore[assignment]\n', '        pass\n',
+        (f"{RANKS}::test_the_code_passes_on_two_ranks",),
+    ),
+    Mutant(
+        "sums over ranks are exchanged in fp32", "ops/sharding.py",
+        'summed = compat.sum_over_ranks(S, norm.mesh, dim)', 'summed = compat.sum_over_ranks(S.float(), norm.mesh, dim).double()',
+        (f"{RANKS}::test_the_code_passes_on_two_ranks",),
+    ),
+    Mutant(
+        "a norm output that was modified is recomputed unmodified", "ops/eager_recomputation.py",
+        "        if t._version != self.version:\n            self.reason = _MODIFIED\n        elif", "        if",
+        (f"{RECOMPUTATION}::test_an_output_that_is_modified_before_it_is_saved_is_kept",),
+    ),
+    Mutant(
+        "a saved tensor that was modified since is used", "ops/eager_recomputation.py",
+        "    if not is_compiling() and t._version != version:", "    if False:",
+        (f"{RECOMPUTATION}::test_modifying_a_tensor_after_it_was_saved_raises_as_without_the_context",),
+    ),
+    Mutant(
+        "a saved view of an output is recomputed as the whole output", "ops/eager_recomputation.py",
+        "return self.output.tensor(self).as_strided(self.size, self.stride, self.offset)", "return self.output.tensor(self)",
+        (f"{RECOMPUTATION}::test_a_saved_view_of_an_output_is_recomputed_as_that_view",),
+    ),
+    Mutant(
+        "the recomputed output is never freed", "ops/eager_recomputation.py",
+        "if self.cached is not None and self.served >= self.views:", "if False:",
+        (f"{RECOMPUTATION}::test_the_recomputed_output_is_freed_after_its_last_reader",),
+    ),
+)  # fmt: skip
+
+OF_PATCHING = (
+    Mutant(
+        "norms are proven in fp32 and bf16 only", "patching/rule.py",
+        "TRAINING_DTYPES = (torch.float32, torch.bfloat16, torch.float16)",
+        "TRAINING_DTYPES = (torch.float32, torch.bfloat16)",
+        (f"{PROOF}::test_a_branch_that_computes_something_else_is_found[<lambda>-float16]",),
+    ),
+    Mutant(
+        "outputs decide, not the operators", "patching/probe.py",
+        "return found == expected and is_close(", "return is_close(",
+        (f"{PROOF}::test_another_way_to_take_the_root_is_not_replaced_even_if_its_bits_agree",),
+    ),
+    Mutant(
+        "norms are proven without gradients only", "patching/states.py",
+        "for grad in GRAD_MODES if every else GRAD_MODES[:2]:", "for grad in GRAD_MODES[:1]:",
+        (f"{PROOF}::test_a_norm_with_another_eps_with_gradients_is_not_replaced",
+         f"{PROOF}::test_a_norm_that_rounds_late_only_with_gradients_is_not_replaced"),
+    ),
+    Mutant(
+        "eps need not follow its attribute", "patching/eps_attribute.py",
+        "if all(_follows(probe, spec, name, other) for other in sorted(others)):", "if True:",
+        (f"{PROOF}::test_a_norm_that_changes_its_eps_before_use_is_not_replaced",),
+    ),
+    Mutant(
+        "eps is that of the proof, not of the call", "patching/replacement.py",
+        "        eps = getattr(self, eps_attribute, Absent)\n        if type(eps) is not float or not 0.0 <= eps <= LARGEST_EPS:\n",
+        "        eps = self.__dict__.setdefault('_eps', getattr(self, eps_attribute, Absent))\n"
+        "        if type(eps) is not float or not 0.0 <= eps <= LARGEST_EPS:\n",
+        (f"{REPLACEMENT}::test_eps_is_read_at_each_call",),
+    ),
+    Mutant(
+        "an attribute that changed since the proof is ignored", "patching/replacement.py",
+        "        if not same:\n", "        if False:\n",
+        (f"{REPLACEMENT}::test_a_changed_attribute_runs_its_own_forward",),
+    ),
+    Mutant(
+        "ranks that were not proven run our kernel", "patching/replacement.py",
+        "or x.dim() not in ranks or", "or",
+        (f"{REPLACEMENT}::test_inputs_of_unproven_ranks_run_its_own_forward",),
+    ),
+    Mutant(
+        "norms with other attributes share a proof", "patching/eligibility.py",
+        "plain = {k: identity(v) if is_plain(v) else Absent for k, v in vars(module).items() if k != \"training\"}",
+        "plain = {}",
+        (f"{PROOF}::test_attributes_that_compare_equal_do_not_share_a_proof",),
+    ),
+    Mutant(
+        "a bias is overlooked", "patching/eligibility.py",
+        'if others := sorted(held - {"weight"}):', "if others := []:",
+        (f"{PATCH}::test_a_norm_that_computes_something_else_is_not_replaced_and_the_report_says_why",),
+    ),
+    Mutant(
+        "pickling loses the hints of patch", "patching/replacement.py",
+        "arguments = self._rmsnorm_original, self._rmsnorm_rule, self._rmsnorm_hints",
+        "arguments = self._rmsnorm_original, self._rmsnorm_rule",
+        (f"{PATCH}::test_patched_models_are_copied_and_pickled",),
+    ),
+    Mutant(
+        "unpatch leaves the norms replaced", "patching/patch.py",
+        "        set_class(module, original_class(module))\n    inductor", "        pass\n    inductor",
+        (f"{PATCH}::test_nothing_but_the_class_changes_and_unpatch_restores_it",),
+    ),
+    Mutant(
+        "the candidates leave out late with an offset", "patching/spec_search.py",
+        'for offset in (0.0, 1.0))]', 'for offset in (0.0,))]',
+        (f"{PATCH}::test_proven_norms_compute_exact",),
+    ),
+)  # fmt: skip
+
+OF_PUBLIC_FUNCTIONS = (
+    Mutant(
+        "rms_norm ignores a small eps", "functional.py",
+        "        y = host.norm(x, None, weight, eps, cast, offset)\n",
+        "        y = host.norm(x, None, weight, eps if eps > 1e-20 else 0.0, cast, offset)\n",
+        (f"{GENERATED}::test_rms_norm_has_the_bits_of_the_reference",),
+    ),
+    Mutant(
+        "a residual of another dtype is read as one of x's", "kernels/plan.py",
+        "if residual is None or residual.dtype is x.dtype:", "if True:",
+        (f"{GENERATED}::test_add_rms_norm_has_the_bits_of_the_reference",),
+    ),
+    Mutant(
+        "two norms in one call share the weight of the first", "ops/pairs.py",
+        "xs[i], weights[i], xs[i + 1], weights[i + 1], float(eps)",
+        "xs[i], weights[i], xs[i + 1], weights[i], float(eps)",
+        (f"{GENERATED}::test_rms_norms_has_the_bits_of_the_reference_for_each_norm",),
+    ),
+    Mutant(
+        "explain does not look at the weight's dtype", "kernels/dispatch.py",
+        'for name, dtype in (("x", x), ("residual", residual), ("weight", w)):',
+        'for name, dtype in (("x", x), ("residual", residual)):',
+        (f"{GENERATED}::test_explain_says_in_one_line_who_computes_any_valid_call",),
+    ),
+    Mutant(
+        "the gate of a row with gaps is read with the strides of x in the backward pass", "kernels/cpu/gated_kernels.py",
+        "start_of(layout, SECOND, m), start_of(layout, THIRD, m)", "start_of(layout, SECOND, m), start_of(layout, SECOND, m)",
+        (f"{GENERATED}::test_gated_rms_norm_has_the_bits_of_the_reference",),
+    ),
+    Mutant(
+        "a layer forgets its offset", "modules.py",
+        'x, self.weight, self.eps, cast=self.cast, offset=self.offset, variance_size=self.variance_size\n        )  # fmt: skip', 'x, self.weight, self.eps, cast=self.cast, variance_size=self.variance_size\n        )  # fmt: skip',
+        (f"{GENERATED}::test_layers_have_the_bits_of_the_functions",),
+    ),
+    Mutant(
+        "the context casts before it multiplies by the weight", "patching/torch_norm.py",
+        '"late" if weighted else "early", 0.0, "eps"', '"early", 0.0, "eps"',
+        (f"{GENERATED}::test_torchs_function_has_the_bits_of_the_reference_in_the_context",),
+    ),
+    Mutant(
+        "the recomputed output has another eps", "ops/eager_recomputation.py",
+        "rows, None, w, self.eps, self.cast, self.offset, False", "rows, None, w, 1e-5, self.cast, self.offset, False",
+        (f"{GENERATED}::test_recomputed_outputs_give_the_same_gradients",),
+    ),
+    Mutant(
+        "a replaced norm has another eps than it was proven with", "patching/replacement.py",
+        "return by_kernel(self, x, w, eps)\n        return _in_memory_order",
+        "return by_kernel(self, x, w, eps * 2)\n        return _in_memory_order",
+        (f"{GENERATED}::test_what_is_proven_of_a_module_is_what_it_computes_when_replaced",),
+    ),
+)  # fmt: skip
+
+MUTANTS = (
+    *OF_REFERENCE, *OF_ARGUMENTS, *OF_CPU_KERNELS, *OF_PLANS, *OF_GPU_KERNELS, *OF_GATED, *OF_HOST, *OF_OPERATORS,
+    *OF_PATCHING, *OF_PUBLIC_FUNCTIONS,
+)  # fmt: skip
