@@ -73,7 +73,7 @@ test-sanitizers: $(STAMP)
 
 # The adapters to other libraries, with the libraries themselves. Each environment adds to .venv what a file in
 # tests/integrations names; its tests run in a process for each file (5: no tests, all were skipped).
-INTEGRATIONS := engines hub transformers-4.46
+INTEGRATIONS := engines hub transformers-4.46 triton-3.6
 
 test-integrations: $(INTEGRATIONS:%=.venv-%/.complete)
 	for name in $(INTEGRATIONS); do \

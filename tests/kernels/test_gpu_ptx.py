@@ -31,9 +31,9 @@ from rmsnorm.kernels.gpu import driver, kernels, staged, tiling  # noqa: E402
 from rmsnorm.kernels.gpu import planner as gpu  # noqa: E402
 from rmsnorm.kernels.gpu.driver import Slot, TritonLaunch  # noqa: E402
 from rmsnorm.kernels.gpu.tiling import Gpu  # noqa: E402
-from rmsnorm.kernels.plan import Backward, Forward, Plan, TensorKind, sandwich  # noqa: E402
+from rmsnorm.kernels.plan import Backward, Forward, Plan, TensorKind, both, sandwich  # noqa: E402
 from rmsnorm.kernels.run import run  # noqa: E402
-from rmsnorm.spec import Spec  # noqa: E402
+from rmsnorm.spec import Spec, result_dtype  # noqa: E402
 
 pytestmark = pytest.mark.gpu_code
 
@@ -260,17 +260,29 @@ def test_ptx_of_a_sum_of_gradients_meets_the_requirements(dtype: torch.dtype, tm
             held_to(launch, 90, tmp_path)
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
-def test_ptx_of_a_norm_a_sum_and_a_norm_meets_the_requirements(dtype: torch.dtype, tmp_path: Path) -> None:
+def pair_and_sandwich(N: int, x: torch.dtype, w: torch.dtype | None) -> list[TritonLaunch]:
+    """The launches of two norms of 16 rows in one call, and of a norm, a sum and a norm of 8192 rows."""
+    spec, weight = Spec(1e-6, "early", 0.0), None if w is None else TensorKind.dense((N,), w)
+    few, rows = (TensorKind.dense((M, N), x) for M in (16, 8192))
+    y = TensorKind.dense((8192, N), result_dtype(x, w, "early"))
+    two = gpu.plan_forward(Forward(CPU, few, None, weight, spec, True))
+    first = gpu.plan_forward(Forward(CPU, rows, None, weight, spec, True))
+    second = gpu.plan_forward(Forward(CPU, y, y, weight, spec, True))
+    plan = sandwich(first, second)
+    assert plan is not None
+    merged = gpu.merge_pair(both(two, two, (0, 2))), gpu.merge_sandwich(plan)
+    found = [launch for plan in merged for launch in plan.launches]
+    assert len(found) == 2
+    return found
+
+
+@pytest.mark.parametrize(("x", "w"), [(BF16, BF16), (BF16, None), (FP32, FP32)], ids=["bf16", "no weight", "fp32"])
+def test_ptx_of_pairs_and_sandwiches_meets_the_requirements(
+    x: torch.dtype, w: torch.dtype | None, tmp_path: Path
+) -> None:
     for N in (128, 1152, 2304, 3584, 5376, 12288):  # Gemma's widths, and the widest
-        x, w = TensorKind.dense((8192, N), dtype), TensorKind.dense((N,), dtype)
-        first, second = (
-            gpu.plan_forward(Forward(CPU, x, residual, w, Spec(1e-6, "late", 1.0), True)) for residual in (None, x)
-        )
-        plan = sandwich(first, second)
-        assert plan is not None
-        (launch,) = gpu.merge_sandwich(plan).launches
-        held_to(launch, 90, tmp_path)
+        for launch in pair_and_sandwich(N, x, w):
+            held_to(launch, 90, tmp_path)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
