@@ -225,7 +225,7 @@ def _how_it_ended(process: SpawnProcess) -> str:
     if code is None or code >= 0:
         return f"ended without a result, with the exit code {code}"
     name = signal.Signals(-code).name
-    return f"was killed by {name}" + (", which is what a system does that is out of memory" if -code == 9 else "")
+    return f"was killed by {name}" + ("; the system may be out of memory" if -code == 9 else "")
 
 
 def _end(started: list[_Started], patience: float) -> None:
