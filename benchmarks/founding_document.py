@@ -407,7 +407,7 @@ def _internals(e: Example) -> Iterator[Row]:
     yield Row(
         "RMSNorm(x) = x / sqrt(mean(x²) + ε) × weight",
         whether(off < torch.finfo(torch.float32).eps),
-        f"The Definition in fp32 differs from the formula in fp64 by less than {bound(off)} of its L2 norm.",
+        f"The Definition in fp32 differs from the formula in fp64 by less than {bound(off)} of its Euclidean norm.",
         "both, run on the same rows",
     )
     centred = x64 - x64.mean(-1, keepdim=True)
@@ -766,7 +766,8 @@ def _characteristics(e: Example) -> Iterator[Row]:
         "drop-in replacement for LayerNorm",
         whether(not missing and not unexpected, off < 1e-3),
         f"The state of a LayerNorm has {len(unexpected)} more tensor, its {', '.join(unexpected)}, so strict loading "
-        f"raises. For rows with mean {x.mean().item():.0f}, the outputs differ by {share(off, 2)} of their L2 norm.",
+        f"raises. For rows with mean {x.mean().item():.0f}, the outputs differ by {share(off, 2)} of their "
+        "Euclidean norm.",
         "`load_state_dict` of `rmsnorm.DeepseekV2RMSNorm`; the Definition and `F.layer_norm`, run on the same rows",
     )
     yield Row(

@@ -61,7 +61,7 @@ def exit_on_ctrl_c() -> None:
 
 # A rank that waits longer than this for the others ends with an error.
 _TIMEOUT = datetime.timedelta(minutes=5)
-# Seconds: after the first failure, for others that tell more; to leave the group; between SIGTERM and SIGKILL.
+# Seconds: to wait after the first failure for failures that say more; to leave the group; from SIGTERM to SIGKILL.
 _SETTLE, _LEAVE, _TERMINATE = 0.5, 10.0, 5.0
 
 
