@@ -271,7 +271,7 @@ def input_gradient(
     """
     c = _mean(S + 0.0, N).unsqueeze(-1)  # + 0.0, because a sum of nothing but -0.0 is +0.0 in some orders
     through_rstd = xh * c
-    if N < xh.shape[-1]:
+    if xh.shape[-1] > N:
         through_rstd[..., N:] = 0.0
     dx = rstd.unsqueeze(-1) * (g - through_rstd)
     return (dx if ds is None else dx + ds.float()).to(dtype).contiguous()
