@@ -101,7 +101,7 @@ def forward(
     """
     s = None if residual is None else x + residual
     rows = x if s is None else s
-    rstd = exact_rstd(rows[..., :variance_size], eps)
+    rstd = exact_rstd(rows if variance_size is None else rows[..., :variance_size], eps)
     y = normalize(rows, w, rstd, cast, offset).contiguous()
     return y, None if s is None else s.contiguous(), rstd if with_rstd else None
 
@@ -271,7 +271,8 @@ def input_gradient(
     """
     c = _mean(S + 0.0, N).unsqueeze(-1)  # + 0.0, because a sum of nothing but -0.0 is +0.0 in some orders
     through_rstd = xh * c
-    through_rstd[..., N:] = 0.0
+    if xh.shape[-1] > N:
+        through_rstd[..., N:] = 0.0
     dx = rstd.unsqueeze(-1) * (g - through_rstd)
     return (dx if ds is None else dx + ds.float()).to(dtype).contiguous()
 
