@@ -107,7 +107,7 @@ OF_REFERENCE = (
     ),
     Mutant(
         "the unrounded sum with the residual is normalized", "reference.py",
-        '    rows = x if s is None else s\n    rstd = exact_rstd(rows[', '    rows = x if s is None else x.float() + residual.float()\n    rstd = exact_rstd(rows[',
+        '    rows = x if s is None else s\n    rstd = exact_rstd(rows if', '    rows = x if s is None else x.float() + residual.float()\n    rstd = exact_rstd(rows if',
         (f"{REFERENCE}::test_the_sum_with_the_residual_is_rounded_before_it_is_normalized[x_dtype1-r_dtype1]",),
     ),
     Mutant(
