@@ -1,10 +1,10 @@
-"""Writes docs/founding-document.md: each claim of the document that the project began with, and what is so.
+"""Writes docs/founding-document.md: each claim of the document that the project began with, and whether it holds.
 
     python benchmarks/founding_document.py          write the page
     python benchmarks/founding_document.py --check  say whether the page differs, and exit with 1 if it does
 
-A claim is quoted. What is so, and whether the claim holds, is computed when this runs: by `rmsnorm.cost`, by running
-the code in question on the CPU, or from a file of benchmarks/results/. No figure of an answer is typed here.
+Each claim is quoted. The script computes what we find, and whether the claim holds: by `rmsnorm.cost`, by running the
+code in question on the CPU, or from a file of benchmarks/results/. No figure of an answer is typed here.
 """
 
 import argparse
@@ -50,8 +50,8 @@ class Row:
     Attributes:
         said: The claim, quoted.
         holds: "yes", "no", "in part", or "not checked" for what can be neither run nor counted.
-        so: What is so.
-        known: How the project knows it.
+        so: What we found.
+        known: How we found it.
     """
 
     said: str
@@ -61,12 +61,12 @@ class Row:
 
 
 def whether(*conditions: bool) -> str:
-    """Whether a claim holds whose parts hold or not."""
+    """Whether a claim holds, from whether each of its parts does."""
     return "yes" if all(conditions) else "in part" if any(conditions) else "no"
 
 
 def near(claimed: float, found: float) -> bool:
-    """Whether a figure is what was claimed of it, about."""
+    """Whether a figure is about what was claimed."""
     return abs(found / claimed - 1) < NEAR
 
 
@@ -76,7 +76,7 @@ def bound(value: float) -> str:
 
 
 def function(of: Callable[..., Any]) -> str:
-    """The name of a function of this file, which the head of the page links to."""
+    """The name of a function of this file; the head of the page links to the file."""
     return f"`{of.__name__}`"
 
 
@@ -162,7 +162,7 @@ def statistic_error(dtype: torch.dtype | None, width: int) -> float:
 
 
 def alone(norm: Callable[[Tensor, Tensor], Tensor], e: Example, gradients: bool) -> memory.Allocated[Tensor]:
-    """What a forward call allocates, by the account of torch's allocator."""
+    """What a forward call allocates, according to torch's allocator."""
     x, w = (t.requires_grad_(gradients) for t in (drawn(*e), a_weight(e.width)))
     return memory.allocated(lambda: norm(x, w), CPU)
 
@@ -202,7 +202,7 @@ def operators(module: nn.Module) -> list[str]:
 
 
 def gradients_of(norm: Callable[[Tensor], Tensor], width: int) -> tuple[float, float]:
-    """|⟨dx, x⟩| and |⟨dx, 1⟩| of random rows with mean one, relative to the lengths of the vectors, at most."""
+    """The largest |cosine| of dx and x, and of dx and a row of ones, over random rows with mean one."""
     x = drawn(ROWS, width, dtype=torch.float64, mean=1.0).requires_grad_()
     (dx,) = torch.autograd.grad(norm(x), x, drawn(ROWS, width, dtype=torch.float64).roll(1, 0))
     return tuple(F.cosine_similarity(dx, v, dim=-1).abs().max().item() for v in (x, torch.ones_like(x)))  # type: ignore[return-value]
@@ -304,8 +304,8 @@ def _what_it_is(e: Example) -> Iterator[Row]:
     yield Row(
         "normalizes by the root mean square only, without centering",
         whether(means[0] > means[1] + 1 / 2),
-        f"Of rows with mean {number(x.float().mean().item(), digits=1)} the outputs have mean "
-        f"{number(means[0], digits=2)}; LayerNorm's have mean {number(abs(round(means[1], 3)))}.",
+        f"For rows with mean {number(x.float().mean().item(), digits=1)}, the outputs have mean "
+        f"{number(means[0], digits=2)}, and those of LayerNorm have mean {number(abs(round(means[1], 3)))}.",
         "the Definition and `F.layer_norm`, run on the same rows",
     )
     t5 = norm_class("t5.modeling_t5", "T5LayerNorm")
@@ -317,8 +317,8 @@ def _what_it_is(e: Example) -> Iterator[Row]:
     yield Row(
         "equivalent to T5's LayerNorm implementation",
         whether(not same, not mixed),
-        f"With bf16 rows and weight {share(same)} of the outputs differ. With an fp32 weight {share(mixed, 2)} do: "
-        "T5's class then does not round before it multiplies.",
+        f"With bf16 rows and a bf16 weight, {share(same)} of the outputs differ. With an fp32 weight, "
+        f"{share(mixed, 2)} differ, because T5's class then does not round before it multiplies.",
         "`T5LayerNorm` of transformers and the Definition, run on the same rows",
     )
     others = {
@@ -357,7 +357,7 @@ def _constructor(e: Example) -> Iterator[Row]:
     yield Row(
         "`weight` of shape `(hidden_size,)`, initialized to ones; 1280 parameters a layer",
         whether(tuple(weight.shape) == (e.width,), bool((weight == 1).all()), near(1280, weight.numel())),
-        f"Shape {tuple(weight.shape)}, of the value {', '.join(f'{v:g}' for v in weight.unique().tolist())}: "
+        f"Shape {tuple(weight.shape)}, every value is {', '.join(f'{v:g}' for v in weight.unique().tolist())}; "
         f"{sum(p.numel() for p in ours(e.width).parameters()):,} parameters.",
         "`rmsnorm.DeepseekV2RMSNorm`, built with that width",
     )
@@ -366,7 +366,7 @@ def _constructor(e: Example) -> Iterator[Row]:
     yield Row(
         "eps is added to the variance for stability",
         whether(with_eps == 0, math.isnan(without)),
-        f"A row of zeros gives {with_eps:g} with it and {without} without it.",
+        f"A row of zeros gives {with_eps:g} with eps and {without} without it.",
         "`rmsnorm.rms_norm`, run with both",
     )
 
@@ -407,7 +407,7 @@ def _internals(e: Example) -> Iterator[Row]:
     yield Row(
         "RMSNorm(x) = x / sqrt(mean(x²) + ε) × weight",
         whether(off < torch.finfo(torch.float32).eps),
-        f"In fp32 the Definition agrees with the formula in fp64 to {bound(off)} of the length of y.",
+        f"The Definition in fp32 differs from the formula in fp64 by less than {bound(off)} of its Euclidean norm.",
         "both, run on the same rows",
     )
     centred = x64 - x64.mean(-1, keepdim=True)
@@ -417,7 +417,7 @@ def _internals(e: Example) -> Iterator[Row]:
     yield Row(
         "LayerNorm(x) = (x − mean(x)) / std(x) × weight + bias",
         whether(biased < torch.finfo(torch.float32).eps, unbiased < torch.finfo(torch.float32).eps),
-        f"With the standard deviation of `torch.std` it is off by {share(unbiased, 2)}: LayerNorm divides by "
+        f"With the standard deviation of `torch.std` the result is off by {share(unbiased, 2)}: LayerNorm divides by "
         "sqrt(mean((x − mean)²) + ε).",
         "the formula and `F.layer_norm`, run in fp64",
     )
@@ -435,7 +435,7 @@ def _internals(e: Example) -> Iterator[Row]:
         "~15–20 % faster than LayerNorm",
         whether(0.80 <= eager <= 0.85, 0.80 <= ours <= 0.85),
         f"On a GPU the Definition, run eagerly, takes {factor(eager, 2)} the time of `F.layer_norm`. Our kernel takes "
-        f"{factor(ours, 2)}.",
+        f"{factor(ours, 2)} that time.",
         f"[bench-cuda.json]({RESULTS}/bench-cuda.json), bf16, forward",
     )
 
@@ -456,8 +456,8 @@ def _flops(e: Example) -> Iterator[Row]:
     yield Row(
         "mean along the last dimension: B·S FLOPs",
         whether(terms["mean"] == e.M),
-        f"{in_elements(terms['mean'], e)}: a mean adds all the numbers of a row. The document says d for each of B·S "
-        "rows, which is the same, and then B·S.",
+        f"{in_elements(terms['mean'], e)}: a mean adds all the numbers of a row. The document first counts d for each "
+        "of B·S rows, which is N, and then writes B·S.",
         known,
     )
     yield Row(
@@ -477,13 +477,13 @@ def _flops(e: Example) -> Iterator[Row]:
     yield Row(
         "in total 3N + 2·B·S",
         whether(eager.cost.flops == claimed),
-        f"{in_elements(eager.cost.flops, e)}; the document is {share(1 - claimed / eager.cost.flops, 2)} low.",
+        f"{in_elements(eager.cost.flops, e)}; the document counts {share(1 - claimed / eager.cost.flops, 2)} too few.",
         f"`.flops` of {eager.call}; `tests/costs` compares it with a trace",
     )
     yield Row(
         "for B = 1, S = 8192, d = 1280 about 31.5 MFLOPs",
         whether(near(31.5e6, eager.cost.flops)),
-        f"{eager.cost.flops:,} FLOPs. A backward pass, of which the document has no count, takes "
+        f"{eager.cost.flops:,} FLOPs. A backward pass, which the document does not count, takes "
         f"{counted(e, implementation='eager', phase='backward').cost.flops:,}.",
         f"`.flops` of {eager.call}",
     )
@@ -506,9 +506,9 @@ def _flops(e: Example) -> Iterator[Row]:
     yield Row(
         "speedup over LayerNorm: ~1.67 × theoretical",
         whether(near(1.67, bytes_of[1] / bytes_of[0])),
-        f"{factor(bytes_of[1] / bytes_of[0], 3)} in theory: a norm takes as long as its bytes, of which a fused "
-        f"RMSNorm moves {bytes_of[0]:,} and a fused LayerNorm {bytes_of[1]:,}. The Definition, run eagerly, moves "
-        f"{eager.cost.moved:,}.",
+        f"{factor(bytes_of[1] / bytes_of[0], 3)} in theory, because the time of a norm is the time to move its bytes. "
+        f"A fused RMSNorm moves {bytes_of[0]:,} bytes, and a fused LayerNorm {bytes_of[1]:,}. The Definition, run "
+        f"eagerly, moves {eager.cost.moved:,}.",
         f"`.moved` of {ours.call}, {layer_norm.call} and {eager.call}",
     )
 
@@ -556,8 +556,8 @@ def _parameters(e: Example) -> Iterator[Row]:
     yield Row(
         "in bf16 about 203 KB",
         whether(near(203e3, in_bytes)),
-        f"{in_bytes:,} bytes. What the document calculates with would be {claimed:,} bytes, "
-        f"{number(claimed / 1024)} KiB: its other KB are of a thousand bytes.",
+        f"{in_bytes:,} bytes. The document's number of parameters would take {claimed:,} bytes, which is "
+        f"{number(claimed / 1024)} KiB; its other KB have a thousand bytes.",
         how,
     )
 
@@ -579,7 +579,7 @@ def _activations(e: Example) -> Iterator[Row]:
     yield Row(
         "these four are all the intermediate tensors",
         whether(not others),
-        f"There are {len(written)} tensors. Also "
+        f"There are {len(written)} tensors. The others are "
         + ", ".join(f"{what} ({size(nbytes)})" for what, nbytes in others.items())
         + ".",
         known,
@@ -589,7 +589,7 @@ def _activations(e: Example) -> Iterator[Row]:
         "peak: ~42 MB a call",
         whether(*(near(42e6, found) for found in (inference, forward, training))),
         f"{size(inference)} without gradients, {size(forward)} with gradients, {size(training)} with the backward "
-        "pass, beside x.",
+        "pass, in addition to x.",
         f"{function(peak)} and {function(peak_of_training)}: torch's allocator, on a CPU",
     )
     calls = operators(norm_class(*DEEPSEEK)(e.width))
@@ -598,7 +598,7 @@ def _activations(e: Example) -> Iterator[Row]:
         "PyTorch can perform many of the operations in place",
         whether(bool(in_place)),
         f"Of the {len(calls)} operators that the class calls, {len(in_place)} work in place, and PyTorch does not "
-        "change that by itself.",
+        "change that.",
         f"{function(operators)}: `torch.fx` traces the class",
     )
     least = e.elements * torch.bfloat16.itemsize
@@ -614,8 +614,8 @@ def _activations(e: Example) -> Iterator[Row]:
     yield Row(
         "gradient checkpointing can reduce activation memory",
         whether(checkpointed < plain),
-        f"The Definition keeps {size(plain)} for the backward pass; in a checkpoint {size(checkpointed)}, its input. "
-        f"Our kernel keeps {size(counted(e, phase='forward').cost.saved)}, which is the input and a number a row.",
+        f"The Definition keeps {size(plain)} for the backward pass. In a checkpoint it keeps {size(checkpointed)}, its "
+        f"input. Our kernel keeps {size(counted(e, phase='forward').cost.saved)}: the input and one number a row.",
         f"{function(kept)}; `.saved` of {counted(e, phase='forward').call}",
     )
 
@@ -655,7 +655,7 @@ def _training(e: Example) -> Iterator[Row]:
     yield Row(
         "optimizer states of all norms: 81 × 10 KB ≈ 810 KB",
         whether(near(810e3, all_states[0])),
-        f"{all_states[0]:,} bytes for {len(found.widths)} norms. {len(deeper.widths)} norms would have "
+        f"{all_states[0]:,} bytes for {len(found.widths)} norms. {len(deeper.widths)} norms would need "
         f"{all_states[1]:,}, or {len(deeper.widths) * 2 * full.moment:,} with fp32 moments.",
         f"{function(adamw)} and {function(norms_of)}",
     )
@@ -676,7 +676,7 @@ def _related(e: Example) -> Iterator[Row]:
     yield Row(
         "`DeepseekV2DecoderLayer`: `input_layernorm`, `post_attention_layernorm`",
         whether(*(number_of == found.layers for number_of in layers)),
-        f"{layers[0]} and {layers[1]}, one of each a layer.",
+        f"{layers[0]} and {layers[1]}, one of each in every layer.",
         function(norms_of),
     )
     last = len(found.named("norm"))
@@ -707,7 +707,7 @@ def _related(e: Example) -> Iterator[Row]:
         "`from modeling_deepseekv2 import DeepseekV2RMSNorm`",
         whether(importable),
         f"There is {'a' if importable else 'no'} package of that name: the file comes with a checkpoint. With `from "
-        "rmsnorm import DeepseekV2RMSNorm` the document's example runs, as below.",
+        "rmsnorm import DeepseekV2RMSNorm` the document's example runs: see below.",
         "`importlib.util.find_spec`; a test runs the example",
     )
 
@@ -719,9 +719,9 @@ def _characteristics(e: Example) -> Iterator[Row]:
     yield Row(
         "the upcast prevents overflow in the variance",
         whether(fp16 == (1.0, 0.0), bf16 == (1.0, 0.0)),
-        f"In fp16 it does: a row of {values[torch.float16]:g} gives {fp16[0]:g}, and {fp16[1]:g} without the upcast, "
-        f"whose squares overflow. bf16 has the exponents of fp32: a row of {values[torch.bfloat16]:g} gives "
-        f"{bf16[0]:g} with it and {bf16[1]:g} without it.",
+        f"In fp16 it does: a row of {values[torch.float16]:g} gives {fp16[0]:g} with the upcast and {fp16[1]:g} "
+        "without it, because the squares overflow. bf16 has the exponent range of fp32, so it gains nothing: a row of "
+        f"{values[torch.bfloat16]:g} gives {bf16[0]:g} with the upcast and {bf16[1]:g} without it.",
         function(constant_row),
     )
     small = torch.full((e.width,), 1e-5, dtype=torch.float16)
@@ -730,15 +730,15 @@ def _characteristics(e: Example) -> Iterator[Row]:
     yield Row(
         "it prevents underflow in the variance",
         whether(variances[0] > 0 and not variances[1]),
-        f"In fp16 a row of {small[0].item():.0e} has variance {variances[0]:.0e} with it and {variances[1]:g} without "
-        f"it. But eps, which is added, is larger than both: y is {outputs[0]:.2f} and {outputs[1]:.2f}.",
+        f"In fp16 a row of {small[0].item():.0e} has variance {variances[0]:.0e} with the upcast and {variances[1]:g} "
+        f"without it. But eps is larger than both, so y is {outputs[0]:.2f} with it and {outputs[1]:.2f} without it.",
         f"the mean of squares, and {function(constant_row)}",
     )
     rounded, exact = (statistic_error(dtype, e.width) for dtype in (torch.bfloat16, torch.float32))
     yield Row(
         "it is critical for bf16 training",
         whether(rounded > 1e-3, bf16 == (1.0, 0.0)),
-        f"What it gains in bf16 is precision, not range: the mean of squares is off by up to {share(rounded, 1)} if it "
+        f"In bf16 the upcast gains precision, not range: the mean of squares is off by up to {share(rounded, 1)} if it "
         f"is taken in bf16, and by less than {bound(exact)} in fp32.",
         function(statistic_error),
     )
@@ -753,8 +753,8 @@ def _characteristics(e: Example) -> Iterator[Row]:
     yield Row(
         "gradient properties similar to LayerNorm's",
         whether(rms[0] < tiny and layer[0] < tiny, (rms[1] < tiny) == (layer[1] < tiny)),
-        f"Without eps, dx is orthogonal to x for both. LayerNorm's is also orthogonal to a shift of the "
-        f"row; RMSNorm's is not (cosines up to {number(rms[1], digits=1)}).",
+        "Without eps, dx is orthogonal to x for both. LayerNorm's dx is also orthogonal to a row of ones; RMSNorm's dx "
+        f"is not (cosines up to {number(rms[1], digits=1)}).",
         function(gradients_of),
     )
     missing, unexpected = rmsnorm.DeepseekV2RMSNorm(e.width).load_state_dict(
@@ -765,8 +765,9 @@ def _characteristics(e: Example) -> Iterator[Row]:
     yield Row(
         "drop-in replacement for LayerNorm",
         whether(not missing and not unexpected, off < 1e-3),
-        f"A LayerNorm's state has {len(unexpected)} tensor more, its {', '.join(unexpected)}, so strict loading "
-        f"raises. The outputs of rows with mean {x.mean().item():.0f} differ by {share(off, 2)} of their length.",
+        f"The state of a LayerNorm has {len(unexpected)} more tensor, its {', '.join(unexpected)}, so strict loading "
+        f"raises. For rows with mean {x.mean().item():.0f}, the outputs differ by {share(off, 2)} of their "
+        "Euclidean norm.",
         "`load_state_dict` of `rmsnorm.DeepseekV2RMSNorm`; the Definition and `F.layer_norm`, run on the same rows",
     )
     yield Row(
@@ -785,14 +786,14 @@ HEAD = """# The founding document, claim by claim
 
 The project began with a description of DeepSeek-OCR's `DeepseekV2RMSNorm`. It gives the class (the
 [Definition](../README.md#words)), which we implement as it stands, and claims about its cost and properties,
-many of which do not hold. This page has each claim, whether it holds, and how we know. B = {batch} sequence of
+many of which do not hold. This page says of each claim whether it holds, and how we know. B = {batch} sequence of
 S = {seq:,} tokens of width d = {width:,} has N = B·S·d = {elements:,} elements, in bf16.
 
 Of {checked} claims {yes} hold, {part} hold in part and {no} do not; {unchecked} can be neither run nor counted. The
 answers are computed by [founding_document.py](../benchmarks/founding_document.py), here with torch {torch} and
-transformers {transformers} on a CPU, and a test compares. The functions in the last column are those of that file, and
-`cost` is `rmsnorm.cost` with the shape (B, S, d) in bf16 ([conventions](cost.md#conventions)). A figure counts as right
-if it is less than {near} off.
+transformers {transformers} on a CPU, and a test checks that this page shows them. The functions in the last column are
+those of that file. `cost` is `rmsnorm.cost` with the shape (B, S, d) in bf16 ([conventions](cost.md#conventions)). A
+figure counts as right if it is less than {near} off.
 """
 
 EXAMPLE = """## The usage example
@@ -841,7 +842,7 @@ def page(e: Example = Example()) -> str:  # noqa: B008  # immutable
         part=verdicts.count("in part"), unchecked=verdicts.count("not checked"), near=share(NEAR),
         torch=torch.__version__.partition("+")[0], transformers=version("transformers"),
     )  # fmt: skip
-    header = ["it says", "holds", "what is so", "known from"]
+    header = ["claim", "holds", "what we found", "how"]
     parts = [
         f"## {title}\n\n" + table(header, ([r.said, r.holds, r.so, r.known] for r in claims)).replace("---:", "---")
         for title, claims in found.items()

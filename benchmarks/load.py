@@ -1,11 +1,12 @@
-"""Loads the library for a while, and judges whether the bits stay right and the resources of the process constant.
+"""Runs the library for minutes, and judges whether its bits stay right and the resources of the process constant.
 
     python benchmarks/load.py [--device cuda] [--seconds 600] [--out DIR]
 
 A round runs every workload once, in random order, on calls of a fixed list of kinds. Every output is compared bit by
-bit with what reference.py gave before the first round (dw: with the first call's). After a round the resources are
-counted: memory, threads, open files, cached plans. Exits with 1 if a bit is wrong, if a workload fails or never did
-what it is for, or if a resource grows. With --out, writes load-cpu.json or load-cuda.json.
+bit with that of the reference, computed before the first round; dw is compared with that of the first call. After each
+round the script measures the resources: memory, threads, open files, cached plans. It exits with 1 if a bit is wrong,
+if a workload fails, if something that MUST_HAPPEN never happened, or if a resource grows. With --out, it writes
+load-cpu.json or load-cuda.json.
 """
 
 import argparse
@@ -52,7 +53,7 @@ SPECS = (("early", 0.0), ("late", 0.0), ("late", 1.0))
 FUNCTIONS = ("rms_norm", "add_rms_norm", "gated_rms_norm")
 THREADS, CALLS_OF_A_THREAD = 4, 6
 SPAWN_SECONDS, CHILD_SECONDS = 30.0, 120.0
-# Of the calls whose allocations fail. More than 32 MB, so that malloc always asks the system for it.
+# The shape of x in calls whose allocations fail. It has more than 32 MB, so malloc always asks the system for it.
 LARGE = {"cpu": (4352, 4096), "cuda": (8192, 4096)}
 FEWEST_TO_JUDGE, MOST_STORED, MOST_FAULTS = 30, 120, 20
 MB = 1e6
@@ -85,9 +86,10 @@ class Case:
     def outputs_and_gradients(
         self, call: Callable[..., Any] | None = None, *, create_graph: bool = False, accumulate: bool = False
     ) -> list[Tensor]:
-        """The expected results as the call gives them. accumulate: by `backward`, which reentrant checkpointing needs.
+        """What the call gives in place of `expected`.
 
-        Not always, because torch then copies a gradient of two inputs: on several threads, where a forked child hangs.
+        accumulate: whether to call `backward`, which reentrant checkpointing needs, and not `grad`. `backward` copies a
+        gradient that belongs to two inputs, on several threads of torch, and a forked child hangs there.
         """
         leaves = [t.detach().requires_grad_() for t in self.inputs]
         outputs = (call or self.call)(*leaves)
@@ -114,7 +116,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def digest(tensors: Sequence[Tensor]) -> str:
-    """Of the bytes; it calls nothing that torch would run on several threads, which a forked child must not do."""
+    """The SHA-256 of the bytes. A forked child calls it, so it uses no operator that torch runs on several threads."""
     return hashlib.sha256(b"".join(t.cpu().view(torch.uint8).numpy().tobytes() for t in tensors)).hexdigest()
 
 
@@ -137,7 +139,7 @@ def made_case(function: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, 
 
 
 def expected(case: Case) -> list[Tensor]:
-    """What the reference gives, but dw, whose sums only have to be the same every time: the first call's."""
+    """The outputs and gradients of the reference. dw is that of a first call: its sums only have to stay the same."""
     x, w, cast = case.inputs[0], case.inputs[-1], case.arguments["cast"]
     *_, dw = case.outputs_and_gradients()
     if case.function == "gated_rms_norm":
@@ -175,7 +177,7 @@ def all_cases(device: torch.device, most: int | None = None) -> list[Case]:
 
 @dataclass
 class Load:
-    """What the workloads share. counts: how often each did what it is for."""
+    """What the workloads share. counts: how often each thing of MUST_HAPPEN has happened."""
 
     device: torch.device
     cases: list[Case]
@@ -202,7 +204,7 @@ def plain(load: Load) -> None:
 
 def checkpointed(load: Load) -> None:
     for case in load.some(8):
-        for reentrant in (True, False):  # without, it ends early, by an exception from a hook for saved tensors
+        for reentrant in (True, False):  # non-reentrant recomputation ends early, when a saved-tensor hook raises
             again = functools.partial(checkpoint, case.call, use_reentrant=reentrant)
             case.check(case.outputs_and_gradients(again, accumulate=reentrant), f"checkpointing, {reentrant=}")
 
@@ -214,7 +216,7 @@ def offloaded(load: Load) -> None:
 
 
 def with_graph(load: Load) -> None:
-    """Gradients with create_graph. `backward(create_graph=True)` would leak: torch's own cycle of leaf and gradient."""
+    """Gradients with create_graph. Not by `backward`, which would leak: torch makes a cycle of leaf and gradient."""
     for case in load.some(8):
         case.check(case.outputs_and_gradients(create_graph=True), "create_graph")
 
@@ -306,7 +308,7 @@ def captured(load: Load) -> None:
 
 
 def with_failures(load: Load) -> None:
-    """Allocations that fail in the middle of a call, which needs memory for two tensors of the size of x and more."""
+    """Allocations that fail in the middle of a call, which needs more memory than two tensors of the size of x."""
     case = load.large
     limit = limited_gpu_memory if load.device.type == "cuda" else limited_address_space
     for _ in range(3):
@@ -372,7 +374,7 @@ def forked(load: Load) -> None:
 
 
 def spawned(load: Load) -> None:
-    """A new process makes calls on the device; once in a while, because it imports torch."""
+    """A new process makes calls on the device. Only every SPAWN_SECONDS, because it has to import torch."""
     if time.monotonic() - load.spawned_at < SPAWN_SECONDS:
         return
     command = [sys.executable, __file__, "--worker", "--device", str(load.device)]
@@ -395,7 +397,7 @@ WORKLOADS: dict[str, Callable[[Load], None]] = {
     "copied models": copied, "threads": in_threads, "captured graphs": captured, "failing allocations": with_failures,
     "forks": forked, "spawned processes": spawned,
 }  # fmt: skip
-# What must have happened at least once, or the run shows nothing.
+# What must happen at least once in a run; otherwise the run fails.
 MUST_HAPPEN = {
     "cpu": ("allocations that failed", "forked children", "spawned processes"),
     "cuda": ("allocations that failed", "forked children", "spawned processes", "replays of captured graphs"),
@@ -425,7 +427,7 @@ class _Mallinfo(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Resource:
-    """Something that must not grow. allowed: by how much its median may exceed the earlier one, in its own unit."""
+    """Something that must not grow. allowed: by how much its median may rise between two thirds of a run, in `unit`."""
 
     name: str
     unit: str
@@ -438,7 +440,7 @@ def rss(_: torch.device) -> float:
 
 
 def malloc_in_use(_: torch.device) -> float | None:
-    """Bytes that malloc has handed out and not got back: RSS without its fragmentation. None without glibc."""
+    """MB that malloc has handed out and not got back: unlike RSS, without fragmentation. None without glibc."""
     mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
     if mallinfo2 is None:
         return None
@@ -478,7 +480,7 @@ def cached_entries(_: torch.device) -> float:
 
 
 RESOURCES = (
-    # An allocator keeps some of what it got; the bytes in use are judged more strictly.
+    # An allocator keeps some of the memory that it got, so the limit for the memory in use is lower.
     Resource("resident memory", "MB", 30.0, rss),
     Resource("memory in use (malloc)", "MB", 4.0, malloc_in_use),
     Resource("GPU memory in use", "MB", 0.0, gpu_allocated),
@@ -510,7 +512,7 @@ class Verdict:
 
 
 def judged(samples: Sequence[dict[str, float]]) -> list[Verdict]:
-    """Compare the last third of the samples with the third before it; the first fills caches. Too few give nothing."""
+    """Compare the last third of the samples with the third before; the first third fills caches. Empty if too few."""
     if len(samples) < FEWEST_TO_JUDGE:
         return []
     third = len(samples) // 3
@@ -544,7 +546,7 @@ class Outcome:
 def loaded(
     device: torch.device, seconds: float, say: Callable[[str], None], kinds: int | None = None, seed: int = 0
 ) -> Outcome:
-    """Run rounds of so many kinds of calls until the time is over, at least one."""
+    """Run rounds until the time is over, at least one. kinds: how many kinds of calls; None for all."""
     rng = random.Random(seed)
     cases = all_cases(device, kinds)
     wait_for_host()

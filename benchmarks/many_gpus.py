@@ -7,19 +7,19 @@
 Three sections are measured with each number of ranks:
 
     bits    y, x + residual and dx of norms that are sharded by rows, by columns, by both and by FSDP2, compared bit by
-            bit with those of one device; and dw, as far as the documentation defines it
-    norms   times of a norm of whole rows on one device, sharded by rows and sharded by columns, and what the latter
-            needs at least: the kernel on a part of the columns, and the all-reduce of one number a row
+            bit with those of one device; and dw, compared as docs/sharding.md defines it
+    norms   times of a norm of whole rows on one device, sharded by rows and sharded by columns, and the least that the
+            last one needs: the kernel on a part of the columns, and the all-reduce of one number a row
     steps   a training step, without an optimizer, of a Llama model with random weights in bf16, as it is and patched:
-            under FSDP2, under sequence parallel with tensor parallel, and under both (on an even number of ranks in
-            pairs). Gradients of norms that every rank holds are added up in the step.
+            under FSDP2, under sequence parallel with tensor parallel, and under both (with an even number of ranks, of
+            which two at a time are tensor parallel). The step adds up the gradients of norms that every rank holds.
 
-All calls are timed once in every round, in an order that is shuffled in each round; a sample is the time of the slowest
-rank, from a barrier until host and GPU have finished. Then one step is profiled: the time of the kernels of norms, of
-the collectives inside of norms and of the others, relative to the median step. Kernels run at the same time, and a
-collective also waits for the other ranks.
+All calls are timed once in every round, in an order that is shuffled in each round. A sample is the time of the slowest
+rank, from a barrier until host and GPU have finished. Then one step is profiled. The result has the time of the kernels
+of norms, of the collectives inside norms, and of all other collectives, relative to the median step. These shares can
+add up to more than 1: kernels run at the same time, and a collective also waits for the other ranks.
 
-A rank that fails ends the others. The parts before are kept, and the exit status is 1.
+If a rank fails, the others are ended, the parts that were measured before are kept, and the exit status is 1.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(
             f"--{option}", type=_positive, default=default, metavar="N", help=f"{what} (default: {default})"
         )
-    parser.add_argument("--tiny", action="store_true", help="small sizes: tries the script, also on a CPU")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script, also on a CPU")
     parser.add_argument("--out", type=Path, help="a folder for many-gpus-DEVICE.json")
     return parser
 

@@ -3,15 +3,22 @@
     python benchmarks/rows_in_parts.py --out DIR           as many ranks as there are GPUs, over NCCL
     python benchmarks/rows_in_parts.py --tiny              tries the script with two ranks of gloo on the CPU
 
-First, y, x + residual and dx of sharded norms are compared bit by bit with those of whole rows on one device, also in a
-CUDA graph and compiled. Then these calls are timed in turn, in an order that is shuffled in every round, forward and
-backward: the kernels before and after the all-reduce, the all-reduce alone, the sharded norm eager, in a CUDA graph and
-compiled, the kernel for whole rows on one rank's part, and whole rows on one device. The last two are what the sharded
-norm is compared with: at least the kernel on the part and the all-reduce are necessary.
+First, y, x + residual and dx of sharded norms are compared bit by bit with those of whole rows on one device: eager,
+and for y and dx also compiled and in a CUDA graph. Then these calls are timed forward and backward, each once in every
+round, in a shuffled order:
 
-A sample is the time between two events after the L2 cache was overwritten and all ranks have met; of each rank's median
-the longest counts. The host queues a call while the GPU is busy; `eager_in_a_row` is the time of one of many eager
-calls in a row, which is the host's if that is longer. Exits with 1 if a bit differs.
+    begin, finish                  the kernel before the all-reduce, and the kernel after it
+    all_reduce                     the all-reduce alone
+    eager, compiled, cuda_graph    the sharded norm
+    kernel_on_part                 the kernel for whole rows, run on one rank's part
+    whole_rows                     whole rows on one device
+
+A sharded norm is compared with the sum of kernel_on_part and all_reduce, because it needs at least these two.
+
+Before each sample the L2 cache is overwritten and all ranks meet. The host queues the call while the GPU is busy, and
+the sample is the time between two events around the call. The longest median of all ranks counts. `eager_in_a_row` is
+the time of one of many eager calls in a row: that of the host or of the GPU, whichever is longer. The script exits with
+1 if a bit differs.
 """
 
 import argparse
@@ -211,7 +218,7 @@ def sampled(calls: Mapping[str, Call], mesh: DeviceMesh, rounds: int) -> dict[st
 
 
 def in_a_row(call: Call, mesh: DeviceMesh, calls: int) -> list[float]:
-    """Seconds of one call of several in a row, until host and GPU have finished."""
+    """Seconds of one of several calls in a row, from the first call until host and GPU have finished."""
     taken = []
     for _ in range(5):
         dist.barrier()
@@ -231,7 +238,7 @@ def slowest(of_ranks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def timed(calls: Mapping[str, Call], mesh: DeviceMesh, rounds: int, *, eager: str) -> dict[str, Any]:
-    """The times of calls by name, each of the rank that is the slowest; also of calls of `eager` in a row."""
+    """The times of calls by name, each of the slowest rank; and those of calls in a row of the one named `eager`."""
     taken = sampled(calls, mesh, rounds)
     taken["eager_in_a_row"] = in_a_row(calls[eager], mesh, IN_A_ROW)
     own = {name: summarize(samples).to_json() for name, samples in taken.items()}
@@ -241,7 +248,7 @@ def timed(calls: Mapping[str, Call], mesh: DeviceMesh, rounds: int, *, eager: st
 
 
 def pair_calls(mesh: DeviceMesh, M: int, widths: tuple[int, int], count: dict[str, int]) -> dict[str, Call]:
-    """Two norms by two calls, and by one of `rms_norms`; compares their bits."""
+    """Two norms by two calls of `rms_norm`, and by one call of `rms_norms`; compares their bits."""
     sharded = [Norm(mesh, M, N, BF16).sharded for N in widths]
     calls: dict[str, Call] = {
         "apart": lambda: [forward(given, {}) for given in sharded],
@@ -304,7 +311,7 @@ def show(bits: dict[str, int], cases: list[dict[str, Any]], pair: dict[str, Any]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="a folder for the result")
-    parser.add_argument("--tiny", action="store_true", help="few small cases on two ranks of the CPU")
+    parser.add_argument("--tiny", action="store_true", help="a few small cases, on the CPU with two ranks")
     options = parser.parse_args()
     gpus = torch.cuda.device_count()
     if not options.tiny and gpus < 2:

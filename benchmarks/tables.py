@@ -494,9 +494,9 @@ def predicted() -> str:
     )
     return (
         f"Of the {len(errors)} cases of at least {two_to_the(_FROM_ELEMENTS)} elements, forward and backward in three "
-        f"dtypes, {len(errors) - len(far)} are predicted to within {percent(_WITHIN)}, half of them to "
-        f"within {typical * 100:.1f} %: {rate.efficiency * 100:.1f} % of {rate.name}, and {rate.launch * 1e6:.1f} µs a "
-        f"kernel. Both numbers are fitted to the forward pass in bf16 at one width.{others}"
+        f"dtypes, {len(errors) - len(far)} are predicted to within {percent(_WITHIN)}, and half to within "
+        f"{typical * 100:.1f} %.{others} The prediction assumes {rate.efficiency * 100:.1f} % of {rate.name}, and "
+        f"{rate.launch * 1e6:.1f} µs a kernel. Both numbers are fitted to the forward pass in bf16 at one width."
     )
 
 
@@ -663,10 +663,10 @@ def rows_in_parts() -> str:
     """Norms whose columns are sharded, compared with the least that such a norm needs."""
     found = stored("rows-in-parts-cuda")
     names = {
-        "kernel_on_part": "kernel for whole rows on one part",
+        "kernel_on_part": "kernel for whole rows, run on one part",
         "all_reduce": "all-reduce alone",
         "begin": "kernel before the all-reduce",
-        "finish": "kernel after it",
+        "finish": "kernel after the all-reduce",
         "cuda_graph": "**sharded, in a CUDA graph**",
         "eager": "**sharded, eager, queued ahead**",
         "compiled": "**sharded, compiled, queued ahead**",
@@ -688,8 +688,8 @@ def rows_in_parts() -> str:
     return (
         f"{machine(found['machine'])}; {found['ranks']} GPUs, bf16, medians. {bits['differ']} of "
         f"{bits['compared']:,} compared outputs differ from those of whole rows.\n\n{table(header, rows)}\n\n"
-        f"Two norms of {found['pair']['M']} rows of {q} and {k} columns in a CUDA graph: "
-        f"{pair['apart_in_graph']:.0f} µs by two calls, {pair['together_in_graph']:.0f} µs by one of `rms_norms`."
+        f"Two norms of {found['pair']['M']} rows, with {q} and {k} columns, take {pair['apart_in_graph']:.0f} µs in a "
+        f"CUDA graph by two calls of `rms_norm`, and {pair['together_in_graph']:.0f} µs by one call of `rms_norms`."
     )
 
 
@@ -716,7 +716,7 @@ def batch_invariance() -> str:
 
 @part
 def many_gpus() -> str:
-    """Nothing until benchmarks/many_gpus.py has been run."""
+    """Norms and training steps on several GPUs; empty if benchmarks/many_gpus.py has not been run."""
     if not is_stored("many-gpus-cuda"):
         return ""
     r = stored("many-gpus-cuda")
@@ -748,7 +748,7 @@ def _sharded_norms(timed: list[dict[str, Any]]) -> Iterator[str]:
         for one in timed
     ]  # fmt: skip
     if rows:
-        yield table(["µs, bf16, eager, with the time of the host", *names, "columns / (part + all-reduce)"], rows)
+        yield table(["µs, bf16, eager, host time included", *names, "columns / (part + all-reduce)"], rows)
 
 
 def _spread_steps(steps: list[dict[str, Any]]) -> Iterator[str]:
@@ -788,8 +788,10 @@ def load() -> str:
 
 
 def _loaded(r: dict[str, Any]) -> str:
-    did = ", ".join(f"{count:,} {what}" for what, count in r["counts"].items())
-    said = f"{r['rounds']} rounds in {r['seconds']:.0f} s, {did}; {count(r['fault_count'], 'fault')}"
+    did = ", ".join(f"{what}: {times:,}" for what, times in r["counts"].items())
+    said = (
+        f"{r['rounds']} rounds in {r['seconds']:.0f} s, {count(r['fault_count'], 'fault')}. {did[0].upper()}{did[1:]}"
+    )
     first, last = r["samples"][0], r["samples"][-1]
     verdicts = {v["resource"]: v for v in r["verdicts"]}
 
@@ -797,7 +799,7 @@ def _loaded(r: dict[str, Any]) -> str:
         return "too few rounds" if name not in verdicts else "yes" if verdicts[name]["flat"] else "no"
 
     lines = [[name, f"{first[name]:,.0f}", f"{last[name]:,.0f}", verdict(name)] for name in first if name != "second"]
-    header = ["memory in MB, numbers of others", "first round", "last round", "constant"]
+    header = ["memory in MB, all else as numbers", "first round", "last round", "constant"]
     return f"{machine(r['machine'])}: {said}.\n\n{table(header, lines)}"
 
 

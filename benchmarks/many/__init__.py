@@ -6,6 +6,6 @@ norms         bits and times of sharded norms, on one rank
 steps         training steps of a model that is spread over ranks, on one rank
 shares        which part of a profiled step is spent in norms and in collectives
 sampling      times that all ranks agree on
-measuring     everything on one rank; the ranks of all worlds, one world after the other
+measuring     everything on one rank, and one run for each number of ranks
 result        aims, and what is printed
 """

@@ -17,7 +17,7 @@ LAYERS = 12
 (_LLAMA,) = (model for model in MODELS if model.name == "llama")
 MODEL = replace(_LLAMA, tiny=_LLAMA.tiny | {"num_attention_heads": 8, "num_key_value_heads": 8})
 
-# A sharding of norms beside those of `rmsnorm verify`: FSDP2 shards the weight, and each rank has rows of its own.
+# A sharding of norms that `rmsnorm verify` does not have: FSDP2 shards the weight, and each rank has its own rows.
 BY_FSDP = "FSDP2"
 _SPECS: tuple[tuple[torch.dtype, Cast, float], ...] = (
     (torch.bfloat16, "early", 0.0),
@@ -34,7 +34,7 @@ class Options:
     """What is measured, and how.
 
     Attributes:
-        tiny: Whether sizes are so small that a CPU takes seconds.
+        tiny: Whether sizes are so small that a CPU takes only seconds.
         sections: Those of SECTIONS that are measured.
         plans: Those of PLANS that are measured.
         repetitions: The number of samples of each call.

@@ -1,4 +1,4 @@
-"""Everything that is measured on one rank, and the ranks of all worlds, one world after the other."""
+"""Everything that is measured on one rank, and one run for each number of ranks."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,12 +29,12 @@ def measure(
         device: A GPU, if each rank is to have one, or the CPU.
         worlds: The numbers of ranks.
         options: What is measured.
-        say: Called with what was measured.
+        say: Called with a line of text for each part that was measured.
         write: Called with the result after each part, so that nothing is lost if a later part fails.
 
     Returns:
-        The result, in types that `json.dumps` takes. Why a rank failed is in `failed`, by the number of ranks, and the
-        parts before the failure are kept.
+        The result, in types that `json.dumps` takes. If a rank fails, `failed` has the reason, by the number of ranks,
+        and the parts that were measured before are kept.
     """
     start = timing.now()
     found: dict[str, Any] = {

@@ -49,7 +49,7 @@ def compare_bits(rank: Rank, options: Options) -> list[dict[str, Any]]:
 def _compared(
     case: VerifyCase, sharding: str, rank: Rank, ours: CallOutputs, whole: CallOutputs, dw: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return what was found in a case, with the elements that all ranks have compared."""
+    """Return what was found in a case, with the elements of all ranks added up."""
     pairs = list(ours.pairs(whole))
     counts = [sum(differing(a, b) for a, b in pairs), sum(b.numel() for _, b in pairs), dw.get("differing", 0)]
     total = torch.tensor(counts, device=rank.device)
@@ -71,7 +71,7 @@ def _compared(
 
 
 def _error_of_dw(ours: CallOutputs, inputs: Inputs, case: VerifyCase) -> dict[str, float]:
-    """Return the error of dw relative to the norm of the unrounded formula's: ours, and that of the eager class."""
+    """Return the L2 error of our dw and of the eager class's dw, relative to the dw of the unrounded formula."""
     assert ours.dw is not None
     assert inputs.w is not None
     rows = inputs.x if inputs.residual is None else inputs.x + inputs.residual
@@ -90,7 +90,7 @@ def _gradient(y: Tensor, w: Tensor, inputs: Inputs) -> Tensor:
 
 
 def _compare_fsdp(case: VerifyCase, inputs: Inputs, whole: CallOutputs, mesh: DeviceMesh, rank: Rank) -> dict[str, Any]:
-    """Compare a layer that FSDP2 shards and that gets this rank's rows. dw is compared with the mean over the ranks."""
+    """Compare a layer that FSDP2 shards, given this rank's rows; its dw with the mean of the dw of all ranks' rows."""
     w = inputs.w
     assert w is not None
     layer = rmsnorm.RMSNorm(case.N, case.eps, cast=case.cast, offset=case.offset, device=rank.device, dtype=w.dtype)
@@ -117,7 +117,7 @@ def _compare_fsdp(case: VerifyCase, inputs: Inputs, whole: CallOutputs, mesh: De
 
 
 def time_norms(rank: Rank, options: Options) -> list[dict[str, Any]]:
-    """Time sharded norms, whole ones, and what a row in parts needs at least: its kernel and the all-reduce."""
+    """Time sharded norms, whole rows, and the least that rows in parts need: a kernel on a part, and the all-reduce."""
     mesh = init_device_mesh(rank.device.type, (rank.world,))
     found = []
     for M, N in options.timed_shapes():

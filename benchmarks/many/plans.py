@@ -23,7 +23,7 @@ DATA, TENSOR = "data parallel", "tensor parallel"
 
 
 def sizes_of(plan: str, world: int) -> tuple[int, int]:
-    """Return how many ranks are data parallel and tensor parallel; the latter in pairs if a plan combines both."""
+    """Return the data-parallel and the tensor-parallel size. The latter is 2 in a plan of both, if world is even."""
     tensor = {FSDP: 1, FSDP_AND_TENSOR: 2 if world % 2 == 0 else 1}.get(plan, world)
     return world // tensor, tensor
 
@@ -42,7 +42,7 @@ def mesh_of(plan: str, rank: Rank) -> DeviceMesh:
     return _mesh(rank.device.type, sizes_of(plan, rank.world))
 
 
-@functools.cache  # because NCCL connects the ranks of each new mesh again
+@functools.cache  # for each new mesh, NCCL would connect the ranks again
 def _mesh(device_type: str, sizes: tuple[int, int]) -> DeviceMesh:
     return init_device_mesh(device_type, sizes, mesh_dim_names=("dp", "tp"))
 
@@ -95,7 +95,7 @@ def _parallelize(model: Any, mesh: DeviceMesh) -> None:
 
 
 def _add_positions(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Give a model the positions of the whole sequence, which it would take from its part of the embeddings."""
+    """Give a model the positions of the whole sequence; it would otherwise count only its part of the embeddings."""
     ids = kwargs["input_ids"]
     return args, kwargs | {"position_ids": torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)}
 

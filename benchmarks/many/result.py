@@ -12,7 +12,8 @@ from rmsnorm.tools.display import NOTHING, Block, Column, Table, count, duration
 from whole_models.definitions import AS_IS, PATCHED
 from whole_models.result import aim_in_words, bound_at_most, ratio_in_words
 
-# Time of rows in parts, relative to the kernel of a part and the all-reduce; of a patched model, relative to as it is.
+# The time of rows in parts, relative to the kernel on a part plus the all-reduce; that of a patched model, relative to
+# the model as it is.
 _COLUMNS_AT_MOST, _STEP_AT_MOST = 1.15, 1.0
 # The error of dw relative to eager's, by dtype, over at least so many elements.
 _DW_AT_MOST, _FEWEST_OF_DW = {"bfloat16": 1.0, "float32": 1.1}, 1 << 16

@@ -1,8 +1,9 @@
-"""Which part of a profiled step is spent in norms, in their collectives and in the others.
+"""Which part of a profiled step is spent in norms, in their collectives, and in other collectives.
 
 The kernels of a norm are those that its forward pass launches, and those of the autograd nodes that it creates. torch
-numbers the nodes in the order of their creation, and the profiler notes the next number with each operator that it
-sees. So an operator at the beginning of a norm and one at its end, which do nothing, tell the numbers of its nodes.
+numbers the nodes in the order of their creation, and the profiler records the next number with each operator. So an
+operator that does nothing is called at the beginning of a norm and at its end: the two numbers enclose those of its
+nodes.
 """
 
 import contextlib
@@ -18,13 +19,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 NORM, NORM_COLLECTIVE, COLLECTIVE, OTHER = CLASSES = "norms", "their collectives", "other collectives", "others"
 _RANGE = "a norm of the model"
 _COLLECTIVES = "nccl", "gloo:", "c10d::", "_c10d_functional::"
-_WAIT = "_c10d_functional::wait_tensor"  # by whoever reads the result of a collective first
+_WAIT = "_c10d_functional::wait_tensor"  # called by the first operator that reads the result of a collective
 _NODE = "autograd::engine::evaluate_function"
 
 
 @contextlib.contextmanager
 def marked(norms: Sequence[nn.Module]) -> Iterator[None]:
-    """Mark the calls of these modules for the profiler, with what other hooks do around them."""
+    """Mark the calls of these modules for the profiler, including the work of other hooks around them."""
     handles = []
     nothing = torch.empty(0)
     for module in norms:
@@ -107,7 +108,7 @@ def _class_of(name: str, of_norm: bool) -> str:
 
 
 def _is_annotation(event: Any) -> bool:
-    """Return whether an event of a GPU is no kernel, but the range of an annotated part of the program."""
+    """Return whether an event of a GPU is the range of an annotated part of the program, not a kernel."""
     return event.is_user_annotation or event.name == _RANGE or event.name.startswith("nccl:")
 
 

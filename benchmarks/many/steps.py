@@ -26,7 +26,7 @@ class Spread:
 
     Args:
         name: The name of the variant.
-        built: The model as it is, which stays so.
+        built: The model as it is. It is not changed.
         plan: One of PLANS.
         rank: This rank.
         options: The options.
@@ -70,7 +70,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class FirstStep:
-    """What is compared of a step: the outputs y, their cotangent dy, and a gradient."""
+    """The tensors of a step that are compared: the outputs y, their cotangent dy, and one gradient."""
 
     y: Tensor
     dy: Tensor

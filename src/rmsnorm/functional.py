@@ -73,9 +73,9 @@ def rms_norm(
             Qwen and Mistral do; "late" multiplies in float32 and casts once, as GPT-OSS, Olmo 2 and Gemma do; "first"
             casts the statistic before x is multiplied by it, as the norms of DeepSeek V4 without a weight do.
         offset: 0, or 1 to multiply by 1 + weight, added in float32 (Gemma); needs a weight and cast="late".
-        variance_size: None, or a number V from 1 to N: then the mean is that of the first V columns of a row, by which
-            all N columns are normalized (vLLM's `var_hidden_size`). Such norms have no rule for DTensors and no
-            forward-mode derivative, and `recompute` leaves them.
+        variance_size: None, or a number V from 1 to N: then the mean is taken over the first V columns of a row, and
+            all N columns are normalized by it (vLLM's `var_hidden_size`). Such norms have no rule for DTensors and no
+            forward-mode derivative, and `recompute` does not recompute them.
 
     Returns:
         y, contiguous, of the shape of x. Its dtype is that of x for cast="late" or without a weight, and otherwise
@@ -352,7 +352,7 @@ def _differ_in_dtype(x: Tensor, residual: Tensor | None) -> bool:
 
 
 def _explain_parts(x: Tensor, weight: Tensor | None, residual: Tensor | None, n: int, spec: Spec) -> str:
-    """As `explain`, for DTensors of whose rows each rank has n columns."""
+    """As `explain`, for DTensors that are sharded by columns, of which this rank has n."""
 
     def part(t: Tensor | None, dtype: torch.dtype | None = None, shape: tuple[int, ...] | None = None) -> Any:
         return None if t is None else torch.empty(shape or (*t.shape[:-1], n), dtype=dtype or t.dtype, device="meta")
@@ -447,7 +447,7 @@ def _are_dtensors(*given: Any) -> bool:
 
 
 def _part_of_columns(x: Any, residual: Any, w: Any) -> int | None:
-    """How many columns of each row of these DTensors this rank has; None if it has whole rows, or plain tensors."""
+    """How many columns of each row this rank has; None if the tensors are plain or the rank has whole rows."""
     sharding = _sharding()
     return None if sharding is None else sharding.part_of_columns(x, residual, w)
 

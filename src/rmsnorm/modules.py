@@ -83,7 +83,7 @@ class RMSNorm(nn.Module):
             elementwise_affine is not a bool, dtype is none of the four, or the arguments are those of
             `torch.nn.RMSNorm`.
         ValueError: If hidden_size, eps, cast, offset, heads or variance_size has another value than these, the offset
-            is 1 without "late", or there is an offset of 1 or a number of heads without a weight.
+            is 1 without "late", or an offset of 1 or a number of heads is given without a weight.
 
     Example:
         >>> layer = rmsnorm.RMSNorm(1280, dtype=torch.bfloat16)

@@ -79,8 +79,8 @@ class Spec:
         offset: Added to the weight in fp32, 0 or 1. An offset of 1 requires "late".
         gate: What is done with a gate; None for a norm without one. Not with an offset.
         groups: How many parts of equal width a row has, each with its own statistic. More than 1 only with a gate.
-        variance_size: Over how many of the first columns of a row the statistic is taken, if not over all; all are
-            multiplied by it. Not with a gate.
+        variance_size: Over how many of the first columns of a row the statistic is taken; None for all. All columns
+            are multiplied by it. Not with a gate.
 
     Raises:
         TypeError: If eps or the offset is not a number, or variance_size is not an int.

@@ -1,7 +1,7 @@
-"""Small changes that make the package wrong, each with tests that must notice it; runner.py applies them.
+"""Small changes that make the package wrong, each with tests of which one must notice it; runner.py applies them.
 
-A mutant names the fastest tests that notice it. Its text occurs exactly once in its file, which
-tests/mutants/test_mutants.py checks.
+A mutant names the fastest tests that notice it. tests/mutants/test_mutants.py checks that its text occurs exactly once
+in its file.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ def gated(form: str) -> str:
 
 @dataclass(frozen=True)
 class Mutant:
-    """name: what the change makes wrong. file: in src/rmsnorm. text: becomes the replacement. tests: must turn red."""
+    """name: what is wrong then. file: in src/rmsnorm. text: becomes the replacement. tests: one must turn red."""
 
     name: str
     file: str
@@ -107,7 +107,7 @@ OF_REFERENCE = (
     ),
     Mutant(
         "the unrounded sum with the residual is normalized", "reference.py",
-        '    rows = x if s is None else s\n    rstd = exact_rstd(rows[', '    rows = x if s is None else x.float() + residual.float()\n    rstd = exact_rstd(rows[',
+        '    rows = x if s is None else s\n    rstd = exact_rstd(rows if', '    rows = x if s is None else x.float() + residual.float()\n    rstd = exact_rstd(rows if',
         (f"{REFERENCE}::test_the_sum_with_the_residual_is_rounded_before_it_is_normalized[x_dtype1-r_dtype1]",),
     ),
     Mutant(
@@ -117,7 +117,7 @@ OF_REFERENCE = (
         (f"{REFERENCE}::test_the_gradient_through_the_sum_is_added_before_the_only_cast[early-0.0]",),
     ),
     Mutant(
-        "dx without its second term", "reference.py",
+        "dx leaves out its second term", "reference.py",
         'dx = rstd.unsqueeze(-1) * (g - through_rstd)', 'dx = rstd.unsqueeze(-1) * g',
         (f"{GRADIENTS}[127-w_dtype0-x_dtype0-early-0.0]",),
     ),
@@ -132,7 +132,7 @@ OF_REFERENCE = (
         (f"{KERNELS}::test_bits_at_every_width[x-float32-w-float32-early-0]",),
     ),
     Mutant(
-        "early takes dw from numbers that it did not cast", "reference.py",
+        "early computes dw without the cast of xh", "reference.py",
         'h = xh if cast == "late" else xh.to(dtype).float()', "h = xh",
         (f"{KERNELS}::test_bits_at_every_width[x-bfloat16-w-bfloat16-early-0]",),
     ),
@@ -142,7 +142,7 @@ OF_REFERENCE = (
         (f"{KERNELS}::test_bits_for_many_rows[float32-float32-early-0.0]",),
     ),
     Mutant(
-        "dw without the last row", "reference.py",
+        "dw leaves out the last row", "reference.py",
         'reshape(rows, *w.shape).sum(0).to(w.dtype)', 'reshape(rows, *w.shape)[:-1].sum(0).to(w.dtype)',
         (f"{GRADIENTS}[127-w_dtype0-x_dtype0-early-0.0]",),
     ),
@@ -171,7 +171,7 @@ OF_ARGUMENTS = (
         (f"{HOST}::test_arguments_are_checked_after_the_plan_is_cached",),
     ),
     Mutant(
-        "memory that was freed is read", "spec.py",
+        "freed memory is read", "spec.py",
         "        if held < needed:\n", "        if False:\n",
         (f"{SIZES}::test_strided_rows_that_reach_past_their_storage_are_named[Python]",),
     ),
@@ -181,7 +181,7 @@ OF_ARGUMENTS = (
         (f"{SIZES}::test_a_dtype_that_changed_to_that_of_another_planned_kind_is_named",),
     ),
     Mutant(
-        "rows of no elements are accepted", "spec.py",
+        "rows without elements are accepted", "spec.py",
         "if not shape or not _is_not_zero(shape[-1], symbolic):", "if not shape:",
         (f"{BAD_INPUT}::test_rms_norm_names_the_bad_argument_and_what_it_should_be[x has shape (3, 0)]",),
     ),
@@ -255,7 +255,7 @@ OF_CPU_KERNELS = (
         (f"{KERNELS}::test_bits_at_every_width[x-float32-w-float32-late-1]",),
     ),
     Mutant(
-        "dx is not rounded before a gradient is added that was added separately", "kernels/cpu/kernels.py",
+        "dx is not rounded before ds, where eager code adds ds separately", "kernels/cpu/kernels.py",
         "                        if round_first:\n", "                        if False:\n",
         (f"{OF_SUM}::test_bits_are_those_of_separate_operators[C++-x_dtype0-w_dtype0-early-0.0]",),
     ),
@@ -270,7 +270,7 @@ OF_CPU_KERNELS = (
         (f"{KERNELS}::test_a_nan_with_any_payload_stays_a_nan[bfloat16-early]",),
     ),
     Mutant(
-        "rows of three strided dimensions take the middle stride for the outer", "kernels/cpu/intrinsics.py",
+        "rows of three strided dimensions use the middle stride for the outer dimension", "kernels/cpu/intrinsics.py",
         "return outer * layout[strides] + rest", "return outer * layout[strides + 1] + rest",
         (f"{KERNELS}::test_bits_for_every_memory_layout[4d_permuted-float32-float32-early-0.0]",),
     ),
@@ -288,7 +288,7 @@ OF_PLANS = (
         (f"{OF_SUM}::test_gradients_of_another_dtype_than_y_are_added_in_their_own_dtype",),
     ),
     Mutant(
-        "C++ gets plans in which torch converts a tensor", "kernels/plan.py",
+        "C++ gets plans for which torch must convert a tensor", "kernels/plan.py",
         "        if self.before or self.after:\n", "        if False:\n",
         (f"{HOST}::test_calls_that_need_a_conversion_are_made_by_python",),
     ),
@@ -298,7 +298,7 @@ OF_PLANS = (
         (f"{LAUNCH}::test_walk_returns_none_if_a_copy_is_needed",),
     ),
     Mutant(
-        "dimensions are merged if one tensor allows it", "kernels/rows.py",
+        "dimensions are merged if only one tensor allows it", "kernels/rows.py",
         "if dims and all(outer == inner * size", "if dims and any(outer == inner * size",
         (f"{KERNELS}::test_bits_with_a_residual[x-float32-w-float32-early-0]",),
     ),
@@ -329,7 +329,7 @@ OF_PLANS = (
         (f"{OPS}::test_fp64_is_computed_in_fp32_and_returned_as_promoted",),
     ),
     Mutant(
-        "the second norm of a pair is launched as the first", "kernels/plan.py",
+        "the second norm of a pair is launched with the tensors of the first", "kernels/plan.py",
         "launches=(*first.launches, *(launch.renamed(names) for launch in second.launches)),",
         "launches=(*first.launches, *(launch.renamed(names) for launch in first.launches)),",
         (f"{PAIRS}::test_a_pair_has_the_bits_of_two_calls[C++-x_dtype0-w_dtype0-early-0.0]",),
@@ -343,7 +343,7 @@ OF_GPU_KERNELS = (
         (f"{PTX}::test_rounding_is_ieee_and_subnormals_are_kept",),
     ),
     Mutant(
-        "bf16 is cast by cutting bits off", "kernels/gpu/kernels.py",
+        "the cast to bf16 truncates", "kernels/gpu/kernels.py",
         '"{ .reg .b32 two; cvt.rn.bf16x2.f32 two, $3, $2;', '"{ .reg .b32 two; cvt.rz.bf16x2.f32 two, $3, $2;',
         (f"{PTX}::test_bf16_is_rounded_two_numbers_at_a_time",),
     ),
@@ -359,7 +359,7 @@ OF_GPU_KERNELS = (
         (interpreted("no_rows_or_one"),),
     ),
     Mutant(
-        "columns beyond the end of a row count if the statistic is infinite", "kernels/gpu/kernels.py",
+        "columns beyond the end of a row count where the statistic is infinite", "kernels/gpu/kernels.py",
         "return tl.where(inside, x.to(tl.float32) * r, 0.0)", "return x.to(tl.float32) * r",
         (interpreted("extremes"),),
     ),
@@ -375,12 +375,12 @@ OF_GPU_KERNELS = (
         (interpreted("every_row_counts"),),
     ),
     Mutant(
-        "rows of tiles are computed with 32-bit numbers", "kernels/gpu/kernels.py",
+        "the addresses of rows in tiles are computed with 32 bits", "kernels/gpu/kernels.py",
         "m = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]", "m = tile * ROWS + tl.arange(0, ROWS)[:, None]",
         (interpreted("rows_that_begin_more_than_2_31_elements_apart"),),
     ),
     Mutant(
-        "wide rows are computed with 32-bit numbers", "kernels/gpu/kernels.py",
+        "the addresses of wide rows are computed with 32 bits", "kernels/gpu/kernels.py",
         '    """Each program loops over one row twice: once for the sum, once for y."""\n'
         "    N = as_multiple(N, MULTIPLE)\n    m = tl.program_id(0).to(tl.int64)",
         '    """Each program loops over one row twice: once for the sum, once for y."""\n'
@@ -388,12 +388,12 @@ OF_GPU_KERNELS = (
         (interpreted("rows_that_begin_more_than_2_31_elements_apart"),),
     ),
     Mutant(
-        "programs are placed by where they are in the first of two norms", "kernels/gpu/kernels.py",
+        "programs of the second norm take rows by their number in the whole launch", "kernels/gpu/kernels.py",
         "program - tiles, 0, x2, None, w2,", "program, 0, x2, None, w2,",
         (interpreted("two_norms_in_one_launch"),),
     ),
     Mutant(
-        "partial sums of dw are read before the launch before has ended", "kernels/gpu/kernels.py",
+        "partial sums of dw are read before the previous launch has ended", "kernels/gpu/kernels.py",
         "        tl.extra.cuda.gdc_wait()  # this kernel may start", "        pass  # this kernel may start",
         (f"{PTX}::test_a_kernel_that_starts_early_waits_before_it_reads_results",),
     ),
@@ -403,7 +403,7 @@ OF_GPU_KERNELS = (
         (f"{PTX}::test_every_launch_forbids_fusion",),
     ),
     Mutant(
-        "two launches of a kernel share their argument memory at once", "kernels/gpu/driver.py",
+        "two concurrent launches of a kernel share their argument memory", "kernels/gpu/driver.py",
         "        if not self._lock.acquire(blocking=False):\n            return False\n",
         "        self._lock.acquire(blocking=False)\n",
         ("tests/kernels/test_driver.py::test_concurrent_launches_do_not_mix_up_addresses",
@@ -418,7 +418,7 @@ OF_GPU_KERNELS = (
 
 OF_GATED = (
     Mutant(
-        "silu in fp32", "gated_reference.py",
+        "silu is computed in fp32", "gated_reference.py",
         'return (t * sigma if activation == "silu" else sigma).float()',
         'return (t.float() * sigma.float() if activation == "silu" else sigma).float()',
         (gated(SILU),),
@@ -459,7 +459,7 @@ OF_GATED = (
 
 OF_HOST = (
     Mutant(
-        "machine code of other sources is loaded", "kernels/cpu/cache.py",
+        "machine code from different sources is loaded", "kernels/cpu/cache.py",
         'return b"".join(source.read_bytes() for source in SOURCES) + repr(versions).encode()',
         "return repr(versions).encode()",
         ("tests/kernels/test_processes.py::test_the_cache_of_another_source_is_not_used",),
@@ -480,7 +480,7 @@ OF_OPERATORS = (
         (f"{SIZES}::test_an_x_or_weight_modified_in_place_raises_an_error_that_says_what_to_write",),
     ),
     Mutant(
-        "the tangent leaves out that of the weight", "ops/autograd.py",
+        "the tangent of y leaves out the tangent of the weight", "ops/autograd.py",
         "        if w_t is not None:\n", "        if False:\n",
         (f"{OPS}::test_forward_mode",),
     ),
@@ -491,7 +491,7 @@ OF_OPERATORS = (
         (f"{OPS}::test_a_second_derivative_raises",),
     ),
     Mutant(
-        "a lazily negated tensor is read as it lies in memory", "ops/dispatch.py",
+        "a lazily negated tensor is read without the negation", "ops/dispatch.py",
         "or t.is_neg() or", "or",
         (f"{KERNELS}::test_a_lazily_negated_view_is_negated",),
     ),
@@ -541,23 +541,23 @@ OF_PATCHING = (
         (f"{PROOF}::test_a_branch_that_computes_something_else_is_found[<lambda>-float16]",),
     ),
     Mutant(
-        "outputs decide, not the operators", "patching/probe.py",
+        "a proof ignores the operators and compares only the outputs", "patching/probe.py",
         "return found == expected and is_close(", "return is_close(",
         (f"{PROOF}::test_another_way_to_take_the_root_is_not_replaced_even_if_its_bits_agree",),
     ),
     Mutant(
-        "norms are proven without gradients only", "patching/states.py",
+        "norms are proven only without gradients", "patching/states.py",
         "for grad in GRAD_MODES if every else GRAD_MODES[:2]:", "for grad in GRAD_MODES[:1]:",
         (f"{PROOF}::test_a_norm_with_another_eps_with_gradients_is_not_replaced",
          f"{PROOF}::test_a_norm_that_rounds_late_only_with_gradients_is_not_replaced"),
     ),
     Mutant(
-        "eps need not follow its attribute", "patching/eps_attribute.py",
+        "a proof does not check that eps follows its attribute", "patching/eps_attribute.py",
         "if all(_follows(probe, spec, name, other) for other in sorted(others)):", "if True:",
         (f"{PROOF}::test_a_norm_that_changes_its_eps_before_use_is_not_replaced",),
     ),
     Mutant(
-        "eps is that of the proof, not of the call", "patching/replacement.py",
+        "eps is read at the first call, not at each call", "patching/replacement.py",
         "        eps = getattr(self, eps_attribute, Absent)\n        if type(eps) is not float or not 0.0 <= eps <= LARGEST_EPS:\n",
         "        eps = self.__dict__.setdefault('_eps', getattr(self, eps_attribute, Absent))\n"
         "        if type(eps) is not float or not 0.0 <= eps <= LARGEST_EPS:\n",
@@ -569,12 +569,12 @@ OF_PATCHING = (
         (f"{REPLACEMENT}::test_a_changed_attribute_runs_its_own_forward",),
     ),
     Mutant(
-        "ranks that were not proven run our kernel", "patching/replacement.py",
+        "inputs with an unproven number of dimensions run our kernel", "patching/replacement.py",
         "or x.dim() not in ranks or", "or",
         (f"{REPLACEMENT}::test_inputs_of_unproven_ranks_run_its_own_forward",),
     ),
     Mutant(
-        "norms with other attributes share a proof", "patching/eligibility.py",
+        "norms with different attributes share a proof", "patching/eligibility.py",
         "plain = {k: identity(v) if is_plain(v) else Absent for k, v in vars(module).items() if k != \"training\"}",
         "plain = {}",
         (f"{PROOF}::test_attributes_that_compare_equal_do_not_share_a_proof",),
@@ -596,7 +596,7 @@ OF_PATCHING = (
         (f"{PATCH}::test_nothing_but_the_class_changes_and_unpatch_restores_it",),
     ),
     Mutant(
-        "the candidates leave out late with an offset", "patching/spec_search.py",
+        "the candidates of a proof leave out late with an offset", "patching/spec_search.py",
         'for offset in (0.0, 1.0))]', 'for offset in (0.0,))]',
         (f"{PATCH}::test_proven_norms_compute_exact",),
     ),
@@ -610,7 +610,7 @@ OF_PUBLIC_FUNCTIONS = (
         (f"{GENERATED}::test_rms_norm_has_the_bits_of_the_reference",),
     ),
     Mutant(
-        "a residual of another dtype is read as one of x's", "kernels/plan.py",
+        "a residual of another dtype is read in the dtype of x", "kernels/plan.py",
         "if residual is None or residual.dtype is x.dtype:", "if True:",
         (f"{GENERATED}::test_add_rms_norm_has_the_bits_of_the_reference",),
     ),

@@ -1,11 +1,11 @@
-"""Applies each mutant of mutants.py to a copy of the package and checks that the tests that it names turn red.
+"""Applies each mutant of mutants.py to a copy of the package, and checks that one of the tests that it names turns red.
 
     python tests/mutants/runner.py                       # all of them
     python tests/mutants/runner.py host.cpp "is wrong"   # those whose file or name contains one of these
 
-The tests must be green without a mutant, which is checked first. The copy has caches of its own, so that no machine
-code of a mutant is left behind. A test is red if it fails or its process dies; a test that is skipped is not green.
-The rows of the mutants that were run are written into docs/mutants.md.
+The tests must be green without a mutant; the runner checks that first. The copy has its own caches, so that no machine
+code of a mutant is left behind. A test is red if it fails or its process dies. A skipped test counts as neither red nor
+green. The runner writes the rows of the mutants that it has run into docs/mutants.md.
 """
 
 import argparse
@@ -27,12 +27,13 @@ from mutants import MUTANTS, Mutant
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "mutants.md"
 COPIED = ("src", "tests", "pyproject.toml")
-LIMIT_S = 900  # for the tests of one mutant, some of which wait forever if the code is wrong
+LIMIT_S = 900  # for the tests of one mutant: some wait forever if the code is wrong
 
 HEADER = """# Mutants
 
-Each row is a small change of the code that makes it wrong, and the first test that turned red. `make test-mutants`
-applies them one at a time and writes their rows; [failures](failures.md) lists the faults that users have reported.
+Each row has a small change that makes the code wrong, and the first test that turned red. `make test-mutants` applies
+the changes one at a time and writes their rows. [Failures](failures.md) lists faults that users of other norms
+reported.
 
 | what is changed | in | the test that turns red |
 | --- | --- | --- |
@@ -41,7 +42,7 @@ applies them one at a time and writes their rows; [failures](failures.md) lists 
 
 @dataclass(frozen=True)
 class Outcome:
-    """red: the first test that failed; "" if none did. fault: why that says nothing about the mutant; "" if it does."""
+    """red: the first test that failed; "" if none did. fault: why the run does not count; "" if it does."""
 
     red: str = ""
     fault: str = ""
@@ -124,7 +125,7 @@ def _results(file: Path) -> dict[str, str]:
 
 
 def not_green(tree: Tree, mutants: Iterable[Mutant]) -> list[str]:
-    """Why the tests of these mutants are not all green without them."""
+    """The reasons why the tests of these mutants are not all green without a mutant; empty if they are."""
     named = list(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
     status, results = tree.run(named)
     if not results:
@@ -150,7 +151,7 @@ def documented() -> dict[tuple[str, str], str]:
 
 
 def write(found: dict[tuple[str, str], str]) -> None:
-    """Writes the document with these red tests, and those that it had for other mutants."""
+    """Writes the document with these red tests, and for other mutants with those that it had before."""
     red = documented() | found
     rows = [row(m, red[m.name, m.file]) for m in MUTANTS if (m.name, m.file) in red]
     DOCUMENT.write_text(HEADER + "\n".join(rows) + "\n")

@@ -148,7 +148,7 @@ def cost(
         TypeError: If `shape` is not a sequence of integers, a dtype is none of the three, or `elementwise_affine`,
             `master`, `recompute`, `by_head` or `threads` has the wrong type; the message names the argument.
         ValueError: If another argument has a value that is not allowed, LayerNorm refuses the weight's dtype, or
-            `recompute` or `by_head` is True with another implementation than ours; the message names the argument.
+            `recompute` or `by_head` is True with an implementation that is not ours; the message names the argument.
 
     Example:
         >>> c = rmsnorm.cost((8192, 1280), torch.bfloat16)

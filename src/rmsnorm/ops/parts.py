@@ -3,9 +3,9 @@
     begin_forward   ->  s and S, the sums of squares of the part  ->  all-reduce  ->  finish_forward   ->  y, rstd
     begin_backward  ->  S, the sums of g·xh of the part           ->  all-reduce  ->  finish_backward  ->  dx, dw
 
-sharding.py calls them with the local tensors of DTensors, and adds up S, one fp64 number a row, over the ranks. The
-outputs have the bits of whole rows. A part may have no columns. The operators are opaque to compilers for the reason
-that operators.py states.
+A part of a row is the columns that one rank holds; it may have none. sharding.py calls the operators with the local
+tensors of DTensors, and adds up S, one fp64 number a row, over the ranks. The outputs have the bits of whole rows.
+operators.py states why the operators are opaque to compilers.
 """
 
 from typing import Any
@@ -19,8 +19,8 @@ from rmsnorm.ops.derivatives import autograd_kernel, undifferentiable
 from rmsnorm.ops.dispatch import without_none
 from rmsnorm.spec import Cast, caller, check_memory, check_part, result_dtype, spec_of, sum_dtype
 
-# N is the width of whole rows. An output that was not requested is an empty tensor, because a schema cannot declare an
-# optional output.
+# N is the width of whole rows, not of a part. An output that was not requested is an empty tensor, because a schema
+# cannot declare an optional output.
 
 _LIB = torch.library.Library("rmsnorm", "FRAGMENT")
 _LIB.define("begin_forward(Tensor x, Tensor? residual) -> (Tensor s, Tensor S)")

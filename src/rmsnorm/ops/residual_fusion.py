@@ -99,7 +99,7 @@ def _fuse_sandwich(edit: Edit, norm: Node) -> None:
 
 
 def _norm_before(norm: Node) -> _NormBefore | None:
-    """The norm whose output another norm adds to a residual, if one kernel can make both and nothing else reads it."""
+    """The norm whose output another norm adds to a residual, if one operator can do both and nothing else reads it."""
     a, b, _, *options = arguments(norm)
     if b is None or not may_fuse(norm):
         return None

@@ -2,8 +2,9 @@
 
     h = rms_norm(x, w);  s = residual + h;  y = rms_norm(s, w2)    ->    y, s = forward_sandwich(x, w, residual, w2)
 
-Only residual_fusion.py calls it, in graphs of torch.compile. One kernel makes the three steps, so h is neither written
-nor read. The bits are those of separate steps, which round h and s. The backward pass is that of two norms.
+Only residual_fusion.py calls it, in graphs of torch.compile. On a GPU, one kernel makes the three steps if it can hold
+a row, and then h is neither written nor read. The bits are those of separate steps, which round h and s. The backward
+pass is that of two norms.
 """
 
 import torch

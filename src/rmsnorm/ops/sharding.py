@@ -1,15 +1,15 @@
 """The operators' rules for DTensors, as FSDP2, tensor parallelism and sequence parallelism use them.
 
-Imported only once torch.distributed.tensor is. Along each dimension of the mesh x is replicated, sharded by rows, or
-sharded by columns (the hidden dimension):
+This module is imported only after torch.distributed.tensor. Along each dimension of the mesh, x is replicated, sharded
+by rows, or sharded by columns (the hidden dimension):
 
     x            weight               y, s, dx   rstd         dw             communication
     Replicate    Replicate            Replicate  Replicate    Replicate      none
     Shard(row)   Replicate            as x       Shard(row)   Partial(sum)   none
-    Shard(-1)    Shard(0), Replicate  as x       Replicate    Shard(0)       one fp64 number a row, in each direction
+    Shard(-1)    Shard(0), Replicate  as x       Replicate    Shard(0)       one fp64 number a row, in each pass
 
-If each head has its own weight, (H, N), the weight is sharded as the last two dimensions of x are, or replicated. Heads
-that are sharded need no communication.
+If each head has its own weight, (H, N), the weight is sharded as the last two dimensions of x are, or replicated.
+Sharded heads need no communication.
 
 A row that is sharded by columns has the same bits as a whole row, because the ranks exchange partial sums in fp64,
 where the order of summation does not change the rounded result. A kernel runs on each side of the all-reduce (see
@@ -41,7 +41,7 @@ def any_dtensor(*tensors: Any) -> bool:
 
 
 def part_of_columns(x: Any, residual: Any, w: Any) -> int | None:
-    """How many columns this rank has of DTensors whose rows are spread over ranks, for `explain`; otherwise None."""
+    """How many columns of each row this rank has, for `explain`; None unless these are DTensors sharded by columns."""
     if not any_dtensor(x, residual, w):
         return None
     layout, last = _layout("explain", x, residual, w), x.dim() - 1
@@ -86,7 +86,7 @@ def _backward(
     if norm.by_columns and need_dx:
         return _backward_by_columns([norm], [(dy, ds, rstd)], cast, offset, need_dw)[0]
     dy, ds, x, w, rstd = norm.local(dy), norm.local(ds), norm.local(x), norm.local_weight(w), norm.local_rstd(rstd)
-    if x.shape[-1] == 0:  # a rank without columns, which has nothing to compute if no sum of it is needed
+    if x.shape[-1] == 0:  # without columns and without need of sums over ranks, there is nothing to compute
         return norm.gradients(None, torch.zeros_like(w) if need_dw and w is not None else None)
     dx, dw = torch.ops.rmsnorm.backward.default(dy, ds, x, w, rstd, cast, offset, need_dx, need_dw)
     return norm.gradients(dx if need_dx else None, dw if need_dw and w is not None else None)
@@ -108,9 +108,9 @@ def _backward_pair(
 
 @dataclass(frozen=True)
 class _Norm:
-    """One norm of DTensors that were checked: what is normalized, and where its parts are.
+    """One norm of DTensors that were checked: its tensors, and how they are sharded.
 
-    layout: of x, the residual and what has their shape.
+    layout: that of x, the residual, and every tensor of their shape.
     """
 
     x: Any
@@ -133,7 +133,7 @@ class _Norm:
 
     @property
     def by_columns(self) -> tuple[int, ...]:
-        """The dimensions of the mesh over which each row is spread."""
+        """The dimensions of the mesh over which each row is spread; none if every rank has whole rows."""
         return tuple(i for i, p in enumerate(self.layout) if p == Shard(self.last))
 
     def local(self, t: Any) -> Any:
@@ -229,7 +229,7 @@ def _share_sums(first: _Norm, second: _Norm) -> bool:
 
 
 def _summed(sums: Sequence[Tensor], norm: _Norm) -> list[Tensor]:
-    """The sums over whole rows from each rank's sums over its columns, of several norms spread as this one."""
+    """Turn each rank's sums over its own columns into sums over whole rows, for norms that are spread as this one."""
     if len(sums) == 1:
         return [_over_ranks(sums[0], norm)]
     all_sums = _over_ranks(torch.cat([S.flatten() for S in sums]), norm)
@@ -239,7 +239,7 @@ def _summed(sums: Sequence[Tensor], norm: _Norm) -> list[Tensor]:
 
 
 def _over_ranks(S: Tensor, norm: _Norm) -> Tensor:
-    """The sum of S over the ranks over which rows are spread: the only collective."""
+    """The sum of S over the ranks that share rows, by one all-reduce along each dimension of the mesh."""
     for dim in norm.by_columns:
         summed = compat.sum_over_ranks(S, norm.mesh, dim)
         if summed is None:
@@ -253,12 +253,12 @@ def _over_ranks(S: Tensor, norm: _Norm) -> Tensor:
 
 
 def _layout(where: str, x: Any, residual: Any, w: Any) -> Layout:
-    """The layout for x and the residual: x's, or along mesh dimensions where x is not sharded, the residual's.
+    """The layout for x and the residual: x's, or the residual's along mesh dimensions where x is not sharded.
 
-    Partial placements are summed (replicated).
+    Partial placements become replicated: they are summed.
 
     Raises:
-        ValueError: if the placements or meshes do not fit together; on every rank alike.
+        ValueError: If the placements or meshes do not fit together. Every rank raises it.
     """
     present = {name: t for name, t in (("x", x), ("residual", residual), ("weight", w)) if t is not None}
     name, given = next((name, t) for name, t in present.items() if isinstance(t, DTensor))
@@ -268,8 +268,10 @@ def _layout(where: str, x: Any, residual: Any, w: Any) -> Layout:
 
     for other, t in present.items():
         if not isinstance(t, DTensor):
-            fix = f"a DTensor on {where_given()}: distribute_tensor({other}, …), parallelize_module for the norm, or, "
-            fix += "where fully_shard holds the weight, a call of the module that it was given"
+            fix = (
+                f"a DTensor on {where_given()}: use distribute_tensor({other}, …), or parallelize_module for the norm; "
+            )
+            fix += "if fully_shard has sharded the weight, call the module that was passed to fully_shard"
             raise ValueError(complaint(where, other, "is a plain tensor", fix))
         if t.device_mesh != given.device_mesh:
             was = f"is on the mesh {t.device_mesh} with placements {t.placements}"

@@ -1,10 +1,10 @@
-"""Norms whose statistic is taken over the first columns of a row only, and their operators.
+"""Norms whose statistic is taken over only the first columns of a row, and their operators.
 
     sliced_norm  ->  torch.ops.rmsnorm.slice_forward  ->  autograd: saves the rows, w and rstd
                                                       ->  dispatch.forward  ->  a kernel, or the reference
 
-The operators are opaque to compilers for the reason that operators.py states. They are apart from `forward` and
-`backward`, so that C++ and the passes of torch.compile, which do not know such norms, never meet one.
+operators.py states why the operators are opaque to compilers. They are separate from `forward` and `backward`, because
+the C++ and the passes over the graphs of torch.compile do not handle such norms and so must never get one.
 """
 
 import sys

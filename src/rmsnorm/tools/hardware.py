@@ -1,4 +1,4 @@
-"""The published peak figures of GPUs, for dense matrices, and what our kernels reach of them."""
+"""The published peak figures of GPUs, for dense matrices, and the share of them that our kernels reach."""
 
 from dataclasses import dataclass
 
@@ -53,7 +53,7 @@ class Fit:
     source: str
 
 
-# By the name that torch gives to the GPU. A test compares each with its source.
+# By torch's name of the GPU. A test compares each fit with its source.
 FITTED: dict[str, Fit] = {
     "NVIDIA H200": Fit("h200", 0.872, 5.42e-6, "the line of ours in benchmarks/results/bench-cuda.json"),
 }

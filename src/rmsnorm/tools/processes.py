@@ -61,7 +61,7 @@ def exit_on_ctrl_c() -> None:
 
 # A rank that waits longer than this for the others ends with an error.
 _TIMEOUT = datetime.timedelta(minutes=5)
-# Seconds: after the first failure, for others that tell more; to leave the group; between SIGTERM and SIGKILL.
+# Seconds: to wait after the first failure for failures that say more; to leave the group; from SIGTERM to SIGKILL.
 _SETTLE, _LEAVE, _TERMINATE = 0.5, 10.0, 5.0
 
 
@@ -225,7 +225,7 @@ def _how_it_ended(process: SpawnProcess) -> str:
     if code is None or code >= 0:
         return f"ended without a result, with the exit code {code}"
     name = signal.Signals(-code).name
-    return f"was killed by {name}" + (", which is what a system does that is out of memory" if -code == 9 else "")
+    return f"was killed by {name}" + ("; the system may be out of memory" if -code == 9 else "")
 
 
 def _end(started: list[_Started], patience: float) -> None:

@@ -1,6 +1,7 @@
-"""Plans calls of parts of rows on the CPU: the kernels of planner.py, which begin or finish a row.
+"""Plans calls of parts of rows on the CPU, with the kernels that planner.py uses for whole rows.
 
-The kernels read and write the sums S, one fp64 number a row, in place of a whole row's: see `sums` in kernels.py.
+A kernel that begins a row writes the sum of the part into S, one fp64 number a row; a kernel that finishes a row reads
+the sum over the whole row from S. See `sums` in kernels.py.
 """
 
 import functools

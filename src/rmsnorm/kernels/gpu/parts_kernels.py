@@ -1,12 +1,13 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, disable-error-code="assignment, var-annotated"
 """Rows in parts on the GPU, in Triton: what each rank computes before and after the all-reduce of the sums S.
 
-Names, pieces, words and tiles are those of kernels.py, whose arithmetic these kernels call. S holds one fp64 number a
-row. `whole` is the width of whole rows and N that of the part. Parts that are wider than a program holds are split
-into `parts` of its width: one program takes them one after the other where it needs a sum, several programs elsewhere.
+Names, pieces, words and tiles are those of kernels.py, whose functions do the arithmetic. S holds one fp64 number a
+row. `whole` is the width of whole rows, and N is the number of columns that this rank has. If N is more than a program
+holds, the columns are split into `parts` sections. In the kernels before the all-reduce, which sum over the columns,
+one program takes all sections of a row one after the other. In the kernels after it, each section has its own program.
 
-The kernels before the all-reduce take the rows from the first to the last, those after it from the last to the first:
-what was read last is still in the L2 cache.
+The kernels before the all-reduce take the rows from the first to the last, and those after it from the last to the
+first, because the rows that were read last are still in the L2 cache.
 """
 
 import triton
@@ -82,7 +83,7 @@ def finish_forward(
     EARLY: tl.constexpr, FIRST: tl.constexpr, STRIDED: tl.constexpr, MULTIPLE: tl.constexpr, WORD: tl.constexpr,
     PARTS: tl.constexpr, ROWS: tl.constexpr, APART: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """y and rstd of a tile of ROWS rows, or of one of their parts."""
+    """y and rstd of a tile of ROWS rows, or of one section of their columns."""
     N = as_multiple(N, MULTIPLE)
     tile, part = (tl.num_programs(0) - 1 - tl.program_id(0)) // parts, tl.program_id(0) % parts
     m = rows_of(tile, ROWS, APART)
@@ -141,9 +142,9 @@ def finish_backward(
     ROWS: tl.constexpr, APART: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """dx of every `programs`-th tile of ROWS rows, or of one of their parts, and their share of dw.
+    """dx of every `programs`-th tile of ROWS rows, or of one section of their columns, and their share of dw.
 
-    As in `backward_block`, STAGES tiles are loaded or processed at once, and the rows of a program have one lead.
+    As in `backward_block`, STAGES tiles are loaded or processed at once, and all rows of a program have the same lead.
     """
     N = as_multiple(N, MULTIPLE)
     program, part = tl.program_id(0) // parts, tl.program_id(0) % parts

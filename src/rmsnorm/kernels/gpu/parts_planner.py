@@ -1,4 +1,4 @@
-"""Plans calls of parts of rows on the GPU, as planner.py does those of whole rows."""
+"""Plans calls of parts of rows on the GPU, as planner.py plans calls of whole rows."""
 
 import functools
 

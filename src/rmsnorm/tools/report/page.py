@@ -1,10 +1,10 @@
-"""Draws report.html: the answer of `rmsnorm report` to look at, in one file that loads nothing.
+"""Draws report.html: the answer of `rmsnorm report` as a page, in one file that loads nothing.
 
     ReportResult -> its JSON -> Figures, roofline -> page.html.jinja -> text
 
-Every figure on the page is taken from the JSON by its path, which the page names in `data-path`, with the name of its
-format in `data-as`; `FORMATS` has the formats. torch needs jinja2, so it is always there; the drawings are SVG and
-boxes, composed by the template, so that no plotting library is needed where the report runs.
+Every figure on the page comes from the JSON. The element that shows it names its path there in `data-path`, and its
+format, one of `FORMATS`, in `data-as`. The template composes the drawings from SVG and boxes, so no plotting library is
+needed. jinja2 is always installed, because torch requires it.
 """
 
 import math
@@ -33,8 +33,8 @@ from rmsnorm.tools.report.norms import KEYS, WITH_BACKWARD
 from rmsnorm.tools.report.result import ReportResult
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
-LISTED = 120  # of more norms the page lists one of each kind, because it is to stay below 1 MB
-_DRAWN = 1000  # and of more than these it draws one of each kind
+LISTED = 120  # if there are more norms, the table lists one of each kind, so that the page stays below 1 MB
+_DRAWN = 1000  # if there are more norms, the drawing shows one of each kind
 
 # How a value of the JSON is written on the page.
 FORMATS: dict[str, Callable[[Any], str]] = {
@@ -71,7 +71,7 @@ def leaves(content: Any, path: str = "") -> Iterator[str]:
 
 
 class Figures:
-    """Takes values from the JSON of a report, and remembers which.
+    """Takes values from the JSON of a report, and remembers which ones the page has shown.
 
     Args:
         content: The JSON.
@@ -102,7 +102,7 @@ class Figures:
         return self._markup('<data data-path="{}" data-as="{}">{}</data>').format(printable(path), as_, text)
 
     def guessed(self, path: str) -> Any:
-        """As a call, in the format that the name of the value suggests."""
+        """Return what a call returns, in the format that the name of the value suggests."""
         last = path.rpartition("/")[2]
         value = self.value(path)
         if isinstance(value, bool | str):
@@ -113,7 +113,7 @@ class Figures:
         return self(path, named or ("whole" if isinstance(value, int) else "number"))
 
     def rest(self, skip: Iterable[str]) -> list[str]:
-        """Return the paths of all values that are not shown yet, without those that begin with one of `skip`."""
+        """Return the paths of all values that the page has not shown yet, but none that begins with one of `skip`."""
         ignored = tuple(skip)
         return [path for path in leaves(self.content) if path not in self.shown and not path.startswith(ignored)]
 
@@ -128,7 +128,7 @@ class Bar:
     label: str
     as_: str
     bars: tuple[tuple[str, str, float], ...]
-    more: str = ""  # the path of a factor, which is written beside the label
+    more: str = ""  # the path of a factor that is written beside the label
 
 
 def _bar(figures: Figures, label: str, as_: str, named: Iterable[tuple[str, str]], more: str = "") -> Bar | None:
@@ -179,7 +179,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Roofline:
-    """Speed over bytes, both on logarithmic scales, in the units of an SVG of this size.
+    """A drawing of speed over bytes, both on logarithmic scales. Positions are in the units of the SVG.
 
     Attributes:
         width: The width of the drawing.
@@ -188,9 +188,9 @@ class Roofline:
         copies: The copies that were measured.
         line: The speed of a copy of any size, as points of a polyline; "" if no copy was measured.
         predicted: The predicted speed of one kernel of ours, likewise.
-        roof: Where the published bandwidth is, and its words; None if it is unknown.
-        across: The ticks of the bytes: position and words.
-        up: The ticks of the speed.
+        roof: The position of the published bandwidth, and its label; None if it is unknown.
+        across: The ticks of the bytes: position and label.
+        up: The ticks of the speed, likewise.
     """
 
     width: int
@@ -216,7 +216,7 @@ def roofline(content: dict[str, Any], width: int, height: int) -> Roofline | Non
         height: The height of the drawing.
 
     Returns:
-        The drawing; None if no norm was timed whose bytes are known.
+        The drawing; None if the bytes of no timed norm are known.
     """
     points = list(_points(content))
     if not points:
@@ -279,7 +279,7 @@ class _Scale:
         return self._start + part * (self._end - self._start)
 
     def ticks(self, most: int) -> list[float]:
-        """Return round values within the scale, about as many as `most` at most."""
+        """Return round values within the scale, at most about `most` of them."""
         powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         for parts in ((1, 2, 5), (1, 3), (1,)):
             found = [p * 10.0**power for power in powers for p in parts if self.low <= p * 10.0**power <= self.high]
@@ -293,7 +293,7 @@ class _Scale:
 
 @dataclass(frozen=True)
 class Strip:
-    """The paired differences of a step on a line: positions in percent, what is at its ends, zero, and the median."""
+    """The paired differences of a step on a line: positions in percent, labels of its ends, zero, and the median."""
 
     title: str
     key: str
@@ -322,7 +322,7 @@ def _strips(result: ReportResult) -> Iterator[Strip]:
 
 
 def _ends(low: float, high: float) -> tuple[str, str]:
-    """Return the longest times by which ours was slower and faster, in words."""
+    """Return the most by which a step with our norms was slower and faster, in words."""
     return (f"{duration(-low, 3)} slower" if low < 0 else "", f"{duration(high, 3)} faster" if high > 0 else "")
 
 
@@ -330,7 +330,7 @@ def _ends(low: float, high: float) -> tuple[str, str]:
 
 
 def check() -> None:
-    """Check that a page could be drawn. Raises CommandError if jinja2 is missing, without which torch is incomplete."""
+    """Check that a page can be drawn. Raises CommandError if jinja2, which torch requires, is missing."""
     try:
         import jinja2  # noqa: F401
     except ImportError:
@@ -344,7 +344,7 @@ def html(result: ReportResult) -> str:
         result: The report.
 
     Returns:
-        HTML with its style sheet and its drawings, which loads nothing and runs no script.
+        HTML that contains its style sheet and its drawings, loads nothing, and runs no script.
     """
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
@@ -369,7 +369,7 @@ def html(result: ReportResult) -> str:
 
 
 def _listed(result: ReportResult) -> list[int]:
-    """Return which norms get a row: all, or of many the first of each kind."""
+    """Return the numbers of the norms that get a row: all, or if there are many, the first of each kind."""
     if len(result.norms) <= LISTED:
         return list(range(len(result.norms)))
     first: dict[Any, int] = {}

@@ -1,8 +1,10 @@
-"""How long our norms are expected to take, from the bytes that they move and what this device is known to reach.
+"""Predicts how long our norms take, from the bytes that they move and the speed that this device is known to reach.
 
-    ours, counted by `cost` -> Work;  a GPU in `hardware.FITTED`, or a copy on this machine -> Rate;  both -> seconds
+    our kernels, counted by `cost`                        -> Work
+    a GPU in `hardware.FITTED`, or copies on this machine -> Rate
+    Work and Rate                                         -> seconds
 
-Nothing here is fitted to the norms of the report itself, so the error says something.
+Nothing here is fitted to the norms of the report, so the error shows what the formula leaves out.
 """
 
 from collections.abc import Iterable
@@ -39,8 +41,7 @@ def work_of(n: NormResult, mode: Mode, device: str) -> Work | None:
         device: "cpu" or "cuda".
 
     Returns:
-        The counts. None for a norm that is not counted: one that was not reached, that has a gate, or whose input is
-        float64.
+        The counts; None for a norm that was not proven or not reached, that has a gate, or whose input is float64.
     """
     spec = n.verdict.spec
     if spec is None or spec.gate is not None or not n.calls or n.width is None or n.dtype not in _COUNTED:
@@ -60,10 +61,10 @@ def work_of(n: NormResult, mode: Mode, device: str) -> Work | None:
 
 @dataclass(frozen=True)
 class CopyLine:
-    """Copies on the device, and the line time = fixed + bytes / speed through their times.
+    """Copies on the device, and the line time = fixed + bytes / speed that is fitted to their times.
 
     Attributes:
-        sizes: The bytes that a copy reads and writes, and its seconds.
+        sizes: For each copy the bytes that it reads and writes together, and its seconds.
     """
 
     sizes: tuple[tuple[int, float], ...]
@@ -77,7 +78,7 @@ class CopyLine:
         return (max(0.0, fixed), 1 / per_byte) if per_byte > 0 else None
 
     def seconds(self, moved: float) -> float | None:
-        """Return how long a copy of as many bytes takes, from the line."""
+        """Return how long a copy that moves so many bytes takes, according to the line."""
         return None if self.fit is None else self.fit[0] + moved / self.fit[1]
 
     def to_json(self) -> dict[str, Any]:
@@ -104,8 +105,8 @@ def measure_copies(device: torch.device, norms: Iterable[NormResult], seconds: f
         seconds: The time limit for all copies together.
 
     Returns:
-        The copies, from a small one to one that moves as much as the norm that moves most; None without norms whose
-        bytes are known.
+        The copies, from a small one up to the bytes of the norm that moves most; None if the bytes of no norm are
+        known.
     """
     works = [work for n in norms for mode in _PHASES if (work := work_of(n, mode, device.type)) is not None]
     if not works:
@@ -129,9 +130,9 @@ class Rate:
     """What our kernels are expected to reach: seconds = kernels · launch + bytes / (efficiency · bandwidth).
 
     Attributes:
-        name: Which bandwidth that is.
+        name: What `bandwidth` is, in words.
         bandwidth: Bytes per second.
-        efficiency: The share of it that our kernels are expected to reach.
+        efficiency: The share of the bandwidth that our kernels are expected to reach.
         launch: The seconds that a kernel takes besides moving its bytes.
         source: Where efficiency and launch come from.
     """
@@ -162,11 +163,11 @@ def rate_on(facts: dict[str, Any], copy: CopyLine | None) -> Rate | None:
 
     Args:
         facts: What `machine.describe` returned.
-        copy: The copies that were timed there, if any.
+        copy: The copies that were timed on that device, if any.
 
     Returns:
-        For a GPU in `hardware.FITTED` its published bandwidth and the efficiency that was fitted. Elsewhere the speed
-        of a copy in the same run, at an efficiency of 1; None if that is unknown, too.
+        For a GPU in `hardware.FITTED` its published bandwidth and the fitted efficiency. For any other device the speed
+        of copies in the same run and an efficiency of 1; None without copies.
     """
     fitted = FITTED.get(facts["gpu"]["name"]) if facts["gpu"] else None
     if fitted is not None:
@@ -189,7 +190,7 @@ class Prediction:
 
     @property
     def error(self) -> float | None:
-        """Predicted relative to measured, less 1; None if no time was measured."""
+        """(predicted - measured) / measured; None if the measured time is 0."""
         return self.predicted / self.measured - 1 if self.measured else None
 
     def to_json(self) -> dict[str, Any]:
@@ -198,7 +199,7 @@ class Prediction:
 
 
 def predict(norms: Iterable[NormResult], mode: Mode, device: str, rate: Rate | None) -> float | None:
-    """Predict the seconds of all calls of norms; None if one of them is not counted, or without any."""
+    """Predict the seconds of all calls of some norms; None if there are none, or if one of them is not counted."""
     seconds = 0.0
     known = False
     for n in norms:

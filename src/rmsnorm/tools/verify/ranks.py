@@ -75,8 +75,8 @@ def assign_shardings(rows: list[SweepRow], world: int) -> list[SweepRow]:
             ),
         )
         for i, row in enumerate(rows)
-        # The operator that adds gradients and gated norms have no rule for sharded tensors; if each head has its own
-        # weight, dw has parts of another kind.
+        # Gated norms and the operator that adds gradients have no rule for sharded tensors. If each head has its own
+        # weight, dw is sharded in a way that is not compared here.
         if not row.cases[0].summands and row.cases[0].gate is None and row.cases[0].heads == 1
     ]
 
