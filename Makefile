@@ -12,7 +12,8 @@ PINS := $(VENV)/constraints.txt
 TORCH_FOR_PIP := $(if $(filter 0% 1% 2% 3% 4% 5% 6% 7% 8% 9%,$(TORCH)),torch==$(TORCH),$(TORCH))
 
 # The tests whose outcome could depend on how a processor sums and takes roots, if a verdict or bound were wrong.
-SENSITIVE := tests/patching tests/test_properties.py tests/test_reference.py
+SENSITIVE := $(patsubst %,tests/patching/test_%.py,proof prove verdicts gated_norms torch_norm) tests/test_properties.py \
+	tests/test_reference.py
 
 .PHONY: setup report test test-compiled test-gpu-code test-short test-processors test-sanitizers test-integrations test-mutants check audit bench tables docs test-gpu
 
