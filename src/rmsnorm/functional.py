@@ -19,7 +19,7 @@ from rmsnorm.ops.autograd import needs_gradient, norm
 from rmsnorm.ops.dispatch import is_plain, load_sharding
 from rmsnorm.ops.gated import gated_norm
 from rmsnorm.ops.pairs import norms
-from rmsnorm.ops.slices import sliced_norm
+from rmsnorm.ops.slices import refuse_shards, sliced_norm
 from rmsnorm.spec import (
     DTYPES,
     Activation,
@@ -299,6 +299,7 @@ def explain(
         TypeError: As in `rms_norm` and `gated_rms_norm`, and if a layer without a gate is given one.
         ValueError: As in `rms_norm` and `gated_rms_norm`, and if a gate is given with a residual, an offset or a
             variance_size.
+        NotImplementedError: If a variance_size is given for DTensors.
 
     Example:
         >>> rmsnorm.explain(torch.ones(2, 8, dtype=torch.float64), torch.ones(8))[:12]
@@ -319,6 +320,8 @@ def explain(
     spec = spec_of("explain", eps, cast, offset, variance_size)
     check_tensors("explain", x, residual, weight, offset)
     check_variance_size("explain", variance_size, x)
+    if variance_size is not None:
+        refuse_shards("explain", x, residual, weight)
     plain = is_plain(x, residual, weight)
     given: list[Any] = [x, residual, weight]
     if not plain:

@@ -1032,8 +1032,10 @@ def unsuitable_placements_raise(mesh: DeviceMesh) -> None:
         with pytest.raises(ValueError, match=rf"^\[{call.__name__}\] ") as raised:
             call(*arguments)
         assert all(word in str(raised.value) for word in words), raised.value
-    with pytest.raises(NotImplementedError, match=r"\[rms_norm\] variance_size is given, expected None for a DTensor"):
-        rmsnorm.rms_norm(rows, w_every, variance_size=16)
+    for sliced in (rmsnorm.rms_norm, rmsnorm.explain):
+        words = rf"\[{sliced.__name__}\] variance_size is given, expected None for a DTensor"
+        with pytest.raises(NotImplementedError, match=words):
+            sliced(rows, w_every, variance_size=16)
     sharded = fully_shard(Block(), mesh=mesh)
     with pytest.raises(ValueError, match="call of the module"):
         sharded.norm(x.view(-1, 8, 96)[..., :N])

@@ -31,6 +31,7 @@ from rmsnorm.spec import (
     check_spec,
     check_tensors,
     check_variance_size,
+    constant_offset,
     result_dtype,
     spec_of,
     sum_dtype,
@@ -59,9 +60,11 @@ def sliced_norm(
         NotImplementedError: For a DTensor.
     """
     where = caller(residual)
-    check_spec(where, eps, cast, offset)
-    _refuse_shards(where, x, residual, w)
     symbolic = torch.compiler.is_compiling()
+    if symbolic:
+        offset = constant_offset(offset)
+    check_spec(where, eps, cast, offset)
+    refuse_shards(where, x, residual, w)
     check_tensors(where, x, residual, w, offset, symbolic)
     check_variance_size(where, variance_size, x, symbolic)
     args = x, residual, w, float(eps), cast, float(offset), int(variance_size)
@@ -74,7 +77,7 @@ def sliced_norm(
     return y, s
 
 
-def _refuse_shards(where: str, *tensors: Tensor | None) -> None:
+def refuse_shards(where: str, *tensors: Tensor | None) -> None:
     """Raise NotImplementedError for a DTensor: the operators have no rule for its placements."""
     sharding = sys.modules.get("torch.distributed.tensor")
     if sharding is not None and any(isinstance(t, sharding.DTensor) for t in tensors):
