@@ -16,7 +16,7 @@ from rmsnorm.kernels.host import loader as host
 from rmsnorm.kernels.plan import BeginForward, ByReference, FinishForward, Forward, GatedForward, Plan
 from rmsnorm.ops import eager_recomputation
 from rmsnorm.ops.autograd import needs_gradient, norm
-from rmsnorm.ops.dispatch import is_plain, load_sharding
+from rmsnorm.ops.dispatch import is_plain, load_sharding, refuse_dtensors
 from rmsnorm.ops.gated import gated_norm
 from rmsnorm.ops.pairs import norms
 from rmsnorm.ops.slices import sliced_norm
@@ -246,6 +246,7 @@ def gated_rms_norm(
     Raises:
         TypeError: If an argument is of a type or dtype that is not allowed; the message names it.
         ValueError: If shapes, devices, eps, cast, activation or groups are not allowed; the message names the argument.
+        NotImplementedError: If a tensor is a DTensor.
 
     Example:
         >>> x, gate = torch.randn(2, 2, 8, dtype=torch.bfloat16)
@@ -299,6 +300,7 @@ def explain(
         TypeError: As in `rms_norm` and `gated_rms_norm`, and if a layer without a gate is given one.
         ValueError: As in `rms_norm` and `gated_rms_norm`, and if a gate is given with a residual, an offset or a
             variance_size.
+        NotImplementedError: If a gate or a variance_size is given with DTensors.
 
     Example:
         >>> rmsnorm.explain(torch.ones(2, 8, dtype=torch.float64), torch.ones(8))[:12]
@@ -319,6 +321,8 @@ def explain(
     spec = spec_of("explain", eps, cast, offset, variance_size)
     check_tensors("explain", x, residual, weight, offset)
     check_variance_size("explain", variance_size, x)
+    if variance_size is not None:
+        refuse_dtensors("explain", "variance_size", x, residual, weight)
     plain = is_plain(x, residual, weight)
     given: list[Any] = [x, residual, weight]
     if not plain:
@@ -405,6 +409,7 @@ def _explain_gated(
 ) -> str:  # fmt: skip
     spec = gated_spec("explain", eps, cast, activation, gate_first, groups)
     check_gated("explain", x, gate, weight, groups)
+    refuse_dtensors("explain", "gate", x, gate, weight)
     plain = is_plain(x, gate, weight)
     x_, gate_, weight_ = (x, gate, weight) if plain else map(_without_memory, (x, gate, weight))
     rows, gate_rows = grouped(x_, groups), grouped(gate_, groups)

@@ -24,7 +24,6 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*KERNEL_DTYPES, torch.float64)
 MOST_SUMMANDS = 3  # gradients that one backward pass adds: those of the projections to q, k and v
 PAIR, GATED = "rms_norms", "gated_rms_norm"  # the functions for several norms and for gated ones, for messages
-LARGEST_EPS = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Spec:
     - *exact*: the statistic with an fp64 sum and correctly rounded steps, the same on every device. We compute this.
 
     Attributes:
-        eps: Added to the mean of squares. A number from 0 to `LARGEST_EPS`.
+        eps: Added to the mean of squares. A number that `may_be_eps`.
         cast: "early", "late" or "first"; with a gate not "first".
         offset: Added to the weight in fp32, 0 or 1. An offset of 1 requires "late".
         gate: What is done with a gate; None for a norm without one. Not with an offset.
@@ -264,6 +263,21 @@ def check_groups(where: str, groups: object) -> int:
     return check_int(where, "groups", groups, 1)
 
 
+def may_be_eps(value: float) -> bool:
+    """Whether a number is at least 0 and at most the largest that fp32 can hold."""
+    # The limit is no global, because torch.compile would read it as `constant_offset` describes.
+    return 0.0 <= value <= 3.4028234663852886e38
+
+
+def constant_offset(offset: float) -> float:
+    """The offset as a constant of the graph, for code that torch.compile traces.
+
+    With dynamic=True, torch.compile takes a float from a default, a global or a closure as an input of the graph, and
+    fails if code under two activation checkpoints reads it. A look-up makes it guard on the value instead.
+    """
+    return {0.0: 0.0, 1.0: 1.0}.get(offset, offset) if type(offset) is float else offset
+
+
 def check_spec(where: str, eps: float, cast: str, offset: float) -> None:
     """Check what a `Spec` holds.
 
@@ -277,13 +291,13 @@ def check_spec(where: str, eps: float, cast: str, offset: float) -> None:
         TypeError: If eps or the offset is not a number.
         ValueError: If one has a value that is not allowed, or the offset is 1 without "late".
     """
-    if type(eps) is float and 0.0 <= eps <= LARGEST_EPS and offset == 0.0 and cast in CASTS:
+    if type(eps) is float and may_be_eps(eps) and offset == 0.0 and cast in CASTS:
         return  # nearly every call
     for name, value in (("eps", eps), ("offset", offset)):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             torchs = "; F.rms_norm's None is torch.finfo(torch.float32).eps" if name == "eps" and value is None else ""
             raise TypeError(complaint(where, name, f"is {type_name(value)}", f"a number{torchs}"))
-    if not 0.0 <= eps <= LARGEST_EPS:
+    if not may_be_eps(eps):
         raise ValueError(complaint(where, "eps", f"is {eps}", "a number of at least 0 that fp32 can hold"))
     if cast not in CASTS:
         raise ValueError(complaint(where, "cast", f"is {cast!r}", "'early', 'late' or 'first'"))

@@ -11,7 +11,7 @@ import operator
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,33 @@ class Chain(nn.Module):
         x = x + self.patched(x)
         y, x = rmsnorm.add_rms_norm(self.own(x), x, self.weight)
         return x + rmsnorm.rms_norm(y, self.weight, cast="late", offset=1.0)
+
+
+class GemmaRMSNorm(nn.Module):
+    """The form of Gemma's classes; `patch` replaces it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.randn(N)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        return (y * (1.0 + self.weight.float())).type_as(x)
+
+
+class Checkpointed(nn.Module):
+    """Norms, each under a checkpoint of its own, and a norm outside of them."""
+
+    def __init__(self, norms: Iterable[Callable[[Tensor], Tensor]]) -> None:
+        super().__init__()
+        self.norms = list(norms)
+        self.layers = nn.ModuleList(norm for norm in self.norms if isinstance(norm, nn.Module))
+
+    def forward(self, x: Tensor) -> Tensor:
+        *first, last = self.layers or self.norms
+        for norm in first:
+            x = checkpoint(norm, x, use_reentrant=False)
+        return last(x)
 
 
 @functools.cache
@@ -303,6 +330,29 @@ def test_gradient_checkpointing(decoder, x) -> None:
     decoder.wrapped = lambda layer: functools.partial(checkpoint, layer, use_reentrant=False)
     assert_all_same(trained(decoder, decoder, x), expected)
     assert_all_same(trained(torch.compile(decoder, fullgraph=True), decoder, x), expected)
+
+
+NORMS: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
+    "a layer": lambda: rmsnorm.RMSNorm(N),
+    "a layer with an offset": lambda: rmsnorm.RMSNorm(N, cast="late", offset=1.0),
+    "a layer with a variance_size": lambda: rmsnorm.RMSNorm(N, variance_size=8),
+    "the published class": lambda: rmsnorm.DeepseekV2RMSNorm(N),
+    "a replaced norm": LlamaRMSNorm,
+    "a replaced norm with an offset": GemmaRMSNorm,
+    "rms_norm": lambda: lambda x: rmsnorm.rms_norm(x, None, 1.0),
+    "rms_norm with a variance_size": lambda: lambda x: rmsnorm.rms_norm(x, None, 1.0, variance_size=8),
+    "add_rms_norm": lambda: lambda x: rmsnorm.add_rms_norm(x, x, None, 1.0)[0],
+    "rms_norms": lambda: lambda x: sum(rmsnorm.rms_norms([x, -x], None, 1.0), x),
+    "gated_rms_norm": lambda: lambda x: rmsnorm.gated_rms_norm(x, x, None, 1.0),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms_under_several_checkpoints_compile_with_dynamic_floats(norm: str, x) -> None:
+    """With dynamic=True, torch fails if code under two checkpoints reads one float as an input of the graph."""
+    model = Checkpointed(NORMS[norm]() for _ in range(3))
+    assert len(rmsnorm.patch(model, strict=False).replaced) == (3 if "replaced" in norm else 0)
+    assert_as_eager(torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True), model, x)
 
 
 @pytest.mark.parametrize(("norms", "others", "recomputed"), [("SAVE", "RECOMPUTE", 0), ("RECOMPUTE", "SAVE", 5)])

@@ -1032,8 +1032,15 @@ def unsuitable_placements_raise(mesh: DeviceMesh) -> None:
         with pytest.raises(ValueError, match=rf"^\[{call.__name__}\] ") as raised:
             call(*arguments)
         assert all(word in str(raised.value) for word in words), raised.value
-    with pytest.raises(NotImplementedError, match=r"\[rms_norm\] variance_size is given, expected None for a DTensor"):
-        rmsnorm.rms_norm(rows, w_every, variance_size=16)
+    for call, arguments, named, argument in (
+        (rmsnorm.rms_norm, (rows, w_every), {"variance_size": 16}, "variance_size"),
+        (rmsnorm.explain, (rows, w_every), {"variance_size": 16}, "variance_size"),
+        (rmsnorm.gated_rms_norm, (rows, rows, w_every), {}, "gate"),
+        (rmsnorm.explain, (rows, w_every), {"gate": rows}, "gate"),
+    ):
+        words = rf"\[{call.__name__}\] {argument} is given with DTensors, expected plain tensors"
+        with pytest.raises(NotImplementedError, match=words):
+            call(*arguments, **named)
     sharded = fully_shard(Block(), mesh=mesh)
     with pytest.raises(ValueError, match="call of the module"):
         sharded.norm(x.view(-1, 8, 96)[..., :N])

@@ -30,6 +30,7 @@ from rmsnorm.spec import (
     check_saved,
     check_spec,
     check_tensors,
+    constant_offset,
     result_dtype,
     spec_of,
 )  # fmt: skip
@@ -87,6 +88,7 @@ def norm(
         check_tensors(where, x, residual, w, offset, symbolic=torch.compiler.is_compiling())
         return plain_forward(x, residual, w, eps, cast, offset, with_rstd=False)
     if torch.compiler.is_compiling():  # the compiler traces the operator, which has its own autograd rule
+        offset = constant_offset(offset)
         check_spec(where, eps, cast, offset)
         check_tensors(where, x, residual, w, offset, symbolic=True)
         load_sharding()

@@ -8,6 +8,7 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from rmsnorm import compat
+from rmsnorm.errors import complaint
 
 _PLAIN_TYPES = (Tensor, Parameter)
 
@@ -45,6 +46,14 @@ def are_dtensors(*tensors: Tensor | None) -> bool:
 
     given = [t for t in tensors if t is not None]
     return bool(given) and all(isinstance(t, DTensor) for t in given)
+
+
+def refuse_dtensors(where: str, argument: str, *tensors: Tensor | None) -> None:
+    """Raise NotImplementedError for a DTensor: operators that take this argument have no rule for its placements."""
+    sharding = sys.modules.get("torch.distributed.tensor")
+    if sharding is not None and any(isinstance(t, sharding.DTensor) for t in tensors):
+        expected = "plain tensors: replicate them in the last dimension, and pass to_local() of each"
+        raise NotImplementedError(complaint(where, argument, "is given with DTensors", expected))
 
 
 def exported_to_onnx() -> bool:

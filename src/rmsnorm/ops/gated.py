@@ -17,7 +17,7 @@ from rmsnorm.kernels.host import loader as host
 from rmsnorm.ops.autograd import needs_gradient
 from rmsnorm.ops.batching import Outputs, call_by_sample, vmap_by_sample
 from rmsnorm.ops.derivatives import autograd_kernel, reverse_only, saved_tensors, undifferentiable
-from rmsnorm.ops.dispatch import exported_to_onnx, load_sharding, without_none
+from rmsnorm.ops.dispatch import exported_to_onnx, refuse_dtensors, without_none
 from rmsnorm.ops.plain import plain_gated_forward
 from rmsnorm.spec import (
     GATED,
@@ -53,7 +53,7 @@ def gated_norm(
     """Checks the arguments, computes y, and records it for autograd if necessary."""
     check_gate(GATED, eps, cast, activation, gate_first, groups)
     check_gated(GATED, x, gate, w, groups, symbolic=torch.compiler.is_compiling())
-    load_sharding()
+    refuse_dtensors(GATED, "gate", x, gate, w)
     if exported_to_onnx():
         return plain_gated_forward(x, gate, w, eps, cast, activation, gate_first, groups, with_rstd=False)[0]
     args = x, gate, w, float(eps), cast, activation, gate_first, int(groups)

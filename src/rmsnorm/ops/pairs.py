@@ -26,6 +26,7 @@ from rmsnorm.spec import (
     check_pair_gradients,
     check_spec,
     check_tensors,
+    constant_offset,
     result_dtype,
     spec_of,
 )  # fmt: skip
@@ -52,6 +53,8 @@ def norms(
     Two norms of DTensors share an all-reduce if their rows are spread over the same ranks, also where autograd records.
     """
     compiling = torch.compiler.is_compiling()
+    if compiling:
+        offset = constant_offset(offset)
     check_spec(PAIR, eps, cast, offset)
     for x, w in zip(xs, weights, strict=True):
         check_tensors(PAIR, x, None, w, offset, symbolic=compiling)

@@ -7,20 +7,18 @@ operators.py states why the operators are opaque to compilers. They are separate
 the C++ and the passes over the graphs of torch.compile do not handle such norms and so must never get one.
 """
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rmsnorm import compat
-from rmsnorm.errors import complaint
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
 from rmsnorm.ops.autograd import needs_gradient
 from rmsnorm.ops.batching import vmap_by_sample
 from rmsnorm.ops.derivatives import autograd_kernel, reverse_only, saved_tensors, undifferentiable
-from rmsnorm.ops.dispatch import exported_to_onnx, without_none
+from rmsnorm.ops.dispatch import exported_to_onnx, refuse_dtensors, without_none
 from rmsnorm.ops.plain import plain_slice_forward
 from rmsnorm.spec import (
     Cast,
@@ -31,6 +29,7 @@ from rmsnorm.spec import (
     check_spec,
     check_tensors,
     check_variance_size,
+    constant_offset,
     result_dtype,
     spec_of,
     sum_dtype,
@@ -59,9 +58,11 @@ def sliced_norm(
         NotImplementedError: For a DTensor.
     """
     where = caller(residual)
-    check_spec(where, eps, cast, offset)
-    _refuse_shards(where, x, residual, w)
     symbolic = torch.compiler.is_compiling()
+    if symbolic:
+        offset = constant_offset(offset)
+    check_spec(where, eps, cast, offset)
+    refuse_dtensors(where, "variance_size", x, residual, w)
     check_tensors(where, x, residual, w, offset, symbolic)
     check_variance_size(where, variance_size, x, symbolic)
     args = x, residual, w, float(eps), cast, float(offset), int(variance_size)
@@ -72,14 +73,6 @@ def sliced_norm(
     else:
         y, s, _ = torch.ops.rmsnorm.slice_forward.default(*args, needs_gradient(x, residual, w))
     return y, s
-
-
-def _refuse_shards(where: str, *tensors: Tensor | None) -> None:
-    """Raise NotImplementedError for a DTensor: the operators have no rule for its placements."""
-    sharding = sys.modules.get("torch.distributed.tensor")
-    if sharding is not None and any(isinstance(t, sharding.DTensor) for t in tensors):
-        expected = "None for a DTensor: replicate x and the weight, and call with x.to_local() and weight.to_local()"
-        raise NotImplementedError(complaint(where, "variance_size", "is given", expected))
 
 
 def _run_forward(

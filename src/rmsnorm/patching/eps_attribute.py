@@ -7,7 +7,7 @@ import torch
 
 from rmsnorm.patching.probe import NotProven, Probe
 from rmsnorm.patching.states import State
-from rmsnorm.spec import LARGEST_EPS, Spec
+from rmsnorm.spec import Spec, may_be_eps
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ def find_eps_attribute(probe: Probe, spec: Spec) -> EpsAttribute:
         if type(value) not in (int, float) and not (value is None and name == "eps"):
             continue
         doubled = 0.0 if value is None else float(value) * 2  # type: ignore[arg-type]
-        in_code = {n for n in probe.constants if 0 <= n <= LARGEST_EPS}
+        in_code = {n for n in probe.constants if may_be_eps(n)}
         others = {0.0, 1.0, 0.0078125, 3.3e-9, doubled + 0.0078125, *in_code}
         with contextlib.suppress(NotProven):
             if all(_follows(probe, spec, name, other) for other in sorted(others)):

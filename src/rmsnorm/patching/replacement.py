@@ -24,7 +24,7 @@ from rmsnorm.ops.dispatch import exported_to_onnx
 from rmsnorm.patching.eligibility import forward_parameters
 from rmsnorm.patching.rule import Dtypes, Rule, dtype_name, dtypes_in_words, kind_in_words
 from rmsnorm.patching.stand_in import Absent, InFront, Method, identity, is_plain, put_in_front
-from rmsnorm.spec import DTYPES, LARGEST_EPS, NO_HINTS, Hints, Spec
+from rmsnorm.spec import DTYPES, NO_HINTS, Hints, Spec, may_be_eps
 
 # --- the class of a replaced norm ----------------------------------------------------------------------------
 
@@ -174,7 +174,7 @@ def forward_by_rule(rule: Rule, own_forward: Callable[..., Tensor], hints: Hints
     def forward(self: Any, x: Tensor) -> Tensor:
         w = weight_of(self) if weighted else None
         eps = getattr(self, eps_attribute, Absent)
-        if type(eps) is not float or not 0.0 <= eps <= LARGEST_EPS:
+        if type(eps) is not float or not may_be_eps(eps):
             eps = rule.eps(eps)
         if eps is None or (w is None and weighted) or (attributes and _why_changed(rule, self, w, eps) is not None):
             return own_forward(self, x)

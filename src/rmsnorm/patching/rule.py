@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from rmsnorm import compat
-from rmsnorm.spec import DTYPES, LARGEST_EPS, Cast, Gate, Spec
+from rmsnorm.spec import DTYPES, Cast, Gate, Spec, may_be_eps
 
 # The dtypes in which a norm must be proven where input and weight share one. For other pairs of dtypes, and in fp64,
 # its own forward may run.
@@ -71,7 +71,7 @@ class Rule:
         """The eps that a value of `eps_attribute` means; None if it is not a valid eps."""
         if value is None and self.none_is_torch_eps:
             return torch.finfo(torch.float32).eps
-        if type(value) in (int, float) and 0 <= value <= LARGEST_EPS:  # type: ignore[operator]
+        if type(value) in (int, float) and may_be_eps(value):  # type: ignore[arg-type]
             return float(value)  # type: ignore[arg-type]
         return None
 

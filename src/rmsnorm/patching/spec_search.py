@@ -13,7 +13,7 @@ from rmsnorm.patching.observe import Observation
 from rmsnorm.patching.probe import NotProven, Probe
 from rmsnorm.patching.rule import TRAINING_DTYPES
 from rmsnorm.patching.states import State, all_modes
-from rmsnorm.spec import LARGEST_EPS, Cast, Gate, Spec
+from rmsnorm.spec import Cast, Gate, Spec, may_be_eps
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _observed_eps(seen: Observation, shape: tuple[int, ...]) -> float | None:
 
 def _candidates(probe: Probe, seen: Observation, eps: float | None) -> list[Spec]:
     """The specs that a norm with this eps may compute; none if it is not a valid eps."""
-    if eps is None or not 0 <= eps <= LARGEST_EPS:
+    if eps is None or not may_be_eps(eps):
         return []
     if probe.gated:
         return _gated_candidates(probe, seen, eps)

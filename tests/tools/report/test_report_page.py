@@ -252,6 +252,16 @@ def broken(**changes: Any) -> str:
     return json.dumps(a_measured_result().to_json() | changes)
 
 
+def damaged(*path: str | int, **changes: Any) -> str:
+    """A stored report with other values at this place."""
+    content = json.loads(json.dumps(a_measured_result().to_json()))
+    place: Any = content
+    for key in path:
+        place = place[key]
+    place.update(changes)
+    return json.dumps(content)
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -263,6 +273,10 @@ def broken(**changes: Any) -> str:
         (broken(norms=None), "give the report.json of a run"),
         (broken(machine={}), "give the report.json of a run"),
         (broken(forward_step={"rounds_us": [["a", "b"]]}), "give the report.json of a run"),
+        (damaged("machine", commit=-1), "give the report.json of a run"),
+        (damaged("model", tokens="many"), "give the report.json of a run"),
+        (damaged("model", parameters=[]), "give the report.json of a run"),
+        (damaged("norms", 0, name=None), "give the report.json of a run"),
         (None, "No such file"),
     ],
 )

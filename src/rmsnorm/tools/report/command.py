@@ -57,7 +57,7 @@ def report(
         budget.finish("loading")
         result = ReportRun(target, where, built, tokens, budget, say, every_layer, compiled).result()
     results.write_json(out / results.REPORT_FILE, result.to_json())
-    _write_page(out, result)
+    results.write_whole(out / results.REPORT_PAGE, page.html(result).encode())
     return result
 
 
@@ -76,20 +76,18 @@ def draw_stored(path: Path, out: Path, *, every_layer: bool = False) -> ReportRe
         CommandError: If the file cannot be read or is not the JSON of a report, or the page cannot be written.
     """
     page.check()
+    from jinja2 import TemplateError
+
     results.check_file(out / results.REPORT_PAGE, "--out")
     try:
         result = ReportResult.from_json(json.loads(path.read_text(encoding="utf-8")), every_layer)
-        result.to_json()  # counts what the norms move, which fails for sizes that are none
+        drawn = page.html(result).encode()  # fails for values that are not what they should be
     except OSError as error:
         raise CommandError(f"--from {path}: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, TemplateError):
         raise CommandError(f"--from {path}: give the report.json of a run of rmsnorm report") from None
-    _write_page(out, result)
+    results.write_whole(out / results.REPORT_PAGE, drawn)
     return result
-
-
-def _write_page(out: Path, result: ReportResult) -> None:
-    results.write_whole(out / results.REPORT_PAGE, page.html(result).encode())
 
 
 def _check_options(tokens: int, seconds: float) -> None:
