@@ -106,8 +106,12 @@ def report_and_wait(rank: Rank) -> None:
 
 def test_ctrl_c_ends_the_ranks() -> None:
     """Also if only the parent is interrupted."""
-    with pytest.raises(KeyboardInterrupt):
-        processes.run_ranks(report_and_wait, (), 2, "cpu", lambda: os.kill(os.getpid(), signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background ignores
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            processes.run_ranks(report_and_wait, (), 2, "cpu", lambda: os.kill(os.getpid(), signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert multiprocessing.active_children() == []
 
 
