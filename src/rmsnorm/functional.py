@@ -16,7 +16,7 @@ from rmsnorm.kernels.host import loader as host
 from rmsnorm.kernels.plan import BeginForward, ByReference, FinishForward, Forward, GatedForward, Plan
 from rmsnorm.ops import eager_recomputation
 from rmsnorm.ops.autograd import needs_gradient, norm
-from rmsnorm.ops.dispatch import is_plain, load_sharding, refuse_dtensors
+from rmsnorm.ops.dispatch import any_dtensor, is_plain, load_sharding, refuse_dtensors
 from rmsnorm.ops.gated import gated_norm
 from rmsnorm.ops.pairs import norms
 from rmsnorm.ops.slices import sliced_norm
@@ -342,7 +342,7 @@ def explain(
         lines.append(_SUM_BEFORE_THE_KERNEL)
     if not plain:
         lines.append(_THROUGH_THE_OPERATORS)
-        if _are_dtensors(*given):
+        if any_dtensor(*given):
             lines.append("each rank takes its own rows, without communication")
     return "; ".join(lines)
 
@@ -440,21 +440,13 @@ def _described(plan: Plan | ByReference, reason: str, **tensors: Tensor | None) 
 _NOT_BY_CPP = "called from Python: C++ does not take variance_size"
 
 
-def _sharding() -> Any:
-    """The module with the rules for DTensors; None if there cannot be any."""
-    load_sharding()
-    return sys.modules.get("rmsnorm.ops.sharding")
-
-
-def _are_dtensors(*given: Any) -> bool:
-    sharding = _sharding()
-    return sharding is not None and sharding.any_dtensor(*given)
-
-
 def _part_of_columns(x: Any, residual: Any, w: Any) -> int | None:
     """How many columns of each row this rank has; None if the tensors are plain or the rank has whole rows."""
-    sharding = _sharding()
-    return None if sharding is None else sharding.part_of_columns(x, residual, w)
+    if not any_dtensor(x, residual, w):
+        return None
+    load_sharding()
+    found: int | None = sys.modules["rmsnorm.ops.sharding"].part_of_columns(x, residual, w)
+    return found
 
 
 def warmup(

@@ -1,6 +1,7 @@
 """Decides whether a call goes directly to a kernel or through torch's dispatcher and the operators."""
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,10 +49,18 @@ def are_dtensors(*tensors: Tensor | None) -> bool:
     return bool(given) and all(isinstance(t, DTensor) for t in given)
 
 
+def any_dtensor(*tensors: Any) -> bool:
+    """Whether one of these is a DTensor."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(t, DTensor) for t in tensors)
+
+
 def refuse_dtensors(where: str, argument: str, *tensors: Tensor | None) -> None:
     """Raise NotImplementedError for a DTensor: operators that take this argument have no rule for its placements."""
-    sharding = sys.modules.get("torch.distributed.tensor")
-    if sharding is not None and any(isinstance(t, sharding.DTensor) for t in tensors):
+    if any_dtensor(*tensors):
         expected = "plain tensors: replicate them in the last dimension, and pass to_local() of each"
         raise NotImplementedError(complaint(where, argument, "is given with DTensors", expected))
 

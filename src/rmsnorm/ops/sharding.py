@@ -36,14 +36,8 @@ Layout = tuple[Placement, ...]
 # --- the rules -----------------------------------------------------------------------------------------------
 
 
-def any_dtensor(*tensors: Any) -> bool:
-    return any(isinstance(t, DTensor) for t in tensors)
-
-
 def part_of_columns(x: Any, residual: Any, w: Any) -> int | None:
-    """How many columns of each row this rank has, for `explain`; None unless these are DTensors sharded by columns."""
-    if not any_dtensor(x, residual, w):
-        return None
+    """How many columns of each row this rank has, for `explain`; None unless they are sharded by columns."""
     layout, last = _layout("explain", x, residual, w), x.dim() - 1
     n: int = x.shape[last]
     for i, p in enumerate(layout):
