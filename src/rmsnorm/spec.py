@@ -467,7 +467,6 @@ def check_sandwich(
     weight: torch.Tensor | None,
     residual: torch.Tensor,
     weight2: torch.Tensor | None,
-    cast: str,
     offset: float,
     symbolic: bool = False,
 ) -> None:
@@ -479,7 +478,6 @@ def check_sandwich(
         weight: None, or (N,), of the norm of x.
         residual: (..., N), of the shape of x.
         weight2: None, or (N,), of the norm of the sum.
-        cast: "early", "late" or "first".
         offset: 0 or 1.
         symbolic: Whether a size may be unknown until a compiled program runs, which then checks it.
 

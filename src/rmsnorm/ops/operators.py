@@ -94,6 +94,13 @@ def _fake_forward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     check_spec(caller(residual), eps, cast, offset)
     check_tensors(caller(residual), x, residual, w, offset, symbolic=True)
+    return empty_outputs(x, residual, w, cast, with_rstd)
+
+
+def empty_outputs(
+    x: Tensor, residual: Tensor | None, w: Tensor | None, cast: str, with_rstd: bool
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """y, s and rstd with the shapes and dtypes that a forward pass gives them."""
     dtype = sum_dtype(x.dtype, None if residual is None else residual.dtype)
     y_dtype = result_dtype(dtype, None if w is None else w.dtype, cast)
     return without_none(
@@ -117,7 +124,7 @@ def _fake_backward(
 ) -> tuple[Tensor, ...]:
     check_spec(caller(ds), 0.0, cast, offset)
     check_gradients(caller(ds), dy, ds, x, w, rstd, offset, need_dw, symbolic=True)
-    return _empty_gradients(x, w, need_dx, need_dw)
+    return empty_gradients(x, w, need_dx, need_dw)
 
 
 def _fake_backward_of_sum(
@@ -133,10 +140,11 @@ def _fake_backward_of_sum(
 ) -> tuple[Tensor, ...]:
     check_spec(caller(ds), 0.0, cast, offset)
     check_summed(caller(ds), dy, ds, x, w, rstd, offset, need_dw, symbolic=True)
-    return _empty_gradients(x, w, need_dx, need_dw)
+    return empty_gradients(x, w, need_dx, need_dw)
 
 
-def _empty_gradients(x: Tensor, w: Tensor | None, need_dx: bool, need_dw: bool) -> tuple[Tensor, ...]:
+def empty_gradients(x: Tensor, w: Tensor | None, need_dx: bool, need_dw: bool) -> tuple[Tensor, ...]:
+    """dx and dw with the shapes and dtypes that a backward pass gives them."""
     dw = w.new_empty(w.shape) if need_dw and w is not None else None
     return without_none(x, x.new_empty(x.shape) if need_dx else None, dw)
 

@@ -33,7 +33,7 @@ def _run(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     host.look()
     spec = spec_of(_NAME, eps, cast, offset)
-    check_sandwich(_NAME, x, w, residual, w2, cast, offset)
+    check_sandwich(_NAME, x, w, residual, w2, offset)
     check_memory(_NAME, x=x, weight=w, residual=residual, weight2=w2)
     return without_none(x, *dispatch.forward_sandwich(x, w, residual, w2, spec, with_rstd))
 
@@ -43,7 +43,7 @@ def _fake(
     with_rstd: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     check_spec(_NAME, eps, cast, offset)
-    check_sandwich(_NAME, x, w, residual, w2, cast, offset, symbolic=True)
+    check_sandwich(_NAME, x, w, residual, w2, offset, symbolic=True)
     h_dtype = result_dtype(x.dtype, None if w is None else w.dtype, cast)
     s_dtype = sum_dtype(h_dtype, residual.dtype)
     y_dtype = result_dtype(s_dtype, None if w2 is None else w2.dtype, cast)

@@ -19,6 +19,7 @@ from rmsnorm.ops.autograd import needs_gradient
 from rmsnorm.ops.batching import vmap_by_sample
 from rmsnorm.ops.derivatives import autograd_kernel, reverse_only, saved_tensors, undifferentiable
 from rmsnorm.ops.dispatch import exported_to_onnx, refuse_dtensors, without_none
+from rmsnorm.ops.operators import empty_gradients, empty_outputs
 from rmsnorm.ops.plain import plain_slice_forward
 from rmsnorm.spec import (
     Cast,
@@ -30,9 +31,7 @@ from rmsnorm.spec import (
     check_tensors,
     check_variance_size,
     constant_offset,
-    result_dtype,
     spec_of,
-    sum_dtype,
 )  # fmt: skip
 
 # An output that was not requested is an empty tensor, because a schema cannot declare an optional output.
@@ -109,13 +108,7 @@ def _fake_forward(
     spec_of(where, eps, cast, offset, variance_size)
     check_tensors(where, x, residual, w, offset, symbolic=True)
     check_variance_size(where, variance_size, x, symbolic=True)
-    dtype = sum_dtype(x.dtype, None if residual is None else residual.dtype)
-    return without_none(
-        x,
-        x.new_empty(x.shape, dtype=result_dtype(dtype, None if w is None else w.dtype, cast)),
-        None if residual is None else x.new_empty(x.shape, dtype=dtype),
-        x.new_empty(x.shape[:-1], dtype=torch.float32) if with_rstd else None,
-    )
+    return empty_outputs(x, residual, w, cast, with_rstd)
 
 
 def _fake_backward(
@@ -126,8 +119,7 @@ def _fake_backward(
     spec_of(where, 0.0, cast, offset, variance_size)
     check_gradients(where, dy, ds, x, w, rstd, offset, need_dw, symbolic=True)
     check_variance_size(where, variance_size, x, symbolic=True)
-    dw = w.new_empty(w.shape) if need_dw and w is not None else None
-    return without_none(x, x.new_empty(x.shape) if need_dx else None, dw)
+    return empty_gradients(x, w, need_dx, need_dw)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -266,7 +266,7 @@ def _native_forward_sandwich(
 ) -> Native | None:  # fmt: skip
     """As `_native_forward`, for `forward_sandwich`; None stands for the residual of the first norm."""
     try:
-        check_sandwich("forward_sandwich", x, w, residual, w2, cast, offset)
+        check_sandwich("forward_sandwich", x, w, residual, w2, offset)
         spec = Spec(eps, cast, offset)
     except (TypeError, ValueError):
         return None
