@@ -10,7 +10,7 @@ from many.shares import CLASSES, OTHER
 from rmsnorm.tools import machine
 from rmsnorm.tools.display import NOTHING, Block, Column, Table, count, duration, share
 from whole_models.definitions import AS_IS, PATCHED
-from whole_models.result import aim_in_words, bound_at_most, ratio_in_words
+from whole_models.result import aim_in_words, aims_met, bound_at_most, ratio_in_words
 
 # The time of rows in parts, relative to the kernel on a part plus the all-reduce; that of a patched model, relative to
 # the model as it is.
@@ -161,11 +161,7 @@ def blocks(found: dict[str, Any]) -> Iterator[Block]:
         yield f"{ranks(one['world'])}, {one['plan']} was left out: {one['reason']}"
     if missing := not_measured(found):
         yield f"not measured: {'; '.join(missing)}"
-    met = sum(bound["met"] for bound in found["bounds"])
-    yield f"{met} of {len(found['bounds'])} aims are met in {duration(found['seconds'], 3)}"
-    for bound in found["bounds"]:
-        if not bound["met"]:
-            yield f"  missed: {in_words(bound)}"
+    yield from aims_met(found, in_words)
 
 
 def _steps(steps: list[dict[str, Any]]) -> Iterator[Block]:

@@ -46,6 +46,11 @@ class Model:
     kinds: int = 1
     compiled: bool = True
 
+    @property
+    def ways(self) -> tuple[bool, ...]:
+        """Whether it is compiled, for each way in which it is measured."""
+        return (False, True) if self.compiled else (False,)
+
     def config(self, transformers: Any, tiny: bool, layers: int | None) -> Any:
         """Return its configuration. Raises CommandError if the installed transformers does not have the model.
 

@@ -40,7 +40,7 @@ def measure(model: Model, built: Any, options: Options) -> list[dict[str, Any]]:
     assert patched is not None
     assert recomputed is not None
     found = []
-    for compiled in (False, True) if model.compiled else (False,):
+    for compiled in model.ways:
         options.say(f"{model.name}, gradients, {'compiled' if compiled else 'eager'}")
         one: dict[str, Any] = {
             "model": model.name, "compiled": compiled, "layers": built.config.num_hidden_layers, "batch": batch,

@@ -128,8 +128,7 @@ class Case:
 
     def prepare(self) -> None:
         """Build every variant, compile it with the first call, check it and measure its memory with the second."""
-        ways = (False, True) if self.model.compiled else (False,)
-        for compiled, variant in itertools.product(ways, self.options.variants):
+        for compiled, variant in itertools.product(self.model.ways, self.options.variants):
             if (variant.only_compiled and not compiled) or (variant.only_training and not self.mode.training):
                 continue
             found = Measured(variant.name, compiled)

@@ -1,7 +1,7 @@
 """The aims, several runs as one result, and what is printed."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rmsnorm.errors import CommandError
@@ -149,11 +149,16 @@ def blocks(result: dict[str, Any]) -> Iterator[Block]:
         yield f"{name} was not measured: {why}"
     if result["left_out"]:
         yield f"no time was left for: {'; '.join(result['left_out'])}; give more --seconds, or measure them apart"
+    yield from aims_met(result, in_words)
+
+
+def aims_met(result: dict[str, Any], words: Callable[[dict[str, Any]], str]) -> Iterator[str]:
+    """Yield how many aims a result meets, and those that it misses, in the words of `words`."""
     met = sum(bound["met"] for bound in result["bounds"])
     yield f"{met} of {len(result['bounds'])} aims are met in {duration(result['seconds'], 3)}"
     for bound in result["bounds"]:
         if not bound["met"]:
-            yield f"  missed: {in_words(bound)}"
+            yield f"  missed: {words(bound)}"
 
 
 def _recompute_tables(result: dict[str, Any]) -> Iterator[Block]:

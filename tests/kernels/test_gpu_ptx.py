@@ -167,6 +167,13 @@ def compile_launch(launch: TritonLaunch, capability: int) -> tuple[str, Any]:
     return launch.kernel.__name__, code
 
 
+def compile_without_gpu(launch: TritonLaunch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the launch find its kernel compiled for sm_90, as if Triton had loaded it into a GPU."""
+    code = compile_launch(launch, 90)[1]
+    found = SimpleNamespace(src=code.src, metadata=code.metadata, asm={"ptx": code.asm["ptx"]}, function=1, run=None)
+    monkeypatch.setattr(type(launch.kernel), "warmup", lambda *_, **options: found)
+
+
 def spilled(ptx: str, capability: int, folder: Path) -> int:
     """The bytes that ptxas spills to local memory: stores and loads."""
     (folder / "kernel.ptx").write_text(ptx)
@@ -557,11 +564,7 @@ def test_every_kernel_can_be_launched_through_the_driver(
     for N in (7, 512, 1280, 16384, 16401, 32768, 600000):
         sums = plan_of_sum(N, dtype, 3, adds=residual).launches if N in (512, 16384) else ()
         for launch in (*launches(4096, N, dtype, dtype, "early", 0.0, residual), *sums):
-            code = compile_launch(launch, 90)[1]
-            found = SimpleNamespace(
-                src=code.src, metadata=code.metadata, asm={"ptx": code.asm["ptx"]}, function=1, run=None
-            )  # fmt: skip
-            monkeypatch.setattr(type(launch.kernel), "warmup", lambda *_, found=found, **options: found)
+            compile_without_gpu(launch, monkeypatch)
             native = launch.native()
             assert not isinstance(native, str), (N, launch.kernel.__name__)
             tensors = [a.tensor for a in launch.arguments if isinstance(a, Slot)]

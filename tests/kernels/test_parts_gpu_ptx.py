@@ -21,6 +21,7 @@ from test_gpu_ptx import (  # skips this file too if Triton is missing or in its
     FP32,
     SHARED_MEMORY,
     compile_launch,
+    compile_without_gpu,
     spilled,
     values,
 )  # fmt: skip
@@ -129,11 +130,7 @@ def test_every_kernel_can_be_launched_through_the_driver(dtype: torch.dtype, mon
     seen = set()
     for N, adds in itertools.product((7, 1280, 32768), (False, True)):
         for launch in launches(N, dtype, dtype, adds=adds):
-            code = compile_launch(launch, 90)[1]
-            found = SimpleNamespace(
-                src=code.src, metadata=code.metadata, asm={"ptx": code.asm["ptx"]}, function=1, run=None
-            )  # fmt: skip
-            monkeypatch.setattr(type(launch.kernel), "warmup", lambda *_, found=found, **options: found)
+            compile_without_gpu(launch, monkeypatch)
             native = launch.native()
             assert not isinstance(native, str), (N, launch.kernel.__name__)
             tensors = [a.tensor for a in launch.arguments if isinstance(a, Slot)]
