@@ -8,6 +8,7 @@ from rmsnorm.tools.timing import Progress
 
 FEWEST_TOKENS = 16
 MARGIN = 1.25  # how many times as long as predicted a step may take
+_FIRST_RUN = 3.0  # how many times as long as allowed the first run of a step may take and still be repeated
 
 
 class Budget:
@@ -59,11 +60,22 @@ class TimeModel:
     def __init__(self) -> None:
         self.seen: dict[int, float] = {}
 
-    def time(self, run: Callable[[int], object], tokens: int) -> None:
-        """Run a step and remember its time."""
-        start = timing.now()
-        run(tokens)
-        self.seen[tokens] = timing.now() - start
+    def time(self, run: Callable[[int], object], tokens: int, seconds: float) -> None:
+        """Run a step and remember its time.
+
+        The first run on a number of tokens may load kernels and allocate memory, which takes seconds on a GPU. So if it
+        takes longer than predicted, the step runs a second time, unless already the first run took far too long.
+
+        Args:
+            run: Runs the step on a number of tokens.
+            tokens: The number of tokens.
+            seconds: How long one run may take.
+        """
+        expected = self.predict(tokens) if self.seen else 0.0
+        taken = _seconds_of(run, tokens)
+        if expected * MARGIN < taken <= seconds * _FIRST_RUN:
+            taken = _seconds_of(run, tokens)
+        self.seen[tokens] = taken
 
     def predict(self, tokens: int) -> float:
         """Return the seconds on the line through the two largest steps, or in proportion to a single one."""
@@ -77,6 +89,12 @@ class TimeModel:
         return max(least, most + slope * (tokens - many))
 
 
+def _seconds_of(run: Callable[[int], object], tokens: int) -> float:
+    start = timing.now()
+    run(tokens)
+    return timing.now() - start
+
+
 def most_tokens(asked: int, predict: Callable[[int], float], seconds: float) -> int | None:
     """Return the largest of asked, asked / 2, asked / 4, … tokens that is expected to fit; None if none fits."""
     tokens = asked
@@ -88,22 +106,21 @@ def most_tokens(asked: int, predict: Callable[[int], float], seconds: float) -> 
 
 
 def probe(run: Callable[[int], object], asked: int, seconds: float) -> TimeModel:
-    """Time a step on few tokens, twice since the first call compiles, then on four times as many while that fits.
+    """Time a step on few tokens, then on four times as many while that fits.
 
     Args:
         run: Runs the step on a number of tokens.
         asked: The number of tokens that the user asked for.
-        seconds: What all runs except the first may take together.
+        seconds: What all runs may take together, without first runs that are repeated.
 
     Returns:
         A model of the step's time.
     """
     cost = TimeModel()
     fewest = tokens = min(asked, FEWEST_TOKENS)
-    cost.time(run, fewest)
-    expected = cost.seen[fewest]
+    allowed = expected = seconds
     while expected <= seconds and tokens <= max(fewest, asked // 2):
-        cost.time(run, tokens)
+        cost.time(run, tokens, allowed)
         seconds -= cost.seen[tokens]
         tokens *= 4
         # On few tokens, most of the time does not depend on their number.

@@ -192,7 +192,7 @@ class ReportRun:
     def _plan_steps(self) -> tuple[int, Runs] | None:
         """Decide which steps run, and on how many tokens, so that the fewest pairs fit into what is left.
 
-        Each step also runs once on that many tokens, because the first run allocates memory.
+        Each step also runs on that many tokens, because the first run allocates memory.
 
         Returns:
             The number of tokens, and the steps; None if nothing fits.
@@ -230,10 +230,10 @@ class ReportRun:
                     )
                 return tokens, runs
             else:
-                self.say(f"running the whole-model steps once on {tokens:,} tokens")
+                self.say(f"running the whole-model steps on {tokens:,} tokens")
                 for name, run in list(runs.items()):
                     with self._or_left_out(name, runs) if name == "training" else contextlib.nullcontext():
-                        costs[name].time(run, tokens)
+                        costs[name].time(run, tokens, self._seconds_per_call(1))
         return None
 
     def _seconds_per_call(self, parts: float) -> float:
