@@ -25,18 +25,20 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 import torch  # noqa: E402
+from torch.autograd import DeviceType  # type: ignore[attr-defined]  # noqa: E402
 
 import rmsnorm  # noqa: E402
 from rmsnorm import memory  # noqa: E402
 from rmsnorm.costs import counts as counting  # noqa: E402
-from rmsnorm.costs.case import RECOMPUTED  # noqa: E402
+from rmsnorm.costs.case import RECOMPUTED, Implementation  # noqa: E402
+from rmsnorm.spec import Cast  # noqa: E402
 from rmsnorm.tools import machine  # noqa: E402
 from trace_cost import ReadRun, Run  # noqa: E402
 
 B, H, F = torch.bfloat16, torch.float16, torch.float32
 SHAPES = ((8192, 1280), (2, 300, 512), (1, 1280), (16, 7168), (4096, 32768), (70000, 256), (33, 1001), (1280,))
 DTYPES = ((B, B), (F, F), (B, F), (H, B), (B, None))
-SPECS = (("early", 0.0), ("late", 0.0), ("late", 1.0))
+SPECS: tuple[tuple[Cast, float], ...] = (("early", 0.0), ("late", 0.0), ("late", 1.0))
 # The device's clock and the host's differ by less, in seconds; and a profile that lost events is taken again.
 SKEW, ATTEMPTS = 1e-3, 3
 NO_KERNELS = ("Memset", "Context Sync", "Stream Sync", "Stream Wait", "Event Sync")
@@ -45,11 +47,11 @@ MOST_PRINTED = 80
 
 @dataclass(frozen=True)
 class Case:
-    implementation: str
+    implementation: Implementation
     shape: tuple[int, ...]
     x: torch.dtype
     w: torch.dtype | None
-    cast: str
+    cast: Cast
     offset: float
     recompute: bool = False
 
@@ -100,10 +102,10 @@ def _profiled(calls: list[Callable[[], Any]]) -> list[list[str]]:
                 torch.cuda.synchronize()
             time.sleep(2 * SKEW)
     events = list(profile.events() or ())
-    on_host = {e.name: e.time_range.start for e in events if e.device_type == torch.autograd.DeviceType.CPU}
+    on_host = {e.name: e.time_range.start for e in events if e.device_type == DeviceType.CPU}
     starts = [on_host[f"case {number}"] - SKEW * 1e6 for number in range(len(calls))]
     names: list[list[str]] = [[] for _ in calls]
-    on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
+    on_device = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
     for e in sorted(on_device, key=lambda e: e.time_range.start):
         names[max(0, bisect.bisect(starts, e.time_range.start) - 1)].append(e.name)
     return names
