@@ -553,9 +553,22 @@ def _kept(found: dict[str, Any] | None, as_is: dict[str, Any] | None) -> str:
 @part
 def whole_models() -> str:
     """Nothing until benchmarks/models.py has been run."""
-    if not (RESULTS / "models-cuda.json").exists():
-        return ""
-    r = stored("models-cuda")
+    files = [name for name in ("models-cuda", "models-cuda-qwen3-next") if is_stored(name)]
+    parts = [part for name in files for part in _models(stored(name))]
+    if is_stored("models-cuda-reduce-overhead"):
+        (case,) = stored("models-cuda-reduce-overhead")["cases"]
+        as_is, patched = (next(v for v in case["variants"] if v["compiled"] and v["variant"] == name)
+                          for name in ("as is", "patched"))  # fmt: skip
+        file = "[models-cuda-reduce-overhead.json](../benchmarks/results/models-cuda-reduce-overhead.json)"
+        parts.append(
+            f'With `mode="reduce-overhead"`, {case["model"]}, {case["title"]}, {count(case["layers"], "layer")}: '
+            f"{_milliseconds(patched)} ms patched and {_milliseconds(as_is)} as is, {_ratio(patched)} ({file})."
+        )
+    return "\n\n".join(parts)
+
+
+def _models(r: dict[str, Any]) -> Iterator[str]:
+    """The machine, the models, their times and memory, and the aims, of one result of benchmarks/models.py."""
     variants = list(dict.fromkeys(v["variant"] for case in r["cases"] for v in case["variants"]))
     aims = {(a["model"], a["mode"], a["compiled"], a["of"]): a for a in r["bounds"]}
     rows, sizes = [], {}
@@ -582,26 +595,15 @@ def whole_models() -> str:
     ]  # fmt: skip
     versions = {k: v for k, v in r["machine"]["versions"].items() if k == "transformers" or k.endswith("-kernel")}
     used = "".join(f", {name} {version}" for name, version in versions.items())
-    parts = [
-        f"Machine: {machine(r['machine'])}{used}.",
-        bullets(sizes.values()),
-        table(header, rows),
-        *_recompute(r),
-        f"{len(r['bounds']) - len(missed)} of {len(r['bounds'])} aims are met"
-        + ("." if not missed else ". The others:"),
-    ]
+    yield f"Machine: {machine(r['machine'])}{used}."
+    yield bullets(sizes.values())
+    yield table(header, rows)
+    yield from _recompute(r)
+    yield f"{len(r['bounds']) - len(missed)} of {len(r['bounds'])} aims are met" + (
+        "." if not missed else ". The others:"
+    )
     if missed:
-        parts.append(table(["aim that is not met", "measured", "aim", "within the spread"], missed))
-    if (RESULTS / "models-cuda-reduce-overhead.json").exists():
-        (case,) = stored("models-cuda-reduce-overhead")["cases"]
-        as_is, patched = (next(v for v in case["variants"] if v["compiled"] and v["variant"] == name)
-                          for name in ("as is", "patched"))  # fmt: skip
-        file = "[models-cuda-reduce-overhead.json](../benchmarks/results/models-cuda-reduce-overhead.json)"
-        parts.append(
-            f'With `mode="reduce-overhead"`, {case["model"]}, {case["title"]}, {count(case["layers"], "layer")}: '
-            f"{_milliseconds(patched)} ms patched and {_milliseconds(as_is)} as is, {_ratio(patched)} ({file})."
-        )
-    return "\n\n".join(parts)
+        yield table(["aim that is not met", "measured", "aim", "within the spread"], missed)
 
 
 def _recompute(r: dict[str, Any]) -> Iterator[str]:
