@@ -7,7 +7,9 @@ rstd: S/N, eps, their sum (3u, halved by the root), the root, the division: 3.5u
 import torch
 from torch import Tensor
 
+from rmsnorm import gated_reference
 from rmsnorm.kernels.gpu.tiling import LONGEST_SUM
+from rmsnorm.spec import Spec
 
 FP32_ULP = 2.0**-23
 U = FP32_ULP / 2
@@ -131,6 +133,17 @@ def sums_of_dw(
     h = x.float() * rstd.unsqueeze(-1)
     products = dy.float() * (h.to(x.dtype).float() if cast != "late" else h)
     products = products.reshape(-1, *(shape or x.shape[-1:])).double()
+    return products.sum(0), products.abs().sum(0)
+
+
+def sums_of_gated_dw(dy: Tensor, x: Tensor, gate: Tensor, rstd: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
+    """`sums_of_dw` for a gated norm."""
+    assert spec.gate is not None
+    factor = gated_reference.silu_or_sigmoid(gate, spec.gate.activation)
+    d, z = (dy.float(), x.float() * factor) if spec.gate.first else (dy.float() * factor, x.float())
+    h = (gated_reference.grouped(z, spec.groups) * rstd.unsqueeze(-1)).flatten(-2)
+    products = d * (h.to(x.dtype).float() if spec.cast == "early" else h)
+    products = products.reshape(-1, x.shape[-1]).double()
     return products.sum(0), products.abs().sum(0)
 
 

@@ -32,10 +32,12 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import tolerance  # noqa: E402
-from planned import Kernels  # noqa: E402
-from rmsnorm import add_rms_norm, explain, gated_rms_norm, reference, rms_norm, rms_norms  # noqa: E402
+from planned import GatedKernels, Kernels  # noqa: E402
+from rmsnorm import add_rms_norm, explain, gated_reference, gated_rms_norm, reference, rms_norm, rms_norms  # noqa: E402
 from rmsnorm.functional import wait_for_host  # noqa: E402
+from rmsnorm.kernels.gpu import tiling  # noqa: E402
 from rmsnorm.kernels.host import loader as host  # noqa: E402
+from rmsnorm.spec import Cast, Gate, Spec  # noqa: E402
 from rmsnorm.tools import machine  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -55,7 +57,9 @@ COMBINATIONS: tuple[tuple[torch.dtype, torch.dtype | None, str, float], ...] = (
     (BF16, None, "early", 0.0),
 )
 PRIMES = (1031, 1279, 2039, 2053, 4093, 4099, 5003, 8191, 8209, 12289, 16381, 16411, 32771, 65537, 131071, 262147)
-TOGETHER, EACH_SECONDS, ALL_SECONDS = 10, 240, 320
+# A width for each tile of gated norms, some that are not whole words, and one that a program loops over.
+GATED_WIDTHS = (64, 72, 128, 200, 256, 512, 1000, 1021, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 8192, 8200)
+TOGETHER, EACH_SECONDS, ALL_SECONDS = 12, 240, 320
 CHECKS: dict[str, Callable[["Tally"], None]] = {}
 
 
@@ -88,8 +92,12 @@ class Tally:
 
     def near(self, got: Tensor | None, dy: Tensor, x: Tensor, rstd: Tensor, cast: str, what: str) -> None:
         """Compares dw with its fp64 sum."""
+        self.near_sums(got, *tolerance.sums_of_dw(dy, x, rstd, cast), rstd.numel(), what)
+
+    def near_sums(self, got: Tensor | None, total: Tensor, size: Tensor, rows: int, what: str) -> None:
+        """Compares dw with its fp64 sum. size: the sum of the magnitudes. rows: how many there are."""
         assert got is not None
-        count = tolerance.dw_too_far_off(got, *tolerance.sums_of_dw(dy, x, rstd, cast), rstd.numel())
+        count = tolerance.dw_too_far_off(got, total, size, rows)
         self.compared += got.numel()
         if count:
             self.differing += count
@@ -237,6 +245,57 @@ def widths_fp32_odd(tally: Tally) -> None:
 @check
 def widths_fp32_even(tally: Tally) -> None:
     every_width(tally, FP32, 1)
+
+
+def every_gated_width(tally: Tally, dtype: torch.dtype, first: bool) -> None:
+    """Gated norms with every tile, for so many gates that a table of them is used, and for few."""
+    gpu, random = GatedKernels(importlib.import_module("rmsnorm.kernels.gpu.gated_planner")), Draw(19)
+    for i, N in enumerate(GATED_WIDTHS):
+        cast: Cast = ("early", "late")[i % 2]
+        spec = Spec(1e-6, cast, gate=Gate(("silu", "sigmoid")[i // 2 % 2], first), groups=(1, 3)[i % 2])
+        for M in (tiling.TABLE_LEAST // (N * spec.groups) + 3, 7):
+            what, shape = f"{spec} {M} x {N}", (M, spec.groups * N)
+            x, gate, dy = (random.rows(*shape, dtype=dtype) for _ in range(3))
+            w = random.normal(shape[1]).to(dtype)
+            found = gpu.forward(x, gate, w, spec, True)
+            expected = gated_reference.forward(x, gate, w, spec, True)
+            for name, a, b in zip(("y", "rstd"), found, expected, strict=True):
+                tally.same(a, b, f"{what} {name}")
+            dx, dgate, dw = gpu.backward(dy.to(expected[0].dtype), x, gate, w, expected[1], spec, True, True, True)
+            right = gated_reference.backward(dy.to(expected[0].dtype), x, gate, w, expected[1], spec, True, True, False)
+            for name, a, b in zip(("dx", "dgate"), (dx, dgate), right, strict=False):
+                tally.same(a, b, f"{what} {name}")
+            tally.near_sums(dw, *tolerance.sums_of_gated_dw(dy, x, gate, expected[1], spec), M, what)
+
+
+@check
+def gated_bf16(tally: Tally) -> None:
+    every_gated_width(tally, BF16, False)
+
+
+@check
+def gate_first_bf16(tally: Tally) -> None:
+    every_gated_width(tally, BF16, True)
+
+
+@check
+def gated_fp16(tally: Tally) -> None:
+    every_gated_width(tally, FP16, False)
+
+
+@check
+def gate_first_fp16(tally: Tally) -> None:
+    every_gated_width(tally, FP16, True)
+
+
+@check
+def gated_fp32(tally: Tally) -> None:
+    every_gated_width(tally, FP32, False)
+
+
+@check
+def gate_first_fp32(tally: Tally) -> None:
+    every_gated_width(tally, FP32, True)
 
 
 @check

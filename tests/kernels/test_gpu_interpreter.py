@@ -661,11 +661,8 @@ def check_gated(
     right = reference.backward(dy, x, gate, w, rstd, spec, *needs)
     wrong |= {name: differing(a, b) for name, a, b in zip(("dx", "dgate"), gradients, right, strict=False)}
     if needs[2]:
-        factor = reference.silu_or_sigmoid(gate, activation)
-        d, z = (dy.float(), x.float() * factor) if first else (dy.float() * factor, x.float())
-        h = (reference.grouped(z, groups) * rstd.unsqueeze(-1)).flatten(-2)
-        terms = (d * (h.to(x.dtype).float() if cast == "early" else h)).reshape(-1, x.shape[-1]).double()
-        count = tolerance.dw_too_far_off(gradients[2], terms.sum(0), terms.abs().sum(0), terms.shape[0])
+        sums = tolerance.sums_of_gated_dw(dy, x, gate, rstd, spec)
+        count = tolerance.dw_too_far_off(gradients[2], *sums, x.shape[:-1].numel())
         wrong["dw"] = f"{count} are too far off" if count else ""
     said = {name: what for name, what in wrong.items() if what}
     assert not said, f"{tuple(x.shape)} {x.dtype} {gate.dtype} {spec} {needs}: {said}"
@@ -673,7 +670,7 @@ def check_gated(
 
 # A table for any number of gates, and rows that one program loops over.
 TABLES = {"TABLE_LEAST": 0, "TABLE_PIECE": 1 << 16}
-LOOPS = {"GATED_FORWARD_WIDEST": 16, "GATED_BACKWARD_WIDEST": {2: 16, 4: 16}, "GATED_PIECE": 16, "COLUMNS": 16}
+LOOPS = {"GATED_FORWARD_WIDEST": 16, "GATED_BACKWARD_WIDEST": 16, "GATED_PIECE": 16, "COLUMNS": 16}
 
 
 def gates(*shape: int, dtype: torch.dtype = FP32) -> Tensor:

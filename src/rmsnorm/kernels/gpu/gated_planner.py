@@ -88,9 +88,9 @@ def plan_gated_backward(kind: GatedBackward) -> Plan:
     reads |= steps | _constants(spec)
     sums: Launch | None = None  # the launch whose programs compute partial sums of dw
     if kind.need_dx or kind.need_dgate:
-        config = tiling.gated_backward(
-            M, N, groups, max(x.dtype.itemsize, gate.dtype.itemsize), loaded, dw_itemsize, gpu
-        )  # fmt: skip
+        assert spec.gate is not None
+        itemsize = max(x.dtype.itemsize, gate.dtype.itemsize)
+        config = tiling.gated_backward(M, N, groups, spec.gate.first, itemsize, loaded, dw_itemsize, gpu)
         sums = config if of_dw is not None and config.parts > 0 else None
         if sums is not None:
             fresh.append(Fresh("partials", torch.float32, (sums.programs, groups * N)))

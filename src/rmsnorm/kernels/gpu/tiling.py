@@ -70,10 +70,11 @@ class WholeRows(NamedTuple):
 
 
 class NarrowRows(NamedTuple):
-    """How the backward pass holds rows of few columns: elements of a tile; programs: as in `Tile`."""
+    """How the backward pass holds rows of few columns: elements of a tile; programs, stages: as in `Tile`."""
 
     elements: int
     programs: int
+    stages: int = 3
 
 
 class Shared(NamedTuple):
@@ -265,47 +266,87 @@ _BACKWARD_SHARED = {
 # Gated norms, by the larger itemsize of x and the gate. The times are with a gate of the dtype of x that comes last.
 # One program loops over wider rows.
 GATED_FORWARD_WIDEST = 8192
-GATED_BACKWARD_WIDEST = {2: 8192, 4: 4096}
-GATED_NARROW = 512  # elements of a tile of at most 256 columns in the forward pass, for one warp: 1.14 (fp32 1.17)
+GATED_BACKWARD_WIDEST = 8192
+GATED_NARROW = {2: 512, 4: 256}  # elements of a tile of at most 256 columns in the forward pass, for one warp
 _GATED_FORWARD = {
     2: {
         512: WholeRows(1, 256, 1),  # 1.06
         1024: WholeRows(1, 512, 1),  # 1.06
         2048: WholeRows(1, 1024, 2),  # 1.06
+        3072: WholeRows(1, 1024, 2),  # 1.03
         4096: WholeRows(1, 2048, 4),  # 0.98 to 1.11
-        8192: WholeRows(1, 2048, 8),  # not measured; in pieces of 4096: 8192 columns 1.14, 5120 columns 1.34
+        8192: WholeRows(1, 2048, 8),  # 1.13; 5120 columns 1.13
     },
     4: {
-        512: WholeRows(2, 256, 2),  # 1.15
-        1024: WholeRows(1, 512, 2),  # not measured
+        512: WholeRows(1, 256, 1),  # 1.01 with the gate first
+        1024: WholeRows(1, 512, 2),  # 1.01 with the gate first
         2048: WholeRows(1, 1024, 4),  # 1.07
         4096: WholeRows(1, 2048, 8),  # 0.98 to 1.06
-        8192: WholeRows(1, 2048, 16),  # 1.11
+        5120: WholeRows(1, 1024, 8),  # 1.01
+        8192: WholeRows(1, 2048, 16),  # 1.07
     },
 }
-_GATED_BACKWARD_NARROW = {
+_GATE_LAST_NARROW_BACKWARD = {
     2: {
-        128: NarrowRows(128, 24),  # 1.33
-        256: NarrowRows(256, 20),  # not measured
+        128: NarrowRows(256, 24, 1),  # 1.10; 64 columns 1.13, 72 columns 1.54
+        256: NarrowRows(256, 28, 1),  # 1.14
     },
     4: {
-        256: NarrowRows(256, 12),  # 1.20
+        256: NarrowRows(512, 12),  # 1.12; 128 columns 1.10
     },
 }
-_GATED_BACKWARD = {
+_GATE_LAST_BACKWARD = {
     2: {
-        512: Tile(1, 512, 1, 12),  # 1.16
-        1024: Tile(1, 1024, 2, 6),  # 1.24
-        2048: Tile(1, 2048, 4, 3),  # 1.27
-        4096: Tile(1, 1024, 4, 2, 2),  # 1.42
-        6144: Tile(1, 2048, 8, 1),  # not measured; by the next tile 5120 columns 2.00
-        8192: Tile(1, 4096, 16, 1),  # 1.83
+        512: Tile(1, 256, 1, 12),  # 1.19
+        1024: Tile(1, 1024, 2, 6),  # 1.20
+        1536: Tile(1, 512, 4, 4),  # 1.27
+        2048: Tile(1, 2048, 4, 3),  # 1.24
+        3072: Tile(1, 1024, 4, 3, 1),  # 1.30; 2560 columns 1.40
+        4096: Tile(1, 2048, 8, 2, 1),  # 1.30
+        5120: Tile(1, 1024, 4, 2, 1),  # 1.40
+        6144: Tile(1, 2048, 16, 1, 1),  # 1.55
+        8192: Tile(1, 4096, 16, 1, 1),  # 1.38 to 1.40
     },
     4: {
-        512: Tile(2, 512, 4, 4),  # 1.12
-        1024: Tile(1, 1024, 4, 4),  # not measured
-        2048: Tile(1, 2048, 8, 2),  # 1.22
-        4096: Tile(1, 4096, 16, 1),  # 1.12
+        512: Tile(1, 512, 1, 12),  # 1.12
+        1024: Tile(1, 1024, 8, 3),  # 1.08
+        1536: Tile(1, 512, 4, 3),  # 1.07
+        2048: Tile(1, 2048, 8, 3),  # 1.10
+        3072: Tile(1, 1024, 8, 2, 2),  # 1.20
+        4096: Tile(1, 4096, 16, 1),  # 1.06
+        6144: Tile(1, 2048, 16, 1, 2),  # 1.31; 5120 columns 1.45
+        8192: Tile(1, 4096, 16, 1, 2),  # 1.23
+    },
+}
+# With the gate first, dgate is computed after the sum over the row and needs more registers.
+_GATE_FIRST_NARROW_BACKWARD = {
+    2: {
+        128: NarrowRows(256, 20, 1),  # 1.13
+        256: NarrowRows(512, 16),  # 1.18
+    },
+    4: {
+        256: NarrowRows(512, 16),  # 128 columns 1.08
+    },
+}
+_GATE_FIRST_BACKWARD = {
+    2: {
+        512: Tile(1, 256, 1, 12),  # 1.11
+        1024: Tile(1, 1024, 2, 6),  # 1.14
+        1536: Tile(1, 512, 4, 4, 1),  # 1.23
+        2048: Tile(1, 2048, 4, 3),  # 1.23
+        3072: Tile(1, 1024, 8, 2, 1),  # 1.29
+        4096: Tile(1, 2048, 4, 2, 1),  # 1.30
+        6144: Tile(1, 2048, 16, 1, 1),  # 1.40; 5120 columns 1.53
+        8192: Tile(1, 4096, 8, 1, 1),  # 1.39
+    },
+    4: {
+        512: Tile(1, 512, 1, 12),  # 1.06
+        1024: Tile(1, 1024, 4, 3),  # 1.05
+        1536: Tile(1, 512, 4, 3),  # 1.09
+        2048: Tile(1, 2048, 8, 2),  # 1.34
+        4096: Tile(1, 4096, 16, 1),  # 3072 columns 1.24
+        6144: Tile(1, 2048, 16, 1, 2),  # 1.45; 5120 columns 1.62
+        8192: Tile(1, 8192, 16, 1, 2),  # 1.54, although it spills 384 bytes; by the loop 2.57
     },
 }
 # With at least so many gates of 16 bits, a table of their functions is computed first. It costs a launch; with it the
@@ -510,7 +551,7 @@ def gated_forward(N: int, itemsize: int, gpu: Gpu) -> Launch:
     if N > GATED_FORWARD_WIDEST:
         return Launch(GATED_PIECE, 16, parts=0, overlap=overlap)
     if N <= 256:
-        block_n, rows = _narrow(N, GATED_NARROW)
+        block_n, rows = _narrow(N, GATED_NARROW[itemsize])
         return Launch(block_n, 1, rows, overlap=overlap)
     tile = _narrowest(_GATED_FORWARD[itemsize], N)
     return Launch(tile.block_n, tile.warps, tile.rows, pieces=-(-N // tile.block_n), overlap=overlap)
@@ -524,21 +565,23 @@ def tabulate(elements: int, gate_itemsize: int, gpu: Gpu) -> Launch | None:
 
 
 @functools.lru_cache(4096)
-def gated_backward(M: int, N: int, groups: int, itemsize: int, loaded: int, dw_itemsize: int, gpu: Gpu) -> Launch:
+def gated_backward(
+    M: int, N: int, groups: int, first: bool, itemsize: int, loaded: int, dw_itemsize: int, gpu: Gpu
+) -> Launch:
     """The launch of the backward pass of a gated norm: as `backward`, but each program takes rows of one group only.
 
-    M: rows of each group. N: columns of a group. itemsize: the larger of those of x and the gate. loaded: bytes of one
-    number of dy, x and the gate together. dw_itemsize: 0 if dw is not needed.
+    M: rows of each group. N: columns of a group. first: whether the gate comes first. itemsize: the larger of those of
+    x and the gate. loaded: bytes of one number of dy, x and the gate together. dw_itemsize: 0 if dw is not needed.
     """
     overlap = gpu.capability >= 9
-    if GATED_BACKWARD_WIDEST[itemsize] < N:
+    if GATED_BACKWARD_WIDEST < N:
         return Launch(GATED_PIECE, 16, parts=0, overlap=overlap)
     if N <= 256:
-        narrow = _narrowest(_GATED_BACKWARD_NARROW[itemsize], N)
+        narrow = _narrowest((_GATE_FIRST_NARROW_BACKWARD if first else _GATE_LAST_NARROW_BACKWARD)[itemsize], N)
         block_n, rows = _narrow(N, narrow.elements)
-        tile = Tile(rows, block_n, 1, narrow.programs)
+        tile = Tile(rows, block_n, 1, narrow.programs, narrow.stages)
     else:
-        tile = _narrowest(_GATED_BACKWARD[itemsize], N)
+        tile = _narrowest((_GATE_FIRST_BACKWARD if first else _GATE_LAST_BACKWARD)[itemsize], N)
     pieces = -(-N // tile.block_n)
     tile_bytes = tile.rows * pieces * tile.block_n * loaded
     stages = _stages(tile_bytes, gpu.shared_memory // tile.programs, tile.stages) if N % WORD[2] == 0 else 1
