@@ -47,9 +47,9 @@ MOST_PARTS = 32
 class Tile(NamedTuple):
     """How programs of the backward pass hold whole rows.
 
-    programs: how many run on a multiprocessor at once. programs_more: the same if a gradient arrives through s or dy is
-    wider than x, which takes more registers; 0 if it is no different. stages: tiles that are being loaded or processed.
-    alone: whether each tile gets its own program if dw is not needed.
+    programs: how many run on a multiprocessor at once. stages: tiles that are being loaded or processed. programs_more,
+    stages_more: the same if a gradient arrives through s or dy is wider than x, which takes more registers; 0 if it is
+    no different. alone: whether each tile gets its own program if dw is not needed.
     """
 
     rows: int
@@ -59,6 +59,7 @@ class Tile(NamedTuple):
     stages: int = 3
     programs_more: int = 0
     alone: bool = False
+    stages_more: int = 0
 
 
 class WholeRows(NamedTuple):
@@ -70,11 +71,13 @@ class WholeRows(NamedTuple):
 
 
 class NarrowRows(NamedTuple):
-    """How the backward pass holds rows of few columns: elements of a tile; programs, stages: as in `Tile`."""
+    """How the backward pass holds rows of few columns: elements of a tile; the others: as in `Tile`."""
 
     elements: int
     programs: int
     stages: int = 3
+    programs_more: int = 0
+    stages_more: int = 0
 
 
 class Shared(NamedTuple):
@@ -130,7 +133,7 @@ _FORWARD_PIECES = {
 # Rows that are not whole words, but contiguous. The piece for their ends is as large as the others, so these are small.
 _FORWARD_SHIFTED = {
     2: {
-        96: WholeRows(16, 16, 1),  # 1.59 to 1.89
+        96: WholeRows(8, 16, 1),  # 1.54 to 1.75; with a residual, by the tile for fp32, 1.36
         128: WholeRows(8, 32, 1),  # 1.44
         256: WholeRows(8, 32, 2),  # 1.47
         512: WholeRows(2, 64, 1),  # 1.50
@@ -150,8 +153,9 @@ _FORWARD_SHIFTED = {
 # Rows of up to 256 columns; a program of one warp takes several.
 _BACKWARD_NARROW = {
     2: {
-        64: NarrowRows(256, 20),  # 1.13 to 1.91
-        256: NarrowRows(512, 16),  # 1.12 to 1.59
+        32: NarrowRows(256, 20),  # not measured alone
+        128: NarrowRows(512, 20, 1, 16, 3),  # 1.14 to 1.15; 128 columns with a gradient of the sum 1.15
+        256: NarrowRows(512, 16),  # 1.11
     },
     4: {
         64: NarrowRows(256, 16),  # 1.15 to 1.49
@@ -187,7 +191,7 @@ _BACKWARD = {
 # As the tables for the forward pass with these names.
 _BACKWARD_PIECES = {
     2: {
-        80: Tile(4, 64, 1, 16),  # 1.13 to 1.24
+        80: Tile(4, 32, 1, 16, programs_more=12),  # 1.18; with a gradient of the sum 1.14
         128: Tile(4, 64, 1, 12),  # 1.15 to 1.22
         176: Tile(4, 64, 1, 12, alone=True),  # 1.08 to 1.09
         256: Tile(4, 64, 1, 8, alone=True),  # 1.13 to 1.16
@@ -199,7 +203,8 @@ _BACKWARD_PIECES = {
 }
 _BACKWARD_SHIFTED = {
     2: {
-        96: Tile(4, 32, 1, 12),  # 1.41 to 1.70
+        64: Tile(8, 16, 1, 8),  # 1.51
+        96: Tile(4, 32, 1, 12, programs_more=8),  # 1.41; with a gradient of the sum 1.40
         256: Tile(4, 32, 1, 16),  # 1.32 to 1.47
         512: Tile(2, 64, 1, 8),  # 1.24
         1024: Tile(1, 128, 1, 8),  # 1.11
@@ -429,7 +434,7 @@ def forward(N: int, itemsize: int, with_residual: bool, aligned: bool, gpu: Gpu,
         staged = _FORWARD_STAGED[4 if with_residual else itemsize]  # with a residual the tiles for fp32 are faster
         config = _shared(N, staged, _FORWARD_SHARED[itemsize], itemsize, aligned, gpu)
         return replace(config, apart=apart, overlap=config.parts > 0 and gpu.capability >= 9)
-    tile = _forward_tile(N, itemsize)
+    tile = _forward_tile(N, itemsize, with_residual)
     return Launch(tile.block_n, tile.warps, tile.rows, pieces=-(-body // tile.block_n), apart=apart, heads=heads)
 
 
@@ -492,8 +497,8 @@ def _backward_of_whole_rows(
     body, apart = (_body(N, itemsize), _apart(N, itemsize)) if heads == 1 else (N, heads)
     tile = _backward_tile(N, itemsize)
     narrow_loads = (apart == 1 or heads > 1) and not _is_whole_words(N, itemsize)
-    rows, block_n, warps, most = tile.rows, tile.block_n, tile.warps, tile.stages
-    programs = _at_once(tile, more)
+    rows, block_n, warps = tile.rows, tile.block_n, tile.warps
+    most, programs = (more and tile.stages_more) or tile.stages, _at_once(tile, more)
     pieces = -(-body // block_n)
     tiles = _tiles(M, rows, apart)
     if dw_itemsize == 0 and (tile.alone or narrow_loads):
@@ -665,14 +670,19 @@ def _shared(
     return Launch(PIECE, 16, parts=0)
 
 
-def _forward_tile(N: int, itemsize: int) -> WholeRows:
-    """The tile of the forward pass for whole rows of N columns."""
+def _forward_tile(N: int, itemsize: int, with_residual: bool = False) -> WholeRows:
+    """The tile of the forward pass for whole rows of N columns.
+
+    With a residual, the tiles for fp32 are faster for 65 to 96 columns: 72 columns 1.12 to 1.04, 97 1.96 to 1.36.
+    """
+    body = _body(N, itemsize)
+    of_pieces = 4 if with_residual and body <= 96 else itemsize
     if _apart(N, itemsize) > 1:
-        return _narrowest(_FORWARD_SHIFTED[itemsize], _body(N, itemsize))
+        return _narrowest(_FORWARD_SHIFTED[of_pieces], body)
     if N > 256:
         return _narrowest(_FORWARD[itemsize], N)
     if _takes_pieces(N):
-        return _narrowest(_FORWARD_PIECES[itemsize], N)
+        return _narrowest(_FORWARD_PIECES[of_pieces], N)
     block_n, rows = _narrow(N, 4096 // itemsize)
     # 4096 bytes for two warps instead of 2048 numbers for four: 128 columns 1.07 to 1.02 of a copy's time, fp32
     # 1.04 to 1.01.
@@ -690,7 +700,10 @@ def _backward_tile(N: int, itemsize: int) -> Tile:
         return _narrowest(_BACKWARD_PIECES[itemsize], N)
     narrow = _narrowest(_BACKWARD_NARROW[itemsize], N)
     block_n, rows = _narrow(N, narrow.elements)
-    return Tile(rows, block_n, 1, narrow.programs, alone=itemsize == 4 or N > 128)
+    return Tile(
+        rows, block_n, 1, narrow.programs, narrow.stages, narrow.programs_more, itemsize == 4 or N > 128,
+        narrow.stages_more,
+    )  # fmt: skip
 
 
 def _takes_pieces(N: int) -> bool:
