@@ -52,7 +52,11 @@ def wrong_requirements(python: str, environment: Environment, left_out: set[str]
         wrong.append(f"pip check does not name each of {sorted(left_out)}, which are missing: {complaints}")
     if not left_out:  # the command that error messages name must find that everything is installed
         installing = pip(python, "install", "--no-index", environment.requirement)
-        if installing.returncode != 0 or "WARNING" in installing.stderr or "Collecting" in installing.stdout:
+        if (
+            installing.returncode != 0
+            or "does not provide the extra" in installing.stderr
+            or "Collecting" in installing.stdout
+        ):
             wrong.append(f"pip install {environment.requirement}: {installing.stdout}{installing.stderr}")
     return wrong
 
