@@ -15,7 +15,7 @@ TORCH_FOR_PIP := $(if $(filter 0% 1% 2% 3% 4% 5% 6% 7% 8% 9%,$(TORCH)),torch==$(
 SENSITIVE := tests/patching/test_proof.py tests/test_properties.py tests/test_reference.py
 VERDICTS := $(patsubst %,tests/patching/test_%.py,prove verdicts gated_norms torch_norm)
 
-.PHONY: setup report test test-compiled test-gpu-code test-short test-processors test-sanitizers test-integrations test-mutants check audit bench tables docs test-gpu
+.PHONY: setup report test test-compiled test-gpu-code test-short test-processors test-sanitizers test-integrations test-wheel test-mutants check audit bench tables docs test-gpu
 
 setup: $(STAMP)
 
@@ -84,6 +84,10 @@ test-integrations: $(INTEGRATIONS:%=.venv-%/.complete)
 		done; \
 	done
 
+# The sdist and the wheel: built, compared with what git tracks, and tested without this environment's other packages.
+test-wheel: $(STAMP) .venv-build/.complete
+	$(BIN)/python tests/wheel/runner.py .venv-build/bin/python
+
 test-gpu: $(STAMP)
 	$(BIN)/rmsnorm verify --device cuda
 	$(BIN)/python tests/kernels/gpu_check.py
@@ -106,6 +110,11 @@ audit: .venv-audit/.complete
 .venv-audit/.complete:
 	$(PYTHON) -m venv .venv-audit
 	.venv-audit/bin/python -m pip install -q pip-audit
+	@touch $@
+
+.venv-build/.complete: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv-build
+	.venv-build/bin/python -m pip install -q hatchling -c constraints.txt
 	@touch $@
 
 # torch comes first and alone, because which build of it is right depends on the machine; it brings its own Triton

@@ -1,9 +1,10 @@
-"""The public names and their signatures."""
+"""The public names and their signatures, and the operators. docs/versions.md says in which version they may change."""
 
 import inspect
 from pathlib import Path
 
 import pytest
+import torch
 
 import rmsnorm
 
@@ -43,6 +44,39 @@ SIGNATURES = {
 }
 
 
+# Exported programs contain these operators.
+SCHEMAS = {
+    "forward": "(Tensor x, Tensor? residual, Tensor? weight, float eps, str cast, float offset, bool with_rstd, *, "
+    "bool fuse_residual=False, bool recompute=False) -> (Tensor y, Tensor s, Tensor rstd)",
+    "backward": "(Tensor dy, Tensor? ds, Tensor x, Tensor? weight, Tensor rstd, str cast, float offset, bool "
+    "need_dx, bool need_dw) -> (Tensor dx, Tensor dw)",
+    "backward_of_sum": "(Tensor[] dy, Tensor? ds, Tensor x, Tensor? weight, Tensor rstd, str cast, float offset, "
+    "bool need_dx, bool need_dw) -> (Tensor dx, Tensor dw)",
+    "slice_forward": "(Tensor x, Tensor? residual, Tensor? weight, float eps, str cast, float offset, int "
+    "variance_size, bool with_rstd) -> (Tensor y, Tensor s, Tensor rstd)",
+    "slice_backward": "(Tensor dy, Tensor? ds, Tensor x, Tensor? weight, Tensor rstd, str cast, float offset, int "
+    "variance_size, bool need_dx, bool need_dw) -> (Tensor dx, Tensor dw)",
+    "forward_pair": "(Tensor x, Tensor? weight, Tensor x2, Tensor? weight2, float eps, str cast, float offset, bool "
+    "with_rstd) -> (Tensor y, Tensor rstd, Tensor y2, Tensor rstd2)",
+    "backward_pair": "(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, Tensor dy2, Tensor x2, Tensor? weight2, "
+    "Tensor rstd2, str cast, float offset, bool need_dx, bool need_dw) -> (Tensor dx, Tensor dw, Tensor dx2, Tensor "
+    "dw2)",
+    "forward_sandwich": "(Tensor x, Tensor? weight, Tensor residual, Tensor? weight2, float eps, str cast, float "
+    "offset, bool with_rstd) -> (Tensor y, Tensor s, Tensor rstd, Tensor rstd2)",
+    "begin_forward": "(Tensor x, Tensor? residual) -> (Tensor s, Tensor S)",
+    "finish_forward": "(Tensor x, Tensor? weight, Tensor S, int N, float eps, str cast, float offset, bool "
+    "with_rstd) -> (Tensor y, Tensor rstd)",
+    "begin_backward": "(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, str cast, float offset) -> Tensor S",
+    "finish_backward": "(Tensor dy, Tensor? ds, Tensor x, Tensor? weight, Tensor rstd, Tensor S, int N, str cast, "
+    "float offset, bool need_dw) -> (Tensor dx, Tensor dw)",
+    "gated_forward": "(Tensor x, Tensor gate, Tensor? weight, float eps, str cast, str activation, bool gate_first, "
+    "int groups, bool with_rstd) -> (Tensor y, Tensor rstd)",
+    "gated_backward": "(Tensor dy, Tensor x, Tensor gate, Tensor? weight, Tensor rstd, str cast, str activation, "
+    "bool gate_first, int groups, bool need_dx, bool need_dgate, bool need_dw) -> (Tensor dx, Tensor dgate, Tensor "
+    "dw)",
+}
+
+
 def bare(function: object) -> str:
     parameters = inspect.signature(function).parameters.values()
     plain = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
@@ -52,6 +86,11 @@ def bare(function: object) -> str:
 def test_the_public_names_have_these_signatures() -> None:
     assert sorted(rmsnorm.__all__) == sorted(SIGNATURES)
     assert {name: bare(getattr(rmsnorm, name)) for name in rmsnorm.__all__} == SIGNATURES
+
+
+def test_the_operators_have_these_schemas() -> None:
+    schemas = [str(s) for s in torch._C._jit_get_all_schemas() if s.name.startswith("rmsnorm::")]
+    assert sorted(schemas) == sorted(f"rmsnorm::{name}{schema}" for name, schema in SCHEMAS.items())
 
 
 def test_the_package_ships_its_type_information() -> None:

@@ -25,7 +25,7 @@ from rmsnorm.patching.proof import prove
 from rmsnorm.patching.torch_norm import TorchRMSNorm
 from rmsnorm.register import register
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Cost",

@@ -5,6 +5,17 @@ class CommandError(Exception):
     """A command was called wrongly. The command line prints the message in one line and exits with 2."""
 
 
+def missing_extra(what: str, library: str, extra: str) -> CommandError:
+    """The error for a library that is not installed.
+
+    Args:
+        what: What needs it.
+        library: Its name.
+        extra: The extra of this package, in pyproject.toml, that installs it.
+    """
+    return CommandError(f"{what} needs {library}: pip install 'rmsnorm[{extra}]'")
+
+
 def complaint(where: str, argument: str, was: object, expected: str) -> str:
     """The message of a TypeError or ValueError about an argument.
 

@@ -768,8 +768,23 @@ def _check_dtype(where: str, name: str, t: torch.Tensor) -> None:
         _refuse(where, name, t)
 
 
+def lacks_float64(device: torch.device) -> bool:
+    """Whether a device cannot compute in float64, as Apple's GPUs and some of Intel's. The sum of squares needs it."""
+    if device.type == "mps":
+        return True
+    if device.type != "xpu" or torch.compiler.is_compiling():  # compilers cannot trace the query below
+        return False
+    try:
+        return not torch.xpu.get_device_properties(device).has_fp64
+    except (AssertionError, RuntimeError):  # torch was built without XPU: the tensor is a fake one
+        return False
+
+
 def _check_rows(where: str, name: str, x: torch.Tensor, symbolic: bool) -> None:
     _check_dtype(where, name, x)
+    if lacks_float64(x.device):
+        expected = "a device that can compute in float64, in which squares are summed, such as the CPU"
+        raise ValueError(complaint(where, name, f"is on {x.device}", expected))
     shape = x.shape
     if not shape or not _is_not_zero(shape[-1], symbolic):
         raise ValueError(complaint(where, name, f"has shape {tuple(shape)}", "(..., N) with N of at least 1"))

@@ -24,6 +24,7 @@ PATCH = "tests/patching/test_patch.py"
 REPLACEMENT = "tests/patching/test_replacement.py"
 FAULTS = "tests/kernels/test_faults.py"
 GENERATED = "tests/test_generated.py"
+PLATFORMS = "tests/test_platforms.py"
 
 
 def interpreted(case: str) -> str:
@@ -155,6 +156,11 @@ OF_REFERENCE = (
 )  # fmt: skip
 
 OF_ARGUMENTS = (
+    Mutant(
+        "a device without float64 is not refused", "spec.py",
+        "    if lacks_float64(x.device):\n        expected", "    if False:\n        expected",
+        (f"{PLATFORMS}::test_a_device_without_float64_is_refused_with_one_message",),
+    ),
     Mutant(
         "early returns the dtype of x, not the promoted one", "spec.py",
         'return x if weight is None or cast == "late" else torch.promote_types(x, weight)', "return x",
@@ -534,6 +540,11 @@ OF_OPERATORS = (
 )  # fmt: skip
 
 OF_PATCHING = (
+    Mutant(
+        "a replaced norm calls our kernel on a device without float64", "patching/replacement.py",
+        "    if lacks_float64(x.device):\n", "    if False:\n",
+        (f"{PLATFORMS}::test_a_replaced_norm_runs_its_own_forward_on_a_device_without_float64",),
+    ),
     Mutant(
         "norms are proven in fp32 and bf16 only", "patching/rule.py",
         "TRAINING_DTYPES = (torch.float32, torch.bfloat16, torch.float16)",

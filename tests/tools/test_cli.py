@@ -276,7 +276,7 @@ def test_the_command_works_without_the_extras(monkeypatch, capsys, tmp_path) -> 
     assert call("verify", "--json", str(tmp_path / "v.json")) == 0
     assert capsys.readouterr().out.endswith("the table\n")
     assert call("cost", "deepseek-ocr") == 2
-    assert capsys.readouterr().err == "rmsnorm: cost needs transformers: pip install transformers safetensors\n"
+    assert capsys.readouterr().err == "rmsnorm: cost needs transformers: pip install 'rmsnorm[hf]'\n"
 
 
 class Terminal(io.StringIO):

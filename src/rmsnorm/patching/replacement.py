@@ -24,7 +24,7 @@ from rmsnorm.ops.dispatch import exported_to_onnx
 from rmsnorm.patching.eligibility import forward_parameters
 from rmsnorm.patching.rule import Dtypes, Rule, dtype_name, dtypes_in_words, kind_in_words
 from rmsnorm.patching.stand_in import Absent, InFront, Method, identity, is_plain, put_in_front
-from rmsnorm.spec import DTYPES, NO_HINTS, Hints, Spec, may_be_eps
+from rmsnorm.spec import DTYPES, NO_HINTS, Hints, Spec, lacks_float64, may_be_eps
 
 # --- the class of a replaced norm ----------------------------------------------------------------------------
 
@@ -401,6 +401,8 @@ def _why_unsupported(
     """Why our kernels cannot serve a call that the norm's own forward may well serve."""
     if (why := _why_exported()) is not None:
         return why  # first, because a tracer warns where a size is compared
+    if lacks_float64(x.device):
+        return f"its input is on {x.device}, which cannot compute in float64"
     known = _KNOWN_SUBCLASSES if gate is None else _KNOWN_SUBCLASSES_WITH_GATE
     for name, t in (("input", x), ("weight", w), ("gate", gate)):
         if t is not None and (what := _unsupported_tensor(t, known)) is not None:

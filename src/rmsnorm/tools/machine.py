@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,14 @@ def describe(device: str | torch.device = "cpu") -> dict[str, Any]:
         repository, with "+" if files differ from it; None outside a repository), release (the version of rmsnorm if it
         is installed, else None), date (UTC).
     """
-    device = torch.device(device)
+    device, memory = torch.device(device), memory_bytes()
     return {
         "device": device.type,
         "cpu": _cpu_model(),
         "cores": cores(),
         "threads": torch.get_num_threads(),
         "isa": torch.backends.cpu.get_cpu_capability(),
-        "memory_gb": _memory_gb(),
+        "memory_gb": None if memory is None else round(memory / 1e9, 1),
         "gpu": _gpu(device) if device.type == "cuda" else None,
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "os": f"{platform.system()} {platform.machine()}",
@@ -105,11 +106,22 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _memory_gb() -> float | None:
+def memory_bytes() -> int | None:
+    """Return how much memory the machine has; None if the system does not say."""
     try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
         return None
+
+
+def peak_bytes() -> int | None:
+    """Return the most memory that this process has used; None on systems other than Unix."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:

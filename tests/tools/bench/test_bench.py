@@ -535,7 +535,7 @@ def test_a_drawing_that_cannot_be_made_raises_before_anything_is_measured(
             drawn(name)
     with pytest.MonkeyPatch.context() as hidden:
         hidden.setitem(sys.modules, "matplotlib", None)
-        with pytest.raises(CommandError, match=r"needs matplotlib: pip install matplotlib$"):
+        with pytest.raises(CommandError, match=r"needs matplotlib: pip install 'rmsnorm\[plot\]'$"):
             drawn("a.svg")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     (tmp_path / "file").write_text("")

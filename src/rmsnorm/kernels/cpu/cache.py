@@ -129,6 +129,8 @@ def _usable_folder() -> Path:
     Raises:
         OSError: If it cannot be made, or another user could write to it.
     """
+    if not hasattr(os, "geteuid"):
+        raise OSError("this system does not say whose files they are")
     folder = _folder()
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     is_new = False

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rmsnorm.errors import CommandError
+from rmsnorm.errors import CommandError, missing_extra
 from rmsnorm.tools import results
 from rmsnorm.tools.bench.cases import MODES
 
@@ -35,7 +35,7 @@ def check(path: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise CommandError("--plot needs matplotlib: pip install matplotlib") from None
+        raise missing_extra("--plot", "matplotlib", "plot") from None
     handle = results.check_file(path, "--plot")
     if handle is not None:
         os.close(handle)

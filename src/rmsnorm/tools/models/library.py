@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from rmsnorm.errors import CommandError, one_line
+from rmsnorm.errors import CommandError, missing_extra, one_line
 
 
 def import_transformers(what: str) -> Any:
@@ -29,7 +29,7 @@ def import_transformers(what: str) -> Any:
     try:
         import transformers
     except ImportError:
-        raise CommandError(f"{what} needs transformers: pip install transformers safetensors") from None
+        raise missing_extra(what, "transformers", "hf") from None
     except Exception as error:  # noqa: BLE001  # its import runs code of many packages
         raise CommandError(f"transformers cannot be imported: {one_line(error)}") from None
     return transformers

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rmsnorm.errors import CommandError, one_line
+from rmsnorm.tools import machine
 from rmsnorm.tools.models import architecture, checkpoint, library, presets
 
 
@@ -291,8 +292,8 @@ def _check_memory(model: nn.Module, folder: Path) -> None:
     The sizes of the files do not tell, because parameters that are missing from the folder are allocated, too.
     """
     needed = 2 * sum(p.numel() for p in model.parameters())
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
+    there = machine.memory_bytes()
+    if there is not None and needed > there:
         has = f"this machine has {there / 1e9:,.0f}"
         raise CommandError(f"{folder} holds a model of at least {needed / 1e9:,.0f} GB in 16 bits, but {has}")
 

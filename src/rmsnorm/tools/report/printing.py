@@ -30,8 +30,8 @@ def blocks(result: ReportResult) -> tuple[Block, ...]:
     last = (
         f"{result.target}: {m['class']}, {count(m['parameters'])} parameters, {m['dtype']}",
         machine.headline(result.facts),
-        f"took {duration(result.seconds, 2)} ({phases}), {duration(result.asked)} were asked for; "
-        f"{size(result.peak_bytes, 2)} of memory at most",
+        f"took {duration(result.seconds, 2)} ({phases}), {duration(result.asked)} were asked for"
+        + ("" if result.peak_bytes is None else f"; {size(result.peak_bytes, 2)} of memory at most"),
     )
     return (
         *answer(result),

@@ -124,7 +124,7 @@ class ReportResult:
         peak: The most that is allocated during a training step, beyond what was before; None if not measured.
         asked: The seconds that the user allowed.
         phases: The seconds that each phase took.
-        peak_bytes: The most memory that the process used.
+        peak_bytes: The most memory that the process used; None if the system does not say.
         every_layer: Whether to print a row for each norm.
         compilation: What was compiled; None if whole-model steps ran eagerly or were not timed.
         copy: Copies on the device; None if none was timed.
@@ -141,7 +141,7 @@ class ReportResult:
     peak: MemoryBytes | None
     asked: float
     phases: dict[str, float]
-    peak_bytes: int
+    peak_bytes: int | None
     every_layer: bool = False
     compilation: Compilation | None = None
     copy: CopyLine | None = None

@@ -7,8 +7,6 @@ left out, and a note says so.
 
 import contextlib
 import math
-import resource
-import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -93,8 +91,8 @@ class ReportRun:
             )
         return ReportResult(
             self.target, facts, self._model_facts(), tuple(self.notes), self.norms, self.steps.get("forward"),
-            self.steps.get("training"), self.saved, self.peak, self.budget.seconds, self.budget.phases, _peak_bytes(),
-            self.every_layer, self.compilation, self.copy,
+            self.steps.get("training"), self.saved, self.peak, self.budget.seconds, self.budget.phases,
+            machine.peak_bytes(), self.every_layer, self.compilation, self.copy,
         )  # fmt: skip
 
     def _model_facts(self) -> dict[str, object]:
@@ -287,8 +285,3 @@ class ReportRun:
                 taken[name].append(seconds)
             longest = max(timing.now() - start, 0.5 * longest)
         return taken
-
-
-def _peak_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
