@@ -5,7 +5,6 @@ its inputs or of the memory between and around their rows, which holds NaN.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -18,6 +17,24 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.nn import functional as F
 
 import rmsnorm
+from captured import FORWARD_SANDWICH
+from drawn import (
+    EPSES,
+    FP32,
+    FP64,
+    SPECS,
+    Drawn,
+    all_dtypes,
+    drawn,
+    dtypes,
+    epses,
+    gradients,
+    leadings,
+    mostly,
+    seeds,
+    specs,
+    widths,
+)
 from memory_guards import guarded, poisoned_memory, unchanged
 from planned import GatedKernels, Kernels
 from rmsnorm import gated_reference, reference
@@ -27,138 +44,20 @@ from tolerance import assert_same_bits
 cpu = pytest.importorskip("rmsnorm.kernels.cpu.planner", reason="the CPU kernels need Numba")
 gated_cpu = pytest.importorskip("rmsnorm.kernels.cpu.gated_planner", reason="the CPU kernels need Numba")
 
-FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-SPECS = (("early", 0.0), ("late", 0.0), ("late", 1.0), ("first", 0.0))
-AROUND = 8  # elements of NaN before and behind a tensor, at least
-
-# --- what is drawn -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Memory:
-    """How a tensor lies in memory.
-
-    Attributes:
-        order: A random number for each leading dimension; they lie in memory in the order of these numbers.
-        gaps: The elements of NaN that follow the extent of each leading dimension.
-        expanded: Which leading dimensions have a stride of 0.
-        step: The stride of the last dimension; 0 stands for one that all columns share.
-        offset: How many elements more than `AROUND` come first.
-    """
-
-    order: tuple[int, ...]
-    gaps: tuple[int, ...]
-    expanded: tuple[bool, ...]
-    step: int
-    offset: int
-
-    def holding(self, numbers: Tensor) -> Tensor:
-        """A view of the shape of `numbers` with these strides; its elements are those that the strides leave."""
-        *leading, N = numbers.shape
-        expanded = self.expanded[: len(leading)]
-        strides, extent = [0] * len(leading), max(1, (N - 1) * self.step + 1)
-        for axis in sorted(range(len(leading)), key=lambda axis: self.order[axis]):
-            if not expanded[axis]:
-                strides[axis] = extent + self.gaps[axis]
-                extent = strides[axis] * max(1, leading[axis])
-        store = torch.full((2 * AROUND + self.offset + extent,), torch.nan, dtype=numbers.dtype)
-        kept = numbers[tuple(slice(1) if one else slice(None) for one in expanded)][..., : N if self.step else 1]
-        view = store.as_strided(kept.shape, (*strides, self.step or 1), AROUND + self.offset)
-        view.copy_(kept)
-        return view.expand(*(n if e else -1 for n, e in zip(leading, expanded, strict=True)), N)
-
-
-DENSE = Memory((2, 1, 0), (0, 0, 0), (False,) * 3, 1, 0)
-memories = st.just(DENSE) | st.builds(
-    Memory,
-    order=st.permutations(range(3)).map(tuple),
-    gaps=st.tuples(*[st.sampled_from((0, 1, 3, 8))] * 3),
-    expanded=st.tuples(*[st.sampled_from((False, False, False, True))] * 3),
-    step=st.sampled_from((1, 1, 1, 1, 2, 0)),
-    offset=st.integers(0, 3),
-)
-
-
-def special(dtype: torch.dtype) -> Tensor:
-    info = torch.finfo(dtype)
-    subnormal = info.smallest_normal * info.eps
-    values = [0.0, subnormal, info.smallest_normal, 1.0, info.max, torch.inf]
-    return torch.tensor([*values, *(-v for v in values), torch.nan], dtype=FP64)
-
-
-def normal(t: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    return t
-
-
-def of_any_size(t: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Rows from 2^-30 to 2^30: eps decides in some, and in fp16 numbers overflow."""
-    return t * torch.exp2(torch.randint(-30, 31, (*t.shape[:-1], 1), generator=generator).double())
-
-
-def subnormal(t: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    return t * torch.finfo(dtype).smallest_normal / 4
-
-
-def one_large_number(t: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Rows of small numbers after a large one: a sum in fp32 that begins with it loses them all."""
-    t = t * 2.0**-13 if dtype is FP32 else t * 2.0**-6
-    t[..., :1] = 2.0
-    return t
-
-
-def sprinkled(t: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Zeros of both signs, infinities, NaN and extreme numbers among others."""
-    chosen = special(dtype)[torch.randint(0, 13, t.shape, generator=generator)]
-    return torch.where(torch.rand(t.shape, generator=generator) < 0.1, chosen, t)
-
-
-def zero(t: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    return t.sign() * 0.0
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Numbers of one kind, from a seed, in memory."""
-
-    kind: Any
-    seed: int
-    memory: Memory
-
-    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed)
-        t = torch.randn(*shape, generator=generator, dtype=FP64)
-        return self.memory.holding(self.kind(t, dtype, generator).to(dtype))
-
-    def __repr__(self) -> str:
-        return f"{self.kind.__name__} from {self.seed} in {self.memory}"
-
-
-seeds = st.integers(0, 2**31 - 1)
-kinds = st.sampled_from((normal, normal, of_any_size, subnormal, one_large_number, sprinkled, zero))
-drawn = st.builds(Drawn, kinds, seeds, memories)
-# Their products are summed in fp64 in any order, which must not change the rounded sum.
-gradients = st.builds(Drawn, st.sampled_from((normal, of_any_size, sprinkled, zero)), seeds, memories)
-leadings = st.lists(st.sampled_from((1, 2, 3, 5, 0)), max_size=3).map(tuple) | st.just((70,))
-widths = st.integers(1, 40) | st.sampled_from((63, 64, 65, 127, 1280))
-dtypes = st.sampled_from((FP32, BF16, FP16))
-all_dtypes = st.sampled_from((FP32, BF16, FP16, FP64))
-specs = st.sampled_from(SPECS)
-EPSES = (0.0, 1e-30, 1e-6, 1e-3, 1e30)
-epses = st.sampled_from(EPSES)
-mostly = st.one_of(drawn, drawn, drawn, st.none())  # for an optional tensor
-
 # --- one norm ------------------------------------------------------------------------------------------------
 
 
 def check_norm(
     x: Tensor, residual: Tensor | None, w: Tensor | None, dy: Drawn, ds: Drawn | None, eps: float, cast: Any,
-    offset: float, wanted: Sequence[bool],
+    offset: float, wanted: Sequence[bool], V: int | None = None,
 ) -> None:  # fmt: skip
     """Compares the public function, and the plans that Python runs, with the reference.
 
+    V: the variance_size.
+
     wanted: of which of x, residual and w there is a gradient.
     """
-    y_ref, s_ref, rstd = reference.forward(x, residual, w, eps, cast, offset, True)
+    y_ref, s_ref, rstd = reference.forward(x, residual, w, eps, cast, offset, True, V)
     assert rstd is not None
     rows = x if s_ref is None else s_ref
     dy_ = dy.tensor(y_ref.shape, y_ref.dtype)
@@ -167,7 +66,7 @@ def check_norm(
     needs = {name: t is not None and of_it for (name, t), of_it in zip(given.items(), wanted, strict=True)}
     with unchanged(x, residual, w, dy_, ds_), poisoned_memory():
         leaves = {n: None if t is None else t.detach().requires_grad_(needs[n]) for n, t in given.items()}
-        options = {"cast": cast, "offset": offset}
+        options = {"cast": cast, "offset": offset, "variance_size": V}
         if residual is None:
             outputs = (rmsnorm.rms_norm(leaves["dx"], leaves["dw"], eps, **options),)
         else:
@@ -182,14 +81,14 @@ def check_norm(
             found = torch.autograd.grad(outputs[: len(cotangents)], asked, cotangents)
             got |= zip((n for n in needs if needs[n]), found, strict=True)
         need_dx = needs["dx"] or needs["d_residual"]
-        dx, dw = reference.backward(dy_, ds_, rows, w, rstd, cast, offset, need_dx, needs["dw"])
+        dx, dw = reference.backward(dy_, ds_, rows, w, rstd, cast, offset, need_dx, needs["dw"], V)
         right = {n: None if dx is None or t is None else dx.to(t.dtype) for n, t in given.items()} | {"dw": dw}
         for name in (n for n in needs if needs[n]):
             assert_same_bits(got[name], right[name], name)
         if FP64 not in (x.dtype, *(t.dtype for t in (residual, w) if t is not None)):
             with guarded():
-                y, s, rstd_ = Kernels(cpu).forward(x, residual, w, eps, cast, offset, True)
-                gradients = Kernels(cpu).backward(dy_, ds_, rows, w, rstd, cast, offset, need_dx, needs["dw"])
+                y, s, rstd_ = Kernels(cpu).forward(x, residual, w, eps, cast, offset, True, V)
+                gradients = Kernels(cpu).backward(dy_, ds_, rows, w, rstd, cast, offset, need_dx, needs["dw"], V)
             for name, one, expected in zip(
                 ("y", "s", "rstd", "dx", "dw"), (y, s, rstd_, *gradients), (y_ref, s_ref, rstd, dx, dw), strict=True
             ):
@@ -223,6 +122,65 @@ def test_add_rms_norm_has_the_bits_of_the_reference(
     check_norm(*tensors, dy, ds, eps, *spec, wanted)
 
 
+@given(
+    drawn, mostly, drawn, gradients, gradients, leadings, st.integers(1, 5), st.integers(1, 40), all_dtypes, all_dtypes,
+    specs, epses, any_gradients,
+)  # fmt: skip
+def test_norms_with_a_weight_for_each_head_have_the_bits_of_the_reference(
+    x, residual, w, dy, ds, leading, H, N, x_dtype, w_dtype, spec, eps, wanted
+) -> None:
+    x_, w_ = x.tensor((*leading[:2], H, N), x_dtype), w.tensor((H, N), w_dtype)
+    residual_ = None if residual is None else residual.tensor(x_.shape, x_dtype)
+    check_norm(x_, residual_, w_, dy, ds, eps, *spec, wanted)
+    layer = rmsnorm.RMSNorm(N, eps, cast=spec[0], offset=spec[1], heads=H)
+    layer.weight = nn.Parameter(w_)
+    with unchanged(x_, w_), poisoned_memory():
+        assert_same_bits(layer(x_), reference.forward(x_, None, w_, eps, *spec, False)[0], "y of the layer")
+
+
+@given(
+    drawn, mostly, mostly, gradients, gradients, leadings, widths, st.floats(0, 1), all_dtypes, all_dtypes, specs, epses,
+    any_gradients,
+)  # fmt: skip
+def test_norms_of_the_first_columns_have_the_bits_of_the_reference(
+    x, residual, w, dy, ds, leading, N, share, x_dtype, w_dtype, spec, eps, wanted
+) -> None:
+    if w is None and spec[1]:
+        spec = ("late", 0.0)
+    V = max(1, round(share * N))
+    x_, w_ = x.tensor((*leading, N), x_dtype), None if w is None else w.tensor((N,), w_dtype)
+    residual_ = None if residual is None else residual.tensor(x_.shape, x_dtype)
+    check_norm(x_, residual_, w_, dy, ds, eps, *spec, wanted, V)
+    layer = rmsnorm.RMSNorm(N, eps, cast=spec[0], offset=spec[1], variance_size=V, elementwise_affine=w_ is not None)
+    layer.weight = None if w_ is None else nn.Parameter(w_)
+    with unchanged(x_, w_), poisoned_memory():
+        assert_same_bits(layer(x_), reference.forward(x_, None, w_, eps, *spec, False, V)[0], "y of the layer")
+
+
+@settings(max_examples=60)
+@given(
+    drawn, mostly, drawn, mostly, leadings, widths, all_dtypes, all_dtypes, all_dtypes, all_dtypes, specs, epses,
+    st.booleans(),
+)  # fmt: skip
+def test_a_sandwich_has_the_bits_of_two_norms_of_the_reference(
+    x, w, residual, w2, leading, N, x_dtype, w_dtype, r_dtype, w2_dtype, spec, eps, with_rstd
+) -> None:
+    if (w is None or w2 is None) and spec[1]:
+        spec = ("late", 0.0)
+    x_, residual_ = x.tensor((*leading, N), x_dtype), residual.tensor((*leading, N), r_dtype)
+    w_, w2_ = (None if t is None else t.tensor((N,), d) for t, d in ((w, w_dtype), (w2, w2_dtype)))
+    h, _, rstd = reference.forward(x_, None, w_, eps, *spec, with_rstd)
+    y, s, rstd2 = reference.forward(h, residual_, w2_, eps, *spec, with_rstd)
+    with unchanged(x_, w_, residual_, w2_), poisoned_memory():
+        found = FORWARD_SANDWICH(x_, w_, residual_, w2_, eps, *spec, with_rstd)
+    for name, got, expected in zip(("y", "s", "rstd", "rstd of s"), found, (y, s, rstd, rstd2), strict=True):
+        assert got.is_contiguous()
+        if expected is None:  # was not requested
+            assert got.numel() == 0
+        else:
+            assert_same_bits(got, expected, name)
+
+
 @given(st.lists(st.tuples(drawn, mostly, leadings, widths, dtypes, dtypes), max_size=4), specs, epses)
 def test_rms_norms_has_the_bits_of_the_reference_for_each_norm(norms, spec, eps) -> None:
     if any(w is None for _, w, *_ in norms) and spec[1]:
@@ -250,6 +208,30 @@ def test_explain_says_in_one_line_who_computes_any_valid_call(
     assert said.startswith(f"cpu, {str(x_dtype).removeprefix('torch.')}: ")
     assert ("the reference, in plain torch" in said) == of_reference
     assert "\n" not in said
+
+
+@given(
+    st.lists(st.tuples(drawn, mostly, gradients, leadings, widths, dtypes, dtypes), min_size=1, max_size=3),
+    specs,
+    epses,
+)
+def test_rms_norms_has_the_gradients_of_the_reference_for_each_norm(norms, spec, eps) -> None:
+    if any(w is None for _, w, *_ in norms) and spec[1]:
+        spec = ("late", 0.0)
+    xs = [x.tensor((*leading, N), x_dtype) for x, _, _, leading, N, x_dtype, _ in norms]
+    weights = [None if w is None else w.tensor((N,), w_dtype) for _, w, _, _, N, _, w_dtype in norms]
+    right = [reference.forward(x, None, w, eps, *spec, True) for x, w in zip(xs, weights, strict=True)]
+    dys = [dy.tensor(y.shape, y.dtype) for (_, _, dy, *_), (y, *_) in zip(norms, right, strict=True)]
+    with unchanged(*xs, *weights, *dys), poisoned_memory():
+        leaves = [x.detach().requires_grad_() for x in xs]
+        of_w = [None if w is None else w.detach().requires_grad_() for w in weights]
+        ys = rmsnorm.rms_norms(leaves, of_w, eps, cast=spec[0], offset=spec[1])
+        for y, x, w, dy, (y_ref, _, rstd) in zip(ys, leaves, of_w, dys, right, strict=True):
+            assert_same_bits(y, y_ref, "y")
+            found = torch.autograd.grad(y, [x] if w is None else [x, w], dy)
+            expected = reference.backward(dy, None, x, w, rstd, *spec, True, w is not None)
+            for name, got, one in zip(("dx", "dw"), found, expected, strict=False):
+                assert_same_bits(got, one, name)
 
 
 # --- gated and grouped norms ---------------------------------------------------------------------------------
@@ -298,6 +280,28 @@ def test_gated_rms_norm_has_the_bits_of_the_reference(
                 assert_same_bits(one, expected, f"{name} of a plan")
 
 
+@given(
+    drawn, drawn, mostly, leadings, st.integers(1, 24), st.integers(1, 4), all_dtypes, all_dtypes, all_dtypes, gates,
+    st.sampled_from(("early", "late")), epses,
+)  # fmt: skip
+def test_gated_layers_have_the_bits_of_the_reference(
+    x, gate, w, leading, n, groups, x_dtype, g_dtype, w_dtype, gate_of, cast, eps
+) -> None:
+    N = n * groups
+    x_, gate_ = x.tensor((*leading, N), x_dtype), gate.tensor((*leading, N), g_dtype)
+    w_ = None if w is None else w.tensor((N,), w_dtype)
+    layer = rmsnorm.GatedRMSNorm(
+        N, eps, cast=cast, activation=gate_of.activation, gate_first=gate_of.first, groups=groups,
+        elementwise_affine=w_ is not None,
+    )  # fmt: skip
+    layer.weight = None if w_ is None else nn.Parameter(w_)
+    with unchanged(x_, gate_, w_), poisoned_memory():
+        y = layer(x_, gate_)
+    assert y.is_contiguous()
+    spec = Spec(eps, cast, gate=gate_of, groups=groups)
+    assert_same_bits(y, gated_reference.forward(x_, gate_, w_, spec, False)[0], "y")
+
+
 # --- layers, contexts, patch ---------------------------------------------------------------------------------
 
 
@@ -312,6 +316,31 @@ def test_layers_have_the_bits_of_the_functions(x, w, leading, N, x_dtype, w_dtyp
         for layer, of in layers:
             layer.weight = nn.Parameter(w_)
             assert_same_bits(layer(x_), reference.forward(x_, None, w_, eps, *of, False)[0], type(layer).__name__)
+
+
+@given(
+    drawn, mostly, gradients, leadings, st.lists(st.integers(1, 7), min_size=1, max_size=2), dtypes, dtypes,
+    st.sampled_from((None, 0.0, 1e-6, 1e-3)),
+)  # fmt: skip
+def test_torchs_layer_has_the_bits_of_the_reference_over_all_normalized_dimensions(
+    x, w, dy, leading, sizes, x_dtype, w_dtype, eps
+) -> None:
+    dims, used = len(sizes), torch.finfo(FP32).eps if eps is None else eps
+    x_, dy_ = (t.tensor((*leading[: 3 - dims], *sizes), x_dtype) for t in (x, dy))
+    w_ = None if w is None else w.tensor(sizes, w_dtype)
+    layer = rmsnorm.TorchRMSNorm(sizes, eps, elementwise_affine=w_ is not None)
+    layer.weight = None if w_ is None else nn.Parameter(w_)
+    with unchanged(x_, w_, dy_), poisoned_memory():
+        leaves = [x_.detach().requires_grad_(), *([] if layer.weight is None else [layer.weight])]
+        y = layer(leaves[0])
+        found = torch.autograd.grad(y, leaves, dy_)
+    rows, weight, dys = x_.flatten(-dims), None if w_ is None else w_.flatten(), dy_.flatten(-dims)
+    expected, _, rstd = reference.forward(rows, None, weight, used, "late", 0.0, True)
+    assert rstd is not None
+    right = reference.backward(dys, None, rows, weight, rstd, "late", 0.0, True, weight is not None)
+    for name, got, one in zip(("y", "dx", "dw"), (y, *found), (expected, *right), strict=False):
+        assert one is not None
+        assert_same_bits(got, one.view(w_.shape if name == "dw" and w_ is not None else x_.shape), name)
 
 
 @given(drawn, drawn, gradients, leadings, widths, dtypes)
@@ -361,7 +390,30 @@ def test_recomputed_outputs_give_the_same_gradients(x, residual, w, leading, N, 
         assert_same_bits(got, expected, f"gradient {i}")
 
 
-def module(cast: str, offset: float, eps: float, N: int, weighted: bool) -> nn.Module:
+def root_of_mean(h: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def of_all_but_one_column(h: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(h[..., 1:].pow(2).mean(-1, keepdim=True) + eps)
+
+
+def with_eps_after_the_root(h: Tensor, eps: float) -> Tensor:
+    return 1.0 / (h.pow(2).mean(-1, keepdim=True).sqrt() + (eps + 1e-6))
+
+
+def of_absolute_values(h: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(h.abs().mean(-1, keepdim=True) + eps)
+
+
+def slightly_larger(h: Tensor, eps: float) -> Tensor:
+    return root_of_mean(h, eps) * (1.0 + 2.0**-12)
+
+
+WRONG = (of_all_but_one_column, with_eps_after_the_root, of_absolute_values, slightly_larger)
+
+
+def module(cast: str, offset: float, eps: float, N: int, weighted: bool, statistic: Any = root_of_mean) -> nn.Module:
     """A norm like those of published models, with eps under one of their names."""
 
     class GeneratedRMSNorm(nn.Module):
@@ -375,31 +427,55 @@ def module(cast: str, offset: float, eps: float, N: int, weighted: bool) -> nn.M
 
             def forward(self, x):
                 h = x.float()
-                return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+                return (h * statistic(h, self.eps)).to(x.dtype)
         elif cast == "early":
 
             def forward(self, x):
                 h = x.to(torch.float32)
-                h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+                h = h * statistic(h, self.eps)
                 return self.weight * h.to(x.dtype)
         elif offset:
 
             def forward(self, x):
                 h = x.float()
-                h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+                h = h * statistic(h, self.eps)
                 return (h * (1.0 + self.weight.float())).type_as(x)
         else:
 
             def forward(self, x):
                 h = x.float()
-                h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+                h = h * statistic(h, self.eps)
                 return (self.weight.float() * h).to(x.dtype)
 
     return GeneratedRMSNorm()
 
 
+rules = st.sampled_from((*SPECS[:3], None))  # None: without a weight
+
+
+@pytest.mark.parametrize("statistic", [root_of_mean, *WRONG], ids=lambda function: function.__name__)
+@settings(max_examples=10)
+@given(drawn, drawn, rules, st.sampled_from((1e-6, 0.5, 0.0)), st.integers(2, 40), dtypes)
+def test_prove_finds_the_spec_of_a_module_and_none_if_it_computes_something_else(
+    statistic, x, w, rule, eps, N, dtype
+) -> None:
+    cast, offset = rule or ("early", 0.0)
+    norm, x_, w_ = module(cast, offset, eps, N, rule is not None, statistic), x.tensor((3, N), dtype), None
+    if rule is not None:
+        w_ = w.tensor((N,), dtype)
+        norm.weight = nn.Parameter(w_)
+    with unchanged(x_, w_):
+        proof = rmsnorm.prove(norm)
+        if statistic in WRONG:
+            assert proof.spec is None
+            assert proof.reason
+            return
+        assert proof.spec == Spec(eps, cast, offset)
+        assert_same_bits(norm(x_).detach(), reference.published(x_, w_, eps, cast, offset), "y")
+
+
 @settings(max_examples=6)
-@given(drawn, drawn, st.sampled_from((*SPECS[:3], None)), st.sampled_from((0.0, 1e-30, 1e-6, 0.5)), widths, dtypes)
+@given(drawn, drawn, rules, st.sampled_from((0.0, 1e-30, 1e-6, 0.5)), widths, dtypes)
 def test_what_is_proven_of_a_module_is_what_it_computes_when_replaced(x, w, spec, eps, N, dtype) -> None:
     N = max(N, 2)  # a weight of one element is not proven
     cast, offset = spec or ("early", 0.0)

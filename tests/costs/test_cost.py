@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import drawn
 import trace_cost
 from rmsnorm import Cost, cost, reference
 from rmsnorm.costs import counts as counting
@@ -76,6 +79,17 @@ def wrong(
 @pytest.mark.parametrize(("implementation", "cast", "offset", "x", "w"), cases())
 def test_every_count_equals_a_trace_of_the_running_code(implementation, cast, offset, x, w) -> None:
     assert [line for shape in SHAPES for line in wrong(implementation, cast, offset, x, w, shape)] == []
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+@given(
+    st.lists(st.integers(1, 40), max_size=2).map(tuple), st.integers(1, 700), drawn.dtypes, st.none() | drawn.dtypes,
+    st.sampled_from(("ours", "ours+residual")), drawn.specs, st.booleans(),
+)  # fmt: skip
+def test_every_count_of_a_generated_call_equals_a_trace(leading, N, x, w, implementation, spec, by_head) -> None:
+    if w is None and spec[1]:
+        spec = LATE
+    assert wrong(implementation, *spec, x, w, (*leading, N), by_head and bool(leading) and w is not None) == []
 
 
 @pytest.mark.parametrize(("x", "w"), [of for of in DTYPES if of[1] is not None])

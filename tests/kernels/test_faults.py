@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from test_processes import NOTHING_COMPILES, finish, package, start  # noqa: F401
+from test_processes import NOTHING_COMPILES, finish, package, start, start_python  # noqa: F401
 
 # --- signals and forks ---------------------------------------------------------------------------------------
 
@@ -76,7 +76,7 @@ def test_an_exception_in_a_signal_handler_leaves_no_thread_running(where, packag
     # torch's own parallel functions hang in a forked child: the copy is made by numpy.
     code = code.replace("torch.clone(x)", "torch.from_numpy(x.numpy().copy())")
     code = code.replace("torch.equal(a, b)", "(a.numpy() == b.numpy()).all()")
-    assert finish(start(package, f"{code}\n{where}\nprint('right')")) == "right"
+    assert finish(start_python(package, f"{code}\n{where}\nprint('right')")) == "right"
 
 
 _IMPORTED_IN_A_CHILD = """
@@ -100,13 +100,13 @@ def twice():
 def test_a_forked_child_that_imports_the_package_computes(how, package) -> None:  # noqa: F811
     if not Path("/proc/self/stat").exists():
         pytest.skip("this system does not say whether a process was forked")
-    assert finish(start(package, _IMPORTED_IN_A_CHILD + _IN_CHILD + how + "\nprint('right')")) == "right"
+    assert finish(start_python(package, _IMPORTED_IN_A_CHILD + _IN_CHILD + how + "\nprint('right')")) == "right"
 
 
 def test_a_forked_child_computes_if_it_cannot_tell_that_it_was_forked(package) -> None:  # noqa: F811
     unknown = "import pathlib\ndef fail(self): raise FileNotFoundError(self)\npathlib.Path.read_bytes = fail\n"
     code = unknown + _IMPORTED_IN_A_CHILD + _IN_CHILD + "in_child(work)\nprint('right')"
-    assert finish(start(package, code)) == "right"
+    assert finish(start_python(package, code)) == "right"
 
 
 _TIMEOUT_IN_THE_FIRST_CALL = """
@@ -220,11 +220,10 @@ def test_the_kernel_computes_fp16_on_a_processor_with_it(package, tmp_path) -> N
     assert "cpu kernel (Numba)" in finish(start(package, code, NUMBA_CACHE_DIR=str(tmp_path), **environment))
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["empty cache", "full cache"])
-def test_the_reference_computes_if_numba_jit_is_disabled(full, package, tmp_path) -> None:  # noqa: F811
-    if full:
-        finish(start(package, "import rmsnorm; rmsnorm.warmup()", NUMBA_CACHE_DIR=str(tmp_path)))
-    out = finish(start(package, _EVERYTHING, NUMBA_CACHE_DIR=str(tmp_path), NUMBA_DISABLE_JIT="1"))
+@pytest.mark.parametrize("full", [False, True], ids=["empty cache", "cached kernels"])
+def test_the_reference_computes_if_numba_jit_is_disabled(full, package, cache, tmp_path) -> None:  # noqa: F811
+    folder = cache if full else tmp_path
+    out = finish(start(package, _EVERYTHING, NUMBA_CACHE_DIR=str(folder), NUMBA_DISABLE_JIT="1"))
     for said in out.splitlines():
         assert "reference" in said
         assert "NUMBA_DISABLE_JIT is set" in said
@@ -282,6 +281,12 @@ x, w = torch.randn(3, 8, requires_grad=True), torch.randn(8, requires_grad=True)
 rmsnorm.rms_norm(x, w).sum().backward()
 print(rmsnorm.explain(x, w))
 """
+_ONE_KERNEL = """
+import torch, rmsnorm
+x, w = torch.randn(3, 8), torch.randn(8)
+rmsnorm.rms_norm(x, w)
+print(rmsnorm.explain(x, w))
+"""
 _RUNS = "cpu, float32: cpu kernel (Numba)"
 _NOT_KEPT = "each process compiles the kernel, because it cannot be kept"
 _NOBODY = 65534
@@ -294,8 +299,17 @@ def as_root() -> None:
 
 @pytest.fixture(scope="module")
 def cache(package, tmp_path_factory) -> Path:  # noqa: F811
-    folder = tmp_path_factory.mktemp("small")
-    assert _NOT_KEPT not in finish(start(package, _SMALL, NUMBA_CACHE_DIR=str(folder)))
+    return filled(tmp_path_factory.mktemp("small"), package, _SMALL)
+
+
+@pytest.fixture(scope="module")
+def cache_of_one(package, tmp_path_factory) -> Path:  # noqa: F811
+    """A cache of one file."""
+    return filled(tmp_path_factory.mktemp("one"), package, _ONE_KERNEL)
+
+
+def filled(folder: Path, package: Path, code: str) -> Path:  # noqa: F811
+    assert _NOT_KEPT not in finish(start(package, code, NUMBA_CACHE_DIR=str(folder)))
     return folder
 
 
@@ -309,49 +323,50 @@ pickle.loads = loads
 """
 
 
-def executed(package: Path, folder: Path) -> bool:  # noqa: F811
-    out = finish(start(package, _EXECUTED + _SMALL, NUMBA_CACHE_DIR=str(folder), RMSNORM_CXX=""))
+def executed(package: Path, folder: Path, code: str = _ONE_KERNEL) -> bool:  # noqa: F811
+    """Whether a process executes machine code, or anything else, of the cache."""
+    out = finish(start(package, _EXECUTED + code, NUMBA_CACHE_DIR=str(folder), RMSNORM_CXX=""))
     assert _RUNS in out
     return "executed" in out
 
 
-def test_a_cache_that_other_users_can_write_is_not_used(package, cache) -> None:  # noqa: F811
-    assert executed(package, cache)
-    (leaf,) = (f for f in cache.iterdir() if f.is_dir())
+def test_a_cache_that_other_users_can_write_is_not_used(package, cache_of_one) -> None:  # noqa: F811
+    assert executed(package, cache_of_one)
+    (leaf,) = (f for f in cache_of_one.iterdir() if f.is_dir())
     file = next(leaf.glob("*.nbc"))
-    for path, mode in ((cache, 0o777), (leaf, 0o777), (leaf, 0o1777), (leaf, 0o770)):
+    for path, mode in ((cache_of_one, 0o777), (leaf, 0o777), (leaf, 0o1777), (leaf, 0o770)):
         before = path.stat().st_mode
         path.chmod(mode)
-        assert not executed(package, cache), (path, oct(mode))
+        assert not executed(package, cache_of_one), (path, oct(mode))
         path.chmod(before)
-    cache.chmod(0o1777)  # as /tmp
-    assert executed(package, cache)
-    cache.chmod(0o700)
+    cache_of_one.chmod(0o1777)  # as /tmp
+    assert executed(package, cache_of_one)
+    cache_of_one.chmod(0o700)
     for f in leaf.glob("*.nbc"):
         f.chmod(0o666)
-    assert not executed(package, cache)
+    assert not executed(package, cache_of_one)
     assert file.stat().st_mode & 0o777 == 0o644  # replaced
-    assert executed(package, cache)
+    assert executed(package, cache_of_one)
 
 
-def test_a_cache_of_another_user_is_not_used(package, cache, tmp_path) -> None:  # noqa: F811
+def test_a_cache_of_another_user_is_not_used(package, cache_of_one, tmp_path) -> None:  # noqa: F811
     as_root()
-    (leaf,) = (f for f in cache.iterdir() if f.is_dir())
+    (leaf,) = (f for f in cache_of_one.iterdir() if f.is_dir())
     os.chown(leaf, _NOBODY, _NOBODY)
-    assert not executed(package, cache)
+    assert not executed(package, cache_of_one)
     os.chown(leaf, 0, 0)
-    os.chown(cache, _NOBODY, _NOBODY)
-    assert not executed(package, cache)
-    os.chown(cache, 0, 0)
-    assert executed(package, cache)
+    os.chown(cache_of_one, _NOBODY, _NOBODY)
+    assert not executed(package, cache_of_one)
+    os.chown(cache_of_one, 0, 0)
+    assert executed(package, cache_of_one)
     for f in leaf.glob("*.nbc"):
         os.chown(f, _NOBODY, _NOBODY)
-    assert not executed(package, cache)
+    assert not executed(package, cache_of_one)
     for f in leaf.glob("*.nbc"):
         f.rename(tmp_path / f.name)
         f.symlink_to(tmp_path / f.name)
-    assert not executed(package, cache)
-    assert executed(package, cache)
+    assert not executed(package, cache_of_one)
+    assert executed(package, cache_of_one)
 
 
 def test_a_cache_file_is_only_loaded_for_its_own_signature(package, cache, tmp_path) -> None:  # noqa: F811
@@ -362,18 +377,18 @@ def test_a_cache_file_is_only_loaded_for_its_own_signature(package, cache, tmp_p
     assert len(set(contents)) >= 3
     for f, content in zip(files, contents[1:] + contents[:1], strict=True):
         f.write_bytes(content)
-    assert not executed(package, folder)
-    assert executed(package, folder)  # newly compiled files have replaced them
+    assert not executed(package, folder, _SMALL)
+    assert executed(package, folder, _SMALL)  # newly compiled files have replaced them
 
 
 @pytest.mark.parametrize("name", ["rmsnorm.lock", "rmsnorm.compiling"])
-def test_a_held_lock_does_not_block_reading_the_cache(name, package, cache) -> None:  # noqa: F811
+def test_a_held_lock_does_not_block_reading_the_cache(name, package, cache_of_one) -> None:  # noqa: F811
     import fcntl
 
-    (leaf,) = (f for f in cache.iterdir() if f.is_dir())
+    (leaf,) = (f for f in cache_of_one.iterdir() if f.is_dir())
     with open(leaf / name, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert executed(package, cache)  # and waits for nothing: see the next
+        assert executed(package, cache_of_one)  # and waits for nothing: see the next
 
 
 def test_a_held_lock_delays_compiling_only_once(package, cache, tmp_path) -> None:  # noqa: F811

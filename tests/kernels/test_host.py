@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from concurrency import in_threads
+from forked import Forked
 from planned import planning
 from rmsnorm import add_rms_norm, compat, explain, functional, gated_rms_norm, rms_norm
 from rmsnorm.functional import wait_for_host
@@ -699,15 +700,21 @@ print(rmsnorm.explain(x, w))
 """
 
 
-def process(folder: Path, compiler: str, looks: int = 1, pause: float = 0.2, **others: str) -> str:
+def start(code: str, folder: Path, compiler: str) -> Forked:
+    """A process that compiles the C++ into the folder with this compiler."""
+    return Forked(code, {**os.environ, "TORCH_EXTENSIONS_DIR": str(folder), "RMSNORM_CXX": compiler})
+
+
+def finish(process: Forked) -> str:
+    """What the process printed."""
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    return out.strip()
+
+
+def process(folder: Path, compiler: str, looks: int = 1, pause: float = 0.2) -> str:
     """What explain says at the end of a process that calls the norm a few times."""
-    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(folder), "RMSNORM_CXX": compiler, **others}
-    done = subprocess.run(
-        [sys.executable, "-W", "error::ResourceWarning", "-c", _CALLS.format(looks=looks, pause=pause)],
-        env=environment, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout.strip()
+    return finish(start(_CALLS.format(looks=looks, pause=pause), folder, compiler))
 
 
 def script(path: Path, body: str) -> str:
@@ -746,17 +753,10 @@ def handing_out(folder: Path) -> str:
 
 def test_one_of_several_processes_compiles_and_all_load(cpp, tmp_path) -> None:
     compiler = handing_out(tmp_path)
-    with contextlib.ExitStack() as stack:
-        running = [
-            stack.enter_context(subprocess.Popen(
-                [sys.executable, "-c", _CALLS.format(looks=300, pause=0.2)], stdout=subprocess.PIPE, text=True,
-                env={**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "out"), "RMSNORM_CXX": compiler},
-            ))
-            for _ in range(4)
-        ]  # fmt: skip
-        time.sleep(2)
-        (tmp_path / "go").touch()
-        said = [process.communicate(timeout=120)[0] for process in running]
+    running = [start(_CALLS.format(looks=300, pause=0.2), tmp_path / "out", compiler) for _ in range(4)]
+    time.sleep(2)
+    (tmp_path / "go").touch()
+    said = [finish(one) for one in running]
     assert all("called from C++" in text for text in said), said
     assert (tmp_path / "log").read_text() == "asked\n"
 
@@ -809,9 +809,7 @@ def test_warmup_replaces_a_library_that_cannot_be_loaded(cpp, tmp_path) -> None:
     said = process(tmp_path / "out", compiler)
     assert "cannot be loaded" in said
     assert "rmsnorm.warmup() compiles it again" in said
-    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "out"), "RMSNORM_CXX": compiler}
-    done = subprocess.run([sys.executable, "-c", _WARMUP], env=environment, capture_output=True, text=True, timeout=120)
-    assert "called from C++" in done.stdout, done.stderr
+    assert "called from C++" in finish(start(_WARMUP, tmp_path / "out", compiler))
     assert "called from C++" in process(tmp_path / "out", "false")
 
 
@@ -863,16 +861,15 @@ distrust = build.distrust
 def swapped(found):
     if {str(target)!r} and os.path.exists({str(target)!r}) and os.stat({str(target)!r}).st_ino == found.st_ino:
         os.unlink({str(target)!r})
-        open({str(target)!r}, "wb").write(b"another one")
+        with open({str(target)!r}, "wb") as other:
+            other.write(b"another one")
     return distrust(found)
 build.distrust = swapped
 for _ in range(2):  # the first loads the C++
     rmsnorm.rms_norm(torch.randn(2, 8))
 print(rmsnorm.explain(torch.randn(2, 8)))
 """
-    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "out"), "RMSNORM_CXX": "false"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert "called from C++" in done.stdout, done.stdout + done.stderr
+    assert "called from C++" in finish(start(code, tmp_path / "out", "false"))
     assert target.read_bytes() == b"another one"
 
 
@@ -895,11 +892,7 @@ def test_writing_does_not_follow_symbolic_links(cpp, tmp_path) -> None:
     lock.unlink()
     (tmp_path / "go").touch()
     target.symlink_to(victim)
-    environment = {
-        **os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "out"), "RMSNORM_CXX": handing_out(tmp_path)
-    }  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", _WARMUP], env=environment, capture_output=True, text=True, timeout=120)
-    assert "called from C++" in done.stdout, done.stderr
+    assert "called from C++" in finish(start(_WARMUP, tmp_path / "out", handing_out(tmp_path)))
     assert not target.is_symlink()
     assert victim.read_text() == "precious"
     assert not new.exists()
@@ -1006,7 +999,7 @@ rmsnorm.rms_norm(x, w)
 assert "being compiled" in host.described(), host.described()
 child = os.fork()
 if child != 0:
-    open(sys.argv[1], "w").close()
+    open("{go}", "w").close()
 for _ in range(600):
     rmsnorm.rms_norm(x, w)
     if "C++" in host.described() and "Python" not in host.described():
@@ -1023,8 +1016,7 @@ assert os.waitpid(child, 0)[1] == 0
 
 def test_both_processes_load_the_library_after_a_fork_during_compilation(cpp, tmp_path) -> None:
     """Although only the parent can get the exit status of the compiling process."""
-    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "RMSNORM_CXX": handing_out(tmp_path)}
-    subprocess.run([sys.executable, "-c", _FORKS, str(tmp_path / "go")], env=environment, timeout=120, check=True)
+    finish(start(_FORKS.format(go=tmp_path / "go"), tmp_path, handing_out(tmp_path)))
 
 
 _WARMUP = """
@@ -1037,18 +1029,12 @@ print(rmsnorm.explain(x, w))
 
 
 def test_warmup_waits_for_a_compilation_by_another_process(cpp, tmp_path) -> None:
-    environment = {
-        **os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "out"), "RMSNORM_CXX": handing_out(tmp_path)
-    }  # fmt: skip
-    running = [
-        subprocess.Popen([sys.executable, "-c", _WARMUP], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
+    compiler = handing_out(tmp_path)
+    running = [start(_WARMUP, tmp_path / "out", compiler) for _ in range(3)]
     time.sleep(2)
     (tmp_path / "go").touch()
     for one in running:
-        assert "called from C++" in one.communicate(timeout=120)[0]
-        assert one.returncode == 0
+        assert "called from C++" in finish(one)
     assert (tmp_path / "log").read_text() == "asked\n"
 
 
@@ -1118,8 +1104,7 @@ def test_warmup_retries_a_failed_compilation(cpp, tmp_path) -> None:
     compiler = script(tmp_path / "mending", f'[ -e {tmp_path}/mended ] || exit 1; exec {good} "$@"')
     assert "it could not be compiled, see" in process(tmp_path / "out", compiler, looks=300)
     (tmp_path / "mended").touch()
-    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "out"), "RMSNORM_CXX": compiler}
-    subprocess.run([sys.executable, "-c", _MENDED], env=environment, timeout=120, check=True)
+    finish(start(_MENDED, tmp_path / "out", compiler))
     assert list((tmp_path / "out").rglob("*.failed")) == []
 
 

@@ -1,8 +1,9 @@
 """Tests that need their own processes: the cache of machine code, a missing Numba, and what an import loads.
 
-Each runs a copy of the package with its own cache.
+Each runs a copy of the package with its own cache, mostly in a process that begins with torch imported.
 """
 
+import compileall
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import rmsnorm
+from forked import Forked
 
 COMPUTE = """
 import hashlib, sys, torch
@@ -37,21 +39,32 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("copy")
     source = Path(rmsnorm.__file__).parent
     shutil.copytree(source, folder / "rmsnorm", ignore=shutil.ignore_patterns("__pycache__"))
+    compileall.compile_dir(folder, quiet=2)  # once for all processes
     return folder
 
 
-def start(package: Path, code: str, **environment: str) -> "subprocess.Popen[str]":
-    # One thread each: several run at once on few cores.
-    variables = os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    for name in ("NUMBA_CACHE_DIR", "RMSNORM_CACHE_DIR"):
-        variables.pop(name, None)
+def start(package: Path, code: str, **environment: str) -> Forked:
+    """A process that begins with torch imported."""
+    return Forked(code, _variables(package) | environment)
+
+
+def start_python(package: Path, code: str, **environment: str) -> "subprocess.Popen[str]":
+    """A process that was not forked from one with torch, which decides whose threads the kernels use."""
     return subprocess.Popen(
-        [sys.executable, "-c", code], env=variables | environment, text=True,
+        [sys.executable, "-c", code], env=_variables(package) | environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
-def finish(process: "subprocess.Popen[str]") -> str:
+def _variables(package: Path) -> dict[str, str]:
+    # One thread each: several run at once on few cores.
+    variables = os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    for name in ("NUMBA_CACHE_DIR", "RMSNORM_CACHE_DIR"):
+        variables.pop(name, None)
+    return variables
+
+
+def finish(process: "Forked | subprocess.Popen[str]") -> str:
     try:
         out, err = process.communicate(timeout=120)
     except subprocess.TimeoutExpired:

@@ -6,9 +6,10 @@ module. Anything else that it loads could hold state, and anything that it store
 
 import builtins
 import dis
+import functools
 import math
-from collections.abc import Collection
-from types import BuiltinFunctionType, FrameType, FunctionType, ModuleType
+from collections.abc import Collection, Sequence
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -51,8 +52,7 @@ def why_refused(frame: FrameType, cls: type, attributes: Collection[str], stand_
         The reason, or None if the code may run.
     """
     code, where = frame.f_code, f"(in {frame.f_code.co_name})"
-    steps = [step for step in dis.get_instructions(code) if step.opname not in _FILLERS]
-    known = _ATTRIBUTES | set(attributes) | {name for name in dir(cls) if not name.startswith("__")}
+    steps = _steps(code)
     end = 0  # of the chain of attributes after the name that was loaded last
     for i, step in enumerate(steps):
         name = str(step.argval)
@@ -63,7 +63,7 @@ def why_refused(frame: FrameType, cls: type, attributes: Collection[str], stand_
             return f"its forward writes the enclosing function's variable {name} {where}"
         if step.opname in ("IMPORT_NAME", "YIELD_VALUE", "GET_AWAITABLE"):
             return f"its forward imports a module, or is a generator or coroutine {where}"
-        if step.opname in _ATTRIBUTE_LOADS and i >= end and name not in known:
+        if step.opname in _ATTRIBUTE_LOADS and i >= end and not _is_known(name, cls, attributes):
             if not _loads_module(frame, steps, i - 1, stand_in):  # whose reads the stand-in records
                 return f"its forward uses an attribute {name} {where}"
         elif step.opname == "LOAD_GLOBAL" or (step.opname in _CLOSURE_LOADS and name in code.co_freevars):
@@ -78,10 +78,20 @@ def why_refused(frame: FrameType, cls: type, attributes: Collection[str], stand_
     return None
 
 
+@functools.lru_cache(64)  # a proof runs the same code hundreds of times
+def _steps(code: CodeType) -> tuple[dis.Instruction, ...]:
+    return tuple(step for step in dis.get_instructions(code) if step.opname not in _FILLERS)
+
+
+def _is_known(name: str, cls: type, attributes: Collection[str]) -> bool:
+    """Whether it is an attribute of tensors, of the norm or of its class."""
+    return name in _ATTRIBUTES or name in attributes or (not name.startswith("__") and name in dir(cls))
+
+
 _MISSING: Any = object()
 
 
-def _resolved(frame: FrameType, steps: list[dis.Instruction], i: int) -> tuple[Any, list[str]]:
+def _resolved(frame: FrameType, steps: Sequence[dis.Instruction], i: int) -> tuple[Any, list[str]]:
     """The value that step i loads, or an attribute of it if it is a module or class; and the path to it."""
     path = [str(steps[i].argval)]
     value = _loaded(frame, path[0])
@@ -100,7 +110,7 @@ def _loaded(frame: FrameType, name: str) -> Any:
     return _MISSING
 
 
-def _loads_module(frame: FrameType, steps: list[dis.Instruction], i: int, stand_in: type) -> bool:
+def _loads_module(frame: FrameType, steps: Sequence[dis.Instruction], i: int, stand_in: type) -> bool:
     """Whether step i loads the norm itself."""
     if not 0 <= i < len(steps) or not steps[i].opname.startswith("LOAD_FAST"):
         return False
