@@ -390,7 +390,10 @@ def without_fp64_sums_bits_differ(mesh: DeviceMesh) -> None:
 
 @on(2)
 def verify_fails_if_a_rank_is_wrong(mesh: DeviceMesh) -> None:
-    """The differences that `rmsnorm verify --world` counts: none; with fp32 sums over columns; with a wrong part of dw."""
+    """The differences that `rmsnorm verify --world` counts.
+
+    None; with fp32 sums over columns; with a wrong part of dw; and with a part that is declared to be all of dw.
+    """
 
     def tally(sharding: str) -> Tally:
         case = VerifyCase(torch.float32, torch.float32, "late", 0.0, 128, 256, sharding=sharding)
@@ -404,6 +407,10 @@ def verify_fails_if_a_rank_is_wrong(mesh: DeviceMesh) -> None:
     as_whole = shards.as_whole
     try:
         shards.as_whole = lambda t, mesh, layout, shape: as_whole(t + (Partial() in layout), mesh, layout, shape)
+        assert tally("rows").unsteady == 256
+        shards.as_whole = lambda t, mesh, layout, shape: as_whole(
+            t, mesh, tuple(Replicate() if p == Partial() else p for p in layout), shape
+        )
         assert tally("rows").unsteady == 256
     finally:
         shards.as_whole = as_whole
