@@ -338,9 +338,27 @@ OF_PLANS = (
 
 OF_GPU_KERNELS = (
     Mutant(
+        "eps is not added", "kernels/gpu/kernels.py",
+        "v = (S / N).to(tl.float32) + eps", "v = (S / N).to(tl.float32)",
+        (interpreted("strides"),),
+    ),
+    Mutant(
         "the statistic is an approximate rsqrt", "kernels/gpu/kernels.py",
         "return tl.div_rn(1.0, tl.sqrt_rn(v))", "return tl.rsqrt(v)",
         (f"{PTX}::test_rounding_is_ieee_and_subnormals_are_kept",),
+    ),
+    Mutant(
+        "the squares are summed in fp32", "kernels/gpu/kernels.py",
+        "    squares = tl.zeros([ROWS, BLOCK_N], tl.float64)\n    for k in tl.static_range(ALL):\n"
+        "        d = measured(row[k].to(tl.float32), columns(first, ends, k, PIECES, BLOCK_N) + lead, V).to(tl.float64)",
+        "    squares = tl.zeros([ROWS, BLOCK_N], tl.float32)\n    for k in tl.static_range(ALL):\n"
+        "        d = measured(row[k].to(tl.float32), columns(first, ends, k, PIECES, BLOCK_N) + lead, V)",
+        (interpreted("strides"),),
+    ),
+    Mutant(
+        "early casts once, at the end", "kernels/gpu/kernels.py",
+        "y = (w.to(tl.float32) * cast_to(h, X)).to(Y)", "y = (w.to(tl.float32) * h).to(Y)",
+        (interpreted("dtypes_that_differ"),),
     ),
     Mutant(
         "the cast to bf16 truncates", "kernels/gpu/kernels.py",
@@ -459,6 +477,52 @@ OF_GATED = (
 
 OF_HOST = (
     Mutant(
+        "C++ takes a plan for another alignment", "kernels/host/host.cpp",
+        "const auto alignment = address | 16;", "const auto alignment = (address & 0) | 16;",
+        (f"{HOST}::test_unaligned_tensors_get_their_own_plan",),
+    ),
+    Mutant(
+        "C++ takes a plan for other strides", "kernels/host/host.cpp",
+        "    numbers.append(t.strides().begin(), t.strides().end());\n", "",
+        (f"{HOST}::test_calls_that_differ_in_any_relevant_property_get_separate_plans",),
+    ),
+    Mutant(
+        "C++ takes a plan for other gradients", "kernels/host/host.cpp",
+        'call.requested[1] << 8 |', 'call.requested[1] * 0 |',
+        (f"{HOST}::test_only_requested_gradients_are_computed",),
+    ),
+    Mutant(
+        "C++ reads memory that was freed", "kernels/host/host.cpp",
+        "return t.storage().nbytes() >= needed;", "return t.storage().nbytes() + needed > 0;",
+        (f"{SIZES}::test_the_forward_pass_names_the_tensor_whose_memory_was_freed[C++-weight-True]",),
+    ),
+    Mutant(
+        "C++ loses a tangent of forward mode", "kernels/host/host.cpp",
+        "      if (t._fw_grad(0).defined()) {\n        return false;\n      }\n", "",
+        (f"{HOST}::test_calls_with_anything_but_plain_tensors_are_made_by_python",),
+    ),
+    Mutant(
+        "a second derivative is silently zero", "kernels/host/host.cpp",
+        "if (as_saved && !at::GradMode::is_enabled() && plain(t)) {", "if (as_saved && plain(t)) {",
+        (f"{HOST}::test_a_second_derivative_raises",),
+    ),
+    Mutant(
+        "C++ leaves one of torch's threads idle", "kernels/host/host.cpp",
+        "(team->parallel)(drain, shared, threads, 0);", "(team->parallel)(drain, shared, threads - 1, 0);",
+        (f"{HOST}::test_threads_share_the_rows_of_a_call_from_cpp",),
+    ),
+    Mutant(
+        "C++ keeps saved tensors without their version", "kernels/host/host.cpp",
+        "ctx->save_for_backward({rows, w ? *w : Tensor(), rstd});",
+        "ctx->save_for_backward({rows.detach().alias(), w ? w->variable_data() : Tensor(), rstd});",
+        (f"{HOST}::test_saved_tensors_that_were_freed_or_modified_raise",),
+    ),
+    Mutant(
+        "a library that others can write is loaded", "kernels/host/build.py",
+        "if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):", "if False:",
+        (f"{HOST}::test_only_files_that_no_other_user_can_write_are_loaded",),
+    ),
+    Mutant(
         "machine code from different sources is loaded", "kernels/cpu/cache.py",
         'return b"".join(source.read_bytes() for source in SOURCES) + repr(versions).encode()',
         "return repr(versions).encode()",
@@ -512,6 +576,11 @@ OF_OPERATORS = (
         (f"{RANKS}::test_the_code_passes_on_two_ranks",),
     ),
     Mutant(
+        "dw of a rank's rows counts as that of all rows", "ops/sharding.py",
+        'Partial() if q == Replicate() and _dim(p) is not None else q for', 'q for',
+        (f"{RANKS}::test_the_code_passes_on_two_ranks",),
+    ),
+    Mutant(
         "a norm output that was modified is recomputed unmodified", "ops/eager_recomputation.py",
         "        if t._version != self.version:\n            self.reason = _MODIFIED\n        elif", "        if",
         (f"{RECOMPUTATION}::test_an_output_that_is_modified_before_it_is_saved_is_kept",),
@@ -550,6 +619,12 @@ OF_PATCHING = (
         "for grad in GRAD_MODES if every else GRAD_MODES[:2]:", "for grad in GRAD_MODES[:1]:",
         (f"{PROOF}::test_a_norm_with_another_eps_with_gradients_is_not_replaced",
          f"{PROOF}::test_a_norm_that_rounds_late_only_with_gradients_is_not_replaced"),
+    ),
+    Mutant(
+        "mixed dtypes count as proven", "patching/coverage.py",
+        "        if not all(probe.holds(spec, state, shape) for shape in probe.shapes for state in all_modes(pair))\n",
+        "        if False\n",
+        ("tests/patching/test_prove.py::test_the_dtypes_are_those_for_which_the_own_forward_is_not_needed",),
     ),
     Mutant(
         "a proof does not check that eps follows its attribute", "patching/eps_attribute.py",
