@@ -12,8 +12,13 @@ HOST = "tests/kernels/test_host.py"
 PTX = "tests/kernels/test_gpu_ptx.py"
 LAUNCH = "tests/kernels/test_launch.py"
 GATED = "tests/kernels/test_gated_kernels.py"
+PARTS = "tests/kernels/test_parts_kernels.py"
 OF_SUM = "tests/ops/test_backward_of_sum.py"
 PAIRS = "tests/ops/test_pairs.py"
+SANDWICH = "tests/ops/test_sandwich.py"
+HEADS = "tests/ops/test_heads.py"
+SLICES = "tests/ops/test_slices.py"
+TWO_RANKS = "tests/ops/test_distributed.py::test_case_passes_on_every_rank"
 OPS = "tests/ops/test_ops.py"
 SIZES = "tests/test_sizes.py"
 BAD_INPUT = "tests/test_bad_input.py"
@@ -475,6 +480,255 @@ OF_GATED = (
     ),
 )  # fmt: skip
 
+OF_SANDWICHES = (
+    Mutant(
+        "the second norm of a sandwich is planned for the dtype of x", "kernels/dispatch.py",
+        "return first, Forward.of(x, residual, w2, spec, with_rstd)._replace(x=h)",
+        "return first, Forward.of(x, residual, w2, spec, with_rstd)",
+        (f"{SANDWICH}::test_one_call_has_the_bits_of_two_norms[C++-x_dtype3-w_dtype3-residual_dtype3-early-0.0]",),
+    ),
+    Mutant(
+        "the output of the first norm of a sandwich is read with the strides of x", "kernels/dispatch.py",
+        "h = TensorKind.dense(x.shape, result_dtype(x.dtype, None if w is None else w.dtype, spec.cast))",
+        "h = first.x._replace(dtype=result_dtype(x.dtype, None if w is None else w.dtype, spec.cast))",
+        (f"{SANDWICH}::test_one_call_has_the_bits_of_two_norms[C++-x_dtype0-w_dtype0-residual_dtype0-late-1.0]",),
+    ),
+    Mutant(
+        "the statistics of the two norms of a sandwich are exchanged", "kernels/plan.py",
+        "return replace(plan, outputs=(y, s, rstd, rstd2))", "return replace(plan, outputs=(y, s, rstd2, rstd))",
+        (f"{SANDWICH}::test_one_call_has_the_bits_of_two_norms[C++-x_dtype0-w_dtype0-residual_dtype0-late-1.0]",),
+    ),
+    Mutant(
+        "a sandwich loses gradients instead of raising", "ops/sandwich.py",
+        "    if differentiated(x, w, residual, w2):\n", "    if False:\n",
+        (f"{SANDWICH}::test_the_operator_is_refused_where_autograd_would_lose_a_gradient",),
+    ),
+    Mutant(
+        "a compiler is told that the output of a sandwich has the dtype of x", "ops/sandwich.py",
+        "y_dtype = result_dtype(s_dtype, None if w2 is None else w2.dtype, cast)", "y_dtype = x.dtype",
+        (f"{SANDWICH}::test_a_compiler_is_told_the_dtypes_and_shapes_of_the_outputs",),
+    ),
+    Mutant(
+        "a norm whose output is read twice is fused into a sandwich", "ops/residual_fusion.py",
+        "or h is residual or _only_user(h) is not norm:", "or h is residual:",
+        (f"{SANDWICH}::test_sandwiched_norms_are_fused_where_nothing_else_reads_between_them[read twice-0-False]",),
+    ),
+    Mutant(
+        "norms with different eps are fused into a sandwich", "ops/residual_fusion.py",
+        "            and options == options_before\n", "",
+        (f"{SANDWICH}::test_sandwiched_norms_are_fused_where_nothing_else_reads_between_them[another eps-0-False]",),
+    ),
+    Mutant(
+        "a sandwich exchanges the weights of its norms", "ops/residual_fusion.py",
+        "(x, w_before, before.residual, w, *options), norm)", "(x, w, before.residual, w_before, *options), norm)",
+        (f"{SANDWICH}::test_sandwiched_norms_are_fused_where_nothing_else_reads_between_them[plain-1-False]",),
+    ),
+    Mutant(
+        "the second norm of a sandwich is differentiated with the statistic of the first", "ops/residual_fusion.py",
+        "replaced = [((0, 1, 3)[i], output)", "replaced = [((0, 1, 2)[i], output)",
+        (f"{SANDWICH}::test_sandwiched_norms_are_fused_where_nothing_else_reads_between_them[plain-1-True]",),
+    ),
+    Mutant(
+        "a sandwich is found only if the residual is the second summand", "ops/residual_fusion.py",
+        "for h, residual in ((a, b), (b, a)):", "for h, residual in ((a, b),):",
+        (f"{SANDWICH}::test_sandwiched_norms_are_fused_where_nothing_else_reads_between_them[plain-1-False]",
+         f"{SANDWICH}::test_sandwiched_norms_are_fused_where_nothing_else_reads_between_them[sum on the left-1-False]"),
+    ),
+    Mutant(
+        "a sandwich is made after the first use of its first statistic", "ops/residual_fusion.py",
+        "    if not all(edit.precedes([norm], user) for rstd in rstds for user in rstd.users):\n        return\n", "",
+        (f"{SANDWICH}::test_a_statistic_that_is_read_between_the_norms_prevents_a_sandwich",),
+    ),
+    Mutant(
+        "a norm that is computed again is fused with one that is not", "ops/residual_fusion.py",
+        "            and all(call.meta.get(key) == norm.meta.get(key) for key in CHECKPOINTING)\n        ):",
+        "        ):",
+        (f"{SANDWICH}::test_a_norm_that_is_computed_again_is_fused_with_none_that_is_not[True-0]",),
+    ),
+)  # fmt: skip
+
+OF_PAIRS = (
+    Mutant(
+        "norms with different eps are paired", "ops/pairing.py",
+        "        and _options(norm) == _options(other)\n", "",
+        (f"{PAIRS}::test_norms_that_differ_are_not_paired",),
+    ),
+    Mutant(
+        "a norm is paired with one that it depends on", "ops/pairing.py",
+        "    if any(earlier in node.all_input_nodes for node in (later, *moved)):\n        return None\n", "",
+        (f"{PAIRS}::test_a_norm_that_depends_on_the_other_is_not_paired_with_it",),
+    ),
+    Mutant(
+        "a norm with a residual is paired without it", "ops/pairing.py",
+        "        and arguments(norm)[1] is None\n", "",
+        (f"{PAIRS}::test_norms_that_differ_are_not_paired",),
+    ),
+    Mutant(
+        "the second norm of a pair returns the output of the first", "ops/pairing.py",
+        "new = edit.output(norm, call, 2 * number + places[i], output)",
+        "new = edit.output(norm, call, places[i], output)",
+        (f"{PAIRS}::test_norms_of_queries_and_keys_are_paired_and_keep_all_bits[False]",),
+    ),
+    Mutant(
+        "the gradients of a pair are those of one weight", "ops/pairing.py",
+        "(dy, x, w, rstd, dy2, x2, w2, rstd2, *options), {0: 0, 1: 1})",
+        "(dy, x, w, rstd, dy2, x2, w, rstd2, *options), {0: 0, 1: 1})",
+        (f"{PAIRS}::test_norms_of_queries_and_keys_are_paired_and_keep_all_bits[True]",),
+    ),
+    Mutant(
+        "both norms of a pair get the gradients that the first one needs", "ops/pairs.py",
+        "if dy is not None and dy2 is not None and needs == needs2:", "if dy is not None and dy2 is not None:",
+        (f"{PAIRS}::test_only_the_gradients_that_are_needed_are_computed",),
+    ),
+    Mutant(
+        "a pair of norms is made where forward mode needs a tangent", "ops/pairs.py",
+        "is_plain(*tensors) and not has_tangent(*tensors)", "is_plain(*tensors)",
+        ("tests/ops/test_transforms.py::test_rms_norms_keeps_the_tangents_of_forward_mode",),
+    ),
+)  # fmt: skip
+
+BITS_OF_PARTS = f"{PARTS}::test_parts_have_the_bits_of_whole_rows"
+
+OF_PARTS = (
+    Mutant(
+        "a part of a row is normalized by its own width", "kernels/cpu/launches.py",
+        "groups, columns, whole or columns]", "groups, columns, columns]",
+        (f"{BITS_OF_PARTS}[C++-float32-early-0.0]",),
+    ),
+    Mutant(
+        "a part's dx uses the sum over that part", "kernels/cpu/kernels.py",
+        "c = np.float32(((sums[m] + 0.0) if finishes else total) / layout[WHOLE])",
+        "c = np.float32(total / layout[WHOLE])",
+        (f"{BITS_OF_PARTS}[C++-float32-early-0.0]",),
+    ),
+    Mutant(
+        "a sum of nothing but -0.0 stays -0.0 in a part", "kernels/cpu/kernels.py",
+        "((sums[m] + 0.0) if finishes else total)", "(sums[m] if finishes else total)",
+        (f"{PARTS}::test_a_sum_of_minus_zero_gives_the_bits_of_zero[C++-float32]",),
+    ),
+    Mutant(
+        "a part sums the squares of x, not of its sum with the residual", "kernels/cpu/parts_planner.py",
+        'tensors = row, "residual" if adds else None, None, None, "s" if adds else None, None, "S"',
+        'tensors = row, None, None, None, None, None, "S"',
+        (f"{BITS_OF_PARTS}[C++-float32-early-0.0]",),
+    ),
+    Mutant(
+        "the sum of a part for dx leaves out the offset", "kernels/cpu/parts_planner.py",
+        'scale.name, "rstd", None, None, "S"\n    words = spec_words(0.0, spec.offset, spec.cast)',
+        'scale.name, "rstd", None, None, "S"\n    words = spec_words(0.0, 0.0, spec.cast)',
+        (f"{BITS_OF_PARTS}[C++-float32-late-1.0]",),
+    ),
+    Mutant(
+        "a rank without columns gets a kernel", "kernels/dispatch.py",
+        "    if kind.x.shape[-1] == 0:\n", "    if False:\n",
+        (f"{BITS_OF_PARTS}[C++-float32-early-0.0]",),
+    ),
+    Mutant(
+        "a part of heads with weights of their own gets the kernel for one weight", "kernels/dispatch.py",
+        "    if heads_of(w) > 1:\n", "    if False:\n",
+        (f"{PARTS}::test_parts_of_heads_with_weights_of_their_own",),
+    ),
+    Mutant(
+        "a compiler is told that the output of a part has the dtype of x", "ops/parts.py",
+        "y = x.new_empty(x.shape, dtype=result_dtype(x.dtype, None if w is None else w.dtype, cast))",
+        "y = x.new_empty(x.shape)",
+        (f"{PARTS}::test_operators_are_opaque_and_their_shapes_are_known",),
+    ),
+    Mutant(
+        "ranks normalize x, not its sum with the residual", "ops/sharding.py",
+        "parts.append((x if residual is None else s, S))", "parts.append((x, S))",
+        (f"{TWO_RANKS}[2-columns_stay_sharded]",),
+    ),
+    Mutant(
+        "two norms each have an all-reduce of their own", "ops/sharding.py",
+        "    if _share_sums(*norms):\n", "    if False:\n",
+        (f"{TWO_RANKS}[2-two_norms_share_an_all_reduce]",),
+    ),
+    Mutant(
+        "a norm of columns shares its all-reduce with one of rows", "ops/sharding.py",
+        " and first.by_columns == second.by_columns\n", "\n",
+        (f"{TWO_RANKS}[2-two_norms_share_an_all_reduce]",),
+    ),
+    Mutant(
+        "dw alone costs an all-reduce", "ops/sharding.py",
+        "    if norm.by_columns and need_dx:\n", "    if norm.by_columns:\n",
+        (f"{TWO_RANKS}[2-gradients_that_need_no_sum_need_no_communication]",),
+    ),
+    Mutant(
+        "the weight of heads is expected to be sharded by heads where columns are sharded", "ops/sharding.py",
+        "return tuple(Replicate() if dim is None or dim < shared else Shard(dim - shared) for dim in dims)",
+        "return tuple(Replicate() if dim is None or dim < shared else Shard(0) for dim in dims)",
+        (f"{TWO_RANKS}[2-weights_of_heads_are_sharded_as_the_heads]",),
+    ),
+)  # fmt: skip
+
+OF_HEADS_AND_SLICES = (
+    Mutant(
+        "all heads are multiplied by the weight of the first", "kernels/cpu/kernels.py",
+        "of_head = m % layout[HEADS] * steps\n            total = 0.0\n            if finishes:",
+        "of_head = 0\n            total = 0.0\n            if finishes:",
+        (f"{HEADS}::test_each_head_is_a_norm_of_its_own[torch.float32-{{}}]",),
+    ),
+    Mutant(
+        "gradients of all heads are those of the first head's weight", "kernels/cpu/kernels.py",
+        "of_head = m % layout[HEADS] * steps\n            total = 0.0\n            for i in range(steps if",
+        "of_head = 0\n            total = 0.0\n            for i in range(steps if",
+        (f"{HEADS}::test_each_head_is_a_norm_of_its_own[torch.float32-{{}}]",),
+    ),
+    Mutant(
+        "dw of heads that are read in pairs is laid out as that of one head", "kernels/cpu/kernels.py",
+        "column = k * (columns // parts) + of_head + i", "column = k * steps + of_head + i",
+        (f"{HEADS}::test_each_head_is_a_norm_of_its_own[torch.bfloat16-{{}}]",),
+    ),
+    Mutant(
+        "heads are not part of a weight", "modules.py",
+        "shape = (hidden_size,) if heads is None else (heads, hidden_size)", "shape = (hidden_size,)",
+        (f"{HEADS}::test_a_layer_with_heads_has_a_weight_for_each",),
+    ),
+    Mutant(
+        "the kernel takes the statistic over all columns", "kernels/cpu/kernels.py",
+        "steps, of_head = N // parts, 0\n        measured = layout[MEASURED] if sliced else N",
+        "steps, of_head = N // parts, 0\n        measured = N",
+        (f"{SLICES}::test_bits_of_the_reference[torch.float32-early-0.0]",),
+    ),
+    Mutant(
+        "dx passes through the statistic in columns outside of it too", "kernels/cpu/kernels.py",
+        "                        if sliced and i >= measured // parts:\n", "                        if False:\n",
+        (f"{SLICES}::test_bits_of_the_reference[torch.float32-early-0.0]",),
+    ),
+    Mutant(
+        "a statistic over an odd number of columns is read in pairs", "kernels/cpu/launches.py",
+        "for number in (N, columns, *steps))", "for number in (N, *steps))",
+        (f"{SLICES}::test_bits_of_the_reference[torch.bfloat16-early-0.0]",),
+    ),
+    Mutant(
+        "the reference leaves columns outside of the statistic in dx", "reference.py",
+        "        through_rstd[..., N:] = 0.0\n", "        pass\n",
+        (f"{SLICES}::test_bits_of_the_reference[torch.float32-early-0.0]",),
+    ),
+    Mutant(
+        "a residual alone gets no gradient through a norm of the first columns", "ops/slices.py",
+        "need_rows = need_x or need_residual", "need_rows = need_x",
+        (f"{SLICES}::test_only_the_gradients_that_are_needed_are_computed",),
+    ),
+    Mutant(
+        "a norm of the first columns is not recorded for a residual alone", "ops/slices.py",
+        "slice_forward.default(*args, needs_gradient(x, residual, w))",
+        "slice_forward.default(*args, needs_gradient(x, None, w))",
+        (f"{SLICES}::test_only_the_gradients_that_are_needed_are_computed",),
+    ),
+    Mutant(
+        "the gradient of a residual is rounded to the dtype of x", "ops/slices.py",
+        "d_residual = d_rows.to(residual_dtype) if", "d_residual = d_rows.to(x_dtype) if",
+        (f"{SLICES}::test_dtypes_may_differ",),
+    ),
+    Mutant(
+        "exported programs take the statistic over all columns", "ops/plain.py",
+        "rstd = reference.published_rstd(rows[..., :variance_size], eps)", "rstd = reference.published_rstd(rows, eps)",
+        (f"{SLICES}::test_compiled_and_exported_code_gives_the_same_bits",),
+    ),
+)  # fmt: skip
+
 OF_HOST = (
     Mutant(
         "C++ takes a plan for another alignment", "kernels/host/host.cpp",
@@ -730,6 +984,6 @@ OF_PUBLIC_FUNCTIONS = (
 )  # fmt: skip
 
 MUTANTS = (
-    *OF_REFERENCE, *OF_ARGUMENTS, *OF_CPU_KERNELS, *OF_PLANS, *OF_GPU_KERNELS, *OF_GATED, *OF_HOST, *OF_OPERATORS,
-    *OF_PATCHING, *OF_PUBLIC_FUNCTIONS,
+    *OF_REFERENCE, *OF_ARGUMENTS, *OF_CPU_KERNELS, *OF_PLANS, *OF_GPU_KERNELS, *OF_GATED, *OF_SANDWICHES, *OF_PAIRS,
+    *OF_PARTS, *OF_HEADS_AND_SLICES, *OF_HOST, *OF_OPERATORS, *OF_PATCHING, *OF_PUBLIC_FUNCTIONS,
 )  # fmt: skip

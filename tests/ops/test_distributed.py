@@ -228,7 +228,8 @@ def two_norms_share_an_all_reduce(mesh: DeviceMesh) -> None:
         for found in runs:
             for k, (a, b) in enumerate(zip(found[:4], expected[:4], strict=True)):
                 same(a, b, f"{dtype} {k}", Shard(columns[k % 2]))
-        for dims, counts in (((0, 0), {}), ((0, columns[1]), {"all_reduce": 2})):
+        one = {"all_reduce": 2}  # forward and backward
+        for dims, counts in (((0, 0), {}), ((0, columns[1]), one), ((columns[0], 0), one)):
             with communicating(**counts):
                 found = norm_pair(*sharded(*dims), spec, rmsnorm.rms_norms)
             for k, (a, b) in enumerate(zip(found[:4], expected[:4], strict=True)):
