@@ -27,6 +27,11 @@ RANKS = "tests/tools/verify/test_ranks.py"
 PROOF = "tests/patching/test_proof.py"
 PATCH = "tests/patching/test_patch.py"
 REPLACEMENT = "tests/patching/test_replacement.py"
+GATED_NORMS = "tests/patching/test_gated_norms.py"
+TORCH_NORM = "tests/patching/test_torch_norm.py"
+COST = "tests/costs/test_cost.py"
+MODEL_COST = "tests/tools/cost/test_model_cost.py"
+PREDICTION = "tests/tools/report/test_report_prediction.py"
 FAULTS = "tests/kernels/test_faults.py"
 GENERATED = "tests/test_generated.py"
 
@@ -37,10 +42,11 @@ def interpreted(case: str) -> str:
 
 SILU = "Spec(eps=1e-06, cast='early', gate=Gate(activation='silu', first=False), groups=1)"
 SILU_FIRST = SILU.replace("first=False", "first=True")
+SIGMOID = SILU.replace("silu", "sigmoid")
 
 
-def gated(form: str) -> str:
-    return f"{GATED}::test_bits_for_every_dtype[float32-{form}]"
+def gated(form: str, dtype: str = "float32") -> str:
+    return f"{GATED}::test_bits_for_every_dtype[{dtype}-{form}]"
 
 
 @dataclass(frozen=True)
@@ -477,6 +483,57 @@ OF_GATED = (
         "the second tile of a wide group overwrites the first", "kernels/cpu/gated_kernels.py",
         "store(z, n, y, form[8], m * N + i)", "store(z, n, y, form[8], m * N)",
         (f"{GATED}::test_bits_at_every_width[{SILU}]",),
+    ),
+    Mutant(
+        "the norm is rounded before it is multiplied by the gate", "gated_reference.py",
+        "        u = u * factor\n", "        u = u.to(dtype) * factor\n",
+        (gated(SILU.replace("early", "late"), "bfloat16"),),
+    ),
+    Mutant(
+        "the product with a first gate is rounded before it is normalized", "gated_reference.py",
+        "    rows = grouped(x.float() * factor if spec.gate.first else x, spec.groups)\n    rstd = exact_rstd",
+        "    rows = grouped((x.float() * factor).to(x.dtype) if spec.gate.first else x, spec.groups)\n    rstd = exact_rstd",
+        (gated(SILU_FIRST, "bfloat16"),),
+    ),
+    Mutant(
+        "the derivative of the sigmoid leaves out 1 - σ", "kernels/cpu/gated_kernels.py",
+        "slopes[i] = np.float32(sigma * (1.0 - sigma))", "slopes[i] = np.float32(sigma)",
+        (gated(SIGMOID),),
+    ),
+    Mutant(
+        "the gradient of a first gate is multiplied by the gate, not by x", "kernels/cpu/gated_kernels.py",
+        "load(x, form[4], at_x + i, n, d)\n                    multiply(d, n, dz)",
+        "load(gate, form[5], at_gate + i, n, d)\n                    multiply(d, n, dz)",
+        (gated(SILU_FIRST),),
+    ),
+    Mutant(
+        "the gradient of a first gate alone is made from memory that was never written", "kernels/cpu/gated_kernels.py",
+        "wants_dz = wants_dx or (wants_dgate and gate_first)", "wants_dz = wants_dx",
+        (f"{GATED}::test_only_the_gradients_that_are_asked_for_are_computed[{SILU_FIRST.replace('groups=2', 'groups=1')}]",),
+    ),
+    Mutant(
+        "dw of an early gated norm leaves out the cast of xh", "kernels/cpu/gated_kernels.py",
+        "    if form[1] != 0:\n        round_to(form[4], rounded, n)\n    for i in range(n):\n        dw",
+        "    for i in range(n):\n        dw",
+        (gated(SILU, "bfloat16"),),
+    ),
+    Mutant(
+        "a gated layer applies its gate after the norm always", "modules.py",
+        "activation=spec.gate.activation,\n            gate_first=spec.gate.first, groups=spec.groups,",
+        "activation=spec.gate.activation,\n            groups=spec.groups,",
+        ("tests/ops/test_gated.py::test_the_layer_has_the_bits_of_the_function",),
+    ),
+    Mutant(
+        "a gated layer ignores its groups", "modules.py",
+        "activation=spec.gate.activation,\n            gate_first=spec.gate.first, groups=spec.groups,",
+        "activation=spec.gate.activation,\n            gate_first=spec.gate.first,",
+        ("tests/ops/test_gated.py::test_the_layer_has_the_bits_of_the_function",),
+    ),
+    Mutant(
+        "the function ignores the activation", "functional.py",
+        "return gated_norm(x, gate, weight, eps, cast, activation, gate_first, groups)",
+        'return gated_norm(x, gate, weight, eps, cast, "silu", gate_first, groups)',
+        (gated(SIGMOID),),
     ),
 )  # fmt: skip
 
@@ -929,6 +986,80 @@ OF_PATCHING = (
         'for offset in (0.0, 1.0))]', 'for offset in (0.0,))]',
         (f"{PATCH}::test_proven_norms_compute_exact",),
     ),
+    Mutant(
+        "norms with a weight are proven to round the statistic first, as those without", "patching/spec_search.py",
+        'return [Spec(eps), *(Spec(eps, "late", offset)', 'return [Spec(eps), Spec(eps, "first"), *(Spec(eps, "late", offset)',
+        (f"{PROOF}::test_a_norm_that_rounds_its_statistic_first_is_proven_without_a_weight",),
+    ),
+    Mutant(
+        "a norm without a weight that rounds its statistic first is no candidate", "patching/spec_search.py",
+        'return [Spec(eps), Spec(eps, "first")]', "return [Spec(eps)]",
+        (f"{PROOF}::test_a_norm_that_rounds_its_statistic_first_is_proven_without_a_weight",),
+    ),
+    Mutant(
+        "a gated norm without a weight matches two specs that are the same", "patching/spec_search.py",
+        'return [s for s in specs if s.cast == "early" or (s.gate is not None and not s.gate.first)]', "return specs",
+        (f"{GATED_NORMS}::test_a_gated_norm_without_a_weight_is_proven",),
+    ),
+    Mutant(
+        "gated norms are proven without the calls in which only the gate needs a gradient", "patching/coverage.py",
+        "modes = GATED_GRAD_MODES if probe.gated else GRAD_MODES", "modes = GRAD_MODES",
+        (f"{GATED_NORMS}::test_a_module_that_is_no_gated_norm_of_ours_is_left_with_a_reason",),
+    ),
+    Mutant(
+        "gated norms count as proven in fp64, where no kernel computes them", "patching/coverage.py",
+        "own = {p for p in probe.dtype_pairs(DTYPES) if probe.gated and torch.float64 in p} | failing",
+        "own = set(failing)",
+        (f"{GATED_NORMS}::test_a_call_that_was_not_proven_runs_its_own_forward",),
+    ),
+    Mutant(
+        "a gate of another shape reaches our kernel", "patching/replacement.py",
+        "    if gate is not None and (gate.shape != x.shape or gate.device != x.device):\n", "    if False:\n",
+        (f"{GATED_NORMS}::test_a_call_that_was_not_proven_runs_its_own_forward",),
+    ),
+    Mutant(
+        "a replaced gated norm fails in forward mode", "patching/replacement.py",
+        "    if gate is None or torch.compiler.is_compiling() or not compat.in_forward_ad():\n", "    if True:\n",
+        (f"{GATED_NORMS}::test_a_replaced_norm_runs_its_own_forward_in_forward_mode",),
+    ),
+    Mutant(
+        "a gate from inference mode reaches our kernel", "patching/replacement.py",
+        '    for name, t in (("input", x), ("gate", gate)):\n        if t is not None and t.is_inference():',
+        '    for name, t in (("input", x),):\n        if t is not None and t.is_inference():',
+        (f"{GATED_NORMS}::test_a_gate_from_inference_mode_that_reaches_a_trained_norm_runs_its_own_forward",),
+    ),
+    Mutant(
+        "a replaced gated norm computes one group", "patching/replacement.py",
+        "                x, gate, w, eps, cast=cast, activation=activation, gate_first=gate_first, groups=groups\n",
+        "                x, gate, w, eps, cast=cast, activation=activation, gate_first=gate_first\n",
+        (f"{GATED_NORMS}::test_the_attributes_of_a_gated_norm_decide_what_is_proven[Falcon-H1]",),
+    ),
+    Mutant(
+        "an eps of None makes TorchRMSNorm run torch's own forward", "patching/torch_norm.py",
+        "weighted, none_is_torch_eps=True,", "weighted, none_is_torch_eps=False,",
+        (f"{TORCH_NORM}::test_our_kernel_runs",),
+    ),
+    Mutant(
+        "an eps of None means another number than torch's", "patching/rule.py",
+        "return torch.finfo(torch.float32).eps", "return 1e-6",
+        (f"{TORCH_NORM}::test_our_kernel_runs", f"{REPLACEMENT}::test_an_eps_of_none_means_that_of_torch"),
+    ),
+    Mutant(
+        "TorchRMSNorm has a kernel's bits where the weight is fp64", "patching/torch_norm.py",
+        "for w in weights if torch.float64 in (x, w))", "for w in weights if x is torch.float64)",
+        (f"{TORCH_NORM}::test_it_computes_what_patch_makes_of_the_class_of_torch[64-None-True]",),
+    ),
+    Mutant(
+        "TorchRMSNorm keeps 16 bits under autocast on a GPU", "patching/replacement.py",
+        '    return "autocast may cast its input"\n', "    return None\n",
+        (f"{TORCH_NORM}::test_on_a_gpu_the_output_has_torchs_dtype_under_autocast",),
+    ),
+    Mutant(
+        "TorchRMSNorm takes an eps that is a bool", "patching/torch_norm.py",
+        "if eps is not None and (isinstance(eps, bool) or not isinstance(eps, numbers.Real)):",
+        "if eps is not None and not isinstance(eps, numbers.Real):",
+        (f"{BAD_INPUT}::test_an_argument_of_a_wrong_type_raises_with_the_name_of_the_function_or_class",),
+    ),
 )  # fmt: skip
 
 OF_PUBLIC_FUNCTIONS = (
@@ -983,7 +1114,135 @@ OF_PUBLIC_FUNCTIONS = (
     ),
 )  # fmt: skip
 
+OF_COSTS = (
+    Mutant(
+        "rstd is not among the bytes that are saved", "costs/ours.py",
+        "return case.E * case.x_dtype.itemsize + (case.M * F32.itemsize if case.training else 0)",
+        "return case.E * case.x_dtype.itemsize",
+        (f"{COST}::test_the_counts_of_8192_by_1280_are_those_worked_out_by_hand",),
+    ),
+    Mutant(
+        "the conversion of a weight on a CPU is not counted", "costs/ours.py",
+        "read = tape.cast(w, _dtype_as_read(case, w.dtype))", "read = w",
+        (f"{COST}::test_every_count_equals_a_trace_of_the_running_code[ours-early-0-bfloat16-float32]",
+         f"{COST}::test_every_count_equals_a_trace_of_the_running_code[ours-early-0-float32-bfloat16]"),
+    ),
+    Mutant(
+        "partial sums of dw are counted as the kernel made fewer", "costs/ours.py",
+        "rows = case.heads * max(32,", "rows = case.heads * max(64,",
+        (f"{COST}::test_the_number_of_partial_sums_is_that_of_the_cpu_kernel",),
+    ),
+    Mutant(
+        "FLOPs leave out the residual", "costs/ours.py",
+        "per_element = 3 + (case.w_dtype is not None) + case.adds", "per_element = 3 + (case.w_dtype is not None)",
+        (f"{COST}::test_the_flops_of_our_kernels_are_those_of_the_reference[True-early-0.0-True]",),
+    ),
+    Mutant(
+        "the weights of several heads count as one", "costs/case.py",
+        "return self.heads * self.N", "return self.N",
+        (f"{COST}::test_heads_with_weights_of_their_own_have_so_many_parameters",),
+    ),
+    Mutant(
+        "the least bytes leave out the sum with the residual", "costs/counts.py",
+        "return x + residual + weight + y + s + rstd", "return x + residual + weight + y + rstd",
+        (f"{COST}::test_the_least_is_every_argument_and_result_once[dtype0]",),
+    ),
+    Mutant(
+        "the moments of a master copy have the weight's dtype", "costs/counts.py",
+        "return 3 * _tensors(case) * case.W * F32.itemsize + counters",
+        "return _tensors(case) * case.W * F32.itemsize + 2 * _parameter_bytes(case) + counters",
+        (f"{COST}::test_master_weights_and_their_moments_are_fp32",),
+    ),
+    Mutant(
+        "recompute still counts y as allocated before the backward pass", "costs/counts.py",
+        "tape.alive - (case.y_nbytes if case.recompute else 0)", "tape.alive",
+        (f"{COST}::test_recompute_adds_a_forward_call_to_the_backward_pass_and_frees_y",),
+    ),
+    Mutant(
+        "programs on a GPU that share a row exchange nothing", "costs/ours.py",
+        "    if config.parts < 2:\n", "    if True:\n",
+        (f"{COST}::test_ours_on_cuda_follows_the_launch_configuration",),
+    ),
+    Mutant(
+        "eager code keeps the rows that it has cast for free", "costs/eager.py",
+        "return sum(array.nbytes for array in [h, rstd, *saved])", "return sum(array.nbytes for array in [rstd, *saved])",
+        (f"{COST}::test_the_counts_of_8192_by_1280_are_those_worked_out_by_hand",),
+    ),
+    Mutant(
+        "bytes that are kept are counted in the backward pass again", "tools/cost/result.py",
+        'forward = count if phase == "forward" else 0', "forward = count",
+        (f"{MODEL_COST}::test_totals_are_sums_over_the_norms",),
+    ),
+    Mutant(
+        "queries of a model that does not run get as many rows as keys", "tools/cost/calls.py",
+        'return tokens * (heads if last.startswith("q_") else size_of(config, "num_key_value_heads") or heads)',
+        'return tokens * (size_of(config, "num_key_value_heads") or heads)',
+        (f"{MODEL_COST}::test_rows_of_a_model_that_does_not_run_are_guessed_with_a_note",),
+    ),
+    Mutant(
+        "all experts of a layer are counted for each token", "tools/cost/sizes.py",
+        "met += p.numel() * used // experts if routed else p.numel()", "met += p.numel()",
+        (f"{MODEL_COST}::test_only_the_experts_that_a_token_uses_are_counted",),
+    ),
+    Mutant(
+        "a training step has the matrix products of a forward pass", "tools/cost/result.py",
+        "return (3 if training else 1) * self.matmul_flops", "return self.matmul_flops",
+        (f"{MODEL_COST}::test_a_training_step_has_three_times_the_matrix_products_of_a_forward_pass",),
+    ),
+)  # fmt: skip
+
+OF_PREDICTION = (
+    Mutant(
+        "each call of a norm is predicted with the rows of all calls", "tools/report/prediction.py",
+        "(n.rows // n.calls, n.width)", "(n.rows, n.width)",
+        (f"{PREDICTION}::test_the_work_of_a_norm_is_what_cost_counts_for_one_call",),
+    ),
+    Mutant(
+        "a training step is predicted without its forward pass", "tools/report/prediction.py",
+        '"training": ("forward", "backward")', '"training": ("backward",)',
+        (f"{PREDICTION}::test_the_work_of_a_norm_is_what_cost_counts_for_one_call",),
+    ),
+    Mutant(
+        "a norm without a weight is predicted with one", "tools/report/prediction.py",
+        "offset=spec.offset, elementwise_affine=weight is not None,", "offset=spec.offset,",
+        (f"{PREDICTION}::test_the_work_of_a_norm_is_what_cost_counts_for_one_call",),
+    ),
+    Mutant(
+        "several kernels are predicted to take one launch", "tools/report/prediction.py",
+        "return work.kernels * self.launch + work.moved", "return self.launch + work.moved",
+        (f"{PREDICTION}::test_a_prediction_is_bytes_at_a_rate_and_a_launch_for_each_kernel",),
+    ),
+    Mutant(
+        "a norm that is called twice is predicted once", "tools/report/prediction.py",
+        "seconds += n.calls * rate.seconds(work)", "seconds += rate.seconds(work)",
+        (f"{PREDICTION}::test_a_prediction_is_bytes_at_a_rate_and_a_launch_for_each_kernel",),
+    ),
+    Mutant(
+        "a sum of predictions leaves out the norms that are not counted", "tools/report/prediction.py",
+        "        if work is None or rate is None:\n            return None\n        seconds",
+        "        if work is None or rate is None:\n            continue\n        seconds",
+        (f"{PREDICTION}::test_what_is_not_counted_has_no_work_and_no_prediction",),
+    ),
+    Mutant(
+        "the error of a prediction is relative to the predicted time", "tools/report/prediction.py",
+        "return self.predicted / self.measured - 1 if self.measured else None",
+        "return 1 - self.measured / self.predicted if self.measured else None",
+        (f"{PREDICTION}::test_a_prediction_is_bytes_at_a_rate_and_a_launch_for_each_kernel",),
+    ),
+    Mutant(
+        "a launch is predicted to take less than no time", "tools/report/prediction.py",
+        "return (max(0.0, fixed), 1 / per_byte)", "return (fixed, 1 / per_byte)",
+        (f"{PREDICTION}::test_the_line_of_copies_never_begins_below_zero",),
+    ),
+    Mutant(
+        "copies move twice as many bytes as they are said to", "tools/report/prediction.py",
+        "(size // 2) for size in dict.fromkeys(sizes)", "(size) for size in dict.fromkeys(sizes)",
+        (f"{PREDICTION}::test_copies_reach_from_a_small_one_to_the_most_that_a_norm_moves",),
+    ),
+)  # fmt: skip
+
 MUTANTS = (
     *OF_REFERENCE, *OF_ARGUMENTS, *OF_CPU_KERNELS, *OF_PLANS, *OF_GPU_KERNELS, *OF_GATED, *OF_SANDWICHES, *OF_PAIRS,
-    *OF_PARTS, *OF_HEADS_AND_SLICES, *OF_HOST, *OF_OPERATORS, *OF_PATCHING, *OF_PUBLIC_FUNCTIONS,
+    *OF_PARTS, *OF_HEADS_AND_SLICES, *OF_HOST, *OF_OPERATORS, *OF_PATCHING, *OF_PUBLIC_FUNCTIONS, *OF_COSTS,
+    *OF_PREDICTION,
 )  # fmt: skip
