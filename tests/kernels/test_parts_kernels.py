@@ -98,6 +98,14 @@ def test_dtypes_may_differ(x, w, residual, randn) -> None:
     check(randn(3, 8).double(), randn(8, dtype=w), at=(4,), dy=randn(3, 8))
 
 
+@pytest.mark.parametrize(("cast", "offset"), SPECS)
+def test_parts_of_heads_with_weights_of_their_own(cast, offset, randn) -> None:
+    x, residual, dy, ds = (randn(5, 4, 66) for _ in range(4))
+    for at in ((32,), (33, 34)):
+        check(x, randn(4, 66), at=at, dy=dy, cast=cast, offset=offset)
+        check(x, randn(4, 66), residual, at=at, dy=dy, ds=ds, cast=cast, offset=offset)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_parts_of_any_strides(form, randn) -> None:
     for dtype in FLOATS[:2]:
@@ -116,6 +124,19 @@ def test_special_numbers_and_nans(dtype, randn) -> None:
     nans = NANS.view(torch.float32)
     for nan in nans:
         check(randn(3, 4, dtype=dtype), torch.cat([nan[None], randn(3)]), at=(2,), cast="late")
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=short)
+def test_a_sum_of_minus_zero_gives_the_bits_of_zero(dtype, randn, runner) -> None:
+    """Parts whose products are all -0.0 add up to either zero, depending on the order."""
+    x, w, rstd = randn(3, 8, dtype=dtype).abs(), randn(8, dtype=dtype).abs(), torch.rand(3)
+    dy, zeros = torch.full_like(x, -0.0), torch.zeros(3, dtype=torch.float64)
+    for S in (zeros, -zeros):
+        dx, dw = OPS.finish_backward.default(dy, None, x, w, rstd, S, 16, "early", 0.0, True)
+        expected = reference.finish_backward(dy, None, x, w, rstd, zeros, 16, "early", 0.0, True)
+        for got, right in zip((dx, dw), expected, strict=True):
+            assert_same_bits(got, right)
+            assert got.signbit().equal(right.signbit())
 
 
 def test_outputs_are_written_inside_their_memory(randn, monkeypatch) -> None:
@@ -153,6 +174,8 @@ def test_operators_are_opaque_and_their_shapes_are_known(randn) -> None:
     for name, arguments in (
         ("begin_forward", (x, x)),
         ("begin_forward", (x[:, :0], None)),
+        ("begin_forward", (x.bfloat16(), x)),
+        ("finish_forward", (x.bfloat16(), w, S, 16, 1e-6, "early", 0.0, True)),
         ("finish_forward", (x, w, S, 16, 1e-6, "early", 0.0, True)),
         ("begin_backward", (x, x, w, rstd, "early", 0.0)),
         ("finish_backward", (x, None, x, w, rstd, S, 16, "early", 0.0, True)),

@@ -90,8 +90,9 @@ class Tree:
         return status, _results(results) if results.exists() else {}
 
     def last_words(self) -> str:
-        """The last line that pytest printed."""
-        return next(filter(None, reversed((self.folder / "output").read_text().splitlines())), "")
+        """The last two lines that pytest printed, as many as it needs to name a test that does not exist."""
+        lines = [line for line in (self.folder / "output").read_text().splitlines() if line]
+        return " ".join(lines[-2:])
 
     def outcome(self, mutant: Mutant) -> Outcome:
         """What the tests say about the mutant."""

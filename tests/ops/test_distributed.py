@@ -228,7 +228,8 @@ def two_norms_share_an_all_reduce(mesh: DeviceMesh) -> None:
         for found in runs:
             for k, (a, b) in enumerate(zip(found[:4], expected[:4], strict=True)):
                 same(a, b, f"{dtype} {k}", Shard(columns[k % 2]))
-        for dims, counts in (((0, 0), {}), ((0, columns[1]), {"all_reduce": 2})):
+        one = {"all_reduce": 2}  # forward and backward
+        for dims, counts in (((0, 0), {}), ((0, columns[1]), one), ((columns[0], 0), one)):
             with communicating(**counts):
                 found = norm_pair(*sharded(*dims), spec, rmsnorm.rms_norms)
             for k, (a, b) in enumerate(zip(found[:4], expected[:4], strict=True)):
@@ -390,7 +391,10 @@ def without_fp64_sums_bits_differ(mesh: DeviceMesh) -> None:
 
 @on(2)
 def verify_fails_if_a_rank_is_wrong(mesh: DeviceMesh) -> None:
-    """The differences that `rmsnorm verify --world` counts: none; with fp32 sums over columns; with a wrong part of dw."""
+    """The differences that `rmsnorm verify --world` counts.
+
+    None; with fp32 sums over columns; with a wrong part of dw; and with a part that is declared to be all of dw.
+    """
 
     def tally(sharding: str) -> Tally:
         case = VerifyCase(torch.float32, torch.float32, "late", 0.0, 128, 256, sharding=sharding)
@@ -404,6 +408,10 @@ def verify_fails_if_a_rank_is_wrong(mesh: DeviceMesh) -> None:
     as_whole = shards.as_whole
     try:
         shards.as_whole = lambda t, mesh, layout, shape: as_whole(t + (Partial() in layout), mesh, layout, shape)
+        assert tally("rows").unsteady == 256
+        shards.as_whole = lambda t, mesh, layout, shape: as_whole(
+            t, mesh, tuple(Replicate() if p == Partial() else p for p in layout), shape
+        )
         assert tally("rows").unsteady == 256
     finally:
         shards.as_whole = as_whole

@@ -75,6 +75,19 @@ def test_the_module_and_the_published_class_of_qwen3_next_agree_but_for_the_last
     assert (a != b).sum() <= 8  # of 32,768
 
 
+@pytest.mark.parametrize("spec", FORMS, ids=str)
+def test_the_layer_has_the_bits_of_the_function(spec: Spec) -> None:
+    torch.manual_seed(4)
+    assert spec.gate is not None
+    layer = rmsnorm.GatedRMSNorm(
+        32, spec.eps, cast=spec.cast, activation=spec.gate.activation, gate_first=spec.gate.first, groups=spec.groups
+    )
+    assert layer.weight is not None
+    torch.nn.init.normal_(layer.weight)
+    x, gate = torch.randn(2, 3, 5, 32, dtype=torch.bfloat16)
+    assert layer(x, gate).equal(call(x, gate, layer.weight, spec))
+
+
 def test_torch_compile_export_and_vmap_give_the_same_bits() -> None:
     torch.manual_seed(2)
     layer = rmsnorm.GatedRMSNorm(32, gate_first=True, groups=2)

@@ -131,18 +131,23 @@ def test_the_operator_names_the_norm_that_does_not_fit() -> None:
 
 
 class Attention(nn.Module):
-    """Queries and keys with norms, after a norm of the input; `chained`: the keys depend on the queries' norm."""
+    """Queries and keys with norms, after a norm of the input; `variant` changes the keys or their norm."""
 
-    def __init__(self, chained: bool = False) -> None:
+    def __init__(self, variant: str = "plain") -> None:
         super().__init__()
         self.before, self.q_norm, self.k_norm = (EarlyNorm(16).bfloat16() for _ in range(3))
         self.q, self.k = (nn.Linear(16, 16, bias=False, dtype=torch.bfloat16) for _ in range(2))
-        self.chained = chained
+        self.variant = variant
+        if variant == "another eps":
+            self.k_norm.variance_epsilon = 1e-3
+        if variant == "late":
+            self.k_norm = nn.RMSNorm(16, eps=1e-6, dtype=torch.bfloat16)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.before(x)
         q = self.q_norm(self.q(x))
-        k = self.k_norm(self.k(q if self.chained else x))
+        k = self.k(q if self.variant == "chained" else x)
+        k = self.k_norm(k + x if self.variant == "residual" else k)
         return (q * k).sin()
 
 
@@ -175,7 +180,15 @@ def test_norms_of_queries_and_keys_are_paired_and_keep_all_bits(training: bool) 
 @pytest.mark.compiled
 def test_a_norm_that_depends_on_the_other_is_not_paired_with_it() -> None:
     torch.manual_seed(0)
-    assert counted(Attention(chained=True), torch.randn(5, 16, dtype=torch.bfloat16), True) == (0, 0)
+    assert counted(Attention("chained"), torch.randn(5, 16, dtype=torch.bfloat16), True) == (0, 0)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(("variant", "backward"), [("late", 0), ("another eps", 1), ("residual", 1)])
+def test_norms_that_differ_are_not_paired(variant: str, backward: int) -> None:
+    """The backward pass depends on neither eps nor a residual whose sum nothing else reads."""
+    torch.manual_seed(0)
+    assert counted(Attention(variant), torch.randn(5, 16, dtype=torch.bfloat16), True) == (0, backward)
 
 
 @pytest.mark.compiled

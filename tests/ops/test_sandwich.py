@@ -4,16 +4,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
 import rmsnorm
 from captured import FORWARD, FORWARD_SANDWICH, Capture, EarlyNorm, assert_pass_keeps_bits, calls
+from rmsnorm.ops import residual_fusion
 
 FP32, FP16, BF16, FP64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 KINDS = [
     (BF16, BF16, BF16, "late", 1.0),  # Gemma's
     (BF16, BF16, BF16, "first", 0.0),
     (BF16, FP32, FP32, "early", 0.0),  # h and s are fp32
+    (BF16, FP32, BF16, "early", 0.0),  # as here, though x and the residual are bf16
     (FP16, FP16, FP16, "early", 0.0),
     (FP32, FP32, FP32, "late", 0.0),
     (BF16, BF16, FP32, "late", 0.0),  # torch adds tensors of two dtypes
@@ -22,12 +26,10 @@ KINDS = [
 
 
 def inputs(x_dtype: torch.dtype, w_dtype: torch.dtype, residual_dtype: torch.dtype, N: int = 96) -> list[Tensor]:
-    """x, its weight, the residual, whose rows have gaps between them, and the weight of the sum."""
+    """x, its weight, the residual, and the weight of the sum; x and the residual have other gaps between their rows."""
     torch.manual_seed(0)
-    residual = torch.randn(3, 5, 2 * N).to(residual_dtype)[..., :N]
-    return [
-        torch.randn(3, 5, N).to(x_dtype), torch.randn(N).to(w_dtype), residual, torch.randn(N).to(w_dtype)
-    ]  # fmt: skip
+    x, residual = torch.randn(3, 5, N + 8).to(x_dtype)[..., :N], torch.randn(3, 5, 2 * N).to(residual_dtype)[..., :N]
+    return [x, torch.randn(N).to(w_dtype), residual, torch.randn(N).to(w_dtype)]
 
 
 def apart(x: Tensor, w: Tensor | None, residual: Tensor, w2: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
@@ -78,6 +80,16 @@ def test_the_operator_is_refused_where_autograd_would_lose_a_gradient() -> None:
         torch.library.opcheck(FORWARD_SANDWICH, (x.detach(), w, residual, w2, 1e-6, "early", 0.0, True))
 
 
+@pytest.mark.parametrize(("x_dtype", "w_dtype", "residual_dtype", "cast", "offset"), KINDS)
+def test_a_compiler_is_told_the_dtypes_and_shapes_of_the_outputs(
+    x_dtype: torch.dtype, w_dtype: torch.dtype, residual_dtype: torch.dtype, cast: str, offset: float
+) -> None:
+    given = inputs(x_dtype, w_dtype, residual_dtype)
+    for with_rstd in (False, True):
+        arguments = *given, 1e-6, cast, offset, with_rstd
+        torch.library.opcheck(FORWARD_SANDWICH, arguments, test_utils="test_faketensor")
+
+
 @pytest.mark.parametrize(
     ("place", "given", "message"),
     [
@@ -113,7 +125,10 @@ class Layer(nn.Module):
         self.variant = variant
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        h = self.before(self.linear(x))
+        if self.variant == "checkpointed":
+            h = checkpoint(lambda x: self.before(self.linear(x)), x, use_reentrant=False)
+        else:
+            h = self.before(self.linear(x))
         if self.variant == "activation":
             h = h.tanh()
         s = h + residual if self.variant == "sum on the left" else residual + h
@@ -121,16 +136,8 @@ class Layer(nn.Module):
         return s + y + h if self.variant == "read twice" else s + y
 
 
-@pytest.mark.compiled
-@pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(
-    ("variant", "count"),
-    [("plain", 1), ("sum on the left", 1), ("another eps", 0), ("activation", 0), ("read twice", 0)],
-)
-def test_sandwiched_norms_are_fused_where_nothing_else_reads_between_them(
-    variant: str, count: int, training: bool
-) -> None:
+def sandwiches(variant: str, training: bool) -> int:
+    """How many calls for two norms the pass makes, after checking the bits of outputs and gradients."""
     model = Layer(variant).to(BF16)
     rmsnorm.patch(model)
     given = [torch.randn(2, 5, N, dtype=BF16) for _ in range(2)]
@@ -148,4 +155,47 @@ def test_sandwiched_norms_are_fused_where_nothing_else_reads_between_them(
     finally:
         rmsnorm.unpatch(model)
     assert_pass_keeps_bits(capture)
-    assert [len(calls(graph.after, FORWARD_SANDWICH)) for graph in capture.graphs] == [count]
+    (graph,) = capture.graphs
+    return len(calls(graph.after, FORWARD_SANDWICH))
+
+
+@pytest.mark.compiled
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("variant", "count"),
+    [("plain", 1), ("sum on the left", 1), ("another eps", 0), ("activation", 0), ("read twice", 0)],
+)
+def test_sandwiched_norms_are_fused_where_nothing_else_reads_between_them(
+    variant: str, count: int, training: bool
+) -> None:
+    assert sandwiches(variant, training) == count
+
+
+@pytest.mark.compiled
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize(("training", "count"), [(False, 1), (True, 0)])
+def test_a_norm_that_is_computed_again_is_fused_with_none_that_is_not(training: bool, count: int) -> None:
+    """The first norm is in a checkpointed region, the second is outside; without gradients nothing is computed again."""
+    assert sandwiches("checkpointed", training) == count
+
+
+@pytest.mark.parametrize(("early", "count"), [(False, 1), (True, 0)])
+def test_a_statistic_that_is_read_between_the_norms_prevents_a_sandwich(early: bool, count: int) -> None:
+    """One call for both norms would come after what reads the statistic of the first."""
+
+    def function(x: Tensor, w: Tensor, residual: Tensor, w2: Tensor) -> tuple[Tensor, ...]:
+        options = 1e-6, "early", 0.0, True
+        h, _, rstd = FORWARD(x, None, w, *options, fuse_residual=True)
+        added = residual * rstd.unsqueeze(-1) if early else residual
+        y, s, rstd2 = FORWARD(h, added, w2, *options, fuse_residual=True)
+        return y, s, rstd * 2, rstd2
+
+    given = inputs(FP32, FP32, FP32)
+    expected = function(*given)
+    graph: fx.GraphModule = make_fx(function, tracing_mode="fake")(*given)
+    residual_fusion.fuse(graph.graph)
+    graph.graph.lint()
+    graph.recompile()
+    assert len(calls(graph, FORWARD_SANDWICH)) == count
+    assert all(a.equal(b) for a, b in zip(graph(*given), expected, strict=True))

@@ -66,6 +66,29 @@ def test_bits_of_the_reference(dtype: torch.dtype, cast: str, offset: float, ran
             check(x.transpose(0, 1), None, w, dy.transpose(0, 1), None, V, cast, offset)
 
 
+@pytest.mark.parametrize(("x", "w", "residual"), list(itertools.permutations(FLOATS)), ids=str)
+def test_dtypes_may_differ(x: torch.dtype, w: torch.dtype, residual: torch.dtype, randn) -> None:
+    for cast, offset in SPECS:
+        given = randn(5, N, dtype=x), randn(5, N, dtype=residual), randn(N, dtype=w)
+        y, s = rmsnorm.add_rms_norm(*given, cast=cast, offset=offset)
+        check(*given, randn(5, N, dtype=y.dtype), randn(5, N, dtype=s.dtype), V, cast, offset)
+
+
+def test_only_the_gradients_that_are_needed_are_computed(randn) -> None:
+    given, dy, ds = (randn(5, N), randn(5, N), randn(N)), randn(5, N), randn(5, N)
+    every = everything(*given, dy, ds, variance_size=V)[2:]
+    for needs in itertools.product((False, True), repeat=3):
+        leaves = [t.clone().requires_grad_(need) for t, need in zip(given, needs, strict=True)]
+        y, s = rmsnorm.add_rms_norm(*leaves, variance_size=V)
+        assert y.requires_grad is any(needs)
+        if any(needs):
+            torch.autograd.backward([y, s] if s.requires_grad else [y], [dy, ds] if s.requires_grad else [dy])
+        for leaf, need, expected in zip(leaves, needs, every, strict=True):
+            assert (leaf.grad is not None) is need
+            if leaf.grad is not None:
+                assert_same_bits(leaf.grad, expected, f"{needs}")
+
+
 def test_the_reference_computes_it_in_fp64_and_without_kernels(randn) -> None:
     x, w, dy = randn(3, N).double(), randn(N).double(), randn(3, N).double()
     check(x, None, w, dy, None, V, "early", 0.0)

@@ -245,6 +245,29 @@ def test_a_module_that_is_no_gated_norm_of_ours_is_left_with_a_reason(norm: nn.M
     assert type(norm) is before
 
 
+class GatedRMSNormWithoutWeight(nn.Module):
+    """`gate_first`: whether the gate comes before the norm, so that there is only one rounding."""
+
+    def __init__(self, gate_first: bool) -> None:
+        super().__init__()
+        self.gate_first, self.eps = gate_first, 1e-6
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        factor = torch.sigmoid(gate.float())
+        z = x.float() * factor if self.gate_first else x.float()
+        h = z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (h if self.gate_first else h * factor).to(x.dtype)
+
+
+@pytest.mark.parametrize(("gate_first", "cast"), [(True, "early"), (False, "late")])
+def test_a_gated_norm_without_a_weight_is_proven(gate_first: bool, cast: Any) -> None:
+    norm = GatedRMSNormWithoutWeight(gate_first)
+    spec = Spec(1e-6, cast, gate=Gate("sigmoid", gate_first))
+    assert patched(norm) == spec
+    x, gate = draw(3, 5, N, dtype=torch.bfloat16)
+    assert_same_bits(norm(x, gate), gated_reference.forward(x, gate, None, spec, with_rstd=False)[0])
+
+
 def test_the_unchanged_form_of_the_classes_that_are_left_is_proven() -> None:
     class GatedRMSNorm(Gated):
         pass

@@ -347,6 +347,13 @@ def test_the_shares_of_a_step_follow_amdahl_s_law() -> None:
     assert count("deepseek-ocr", gpu="h200", dtype="float32").amdahl(True) is None
 
 
+def test_a_training_step_has_three_times_the_matrix_products_of_a_forward_pass() -> None:
+    result = count("deepseek-ocr", gpu="h200")
+    forward, training = result.step_seconds(False), result.step_seconds(True)
+    assert forward == pytest.approx(result.matmul_flops / (0.75 * GPUS["h200"].matmul))
+    assert training == pytest.approx(3 * forward)
+
+
 def text(result: CostResult, verbose: bool = True) -> str:
     return render(printing.blocks(result, verbose), 400)
 

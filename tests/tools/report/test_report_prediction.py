@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from report_runs import a_norm, a_result, printed_report
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rmsnorm
 from rmsnorm.patching.patch_report import Verdict
@@ -89,6 +90,15 @@ def test_a_prediction_is_bytes_at_a_rate_and_a_launch_for_each_kernel() -> None:
     assert "all norms, forward" in text
 
 
+def test_the_line_of_copies_never_begins_below_zero() -> None:
+    line = CopyLine(((1_000_000, 4e-6), (2_000_000, 9e-6)))
+    assert line.fit == (0.0, pytest.approx(200e9))
+    assert line.seconds(0) == 0
+    rate = rate_on({"gpu": None}, line)
+    assert rate is not None
+    assert rate.seconds(Work(1, 1000)) > 0
+
+
 def test_a_gpu_in_the_table_is_predicted_from_its_published_bandwidth_and_another_from_copies() -> None:
     line = CopyLine(((1_000_000, 15e-6), (2_000_000, 20e-6)))
     h200 = rate_on({"gpu": {"name": "NVIDIA H200"}}, line)
@@ -117,12 +127,25 @@ def test_the_rate_of_a_gpu_is_the_line_of_its_stored_measurements() -> None:
     assert fitted.efficiency == pytest.approx(line["gb_per_s"] * 1e9 / GPUS[fitted.gpu].bandwidth, abs=0.0005)
 
 
+class Copied(TorchDispatchMode):
+    """Counts the bytes that copies read and write together."""
+
+    moved = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default:
+            self.moved += args[0].nbytes + args[1].nbytes
+        return func(*args, **(kwargs or {}))
+
+
 def test_copies_reach_from_a_small_one_to_the_most_that_a_norm_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
     def interleave(calls: Any, device: torch.device, **options: Any) -> dict[str, Timing]:
-        for call in calls.values():
-            call()
+        for name, call in calls.items():
+            with Copied() as copied:
+                call()
+            assert copied.moved == int(name) // 2 * 2
         asked.update(options)
         return {name: Timing(3, int(name) * 1e-9, int(name) * 2e-9, 0.0, 0.0) for name in calls}
 

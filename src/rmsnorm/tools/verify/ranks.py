@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from rmsnorm.ops.sharding import as_whole
 from rmsnorm.tools import machine, processes
@@ -142,13 +142,13 @@ def run_sharded(inputs: Inputs, case: VerifyCase, mesh: DeviceMesh) -> CallOutpu
         if isinstance(t := getattr(ours, name), DTensor)
     }
     dw, misplaced = ours.dw, 0
-    if isinstance(dw, DTensor) and "rows" not in dims:
-        dw = dw.full_tensor()
-    elif isinstance(dw, DTensor):
-        if dims == ("rows",):
+    if isinstance(dw, DTensor):
+        if dw.placements != tuple(Shard(0) if dim == "columns" else Partial() for dim in dims):
+            misplaced = dw.numel()
+        elif dims == ("rows",):
             own = run_unsharded(inputs.map(lambda t, _: _part(t, mesh, placements(t))), case).dw
             misplaced = 0 if own is None else differing(dw.to_local(), own)
-        dw = None
+        dw = None if "rows" in dims else dw.full_tensor()
     return dataclasses.replace(ours, **gathered, dw=dw, misplaced=misplaced)
 
 
