@@ -59,7 +59,7 @@ COMBINATIONS: tuple[tuple[torch.dtype, torch.dtype | None, str, float], ...] = (
 PRIMES = (1031, 1279, 2039, 2053, 4093, 4099, 5003, 8191, 8209, 12289, 16381, 16411, 32771, 65537, 131071, 262147)
 # A width for each tile of gated norms, some that are not whole words, and one that a program loops over.
 GATED_WIDTHS = (64, 72, 128, 200, 256, 512, 1000, 1021, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 8192, 8200)
-TOGETHER, EACH_SECONDS, ALL_SECONDS = 12, 240, 320
+TOGETHER, EACH_SECONDS, ALL_SECONDS = 16, 240, 400
 CHECKS: dict[str, Callable[["Tally"], None]] = {}
 
 
