@@ -6,7 +6,8 @@ A round runs every workload once, in random order, on calls of a fixed list of k
 bit with that of the reference, computed before the first round; dw is compared with that of the first call. After each
 round the script measures the resources: memory, threads, open files, cached plans. It exits with 1 if a bit is wrong,
 if a workload fails, if something that MUST_HAPPEN never happened, or if a resource grows. With --out, it writes
-load-cpu.json or load-cuda.json.
+load-cpu.json or load-cuda.json, also every SAY_EVERY rounds, so that little is lost if the run is ended. The time
+counts from the first round; on a GPU whose kernels are not compiled yet, that begins after minutes.
 """
 
 import argparse
@@ -55,7 +56,7 @@ THREADS, CALLS_OF_A_THREAD = 4, 6
 SPAWN_SECONDS, CHILD_SECONDS = 30.0, 120.0
 # The shape of x in calls whose allocations fail. It has more than 32 MB, so malloc always asks the system for it.
 LARGE = {"cpu": (4352, 4096), "cuda": (8192, 4096)}
-FEWEST_TO_JUDGE, MOST_STORED, MOST_FAULTS = 30, 120, 20
+FEWEST_TO_JUDGE, MOST_STORED, MOST_FAULTS, SAY_EVERY = 30, 120, 20, 20
 MB = 1e6
 
 
@@ -544,9 +545,13 @@ class Outcome:
 
 
 def loaded(
-    device: torch.device, seconds: float, say: Callable[[str], None], kinds: int | None = None, seed: int = 0
-) -> Outcome:
-    """Run rounds until the time is over, at least one. kinds: how many kinds of calls; None for all."""
+    device: torch.device, seconds: float, say: Callable[[str], None], kinds: int | None = None, seed: int = 0,
+    store: Callable[[Outcome], None] = lambda so_far: None,
+) -> Outcome:  # fmt: skip
+    """Run rounds until the time is over, at least one.
+
+    kinds: how many kinds of calls; None for all. store: is given the outcome so far, every SAY_EVERY rounds.
+    """
     rng = random.Random(seed)
     cases = all_cases(device, kinds)
     wait_for_host()
@@ -559,6 +564,11 @@ def loaded(
     faults: list[str] = []
     samples: list[dict[str, float]] = []
     start = time.monotonic()
+
+    def outcome() -> Outcome:
+        taken = time.monotonic() - start
+        return Outcome(len(samples), taken, dict(runs), dict(load.counts), list(faults), samples, judged(samples))
+
     while not samples or time.monotonic() - start < seconds:
         for name in rng.sample(list(workloads), len(workloads)):
             try:
@@ -568,12 +578,12 @@ def loaded(
                 say(faults[-1])
             runs[name] += 1
         samples.append({"second": round(time.monotonic() - start, 1), **sampled(device)})
-        if len(samples) % 20 == 1:
+        if len(samples) % SAY_EVERY == 1:
             say(", ".join(f"{name} {value:g}" for name, value in samples[-1].items()))
+            store(outcome())
     missing = [what for what in MUST_HAPPEN[device.type] if not load.counts[what]]
     faults += [f"{what}: none in this run" for what in missing]
-    taken = time.monotonic() - start
-    return Outcome(len(samples), taken, dict(runs), dict(load.counts), faults, samples, judged(samples))
+    return outcome()
 
 
 def result(outcome: Outcome, facts: dict[str, Any]) -> dict[str, Any]:
@@ -602,9 +612,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.out is not None:
         results.check_folder(options.out)
-    outcome = loaded(device, options.seconds, lambda text: print(text, flush=True), options.kinds)
-    if options.out is not None:
-        results.write_json(options.out / f"load-{device.type}.json", result(outcome, machine.describe(device)))
+    facts = machine.describe(device)
+
+    def store(found: Outcome) -> None:
+        if options.out is not None:
+            results.write_json(options.out / f"load-{device.type}.json", result(found, facts))
+
+    outcome = loaded(device, options.seconds, lambda text: print(text, flush=True), options.kinds, store=store)
+    store(outcome)
     print(
         f"{outcome.rounds} rounds in {outcome.seconds:.0f} s; "
         + ", ".join(f"{n} {w}" for w, n in outcome.counts.items())

@@ -275,7 +275,7 @@ def verified() -> str:
             "on the CPU.",
             f"`tests/kernels/gpu_check.py` compares {compared:,} more outputs on the GPU, of which {differing} differ: "
             "every width from 1 to 1024, tensors beyond 2³¹ elements, CUDA graphs, four streams, and calls that C++ "
-            "makes beside calls that Python makes.",
+            f"makes beside calls that Python makes. {_outcomes_of(check['checks'])}",
             f"Against the class run eagerly, {share['bf16'][0]} of bf16 outputs and {share['fp16'][0]} of fp16 outputs "
             f"differ on the GPU, {share['bf16'][1]} and {share['fp16'][1]} on the CPU, by at most {largest:.0f} ulp. "
             f"In fp32, where the class's own sum is off in the last bits, {share['fp32'][0]} differ on the GPU and "
@@ -285,6 +285,12 @@ def verified() -> str:
             f"{check['commit'][:7]} ([gpu-check.json]({results}/gpu-check.json)).",
         ]
     )
+
+
+def _outcomes_of(checks: list[dict[str, Any]]) -> str:
+    red = [f"{c['name']} ({c['wrong'][0].splitlines()[0]})" for c in checks if c["state"] == "red"]
+    green = sum(c["state"] == "green" for c in checks)
+    return f"{green} of its {len(checks)} checks are green" + (f"; red: {', '.join(red)}." if red else ".")
 
 
 # --- speed on a GPU ------------------------------------------------------------------------------------------
@@ -815,15 +821,17 @@ _INVARIANCE = {
 @part
 def load() -> str:
     """What was done on each device, and how each resource changed."""
-    found = [stored(name) for name in ("load-cpu", "load-cuda") if is_stored(name)]
+    found = [stored(name) for name in ("load-cpu", "load-cuda", "load-cuda-ended-early") if is_stored(name)]
     return "\n\n".join(map(_loaded, found))
 
 
 def _loaded(r: dict[str, Any]) -> str:
+    said = f"{r['rounds']} rounds in {r['seconds']:.0f} s, {count(r['fault_count'], 'fault')}"
     did = ", ".join(f"{what}: {times:,}" for what, times in r["counts"].items())
-    said = (
-        f"{r['rounds']} rounds in {r['seconds']:.0f} s, {count(r['fault_count'], 'fault')}. {did[0].upper()}{did[1:]}"
-    )
+    if did:
+        said += f". {did[0].upper()}{did[1:]}"
+    if "ended_early" in r:
+        said += f"; ended early {r['ended_early']}"
     first, last = r["samples"][0], r["samples"][-1]
     verdicts = {v["resource"]: v for v in r["verdicts"]}
 

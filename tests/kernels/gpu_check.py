@@ -710,7 +710,8 @@ def run_sanitizer(tally: Tally, tool: str, **environment: str) -> None:
     said = [line for line in process.stdout.splitlines() if line.startswith("=========")]
     tally.notes += said[-1:]
     if process.returncode != 0 or '"state": "green"' not in process.stdout or "0 errors" not in "".join(said[-1:]):
-        output = "\n".join(said[:12]) or (process.stdout + process.stderr)[-1500:]
+        others = "\n".join(line for line in process.stdout.splitlines() if line not in said) + process.stderr
+        output = "\n".join((*said[:12], others[-1500:]))
         if any(word in output.lower() for word in ("not supported", "unable to", "permi")):
             tally.skipped = f"compute-sanitizer cannot work here: {output[:300]}"
         else:

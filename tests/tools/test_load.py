@@ -29,7 +29,9 @@ def ignore(_: str) -> None:
 
 
 def test_a_short_run_has_right_bits_and_does_all_that_it_is_for(load: ModuleType) -> None:
-    outcome = load.loaded(CPU, 0.0, ignore, kinds=8)
+    so_far: list[Any] = []
+    outcome = load.loaded(CPU, 0.0, ignore, kinds=8, store=so_far.append)
+    assert [(one.rounds, one.faults) for one in so_far] == [(1, [])]  # what is left if the run is ended
     assert outcome.faults == []
     assert set(outcome.runs) == set(load.WORKLOADS) - {"captured graphs"}
     assert outcome.counts["forked children"] == outcome.counts["spawned processes"] == 1
