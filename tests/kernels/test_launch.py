@@ -135,15 +135,15 @@ def test_kernels_that_take_more_registers_run_in_fewer_programs() -> None:
         assert tiling.MULTIPROCESSORS // 2 < config.programs * config.parts <= tiling.MULTIPROCESSORS, N
 
 
-def test_dx_alone_prefetches_tiles_if_that_is_faster() -> None:
-    """Then the launch is the same as with dw; for other widths each tile gets its own program."""
+def test_dx_alone_is_launched_as_with_dw_or_each_tile_gets_its_own_program() -> None:
+    """As with dw, tiles are prefetched where that is faster."""
     for itemsize, widths in ((2, (64, 128, 512, 2880, 4096, 7168, 9216)), (4, (2560, 3072, 7168, 8192))):
         for N in widths:
             alone, with_dw = (
                 tiling.backward(8192, N, itemsize, itemsize, of_dw, False, True, H200) for of_dw in (0, 4)
             )
             assert (alone.rows, alone.stages, alone.overlap) == (with_dw.rows, with_dw.stages, with_dw.overlap), N
-            assert alone.stages > 1, N
+            assert (alone.stages > 1) == (N not in (64, 128) or itemsize == 4), N
             assert alone.programs <= with_dw.programs, N  # with dw, sums of limited length may need more programs
     for itemsize, widths in ((2, (33, 256, 768)), (4, (128, 512, 1536, 4096, 5120))):
         for N in widths:

@@ -154,7 +154,8 @@ _FORWARD_SHIFTED = {
 _BACKWARD_NARROW = {
     2: {
         32: NarrowRows(256, 20),  # not measured alone
-        128: NarrowRows(512, 20, 1, 16, 3),  # 1.14 to 1.15; 128 columns with a gradient of the sum 1.15
+        # Without dw not measured; 128 columns with a gradient of the sum 1.15.
+        128: NarrowRows(512, 20, 1, 16, 3),  # 1.14 to 1.15
         256: NarrowRows(512, 16),  # 1.11
     },
     4: {
