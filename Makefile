@@ -41,7 +41,7 @@ docs: .venv-docs/.complete
 
 # In so many processes, which mostly wait for others that tests start.
 WORKERS ?= 2
-# The threads of several processes share the processors. A thread that has nothing to do must not keep one busy.
+# Several processes share the processors, so an idle OpenMP thread must not keep one busy.
 test test-compiled test-gpu-code test-mutants test-short test-processors test-integrations: export OMP_WAIT_POLICY := passive
 
 test: $(STAMP)

@@ -6,8 +6,8 @@ A round runs every workload once, in random order, on calls of a fixed list of k
 bit with that of the reference, computed before the first round; dw is compared with that of the first call. After each
 round the script measures the resources: memory, threads, open files, cached plans. It exits with 1 if a bit is wrong,
 if a workload fails, if something that MUST_HAPPEN never happened, or if a resource grows. With --out, it writes
-load-cpu.json or load-cuda.json, also every SAY_EVERY rounds, so that little is lost if the run is ended. The time
-counts from the first round; on a GPU whose kernels are not compiled yet, that begins after minutes.
+load-cpu.json or load-cuda.json, and rewrites it every SAY_EVERY rounds, so that little is lost if the run is stopped.
+--seconds counts from the first round, which on a GPU starts minutes later if its kernels are not compiled yet.
 """
 
 import argparse
@@ -550,7 +550,7 @@ def loaded(
 ) -> Outcome:  # fmt: skip
     """Run rounds until the time is over, at least one.
 
-    kinds: how many kinds of calls; None for all. store: is given the outcome so far, every SAY_EVERY rounds.
+    kinds: how many kinds of calls; None for all. store: called with the outcome so far, every SAY_EVERY rounds.
     """
     rng = random.Random(seed)
     cases = all_cases(device, kinds)

@@ -187,12 +187,12 @@ _SHOWN = {
 _SIZES = ((8192, 1280), (16384, 4096))
 
 
-_FROM_ELEMENTS = 1 << 25  # with fewer, launching weighs more than moving bytes
+_FROM_ELEMENTS = 1 << 25  # with fewer, launch time outweighs the time to move the bytes
 
 
 @part
 def in_short() -> str:
-    """README: bits, speed and whole models, a sentence each."""
+    """README: bits, speed and whole models, one sentence each."""
     rows = [r for r in stored("verify-cuda")["rows"] if r["section"] not in ("all", "constructed")]
     outputs, differing = (sum(r[field] for r in rows) for field in ("outputs", "differing"))
     forward, backward = (
@@ -208,12 +208,13 @@ def in_short() -> str:
     names = list(dict.fromkeys(case["model"] for case in models["cases"]))
     return bullets(
         [
-            f"**Bits**: {differing} of {outputs:,} outputs on an H200 differ from the layer computed with exact sums.",
-            f"**Speed**: on an H200 in bf16, from {two_to_the(_FROM_ELEMENTS)} elements on, {forward} of the speed of "
-            f"a copy of as many bytes forward, and {backward} backward.",
-            f"**Models**: patched, a training step of {', '.join(names[:-1])} and {names[-1]} takes "
-            f"{of('time', False)} of the time and keeps {of('kept memory', False)} of the memory in eager mode; "
-            f"compiled, {of('time', True)} and {of('kept memory', True)}.",
+            f"**Bits**: {differing} of {outputs:,} outputs on an H200 differ from those of the layer computed with "
+            "exact sums.",
+            f"**Speed**: on an H200 in bf16, with at least {two_to_the(_FROM_ELEMENTS)} elements, the forward pass "
+            f"runs at {forward} of the speed of a copy of as many bytes, and the backward pass at {backward}.",
+            f"**Models**: patched, a training step of {', '.join(names[:-1])} and {names[-1]} in eager mode takes "
+            f"{of('time', False)} of the time of the model as it is, and keeps {of('kept memory', False)} of the "
+            f"memory for the backward pass. Compiled, these are {of('time', True)} and {of('kept memory', True)}.",
         ]
     )
 
@@ -288,9 +289,13 @@ def verified() -> str:
 
 
 def _outcomes_of(checks: list[dict[str, Any]]) -> str:
-    red = [f"{c['name']} ({c['wrong'][0].splitlines()[0]})" for c in checks if c["state"] == "red"]
-    green = sum(c["state"] == "green" for c in checks)
-    return f"{green} of its {len(checks)} checks are green" + (f"; red: {', '.join(red)}." if red else ".")
+    # A tool of compute-sanitizer begins each line of its output with "=========".
+    reasons = {c["name"]: re.split(r"(?:: )?=====|\n", c["wrong"][0])[0] for c in checks if c["state"] == "red"}
+    failed = [f"{name} ({reason})" for name, reason in reasons.items()]
+    passed = sum(c["state"] == "green" for c in checks)
+    return f"{passed} of its {len(checks)} checks passed" + (
+        f"; failed: {', '.join(failed)}; [LOG.md](../benchmarks/LOG.md) says what is known of it." if failed else "."
+    )
 
 
 # --- speed on a GPU ------------------------------------------------------------------------------------------
@@ -831,7 +836,7 @@ def _loaded(r: dict[str, Any]) -> str:
     if did:
         said += f". {did[0].upper()}{did[1:]}"
     if "ended_early" in r:
-        said += f"; ended early {r['ended_early']}"
+        said += f"; stopped early {r['ended_early']}"
     first, last = r["samples"][0], r["samples"][-1]
     verdicts = {v["resource"]: v for v in r["verdicts"]}
 

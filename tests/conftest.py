@@ -25,13 +25,13 @@ Draw = Callable[..., Tensor]
 
 
 def pytest_collection_finish() -> None:
-    """Leave what the tests have imported out of later searches for garbage, each of which took half a second."""
+    """Exclude the imported modules from later garbage collections, each of which took half a second with them."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_sessionfinish() -> None:
-    """Let Python free it at the end, or libraries warn that it leaks."""
+    """Let Python free these modules at exit, or libraries warn about leaks."""
     gc.unfreeze()
 
 

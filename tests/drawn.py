@@ -1,4 +1,4 @@
-"""What the tests of generated calls draw: shapes, dtypes, specs, and tensors of unusual numbers in any memory."""
+"""What the tests of generated calls draw: shapes, dtypes, specs, and unusual numbers in any memory layout."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 SPECS = (("early", 0.0), ("late", 0.0), ("late", 1.0), ("first", 0.0))
-AROUND = 8  # elements of NaN before and behind a tensor, at least
+AROUND = 8  # how many elements of NaN there are at least before and after a tensor
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,11 @@ class Memory:
     """How a tensor lies in memory.
 
     Attributes:
-        order: A random number for each leading dimension; they lie in memory in the order of these numbers.
-        gaps: The elements of NaN that follow the extent of each leading dimension.
+        order: A number for each leading dimension; the dimension with the smallest has the smallest stride.
+        gaps: For each leading dimension, how many elements of NaN lie between two neighbours along it.
         expanded: Which leading dimensions have a stride of 0.
-        step: The stride of the last dimension; 0 stands for one that all columns share.
-        offset: How many elements more than `AROUND` come first.
+        step: The stride of the last dimension; 0 if all columns share one element.
+        offset: How many elements of NaN come first, in addition to `AROUND`.
     """
 
     order: tuple[int, ...]
@@ -32,7 +32,7 @@ class Memory:
     offset: int
 
     def holding(self, numbers: Tensor) -> Tensor:
-        """A view of the shape of `numbers` with these strides; its elements are those that the strides leave."""
+        """A tensor of the shape of `numbers` in this layout. Along a stride of 0, the first number stands for all."""
         *leading, N = numbers.shape
         expanded = self.expanded[: len(leading)]
         strides, extent = [0] * len(leading), max(1, (N - 1) * self.step + 1)
@@ -70,7 +70,7 @@ def normal(t: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
 
 
 def of_any_size(t: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Rows from 2^-30 to 2^30: eps decides in some, and in fp16 numbers overflow."""
+    """Rows from 2^-30 to 2^30: eps dominates in some, and fp16 numbers overflow."""
     return t * torch.exp2(torch.randint(-30, 31, (*t.shape[:-1], 1), generator=generator).double())
 
 
@@ -97,7 +97,7 @@ def zero(t: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Numbers of one kind, from a seed, in memory."""
+    """Numbers of one kind, from a seed, in a memory layout."""
 
     kind: Any
     seed: int

@@ -1,7 +1,7 @@
-"""Processes that begin with torch imported, which takes most of the time of a short process.
+"""New processes in which torch is already imported; importing it takes most of the time of a short process.
 
 A server, which has imported torch and does nothing else, forks for each of them. They differ from other processes in
-one way: Linux says that they were forked, so that the kernels do not use OpenMP's threads in them.
+one way: Linux reports that they were forked, so the kernels do not use OpenMP's threads in them.
 """
 
 import functools
@@ -18,17 +18,17 @@ from collections.abc import Mapping
 from types import CodeType
 from typing import Any
 
-_REQUEST = 1 << 17  # bytes; a datagram of Linux may have more
+_REQUEST = 1 << 17  # bytes of a request at most; Linux allows more in one message
 
 
 class Forked:
-    """A process that runs `code` as `python -c` does, with one thread for each operator of torch.
+    """A process that runs `code` as `python -c` does, in which each operator of torch uses one thread.
 
-    Its methods are those of subprocess.Popen. A ResourceWarning in it is an error.
+    Its methods work as those of subprocess.Popen. A ResourceWarning in it is an error.
 
     Args:
-        code: What it runs.
-        environment: All of its environment. PYTHONPATH is where it finds modules first.
+        code: The code that it runs.
+        environment: All of its environment variables. PYTHONPATH comes first in its sys.path.
     """
 
     def __init__(self, code: str, environment: Mapping[str, str]) -> None:
@@ -51,7 +51,7 @@ class Forked:
         os.kill(self.pid, signal.SIGKILL)
 
     def _line(self, timeout: float) -> str:
-        """The next line that the server's child writes: the pid, and at the end the exit status."""
+        """The next line of two that the server's child writes: the pid, then the exit status."""
         line, deadline = b"", time.monotonic() + timeout
         while not line.endswith(b"\n"):
             if not select.select([self._status], [], [], max(0.0, deadline - time.monotonic()))[0]:
@@ -87,7 +87,7 @@ def _serve(requests: socket.socket) -> CodeType:
     """Fork for each request; return in the child, with the code that it is to run."""
     import torch  # noqa: F401
 
-    gc.freeze()  # or each child would copy this memory when it collects garbage at its end
+    gc.freeze()  # or a child that collects garbage when it ends would copy this memory
     while True:
         message, files, *_ = socket.recv_fds(requests, _REQUEST, 3)
         if not message:
@@ -103,7 +103,7 @@ def _serve(requests: socket.socket) -> CodeType:
 
 
 def _become(request: dict[str, Any], out: int, err: int, status: int) -> None:
-    """Fork again: the parent reports how the child ends, and the child is what was asked for."""
+    """Fork again: the parent reports the pid and exit status of the child, which becomes the requested process."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     child = os.fork()
     if child != 0:
@@ -122,5 +122,5 @@ def _become(request: dict[str, Any], out: int, err: int, status: int) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the first children need not be waited for
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the direct children
     exec(_serve(socket.socket(fileno=int(sys.argv[1]))), {"__name__": "__main__"})

@@ -55,7 +55,7 @@ def check_norm(
 
     V: the variance_size.
 
-    wanted: of which of x, residual and w there is a gradient.
+    wanted: which of x, residual and w require a gradient.
     """
     y_ref, s_ref, rstd = reference.forward(x, residual, w, eps, cast, offset, True, V)
     assert rstd is not None

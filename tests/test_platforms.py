@@ -1,6 +1,6 @@
-"""Devices and systems other than those that tests run on, as far as they can be imitated.
+"""Imitations of devices and systems on which no tests run.
 
-torch's FakeTensorMode makes tensors that report any device and compute shapes only.
+torch's FakeTensorMode makes tensors that report any device and compute only shapes.
 """
 
 import subprocess
@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rmsnorm
 
-REFUSED = r"x is on mps:0, expected a device that can compute in float64, in which squares are summed, such as the CPU"
+REFUSED = r"x is on mps:0, expected a device that supports float64, in which the squares are summed, such as the CPU"
 
 
 def on(device: str) -> Tensor:
@@ -46,7 +46,7 @@ def test_a_replaced_norm_runs_its_own_forward_on_a_device_without_float64() -> N
     x = on("mps")
     y = model[0](x)
     assert (y.shape, y.device) == (x.shape, x.device)
-    assert "its input is on mps:0, which cannot compute in float64" in rmsnorm.explain(x, model[0])
+    assert "its input is on mps:0, which does not support float64" in rmsnorm.explain(x, model[0])
 
 
 @pytest.mark.parametrize("has_float64", [True, False])
@@ -58,16 +58,16 @@ def test_intels_gpus_run_the_reference_if_they_have_float64(has_float64: bool, m
         assert rmsnorm.explain(x).startswith("xpu, float32: the reference, in plain torch (there is no kernel for xpu)")
         assert rmsnorm.rms_norm(x).device == x.device
     else:
-        with pytest.raises(ValueError, match="x is on xpu:0, expected a device that can compute in float64"):
+        with pytest.raises(ValueError, match="x is on xpu:0, expected a device that supports float64"):
             rmsnorm.rms_norm(x)
 
 
-# Takes away what Windows does not have, after the libraries are imported. pathlib needs the real os.name.
+# Removes what Windows does not have, after the libraries are imported. os.name stays, because pathlib needs it.
 AS_ON_WINDOWS = """
 import os, signal, sys, sysconfig
 import filelock, numba, torch
 
-sysconfig.get_config_vars()  # it would look for the file of another system
+sysconfig.get_config_vars()  # cached now: later it would look for another system's file
 
 for module, names in {
     os: ("fchmod", "fork", "getegid", "geteuid", "getgid", "getloadavg", "getuid", "killpg", "nice", "sched_getaffinity",
@@ -103,7 +103,7 @@ def test_without_what_only_unix_has_the_kernels_run_and_explain_says_what_is_mis
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(
         "cpu, float32: cpu kernel (Numba) (called from Python: it is for Linux, and a Python that has the GIL); each "
-        "process compiles the kernel, because it cannot be kept: OSError: this system does not say whose files they "
-        "are\n"
+        "process compiles the kernel, because it cannot be kept: OSError: this system does not report the owners of "
+        "files\n"
     )
     assert f"\nrmsnorm {rmsnorm.__version__} (" in done.stdout

@@ -9,8 +9,8 @@ def missing_extra(what: str, library: str, extra: str) -> CommandError:
     """The error for a library that is not installed.
 
     Args:
-        what: What needs it.
-        library: Its name.
+        what: The command or option that needs the library.
+        library: The name of the library.
         extra: The extra of this package, in pyproject.toml, that installs it.
     """
     return CommandError(f"{what} needs {library}: pip install 'rmsnorm[{extra}]'")

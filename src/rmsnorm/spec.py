@@ -769,21 +769,21 @@ def _check_dtype(where: str, name: str, t: torch.Tensor) -> None:
 
 
 def lacks_float64(device: torch.device) -> bool:
-    """Whether a device cannot compute in float64, as Apple's GPUs and some of Intel's. The sum of squares needs it."""
+    """Whether a device does not support float64, in which squares are summed: Apple's GPUs and some of Intel's."""
     if device.type == "mps":
         return True
-    if device.type != "xpu" or torch.compiler.is_compiling():  # compilers cannot trace the query below
+    if device.type != "xpu" or torch.compiler.is_compiling():  # torch.compile cannot trace the query below
         return False
     try:
         return not torch.xpu.get_device_properties(device).has_fp64
-    except (AssertionError, RuntimeError):  # torch was built without XPU: the tensor is a fake one
+    except (AssertionError, RuntimeError):  # torch was built without XPU, so the tensor is a fake one
         return False
 
 
 def _check_rows(where: str, name: str, x: torch.Tensor, symbolic: bool) -> None:
     _check_dtype(where, name, x)
     if lacks_float64(x.device):
-        expected = "a device that can compute in float64, in which squares are summed, such as the CPU"
+        expected = "a device that supports float64, in which the squares are summed, such as the CPU"
         raise ValueError(complaint(where, name, f"is on {x.device}", expected))
     shape = x.shape
     if not shape or not _is_not_zero(shape[-1], symbolic):

@@ -57,7 +57,7 @@ COMBINATIONS: tuple[tuple[torch.dtype, torch.dtype | None, str, float], ...] = (
     (BF16, None, "early", 0.0),
 )
 PRIMES = (1031, 1279, 2039, 2053, 4093, 4099, 5003, 8191, 8209, 12289, 16381, 16411, 32771, 65537, 131071, 262147)
-# A width for each tile of gated norms, some that are not whole words, and one that a program loops over.
+# A width for each tile of gated norms, some that are not whole words, and one so wide that a program loops over a row.
 GATED_WIDTHS = (64, 72, 128, 200, 256, 512, 1000, 1021, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 8192, 8200)
 TOGETHER, EACH_SECONDS, ALL_SECONDS = 16, 240, 400
 CHECKS: dict[str, Callable[["Tally"], None]] = {}
@@ -95,7 +95,7 @@ class Tally:
         self.near_sums(got, *tolerance.sums_of_dw(dy, x, rstd, cast), rstd.numel(), what)
 
     def near_sums(self, got: Tensor | None, total: Tensor, size: Tensor, rows: int, what: str) -> None:
-        """Compares dw with its fp64 sum. size: the sum of the magnitudes. rows: how many there are."""
+        """Compares dw with its fp64 sum. size: the sum of the magnitudes. rows: how many rows are summed."""
         assert got is not None
         count = tolerance.dw_too_far_off(got, total, size, rows)
         self.compared += got.numel()
@@ -248,7 +248,7 @@ def widths_fp32_even(tally: Tally) -> None:
 
 
 def every_gated_width(tally: Tally, dtype: torch.dtype, first: bool) -> None:
-    """Gated norms with every tile, for so many gates that a table of them is used, and for few."""
+    """Gated norms with every tile, with enough gates for a table of their functions and with too few."""
     gpu, random = GatedKernels(importlib.import_module("rmsnorm.kernels.gpu.gated_planner")), Draw(19)
     for i, N in enumerate(GATED_WIDTHS):
         cast: Cast = ("early", "late")[i % 2]

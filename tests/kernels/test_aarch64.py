@@ -42,5 +42,5 @@ def test_on_arm_only_exact_squares_in_fp64_are_fused_with_additions(name: str, d
     text = assembly(name, dtype)
     fused = [operands for _, operands in FUSED.findall(text)]
     assert all(re.match(r"v\d+\.2d,|d\d+,", operands) for operands in fused), fused
-    assert bool(fused) == (name == "forward")  # LLVM fuses where it may: only squares may
+    assert bool(fused) == (name == "forward")  # LLVM fuses wherever that is allowed: only for the squares
     assert not CALLS.findall(text)

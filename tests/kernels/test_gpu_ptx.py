@@ -232,7 +232,8 @@ def held_to(launch: TritonLaunch, capability: int, folder: Path, *, aligned: boo
     assert spilled(ptx, capability, folder) == 0, f"{where}: spills"
     given = values(launch)
     if aligned and name != "no_shares_yet":  # which loads nothing
-        # Numbers of each piece for a thread; some narrow tiles, which were measured, load and store 8 bytes of 16 bits.
+        # How many numbers of a piece a thread holds. Some narrow tiles of 16-bit dtypes load and store 8 bytes at a
+        # time; they were measured to be the fastest.
         each = given["ROWS"] * given["BLOCK_N"] // (32 * launch.warps) if "ROWS" in given else 8
         halves = r"|v2\.b32|b64" if "x" in given and 2 * each < 16 else ""
         # Pipelined loads go to shared memory, as cp.async of 0x10 bytes.

@@ -1,6 +1,6 @@
 """Tests that need their own processes: the cache of machine code, a missing Numba, and what an import loads.
 
-Each runs a copy of the package with its own cache, mostly in a process that begins with torch imported.
+Each runs a copy of the package with its own cache, mostly in a process in which torch is already imported.
 """
 
 import compileall
@@ -44,12 +44,12 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(package: Path, code: str, **environment: str) -> Forked:
-    """A process that begins with torch imported."""
+    """A process in which torch is already imported."""
     return Forked(code, _variables(package) | environment)
 
 
 def start_python(package: Path, code: str, **environment: str) -> "subprocess.Popen[str]":
-    """A process that was not forked from one with torch, which decides whose threads the kernels use."""
+    """A process that was not forked: in a forked one the kernels do not use OpenMP's threads."""
     return subprocess.Popen(
         [sys.executable, "-c", code], env=_variables(package) | environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,

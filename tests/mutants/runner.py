@@ -31,9 +31,9 @@ LIMIT_S = 900  # for the tests of one mutant: some wait forever if the code is w
 
 HEADER = """# Mutants
 
-Each row has a small change that makes the code wrong, and the first test that turned red. `make test-mutants` applies
-the changes one at a time and writes their rows. [Failures](failures.md) lists faults that users of other norms
-reported.
+Each row shows a small change that makes the code wrong, and the first test that failed with it. `make test-mutants`
+applies the changes one at a time and writes the rows. [failures.md](failures.md) lists faults that users of other norms
+have reported.
 
 | what is changed | in | the test that turns red |
 | --- | --- | --- |
@@ -90,7 +90,7 @@ class Tree:
         return status, _results(results) if results.exists() else {}
 
     def last_words(self) -> str:
-        """The last two lines that pytest printed, as many as it needs to name a test that does not exist."""
+        """The last two lines of pytest's output; a test that does not exist is named within them."""
         lines = [line for line in (self.folder / "output").read_text().splitlines() if line]
         return " ".join(lines[-2:])
 

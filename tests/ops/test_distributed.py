@@ -393,7 +393,8 @@ def without_fp64_sums_bits_differ(mesh: DeviceMesh) -> None:
 def verify_fails_if_a_rank_is_wrong(mesh: DeviceMesh) -> None:
     """The differences that `rmsnorm verify --world` counts.
 
-    None; with fp32 sums over columns; with a wrong part of dw; and with a part that is declared to be all of dw.
+    There are none at first, then some with fp32 sums over columns, with a wrong part of dw, and with a part of dw whose
+    placement says that it is all of dw.
     """
 
     def tally(sharding: str) -> Tally:

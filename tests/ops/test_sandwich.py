@@ -17,7 +17,7 @@ KINDS = [
     (BF16, BF16, BF16, "late", 1.0),  # Gemma's
     (BF16, BF16, BF16, "first", 0.0),
     (BF16, FP32, FP32, "early", 0.0),  # h and s are fp32
-    (BF16, FP32, BF16, "early", 0.0),  # as here, though x and the residual are bf16
+    (BF16, FP32, BF16, "early", 0.0),  # h and s are fp32 although x and the residual are bf16
     (FP16, FP16, FP16, "early", 0.0),
     (FP32, FP32, FP32, "late", 0.0),
     (BF16, BF16, FP32, "late", 0.0),  # torch adds tensors of two dtypes
@@ -26,7 +26,7 @@ KINDS = [
 
 
 def inputs(x_dtype: torch.dtype, w_dtype: torch.dtype, residual_dtype: torch.dtype, N: int = 96) -> list[Tensor]:
-    """x, its weight, the residual, and the weight of the sum; x and the residual have other gaps between their rows."""
+    """x, its weight, the residual, and the weight of the sum; their rows have different gaps."""
     torch.manual_seed(0)
     x, residual = torch.randn(3, 5, N + 8).to(x_dtype)[..., :N], torch.randn(3, 5, 2 * N).to(residual_dtype)[..., :N]
     return [x, torch.randn(N).to(w_dtype), residual, torch.randn(N).to(w_dtype)]
@@ -137,7 +137,7 @@ class Layer(nn.Module):
 
 
 def sandwiches(variant: str, training: bool) -> int:
-    """How many calls for two norms the pass makes, after checking the bits of outputs and gradients."""
+    """How many pairs of norms the compiler pass fuses, after checking the bits of outputs and gradients."""
     model = Layer(variant).to(BF16)
     rmsnorm.patch(model)
     given = [torch.randn(2, 5, N, dtype=BF16) for _ in range(2)]
@@ -176,13 +176,13 @@ def test_sandwiched_norms_are_fused_where_nothing_else_reads_between_them(
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize(("training", "count"), [(False, 1), (True, 0)])
 def test_a_norm_that_is_computed_again_is_fused_with_none_that_is_not(training: bool, count: int) -> None:
-    """The first norm is in a checkpointed region, the second is outside; without gradients nothing is computed again."""
+    """The first norm is in a checkpointed region, the second outside. Without gradients nothing is recomputed."""
     assert sandwiches("checkpointed", training) == count
 
 
 @pytest.mark.parametrize(("early", "count"), [(False, 1), (True, 0)])
 def test_a_statistic_that_is_read_between_the_norms_prevents_a_sandwich(early: bool, count: int) -> None:
-    """One call for both norms would come after what reads the statistic of the first."""
+    """One call for both norms would come after the operator that reads the statistic of the first."""
 
     def function(x: Tensor, w: Tensor, residual: Tensor, w2: Tensor) -> tuple[Tensor, ...]:
         options = 1e-6, "early", 0.0, True

@@ -44,7 +44,7 @@ def _hatchling(python: str, kind: str, source: Path, folder: Path) -> None:
 
 
 def tracked() -> dict[str, bytes] | None:
-    """The files of the repository with their present contents, by name; None if this is no repository."""
+    """The files that git tracks with their present contents, by name; None outside a repository."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode != 0:
         return None
@@ -70,7 +70,7 @@ def in_wheel(path: Path) -> dict[str, bytes]:
 
 
 def differences(archive: str, found: Mapping[str, bytes], expected: Mapping[str, bytes], added: set[str]) -> list[str]:
-    """A line for each file that an archive lacks, has in excess, or has with other contents.
+    """A line for each file that an archive lacks, has in addition, or has with other contents.
 
     added: the files that the build backend adds to the expected ones.
     """
@@ -81,7 +81,7 @@ def differences(archive: str, found: Mapping[str, bytes], expected: Mapping[str,
             for name in sorted(found.keys() - expected.keys() - added)
         ),
         *(
-            f"the {archive} has another {name}"
+            f"the {archive} has {name} with other contents"
             for name in sorted(found.keys() & expected)
             if found[name] != expected[name]
         ),

@@ -1,8 +1,8 @@
-"""What must hold in an environment with the wheel; runs in it, so it uses nothing but the package and what it needs.
+"""Checks that run in an environment with the wheel, so they import only the package and its requirements.
 
     python -I tests/wheel/checks.py ENVIRONMENT SOURCE   # SOURCE: the unpacked sdist
 
-Writes into the current folder. Any failure is an AssertionError or the exception itself.
+Writes into the current folder. A check that fails raises AssertionError or another exception.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ def check_metadata() -> None:
 def check_norms(kernel: str) -> None:
     """The norms of functions and of a patched model have the reference's bits, without a warning.
 
-    kernel: what computes them according to `explain`.
+    kernel: what `explain` must say computes them.
     """
     warnings.simplefilter("error")
     torch.manual_seed(0)
@@ -150,7 +150,7 @@ def check_plot() -> None:
 
 
 def check_dev() -> None:
-    """The tests of the sdist run, and test the wheel: the sources are not on their path."""
+    """Tests of the sdist pass. They test the wheel, because the sources are not on their path."""
     tests = ("test_public_surface", "test_imports", "test_modules", "test_dependencies")
     files = [str(SOURCE / "tests" / f"{name}.py") for name in tests]
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files], cwd=SOURCE)
@@ -158,7 +158,7 @@ def check_dev() -> None:
 
 
 def check_cpp() -> None:
-    """The C++ of the wheel compiles and makes calls, where there is a compiler for it."""
+    """The C++ of the wheel compiles and makes calls, if there is a compiler."""
     rmsnorm.warmup(dtypes=(torch.float32,))
     said = rmsnorm.explain(torch.ones(2, 8), torch.ones(8))
     print(f"  {said}")

@@ -1,7 +1,7 @@
-"""Fresh environments that hold the wheel and links to exactly the distributions that its metadata asks for.
+"""Fresh environments with the wheel, and with links to exactly the distributions that its metadata requires.
 
-The links lead into the environment that runs this. So nothing is downloaded, and neither the other packages of that
-environment nor its own rmsnorm can be imported.
+The links point into the environment that runs this script. So nothing is downloaded, and neither the other packages of
+that environment nor its own rmsnorm can be imported.
 """
 
 import os
@@ -15,20 +15,20 @@ from pathlib import Path, PurePosixPath
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-# No variable may lead a Python to other packages.
+# No environment variable may add other packages to a Python's path.
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | {"PYTHONNOUSERSITE": "1"}
 
 
 @dataclass(frozen=True)
 class Closure:
-    """The distributions that requirements ask for, directly or not, and the names of those that are not installed."""
+    """The distributions that requirements need, directly or not, and the names of those that are not installed."""
 
     found: Mapping[str, metadata.Distribution]
     missing: frozenset[str]
 
 
 def closure(requirements: Iterable[str], wheel: metadata.Distribution) -> Closure:
-    """What the requirements ask for, without the wheel itself, which they may name."""
+    """The closure of the requirements, without the wheel itself, which they may name."""
     own = canonicalize_name(wheel.name)
     found: dict[str, metadata.Distribution] = {}
     missing, done = set(), set()
@@ -68,14 +68,14 @@ def pip(python: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 def _link(distribution: metadata.Distribution, packages: Path) -> None:
-    """Links its files into a folder of packages, but not its commands, which would start the other Python."""
+    """Links the files of a distribution into a folder of packages, but not its commands, which run the other Python."""
     source = Path(str(distribution.locate_file("")))
     files = {PurePosixPath(file) for file in distribution.files or ()}
     _link_entries(source, packages, PurePosixPath(), {file for file in files if ".." not in file.parts})
 
 
 def _link_entries(source: Path, packages: Path, folder: PurePosixPath, files: set[PurePosixPath]) -> None:
-    """Links what a folder holds of these files: a subfolder as a whole if no other distribution has files in it."""
+    """Links those of the files that are in the folder; a subfolder as one link if all its files are among them."""
     for entry in sorted({folder / file.relative_to(folder).parts[0] for file in files}):
         inside = {file for file in files if entry in file.parents}
         if inside and _is_shared(source, entry, inside):

@@ -44,13 +44,13 @@ def environments(wheel: metadata.Distribution) -> list[Environment]:
 
 
 def wrong_requirements(python: str, environment: Environment, left_out: set[str]) -> list[str]:
-    """What pip finds missing or in conflict, but for the dependencies that were left out on purpose."""
+    """What pip finds missing or in conflict, except the dependencies that were left out on purpose."""
     complaints = [line for line in pip(python, "check").stdout.splitlines() if line != "No broken requirements found."]
     expected = {line for line in complaints if any(f"requires {name}, which is not" in line for name in left_out)}
     wrong = [f"pip check: {line}" for line in complaints if line not in expected]
     if len(expected) != len(left_out):
         wrong.append(f"pip check does not name each of {sorted(left_out)}, which are missing: {complaints}")
-    if not left_out:  # the command that error messages name must find that everything is installed
+    if not left_out:  # for the command in our error messages, pip must find that nothing is left to install
         installing = pip(python, "install", "--no-index", environment.requirement)
         if (
             installing.returncode != 0

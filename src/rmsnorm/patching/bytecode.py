@@ -84,7 +84,7 @@ def _steps(code: CodeType) -> tuple[dis.Instruction, ...]:
 
 
 def _is_known(name: str, cls: type, attributes: Collection[str]) -> bool:
-    """Whether it is an attribute of tensors, of the norm or of its class."""
+    """Whether a name is an attribute of tensors, of the norm or of its class."""
     return name in _ATTRIBUTES or name in attributes or (not name.startswith("__") and name in dir(cls))
 
 

@@ -125,7 +125,7 @@ def _proof_by_running(cls: type[nn.Module], module: nn.Module, strict: bool) -> 
 
 
 def _on_cpu() -> contextlib.AbstractContextManager[Any]:
-    """Has new tensors allocated on the CPU. Torch's context doubles the time of small operators: only if needed."""
+    """Make the CPU the default device. torch's context doubles the time of small operators: enter it only if needed."""
     return contextlib.nullcontext() if torch.empty(0).device.type == "cpu" else torch.device("cpu")
 
 

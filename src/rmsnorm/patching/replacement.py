@@ -402,7 +402,7 @@ def _why_unsupported(
     if (why := _why_exported()) is not None:
         return why  # first, because a tracer warns where a size is compared
     if lacks_float64(x.device):
-        return f"its input is on {x.device}, which cannot compute in float64"
+        return f"its input is on {x.device}, which does not support float64"
     known = _KNOWN_SUBCLASSES if gate is None else _KNOWN_SUBCLASSES_WITH_GATE
     for name, t in (("input", x), ("weight", w), ("gate", gate)):
         if t is not None and (what := _unsupported_tensor(t, known)) is not None:

@@ -130,7 +130,7 @@ def _usable_folder() -> Path:
         OSError: If it cannot be made, or another user could write to it.
     """
     if not hasattr(os, "geteuid"):
-        raise OSError("this system does not say whose files they are")
+        raise OSError("this system does not report the owners of files")
     folder = _folder()
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     is_new = False

@@ -48,8 +48,8 @@ class Tile(NamedTuple):
     """How programs of the backward pass hold whole rows.
 
     programs: how many run on a multiprocessor at once. stages: tiles that are being loaded or processed. programs_more,
-    stages_more: the same if a gradient arrives through s or dy is wider than x, which takes more registers; 0 if it is
-    no different. alone: whether each tile gets its own program if dw is not needed.
+    stages_more: these two if a gradient arrives through s or dy is wider than x, which takes more registers; 0 if they
+    do not change. alone: whether each tile gets its own program if dw is not needed.
     """
 
     rows: int
@@ -71,7 +71,7 @@ class WholeRows(NamedTuple):
 
 
 class NarrowRows(NamedTuple):
-    """How the backward pass holds rows of few columns: elements of a tile; the others: as in `Tile`."""
+    """How the backward pass holds rows of few columns: elements: of a tile; the rest: as in `Tile`."""
 
     elements: int
     programs: int
@@ -96,7 +96,8 @@ class Shared(NamedTuple):
 
 # The tables below are keyed by itemsize and then by the most columns. The comment on a row is the time of the pass as a
 # multiple of that of a copy of as many bytes, at the widths that the row serves, each in the latest run of
-# benchmarks/results/tiles-cuda.json that timed this launch.
+# benchmarks/results/tiles-cuda.json that timed this launch. Those of pieces, of shifted rows, of 16-bit narrow rows in
+# the backward pass and of gated norms are from the sweeps in benchmarks/LOG.md.
 _FORWARD = {
     2: {
         768: WholeRows(2, 256, 1),  # 0.99 to 1.03
@@ -117,7 +118,6 @@ _FORWARD = {
         16384: WholeRows(1, 4096, 8),  # 1.01 to 1.04
     },
 }
-# The figures of the next two tables and of their backward counterparts are from the sweeps in benchmarks/LOG.md.
 # Rows of 65 to 256 columns that are whole words, but not a power of two of columns. Small pieces: few of their columns
 # are idle, and few threads compute each rstd.
 _FORWARD_PIECES = {
@@ -133,7 +133,7 @@ _FORWARD_PIECES = {
 # Rows that are not whole words, but contiguous. The piece for their ends is as large as the others, so these are small.
 _FORWARD_SHIFTED = {
     2: {
-        96: WholeRows(8, 16, 1),  # 1.54 to 1.75; with a residual, by the tile for fp32, 1.36
+        96: WholeRows(8, 16, 1),  # 1.54 to 1.75. With a residual the tile for fp32 is used: 1.36
         128: WholeRows(8, 32, 1),  # 1.44
         256: WholeRows(8, 32, 2),  # 1.47
         512: WholeRows(2, 64, 1),  # 1.50
@@ -154,7 +154,7 @@ _FORWARD_SHIFTED = {
 _BACKWARD_NARROW = {
     2: {
         32: NarrowRows(256, 20),  # not measured alone
-        # Without dw not measured; 128 columns with a gradient of the sum 1.15.
+        # Without dw not measured; at 128 columns with a gradient of the sum 1.15.
         128: NarrowRows(512, 20, 1, 16, 3),  # 1.14 to 1.15
         256: NarrowRows(512, 16),  # 1.11
     },
@@ -269,8 +269,8 @@ _BACKWARD_SHARED = {
         262144: Shared(8, 1024, 8),  # not measured alone
     },
 }
-# Gated norms, by the larger itemsize of x and the gate. The times are with a gate of the dtype of x that comes last.
-# One program loops over wider rows.
+# Gated norms, by the larger itemsize of x and the gate. The times are with a gate of the dtype of x that comes last,
+# except in the tables for a gate that comes first. Over wider rows than these, one program loops.
 GATED_FORWARD_WIDEST = 8192
 GATED_BACKWARD_WIDEST = 8192
 GATED_NARROW = {2: 512, 4: 256}  # elements of a tile of at most 256 columns in the forward pass, for one warp
@@ -674,7 +674,8 @@ def _shared(
 def _forward_tile(N: int, itemsize: int, with_residual: bool = False) -> WholeRows:
     """The tile of the forward pass for whole rows of N columns.
 
-    With a residual, the tiles for fp32 are faster for 65 to 96 columns: 72 columns 1.12 to 1.04, 97 1.96 to 1.36.
+    With a residual, 16-bit rows of 65 to 103 columns use the tiles for fp32, which are faster: 1.04 instead of 1.12 of
+    a copy's time at 72 columns, 1.36 instead of 1.96 at 97.
     """
     body = _body(N, itemsize)
     of_pieces = 4 if with_residual and body <= 96 else itemsize

@@ -8,7 +8,7 @@ from rmsnorm.tools.timing import Progress
 
 FEWEST_TOKENS = 16
 MARGIN = 1.25  # how many times as long as predicted a step may take
-_FIRST_RUN = 3.0  # how many times as long as allowed the first run of a step may take and still be repeated
+_FIRST_RUN = 3.0  # a first run that took more than this many times the allowed seconds is not repeated
 
 
 class Budget:
@@ -63,8 +63,9 @@ class TimeModel:
     def time(self, run: Callable[[int], object], tokens: int, seconds: float) -> None:
         """Run a step and remember its time.
 
-        The first run on a number of tokens may load kernels and allocate memory, which takes seconds on a GPU. So if it
-        takes longer than predicted, the step runs a second time, unless already the first run took far too long.
+        The first run with a given number of tokens may load kernels and allocate memory, which takes seconds on a GPU.
+        So if it takes longer than predicted, the step runs again and the second time counts, unless the first run
+        already took far too long.
 
         Args:
             run: Runs the step on a number of tokens.
@@ -111,7 +112,7 @@ def probe(run: Callable[[int], object], asked: int, seconds: float) -> TimeModel
     Args:
         run: Runs the step on a number of tokens.
         asked: The number of tokens that the user asked for.
-        seconds: What all runs may take together, without first runs that are repeated.
+        seconds: What all runs may take together, not counting first runs that are repeated.
 
     Returns:
         A model of the step's time.

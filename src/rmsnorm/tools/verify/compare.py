@@ -108,8 +108,8 @@ class CallOutputs:
         dgate: The gradient of the gate, or None without a gate.
         dw: The gradient of the weight. None without a weight, and if each rank keeps its own part of it, since the
             rounding of the parts depends on the number of ranks.
-        misplaced: Elements of a rank's part of dw that differ from what the rank's own rows give; all of dw if the
-            part has other placements than it should.
+        misplaced: Elements of a rank's part of dw that differ from what the rank's own rows give; all elements of
+            dw if its placements are wrong.
     """
 
     y: Tensor
