@@ -206,3 +206,11 @@ def test_what_is_no_module_raises_a_type_error_that_says_what_to_pass(module: An
 def test_strict_must_be_a_bool() -> None:
     with pytest.raises(TypeError, match=re.escape("[prove] strict is 1, expected True or False")):
         prove(nn.RMSNorm(48), strict=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("default", ["meta", "cuda:99"])
+def test_a_norm_is_proven_whatever_the_default_device_is(default: str) -> None:
+    """Also if no tensor can be allocated there, as on a GPU in a forked process."""
+    norm = nn.RMSNorm(8, 1e-6)
+    with torch.device(default):
+        assert prove(norm).spec == Spec(1e-6, "late")
