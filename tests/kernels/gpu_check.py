@@ -701,7 +701,7 @@ def run_sanitizer(tally: Tally, tool: str, **environment: str) -> None:
         tally.skipped = "compute-sanitizer is not on this machine"
         return
     command = [found, "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, "--check", "touch"]
-    variables = os.environ | environment
+    variables = os.environ | environment | {"PYTHONFAULTHANDLER": "1"}  # an abort prints where each thread was
     try:
         process = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=200, check=False)
     except subprocess.TimeoutExpired:  # its limit is below EACH_SECONDS, so that this can be reported

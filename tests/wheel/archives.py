@@ -44,9 +44,12 @@ def _hatchling(python: str, kind: str, source: Path, folder: Path) -> None:
 
 
 def tracked() -> dict[str, bytes] | None:
-    """The files that git tracks with their present contents, by name; None outside a repository."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode != 0:
+    """The files that git tracks with their present contents, by name; None if it tracks none here or is not installed."""
+    try:
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    if listed.returncode != 0 or not listed.stdout:  # an unpacked sdist can be inside another repository
         return None
     return {name: (ROOT / name).read_bytes() for name in listed.stdout.split("\0") if (ROOT / name).is_file()}
 

@@ -89,7 +89,7 @@ def main(builder: str, *only: str) -> int:
         built = build(builder, folder)
         files = tracked()
         if files is None:
-            print("contents: not compared, because this is no git repository")
+            print("contents: not compared, because git tracks no files here")
         wrong = [] if files is None else wrong_contents(built, files)
         (about,) = (entry for entry in zipfile.Path(built.wheel).iterdir() if entry.name.endswith(".dist-info"))
         wheel = metadata.PathDistribution(about)
