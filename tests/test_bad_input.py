@@ -301,6 +301,7 @@ def test_compiled_add_rms_norm_names_the_bad_argument(bad) -> None:
         ({"hidden_size": True}, TypeError, r"\[warmup\] hidden_size is True, expected an int"),
         ({"device": "gpu"}, ValueError, r"\[warmup\] device is 'gpu', expected a device that torch finds here: 'cpu'"),
         ({"device": "cuda:99"}, ValueError, r"\[warmup\] device is 'cuda:99', expected a device that torch finds here"),
+        ({"device": "hpu"}, ValueError, r"\[warmup\] device is 'hpu', expected a device that torch finds here"),
         ({"device": torch.device("cuda:99")}, ValueError, r"\[warmup\] device is 'cuda:99', expected a device that"),
         ({"device": None}, TypeError, r"\[warmup\] device is a NoneType, expected a str or a torch.device"),
         ({"device": 0}, TypeError, r"\[warmup\] device is an int, expected a str or a torch.device"),

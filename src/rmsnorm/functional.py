@@ -492,7 +492,7 @@ def _check_present(where: str, device: object) -> None:
         raise TypeError(complaint(where, "device", f"is {type_name(device)}", "a str or a torch.device"))
     try:
         torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:  # AssertionError if torch was built without CUDA
+    except (AssertionError, ImportError, RuntimeError) as error:  # the first two if torch was built without it
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         count = torch.accelerator.device_count() if accelerator else 0
         found = ["'cpu'", *(f"'{accelerator}:{i}'" for i in range(count))]

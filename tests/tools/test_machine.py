@@ -51,7 +51,7 @@ def test_an_installed_package_is_named_by_its_version(monkeypatch: pytest.Monkey
     assert machine.headline(facts).endswith("; commit unknown")
 
 
-@pytest.mark.parametrize("name", ["nonsense", "meta", "cuda:99", "cpu:x"])
+@pytest.mark.parametrize("name", ["nonsense", "meta", "cuda:99", "cpu:x", "hpu"])
 def test_a_device_that_cannot_be_used_is_refused(name: str) -> None:
     with pytest.raises(CommandError, match="give cpu"):
         machine.find_device(name)

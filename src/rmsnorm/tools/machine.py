@@ -36,7 +36,7 @@ def find_device(name: str | None) -> torch.device:
         raise CommandError(f"--device {name}: give {_usable()}") from None
     try:
         torch.ones(1, dtype=torch.float64, device=device).sum().item()
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError, IndexError) as error:
+    except (RuntimeError, AssertionError, ImportError, TypeError, IndexError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CommandError(f"--device {name} cannot be used here, give {_usable()}: {reason}"[:300]) from None
     return device
