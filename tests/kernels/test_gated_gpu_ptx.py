@@ -97,7 +97,7 @@ def held_to(launch: TritonLaunch, capability: int, folder: Path, aligned: bool) 
 KINDS = {
     "bf16": ((128, *WIDTHS, 16384), BF16, BF16, BF16, 0),
     "bf16, gate first": ((128, *tiling._GATE_FIRST_BACKWARD[2]), BF16, BF16, BF16, 5),
-    "fp32, gate first": ((128, 4096), FP32, FP32, FP32, 5),
+    "fp32, gate first": ((32, 128, 4096), FP32, FP32, FP32, 5),
     "fp16, sigmoid, fp32 gate": ((512, 1024), FP16, FP32, FP16, 6),
 }
 FEW_BYTES = 32  # of spills are accepted: some tiles that spill are faster than those that do not

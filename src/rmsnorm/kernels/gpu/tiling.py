@@ -331,6 +331,7 @@ _GATE_FIRST_NARROW_BACKWARD = {
         256: NarrowRows(512, 16),  # 1.18
     },
     4: {
+        32: NarrowRows(256, 12),  # not measured alone; of 512 elements 32 columns spill 60 bytes
         256: NarrowRows(512, 16),  # 128 columns 1.08
     },
 }
