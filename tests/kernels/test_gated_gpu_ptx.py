@@ -124,6 +124,7 @@ def test_ptx_for_other_gpus_meets_the_requirements(capability: int, tmp_path: Pa
         {"N": 1021}, {"N": 512, "groups": 8}, {"N": 512, "w": None}, {"N": 512, "w": FP32, "form": 1},
         {"N": 512, "needs": (False, False, True)}, {"N": 512, "needs": (True, False, True)}, {"N": 128, "M": 2**31 + 16},
         {"N": 512, "M": 64}, {"N": 512, "x": FP32, "gate": FP16, "w": FP32},
+        {"N": 8191, "x": FP32, "w": FP32, "form": 5},
     ],
     ids=str,
 )  # fmt: skip

@@ -581,7 +581,9 @@ def gated_backward(
     x and the gate. loaded: bytes of one number of dy, x and the gate together. dw_itemsize: 0 if dw is not needed.
     """
     overlap = gpu.capability >= 9
-    if GATED_BACKWARD_WIDEST < N:
+    # Wide fp32 rows that are not whole words would spill up to 1512 bytes a thread.
+    narrow_loads = itemsize == 4 and not _is_whole_words(N, itemsize)
+    if (GATED_BACKWARD_WIDEST // 2 if narrow_loads else GATED_BACKWARD_WIDEST) < N:
         return Launch(GATED_PIECE, 16, parts=0, overlap=overlap)
     if N <= 256:
         narrow = _narrowest((_GATE_FIRST_NARROW_BACKWARD if first else _GATE_LAST_NARROW_BACKWARD)[itemsize], N)
