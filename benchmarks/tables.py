@@ -193,8 +193,7 @@ _FROM_ELEMENTS = 1 << 25  # with fewer, launch time outweighs the time to move t
 @part
 def in_short() -> str:
     """README: bits, speed and whole models, one sentence each."""
-    rows = [r for r in stored("verify-cuda")["rows"] if r["section"] not in ("all", "constructed")]
-    outputs, differing = (sum(r[field] for r in rows) for field in ("outputs", "differing"))
+    outputs, differing = (_in_rows(stored("verify-cuda"), field) for field in ("outputs", "differing"))
     forward, backward = (
         between(c.ratio("copy", "ours") for c in cases("bench-cuda", "bfloat16", mode) if c.M * c.N >= _FROM_ELEMENTS)
         for mode in ("forward", "backward")
@@ -245,13 +244,15 @@ def compared() -> str:
 # --- correctness ---------------------------------------------------------------------------------------------
 
 
+def _in_rows(verified: Any, field: str, constructed: bool = False) -> int:
+    """The sum of a field over all random rows of a verification, or over all constructed ones."""
+    rows = [r for r in verified["rows"] if r["section"] != "all" and (r["section"] == "constructed") == constructed]
+    return sum(r[field] for r in rows)
+
+
 @part
 def verified() -> str:
     gpu, cpu, check = stored("verify-cuda"), stored("verify-cpu"), stored("gpu-check")
-
-    def total(result: Any, field: str, constructed: bool) -> int:
-        rows = [r for r in result["rows"] if r["section"] != "all" and (r["section"] == "constructed") == constructed]
-        return sum(r[field] for r in rows)
 
     def together(result: Any, dtype: str) -> Any:
         return next(r for r in result["rows"] if r["section"] == "all" and r["name"].startswith(dtype))
@@ -261,9 +262,9 @@ def verified() -> str:
     largest = max(row["eager_ulp"] for d in ("bf16", "fp16") for row in eager[d])
     compared, differing = (sum(c[field] for c in check["checks"]) for field in ("compared", "differing"))
     results = "../benchmarks/results"
-    random, built = total(gpu, "outputs", False), total(gpu, "outputs", True)
+    random, built = _in_rows(gpu, "outputs"), _in_rows(gpu, "outputs", True)
     wrong, on_cpu, apart = (
-        total(result, field, False)
+        _in_rows(result, field)
         for result, field in ((gpu, "differing"), (cpu, "differing"), (gpu, "from_cpu"))
     )  # fmt: skip
     return bullets(
@@ -272,8 +273,8 @@ def verified() -> str:
             f"these, {random:,} are of random rows: {wrong} differ from *exact* on the GPU, {on_cpu} on the CPU, and "
             f"{apart} differ between the two.",
             f"The other {built:,} are of rows constructed so that the order of an fp64 sum decides a bit: "
-            f"{total(gpu, 'differing', True):,} differ from *exact* on the GPU and {total(cpu, 'differing', True):,} "
-            "on the CPU.",
+            f"{_in_rows(gpu, 'differing', True):,} differ from *exact* on the GPU and "
+            f"{_in_rows(cpu, 'differing', True):,} on the CPU.",
             f"`tests/kernels/gpu_check.py` compares {compared:,} more outputs on the GPU, of which {differing} differ: "
             "every width from 1 to 1024, tensors beyond 2³¹ elements, CUDA graphs, four streams, and calls that C++ "
             f"makes beside calls that Python makes. {_outcomes_of(check['checks'])}",

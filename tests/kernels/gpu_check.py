@@ -41,6 +41,7 @@ from rmsnorm.spec import Cast, Gate, Spec  # noqa: E402
 from rmsnorm.tools import machine  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = {"bf16": BF16, "fp16": FP16, "fp32": FP32}
 SPECS = (("early", 0.0), ("late", 0.0), ("late", 1.0), ("first", 0.0))
 # dtypes of x and w, cast, offset
 COMBINATIONS: tuple[tuple[torch.dtype, torch.dtype | None, str, float], ...] = (
@@ -217,34 +218,9 @@ def every_width(tally: Tally, dtype: torch.dtype, part: int) -> None:
         hold(tally, random, f"N={N}", x, w, residual, ds=residual, cast=cast, offset=offset)
 
 
-@check
-def widths_bf16_odd(tally: Tally) -> None:
-    every_width(tally, BF16, 0)
-
-
-@check
-def widths_bf16_even(tally: Tally) -> None:
-    every_width(tally, BF16, 1)
-
-
-@check
-def widths_fp16_odd(tally: Tally) -> None:
-    every_width(tally, FP16, 0)
-
-
-@check
-def widths_fp16_even(tally: Tally) -> None:
-    every_width(tally, FP16, 1)
-
-
-@check
-def widths_fp32_odd(tally: Tally) -> None:
-    every_width(tally, FP32, 0)
-
-
-@check
-def widths_fp32_even(tally: Tally) -> None:
-    every_width(tally, FP32, 1)
+for _name, _dtype in DTYPES.items():
+    for _part, _widths in enumerate(("odd", "even")):
+        CHECKS[f"widths_{_name}_{_widths}"] = functools.partial(every_width, dtype=_dtype, part=_part)
 
 
 def every_gated_width(tally: Tally, dtype: torch.dtype, first: bool) -> None:
@@ -257,45 +233,21 @@ def every_gated_width(tally: Tally, dtype: torch.dtype, first: bool) -> None:
             what, shape = f"{spec} {M} x {N}", (M, spec.groups * N)
             x, gate, dy = (random.rows(*shape, dtype=dtype) for _ in range(3))
             w = random.normal(shape[1]).to(dtype)
-            found = gpu.forward(x, gate, w, spec, True)
-            expected = gated_reference.forward(x, gate, w, spec, True)
-            for name, a, b in zip(("y", "rstd"), found, expected, strict=True):
+            y, rstd = gated_reference.forward(x, gate, w, spec, True)
+            assert rstd is not None
+            for name, a, b in zip(("y", "rstd"), gpu.forward(x, gate, w, spec, True), (y, rstd), strict=True):
                 tally.same(a, b, f"{what} {name}")
-            dx, dgate, dw = gpu.backward(dy.to(expected[0].dtype), x, gate, w, expected[1], spec, True, True, True)
-            right = gated_reference.backward(dy.to(expected[0].dtype), x, gate, w, expected[1], spec, True, True, False)
-            for name, a, b in zip(("dx", "dgate"), (dx, dgate), right, strict=False):
-                tally.same(a, b, f"{what} {name}")
-            tally.near_sums(dw, *tolerance.sums_of_gated_dw(dy, x, gate, expected[1], spec), M, what)
+            inputs = dy.to(y.dtype), x, gate, w, rstd, spec
+            *gradients, dw = gpu.backward(*inputs, True, True, True)
+            expected = gated_reference.backward(*inputs, True, True, False)[:2]
+            for name, got, right in zip(("dx", "dgate"), gradients, expected, strict=True):
+                tally.same(got, right, f"{what} {name}")
+            tally.near_sums(dw, *tolerance.sums_of_gated_dw(dy, x, gate, rstd, spec), M, what)
 
 
-@check
-def gated_bf16(tally: Tally) -> None:
-    every_gated_width(tally, BF16, False)
-
-
-@check
-def gate_first_bf16(tally: Tally) -> None:
-    every_gated_width(tally, BF16, True)
-
-
-@check
-def gated_fp16(tally: Tally) -> None:
-    every_gated_width(tally, FP16, False)
-
-
-@check
-def gate_first_fp16(tally: Tally) -> None:
-    every_gated_width(tally, FP16, True)
-
-
-@check
-def gated_fp32(tally: Tally) -> None:
-    every_gated_width(tally, FP32, False)
-
-
-@check
-def gate_first_fp32(tally: Tally) -> None:
-    every_gated_width(tally, FP32, True)
+for _name, _dtype in DTYPES.items():
+    CHECKS[f"gated_{_name}"] = functools.partial(every_gated_width, dtype=_dtype, first=False)
+    CHECKS[f"gate_first_{_name}"] = functools.partial(every_gated_width, dtype=_dtype, first=True)
 
 
 @check

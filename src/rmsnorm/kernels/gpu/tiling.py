@@ -273,6 +273,8 @@ _BACKWARD_SHARED = {
 # except in the tables for a gate that comes first. Over wider rows than these, one program loops.
 GATED_FORWARD_WIDEST = 8192
 GATED_BACKWARD_WIDEST = 8192
+# The same for rows that are not whole words, by itemsize: wider ones of fp32 would spill up to 1512 bytes a thread.
+_GATED_UNALIGNED_WIDEST = {2: 8192, 4: 4096}
 GATED_NARROW = {2: 512, 4: 256}  # elements of a tile of at most 256 columns in the forward pass, for one warp
 _GATED_FORWARD = {
     2: {
@@ -581,14 +583,11 @@ def gated_backward(
     x and the gate. loaded: bytes of one number of dy, x and the gate together. dw_itemsize: 0 if dw is not needed.
     """
     overlap = gpu.capability >= 9
-    # Wide fp32 rows that are not whole words would spill up to 1512 bytes a thread.
-    narrow_loads = itemsize == 4 and not _is_whole_words(N, itemsize)
-    if (GATED_BACKWARD_WIDEST // 2 if narrow_loads else GATED_BACKWARD_WIDEST) < N:
+    unaligned_widest = min(GATED_BACKWARD_WIDEST, _GATED_UNALIGNED_WIDEST[itemsize])
+    if (GATED_BACKWARD_WIDEST if _is_whole_words(N, itemsize) else unaligned_widest) < N:
         return Launch(GATED_PIECE, 16, parts=0, overlap=overlap)
     if N <= 256:
-        narrow = _narrowest((_GATE_FIRST_NARROW_BACKWARD if first else _GATE_LAST_NARROW_BACKWARD)[itemsize], N)
-        block_n, rows = _narrow(N, narrow.elements)
-        tile = Tile(rows, block_n, 1, narrow.programs, narrow.stages)
+        tile = _narrow_tile((_GATE_FIRST_NARROW_BACKWARD if first else _GATE_LAST_NARROW_BACKWARD)[itemsize], N)
     else:
         tile = _narrowest((_GATE_FIRST_BACKWARD if first else _GATE_LAST_BACKWARD)[itemsize], N)
     pieces = -(-N // tile.block_n)
@@ -703,11 +702,15 @@ def _backward_tile(N: int, itemsize: int) -> Tile:
         return _narrowest(_BACKWARD[itemsize], N)
     if _takes_pieces(N):
         return _narrowest(_BACKWARD_PIECES[itemsize], N)
-    narrow = _narrowest(_BACKWARD_NARROW[itemsize], N)
+    return _narrow_tile(_BACKWARD_NARROW[itemsize], N, alone=itemsize == 4 or N > 128)
+
+
+def _narrow_tile(tiles: dict[int, NarrowRows], N: int, alone: bool = False) -> Tile:
+    """The tile of the backward pass for one warp that takes several rows of N columns."""
+    narrow = _narrowest(tiles, N)
     block_n, rows = _narrow(N, narrow.elements)
     return Tile(
-        rows, block_n, 1, narrow.programs, narrow.stages, narrow.programs_more, itemsize == 4 or N > 128,
-        narrow.stages_more,
+        rows, block_n, 1, narrow.programs, narrow.stages, narrow.programs_more, alone, narrow.stages_more
     )  # fmt: skip
 
 
