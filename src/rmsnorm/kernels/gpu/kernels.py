@@ -499,7 +499,7 @@ def load_rows(
 
 
 @triton.jit
-def _added(
+def added(
     row, t, m, n, M, lead, body, ends, sizes, steps, STRIDED: tl.constexpr, MULTIPLE: tl.constexpr,
     WORD: tl.constexpr, PARTS: tl.constexpr, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -531,6 +531,44 @@ def turns_of(M, program, programs, ROWS: tl.constexpr, APART: tl.constexpr):
     """How many tiles of ROWS rows this program processes. No intermediate value exceeds M, which may be 2³¹ - 1."""
     last = (M - 1) // ROWS if APART == 1 or ROWS == 1 else (M - 1) // (ROWS * APART) * APART + (APART - 1)
     return last // programs + (last % programs >= program).to(tl.int32)
+
+
+@triton.jit
+def normalized(x, r, inside):
+    """x·rstd; zero beyond the end of the row, where 0·inf would be NaN."""
+    return tl.where(inside, x.to(tl.float32) * r, 0.0)
+
+
+@triton.jit
+def dw_terms(dy, xh, X: tl.constexpr, EARLY: tl.constexpr):
+    """The terms that each element adds to dw."""
+    h = cast_to(xh, X) if EARLY else xh
+    return dy * h
+
+
+@triton.jit
+def dx_and_dw(
+    dy_row, x_row, ds_row, weight, r, c, dx, dw, m, n, M, N, lead, body, ends, offset, V,
+    EARLY: tl.constexpr, ROUND_FIRST: tl.constexpr, WORD: tl.constexpr, PARTS: tl.constexpr,
+    PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Stores dx of rows m, and returns dw with the terms of these rows added. `ds_row` and `weight` are () if absent.
+
+    c: the mean of g·xh over each row.
+    """
+    summed = ()
+    for k in tl.static_range(PIECES if WORD == 1 else PIECES + 1):
+        of_piece = columns(n, ends, k, PIECES, BLOCK_N)
+        inside = is_column(of_piece, body, ends, k, PIECES, PARTS)
+        xh = normalized(x_row[k], r, inside)
+        g = times_scale(dy_row[k], weight[k] if len(weight) > 0 else None, offset, EARLY)
+        dx_row = r * (g - measured(xh * c, of_piece + lead, V))
+        if len(ds_row) > 0:
+            dx_row = plus_ds(dx_row, ds_row[k], dx.dtype.element_ty, ROUND_FIRST)
+        out = at_piece(dx + start_of(m * N, lead, WORD), n, ends, k, PIECES, BLOCK_N)
+        store_piece(out, dx_row.to(dx.dtype.element_ty), (m < M) & inside, m, M, ends, k, PIECES)
+        summed += (dw[k] + dw_terms(dy_row[k].to(tl.float32), xh, x_row[k].dtype, EARLY),)
+    return summed
 
 
 @triton.jit(do_not_specialize=["M", "programs"])
@@ -572,16 +610,17 @@ def backward_block(
             dy, m, n, M, lead, body, ends, sizes, dy_steps, STRIDED, MULTIPLE, WORD, PARTS, PIECES, BLOCK_N
         )
         if dy2 is not None:
-            dy_row = _added(
+            dy_row = added(
                 dy_row, dy2, m, n, M, lead, body, ends, sizes, dy2_steps,
                 STRIDED, MULTIPLE, WORD, PARTS, PIECES, BLOCK_N,
             )  # fmt: skip
         if dy3 is not None:
-            dy_row = _added(
+            dy_row = added(
                 dy_row, dy3, m, n, M, lead, body, ends, sizes, dy3_steps,
                 STRIDED, MULTIPLE, WORD, PARTS, PIECES, BLOCK_N,
             )  # fmt: skip
         x_row = load_rows(x, m, n, M, lead, body, ends, sizes, x_steps, STRIDED, MULTIPLE, WORD, PARTS, PIECES, BLOCK_N)
+        ds_row = ()
         if ds is not None and STAGES > 1:
             ds_row = load_rows(
                 ds, m, n, M, lead, body, ends, sizes, ds_steps, STRIDED, MULTIPLE, WORD, PARTS, PIECES, BLOCK_N
@@ -601,19 +640,10 @@ def backward_block(
             ds_row = load_rows(
                 ds, m, n, M, lead, body, ends, sizes, ds_steps, STRIDED, MULTIPLE, WORD, PARTS, PIECES, BLOCK_N
             )
-        summed = ()
-        for k in tl.static_range(ALL):
-            of_piece = columns(n, ends, k, PIECES, BLOCK_N)
-            inside = is_column(of_piece, body, ends, k, PIECES, PARTS)
-            xh = normalized(x_row[k], r, inside)
-            g = times_scale(dy_row[k], None if w is None else weight[k], offset, EARLY)
-            dx_row = r * (g - measured(xh * c, of_piece + lead, V))
-            if ds is not None:
-                dx_row = plus_ds(dx_row, ds_row[k], dx.dtype.element_ty, ROUND_FIRST)
-            out = at_piece(dx + start_of(m * N, lead, WORD), n, ends, k, PIECES, BLOCK_N)
-            store_piece(out, dx_row.to(dx.dtype.element_ty), (m < M) & inside, m, M, ends, k, PIECES)
-            summed += (dw[k] + dw_terms(dy_row[k].to(tl.float32), xh, x.dtype.element_ty, EARLY),)
-        dw = summed
+        dw = dx_and_dw(
+            dy_row, x_row, ds_row, weight, r, c, dx, dw, m, n, M, N, lead, body, ends, offset, V,
+            EARLY, ROUND_FIRST, WORD, PARTS, PIECES, BLOCK_N,
+        )  # fmt: skip
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()  # sum_partials may start; it waits for this kernel's end
     if partials is not None:
@@ -630,19 +660,6 @@ def store_share(
         of_piece = columns(n, ends, k, PIECES, BLOCK_N)
         at = at_piece(partials, n, ends, k, PIECES, BLOCK_N)
         tl.store(at, share, of_piece < body if k < PIECES else ends[1])
-
-
-@triton.jit
-def normalized(x, r, inside):
-    """x·rstd; zero beyond the end of the row, where 0·inf would be NaN."""
-    return tl.where(inside, x.to(tl.float32) * r, 0.0)
-
-
-@triton.jit
-def dw_terms(dy, xh, X: tl.constexpr, EARLY: tl.constexpr):
-    """The terms that each element adds to dw."""
-    h = cast_to(xh, X) if EARLY else xh
-    return dy * h
 
 
 @triton.jit(do_not_specialize=["M"])

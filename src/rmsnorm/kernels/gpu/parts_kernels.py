@@ -14,11 +14,12 @@ import triton
 import triton.language as tl
 
 from rmsnorm.kernels.gpu.kernels import (
+    added,
     as_multiple,
     at_piece,
     body_of,
     columns,
-    dw_terms,
+    dx_and_dw,
     ends_of,
     factor_of,
     is_column,
@@ -28,8 +29,6 @@ from rmsnorm.kernels.gpu.kernels import (
     load_weights,
     mean_of,
     normalized,
-    plus_ds,
-    rounded_sum,
     rows_of,
     rstd_of,
     scaled_output,
@@ -59,14 +58,10 @@ def begin_forward(
         ends = ends_of(N, lead, body, part, BLOCK_N, WORD)
         row = load_rows(x, m, n, M, lead, body, ends, sizes, x_steps, STRIDED, MULTIPLE, WORD, PARTS, PIECES, BLOCK_N)
         if residual is not None:
-            other = load_rows(
-                residual, m, n, M, lead, body, ends, sizes, residual_steps,
+            row = added(
+                row, residual, m, n, M, lead, body, ends, sizes, residual_steps,
                 STRIDED, MULTIPLE, WORD, PARTS, PIECES, BLOCK_N,
             )  # fmt: skip
-            total = ()
-            for k in tl.static_range(PIECES if WORD == 1 else PIECES + 1):
-                total += (rounded_sum(row[k], other[k]),)
-            row = total
             for k in tl.static_range(PIECES if WORD == 1 else PIECES + 1):
                 inside = (m < M) & is_column(columns(n, ends, k, PIECES, BLOCK_N), body, ends, k, PIECES, PARTS)
                 out = at_piece(s + start_of(m * N, lead, WORD), n, ends, k, PIECES, BLOCK_N)
@@ -166,24 +161,17 @@ def finish_backward(
             dy, m, n, M, lead, body, ends, sizes, dy_steps, STRIDED, MULTIPLE, WORD, PARTS, PIECES, BLOCK_N
         )
         x_row = load_rows(x, m, n, M, lead, body, ends, sizes, x_steps, STRIDED, MULTIPLE, WORD, PARTS, PIECES, BLOCK_N)
+        ds_row = ()
         if ds is not None:
             ds_row = load_rows(
                 ds, m, n, M, lead, body, ends, sizes, ds_steps, STRIDED, MULTIPLE, WORD, PARTS, PIECES, BLOCK_N
             )
         r = tl.load(rstd + m, m < M, 0.0)
         c = mean_of(tl.load(S + m, m < M, 0.0) + 0.0, width, inverse)  # +0.0, never -0.0
-        summed = ()
-        for k in tl.static_range(ALL):
-            inside = is_column(columns(n, ends, k, PIECES, BLOCK_N), body, ends, k, PIECES, PARTS)
-            xh = normalized(x_row[k], r, inside)
-            g = times_scale(dy_row[k], None if w is None else weight[k], offset, EARLY)
-            dx_row = r * (g - xh * c)
-            if ds is not None:
-                dx_row = plus_ds(dx_row, ds_row[k], dx.dtype.element_ty, False)
-            out = at_piece(dx + start_of(m * N, lead, WORD), n, ends, k, PIECES, BLOCK_N)
-            store_piece(out, dx_row.to(dx.dtype.element_ty), (m < M) & inside, m, M, ends, k, PIECES)
-            summed += (dw[k] + dw_terms(dy_row[k].to(tl.float32), xh, x.dtype.element_ty, EARLY),)
-        dw = summed
+        dw = dx_and_dw(
+            dy_row, x_row, ds_row, weight, r, c, dx, dw, m, n, M, N, lead, body, ends, offset, None,
+            EARLY, False, WORD, PARTS, PIECES, BLOCK_N,
+        )  # fmt: skip
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()  # sum_partials may start; it waits for this kernel's end
     if partials is not None:
