@@ -23,6 +23,7 @@ from rmsnorm.spec import (
     NO_HINTS,
     Cast,
     Hints,
+    Saved,
     Spec,
     caller,
     check_gradients,
@@ -146,8 +147,8 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, residual and w. dy or ds is None if nothing depends on that output."""
     rows, w, rstd = saved_tensors(ctx, "rms_norm", "x or weight")
-    rows_dtype, w_dtype = ctx.saved_dtypes
-    check_saved("rms_norm", x=(rows, rows_dtype), weight=(w, w_dtype))
+    saved_rows, saved_w = ctx.saved
+    check_saved("rms_norm", x=(rows, saved_rows), weight=(w, saved_w))
     needs = ctx.needs_input_grad
     need_x, need_residual, need_dw = needs[:3]
     if dy is None:
@@ -172,7 +173,7 @@ class _Norm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.spec = spec
         ctx.dtypes = (x.dtype, None if residual is None else residual.dtype)
-        ctx.saved_dtypes = (rows.dtype, None if w is None else w.dtype)
+        ctx.saved = Saved.of(rows), Saved.of(w)
         return y if s is None else (y, s)
 
     @staticmethod
@@ -206,7 +207,7 @@ class TransformedNorm(torch.autograd.Function):
         ctx.save_for_forward(*saved)
         ctx.set_materialize_grads(False)
         ctx.dtypes = (x.dtype, None if residual is None else residual.dtype)
-        ctx.saved_dtypes = (rows.dtype, None if w is None else w.dtype)
+        ctx.saved = Saved.of(rows), Saved.of(w)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:

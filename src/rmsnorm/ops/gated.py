@@ -23,6 +23,7 @@ from rmsnorm.spec import (
     GATED,
     Activation,
     Cast,
+    Saved,
     check_gate,
     check_gated,
     check_gated_gradients,
@@ -115,15 +116,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(x, gate, w, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.saved_dtypes = x.dtype, gate.dtype, None if w is None else w.dtype
+    ctx.saved = Saved.of(x), Saved.of(gate), Saved.of(w)
 
 
 def _gradients(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 9
     x, gate, w, rstd = saved_tensors(ctx, GATED, "x, gate or weight")
-    x_dtype, gate_dtype, w_dtype = ctx.saved_dtypes
-    check_saved(GATED, x=(x, x_dtype), gate=(gate, gate_dtype), weight=(w, w_dtype))
+    saved_x, saved_gate, saved_w = ctx.saved
+    check_saved(GATED, x=(x, saved_x), gate=(gate, saved_gate), weight=(w, saved_w))
     needs = ctx.needs_input_grad[:3]
     gradients = _BackwardOnce.apply(dy, x, gate, w, rstd, *ctx.spec, *needs)
     return *(t if needed else None for t, needed in zip(gradients, needs, strict=True)), *(None,) * 6

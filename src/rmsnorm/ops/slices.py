@@ -23,6 +23,7 @@ from rmsnorm.ops.operators import empty_gradients, empty_outputs
 from rmsnorm.ops.plain import plain_slice_forward
 from rmsnorm.spec import (
     Cast,
+    Saved,
     caller,
     check_gradients,
     check_memory,
@@ -133,15 +134,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(*([rstd, s] if residual is None else [rstd]))
     ctx.set_materialize_grads(False)
     ctx.dtypes = x.dtype, None if residual is None else residual.dtype
-    ctx.saved_dtypes = rows.dtype, None if w is None else w.dtype
+    ctx.saved = Saved.of(rows), Saved.of(w)
 
 
 def _gradients(ctx: Any, dy: Tensor | None, ds: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x_dtype, residual_dtype = ctx.dtypes
     where = "rms_norm" if residual_dtype is None else "add_rms_norm"
     rows, w, rstd = saved_tensors(ctx, where, "x or weight")
-    rows_dtype, w_dtype = ctx.saved_dtypes
-    check_saved(where, x=(rows, rows_dtype), weight=(w, w_dtype))
+    saved_rows, saved_w = ctx.saved
+    check_saved(where, x=(rows, saved_rows), weight=(w, saved_w))
     need_x, need_residual, need_dw = ctx.needs_input_grad[:3]
     d_rows, dw = ds, None
     if dy is not None:
