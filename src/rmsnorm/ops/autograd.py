@@ -111,6 +111,8 @@ def norm(
         )
     spec = spec_of(where, eps, cast, offset)
     check_tensors(where, x, residual, w, offset)
+    if compat.is_tracing():  # TorchScript records the operator, which has its own autograd rule
+        return torch.ops.rmsnorm.forward.default(x, residual, w, spec.eps, spec.cast, spec.offset, True)  # type: ignore[no-any-return]
     plain = is_plain(x, residual, w)
     if plain:
         host.look()
@@ -132,6 +134,11 @@ def needs_gradient(x: Tensor, residual: Tensor | None, w: Tensor | None) -> bool
     return torch.is_grad_enabled() and (
         x.requires_grad or (w is not None and w.requires_grad) or (residual is not None and residual.requires_grad)
     )
+
+
+def needs_rstd(x: Tensor, residual: Tensor | None, w: Tensor | None) -> bool:
+    """Whether a call of an operator is to return rstd. One that torch.jit.trace records may need a gradient later."""
+    return needs_gradient(x, residual, w) or (not torch.compiler.is_compiling() and compat.is_tracing())
 
 
 def _leaked(*tensors: Tensor | None) -> bool:

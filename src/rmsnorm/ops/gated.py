@@ -14,7 +14,7 @@ from torch import Tensor
 from rmsnorm import compat
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
-from rmsnorm.ops.autograd import needs_gradient
+from rmsnorm.ops.autograd import needs_rstd
 from rmsnorm.ops.batching import Outputs, call_by_sample, vmap_by_sample
 from rmsnorm.ops.derivatives import autograd_kernel, reverse_only, saved_tensors, undifferentiable
 from rmsnorm.ops.dispatch import exported_to_onnx, refuse_dtensors, without_none
@@ -60,7 +60,7 @@ def gated_norm(
     args = x, gate, w, float(eps), cast, activation, gate_first, int(groups)
     if not torch.compiler.is_compiling() and compat.transforms_active():
         return _Forward.apply(*args, True)[0]  # type: ignore[no-any-return]
-    return torch.ops.rmsnorm.gated_forward.default(*args, needs_gradient(x, gate, w))[0]  # type: ignore[no-any-return]
+    return torch.ops.rmsnorm.gated_forward.default(*args, needs_rstd(x, gate, w))[0]  # type: ignore[no-any-return]
 
 
 def _run_forward(

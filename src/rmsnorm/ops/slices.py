@@ -15,7 +15,7 @@ from torch import Tensor
 from rmsnorm import compat
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
-from rmsnorm.ops.autograd import needs_gradient
+from rmsnorm.ops.autograd import needs_rstd
 from rmsnorm.ops.batching import vmap_by_sample
 from rmsnorm.ops.derivatives import autograd_kernel, reverse_only, saved_tensors, undifferentiable
 from rmsnorm.ops.dispatch import exported_to_onnx, refuse_dtensors, without_none
@@ -71,7 +71,7 @@ def sliced_norm(
     if not symbolic and compat.transforms_active():
         y, s, _ = _Forward.apply(*args, True)
     else:
-        y, s, _ = torch.ops.rmsnorm.slice_forward.default(*args, needs_gradient(x, residual, w))
+        y, s, _ = torch.ops.rmsnorm.slice_forward.default(*args, needs_rstd(x, residual, w))
     return y, s
 
 
