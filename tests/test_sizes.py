@@ -111,7 +111,7 @@ CHANGES: dict[str, tuple[bool, Change, str]] = {
     "the weight gets a row for each head, before the gradient of a sum": (
         True,
         lambda run: set_data(run.w, torch.ones(M, N)),
-        "[rms_norm] weight has shape (4, 64), expected (64,)",
+        "[add_rms_norm] weight has shape (4, 64), expected (64,)",
     ),
     "x loses rows": (
         False,
@@ -131,7 +131,7 @@ CHANGES: dict[str, tuple[bool, Change, str]] = {
     "the weight is shortened after a sum": (
         True,
         lambda run: set_data(run.w, torch.ones(N - 1)),
-        "[rms_norm] weight has shape (63,), expected (64,)",
+        "[add_rms_norm] weight has shape (63,), expected (64,)",
     ),
     "the weight's dtype": (
         False,
@@ -208,7 +208,7 @@ def _through_the_operator(x: Tensor, w: Tensor) -> Tensor:
 # Names of the function in messages, and calls with x of (2, M, N) and a weight of (M, N).
 CALLS_WITH_HEADS: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
     "rms_norm": ("rms_norm", lambda x, w: rms_norm(x, w, EPS).sum()),
-    "add_rms_norm": ("rms_norm", lambda x, w: sum(t.sum() for t in add_rms_norm(x, x, w, EPS))),
+    "add_rms_norm": ("add_rms_norm", lambda x, w: sum(t.sum() for t in add_rms_norm(x, x, w, EPS))),
     "variance_size": ("rms_norm", lambda x, w: rms_norm(x, w, EPS, variance_size=8).sum()),
     "operator": ("rms_norm", _through_the_operator),
     "pair": ("rms_norms", lambda x, w: torch.ops.rmsnorm.forward_pair(x, None, x, w, EPS, "early", 0.0, True)[2].sum()),
@@ -645,10 +645,26 @@ def test_an_x_or_weight_modified_in_place_raises_an_error_that_says_what_to_writ
                 with pytest.raises(RuntimeError) as found:
                     run.backward()
                 said.append(str(found.value).split(" (one of the variables needed for gradient computation")[0])
-        assert said[0] == said[1] == (
-            "[rms_norm] x or weight was modified in place after the forward pass, which keeps them for the backward "
-            "pass: write x = x + ... instead of x += ..., or rmsnorm.unpatch the norm"
+        where, names, rows = ("rms_norm", "x or weight", "x") if which != "s" else (
+            "add_rms_norm", "s, the sum that it returned, or weight", "s"
         )  # fmt: skip
+        assert (
+            said[0]
+            == said[1]
+            == (
+                f"[{where}] {names} was modified in place after the forward pass, which keeps them for the backward pass: "
+                f"write {rows} = {rows} + ... instead of {rows} += ..., call optimizer.step() after the last backward "
+                "pass, or rmsnorm.unpatch the norm"
+            )
+        )
+
+
+def test_a_sum_modified_in_place_is_named_as_the_output_that_it_is_with_variance_size_too(randn) -> None:
+    x, r, w = (randn(*shape).requires_grad_() for shape in ((M, N), (M, N), (N,)))
+    y, s = add_rms_norm(x, r, w, EPS, variance_size=8)
+    s.add_(1)
+    with pytest.raises(RuntimeError, match=re.escape("[add_rms_norm] s, the sum that it returned, or weight was mod")):
+        y.sum().backward()
 
 
 def test_other_errors_of_what_was_saved_stay_torchs(node, randn) -> None:

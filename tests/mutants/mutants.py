@@ -194,7 +194,7 @@ OF_ARGUMENTS = (
     ),
     Mutant(
         "the backward pass accepts a weight whose dtype has changed", "spec.py",
-        "if t is not None and t.dtype is not dtype:", "if False:",
+        "if t.dtype is not was.dtype:", "if False:",
         (f"{SIZES}::test_a_dtype_that_changed_to_that_of_another_planned_kind_is_named",),
     ),
     Mutant(

@@ -16,7 +16,7 @@ from rmsnorm import compat
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
 from rmsnorm.ops import eager_recomputation
-from rmsnorm.ops.derivatives import saved_tensors, undifferentiable
+from rmsnorm.ops.derivatives import SUM_OR_WEIGHT, saved_tensors, undifferentiable
 from rmsnorm.ops.dispatch import exported_to_onnx, is_plain, load_sharding
 from rmsnorm.ops.plain import plain_forward
 from rmsnorm.spec import (
@@ -153,9 +153,10 @@ def _gradients(
     ctx: Any, dy: Tensor | None, ds: Tensor | None, backward: Callable[..., Any]
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, residual and w. dy or ds is None if nothing depends on that output."""
-    rows, w, rstd = saved_tensors(ctx, "rms_norm", "x or weight")
+    where, names = ("rms_norm", "x or weight") if ctx.dtypes[1] is None else ("add_rms_norm", SUM_OR_WEIGHT)
+    rows, w, rstd = saved_tensors(ctx, where, names)
     saved_rows, saved_w = ctx.saved
-    check_saved("rms_norm", x=(rows, saved_rows), weight=(w, saved_w))
+    check_saved(where, x=(rows, saved_rows), weight=(w, saved_w))
     needs = ctx.needs_input_grad
     need_x, need_residual, need_dw = needs[:3]
     if dy is None:

@@ -17,7 +17,7 @@ from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
 from rmsnorm.ops.autograd import needs_rstd
 from rmsnorm.ops.batching import vmap_by_sample
-from rmsnorm.ops.derivatives import autograd_kernel, reverse_only, saved_tensors, undifferentiable
+from rmsnorm.ops.derivatives import SUM_OR_WEIGHT, autograd_kernel, reverse_only, saved_tensors, undifferentiable
 from rmsnorm.ops.dispatch import exported_to_onnx, refuse_dtensors, without_none
 from rmsnorm.ops.operators import empty_gradients, empty_outputs
 from rmsnorm.ops.plain import plain_slice_forward
@@ -139,8 +139,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _gradients(ctx: Any, dy: Tensor | None, ds: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x_dtype, residual_dtype = ctx.dtypes
-    where = "rms_norm" if residual_dtype is None else "add_rms_norm"
-    rows, w, rstd = saved_tensors(ctx, where, "x or weight")
+    where, names = ("rms_norm", "x or weight") if residual_dtype is None else ("add_rms_norm", SUM_OR_WEIGHT)
+    rows, w, rstd = saved_tensors(ctx, where, names)
     saved_rows, saved_w = ctx.saved
     check_saved(where, x=(rows, saved_rows), weight=(w, saved_w))
     need_x, need_residual, need_dw = ctx.needs_input_grad[:3]

@@ -560,6 +560,7 @@ std::optional<Tensors> run(const Call& call, bool gil = false) {
 struct Saved {
   at::ScalarType rows, w;
   int64_t dims_of_w;
+  bool adds; // whether the rows are the sum of add_rms_norm
 };
 
 using BackwardOperator = std::tuple<Tensor, Tensor>(
@@ -583,6 +584,7 @@ void check(const Call& call, const Saved& saved) {
     arguments.append(py::handle(reinterpret_cast<PyObject*>(torch::getTHPDtype(dtype))));
   }
   arguments.append(saved.dims_of_w);
+  arguments.append(saved.adds);
   call_python(check_saved, py::tuple(arguments));
 }
 
@@ -610,16 +612,18 @@ std::pair<Tensor, Tensor> gradients(const Call& call, const Saved& saved) {
 
 namespace rmsnorm {
 
-// As _saved of ops/autograd.py: adds the fix to torch's error about a saved tensor that was modified in place.
-variable_list saved_variables(AutogradContext* ctx) {
+// As saved_tensors of ops/derivatives.py: adds the fix to torch's error about a saved tensor that was modified in place.
+variable_list saved_variables(AutogradContext* ctx, bool adds) {
   try {
     return ctx->get_saved_variables();
   } catch (const c10::Error& error) {
     const std::string said = error.what_without_backtrace();
     TORCH_CHECK(
         said.find("modified by an inplace operation") == std::string::npos,
-        "[rms_norm] x or weight was modified in place after the forward pass, which keeps them for the backward pass: "
-        "write x = x + ... instead of x += ..., or rmsnorm.unpatch the norm (", said, ")");
+        adds ? "[add_rms_norm] s, the sum that it returned, or weight" : "[rms_norm] x or weight",
+        " was modified in place after the forward pass, which keeps them for the backward pass: write ",
+        adds ? "s = s + ... instead of s += ..." : "x = x + ... instead of x += ...",
+        ", call optimizer.step() after the last backward pass, or rmsnorm.unpatch the norm (", said, ")");
     throw;
   }
 }
@@ -644,9 +648,9 @@ struct Norm : torch::autograd::Function<Norm> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list given) {
-    const auto saved = saved_variables(ctx);
     const auto how = ctx->saved_data["how"].toInt();
     const bool adds = (how & 8) != 0;
+    const auto saved = saved_variables(ctx, adds);
     const auto dtype = [how](int bit) { return static_cast<at::ScalarType>(how >> bit & 0xFF); };
     const bool need_x = ctx->needs_input_grad(0), need_residual = adds && ctx->needs_input_grad(1);
     const bool need_dw = saved[1].defined() && ctx->needs_input_grad(adds ? 2 : 1);
@@ -656,7 +660,7 @@ struct Norm : torch::autograd::Function<Norm> {
       const Call call{
           Pass::BACKWARD, {given[0], ds, saved[0], saved[1], saved[2]}, {0.0, how & 3, (how & 4) != 0},
           {need_x || need_residual, need_dw, false}};
-      std::tie(d_rows, dw) = gradients(call, {dtype(24), dtype(32), how >> 40});
+      std::tie(d_rows, dw) = gradients(call, {dtype(24), dtype(32), how >> 40, adds});
     } else {
       d_rows = ds;
     }
