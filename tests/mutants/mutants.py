@@ -776,8 +776,8 @@ OF_HEADS_AND_SLICES = (
     ),
     Mutant(
         "a norm of the first columns is not recorded for a residual alone", "ops/slices.py",
-        "slice_forward.default(*args, needs_gradient(x, residual, w))",
-        "slice_forward.default(*args, needs_gradient(x, None, w))",
+        "slice_forward.default(*args, needs_rstd(x, residual, w))",
+        "slice_forward.default(*args, needs_rstd(x, None, w))",
         (f"{SLICES}::test_only_the_gradients_that_are_needed_are_computed",),
     ),
     Mutant(
