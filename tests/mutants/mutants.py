@@ -198,6 +198,11 @@ OF_ARGUMENTS = (
         (f"{SIZES}::test_a_dtype_that_changed_to_that_of_another_planned_kind_is_named",),
     ),
     Mutant(
+        "the backward pass accepts a weight whose shape has changed", "spec.py",
+        "if not t.is_nested and t.shape != was.shape:", "if False:",
+        (f"{SIZES}::test_a_weight_for_each_head_that_changed_its_shape_since_the_forward_pass_is_named",),
+    ),
+    Mutant(
         "rows without elements are accepted", "spec.py",
         "if not shape or not _is_not_zero(shape[-1], symbolic):", "if not shape:",
         (f"{BAD_INPUT}::test_rms_norm_names_the_bad_argument_and_what_it_should_be[x has shape (3, 0)]",),
@@ -812,6 +817,11 @@ OF_HOST = (
         "C++ reads memory that was freed", "kernels/host/host.cpp",
         "return t.storage().nbytes() >= needed;", "return t.storage().nbytes() + needed > 0;",
         (f"{SIZES}::test_the_forward_pass_names_the_tensor_whose_memory_was_freed[C++-weight-True]",),
+    ),
+    Mutant(
+        "C++ does not notice a weight whose shape has changed", "kernels/host/host.cpp",
+        " && t[3].dim() == saved.dims_of_w", "",
+        (f"{SIZES}::test_a_weight_for_each_head_that_changed_its_shape_since_the_forward_pass_is_named",),
     ),
     Mutant(
         "C++ loses a tangent of forward mode", "kernels/host/host.cpp",
