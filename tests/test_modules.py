@@ -105,6 +105,7 @@ def test_a_layer_on_the_meta_device_allocates_nothing_and_can_be_materialized() 
             "elementwise_affine",
         ),
         ({"hidden_size": 4, "dtype": torch.int32}, TypeError, "dtype is torch.int32"),
+        ({"hidden_size": 4, "dtype": "float32"}, TypeError, "dtype is 'float32', expected torch.float32, torch.b"),
         ({"hidden_size": (4,)}, TypeError, f"hidden_size is a tuple, expected an int; {TORCHS}"),
         ({"hidden_size": torch.Size([2, 4])}, TypeError, f"hidden_size is a Size, expected an int; {TORCHS}"),
         ({"hidden_size": 4, "eps": None}, TypeError, "F.rms_norm's None is torch.finfo(torch.float32).eps"),

@@ -91,37 +91,47 @@ CHANGES: dict[str, tuple[bool, Change, str]] = {
     "the weight is emptied": (
         False,
         lambda run: set_data(run.w, torch.empty(0)),
-        "[rms_norm] weight has shape (0,), expected (64,), the last dimension of x",
+        "[rms_norm] weight has shape (0,), expected (64,)",
     ),
     "the weight is shortened": (
         False,
         lambda run: set_data(run.w, torch.ones(N - 1)),
-        "[rms_norm] weight has shape (63,), expected (64,), the last dimension of x",
+        "[rms_norm] weight has shape (63,), expected (64,)",
     ),
     "the weight is of two dimensions": (
         False,
         lambda run: set_data(run.w, torch.ones(1, N)),
-        "[rms_norm] weight has shape (1, 64), expected (64,), the last dimension of x, or (4, 64), the last two",
+        "[rms_norm] weight has shape (1, 64), expected (64,)",
+    ),
+    "the weight gets a row for each head": (
+        False,
+        lambda run: set_data(run.w, torch.ones(M, N)),
+        "[rms_norm] weight has shape (4, 64), expected (64,)",
+    ),
+    "the weight gets a row for each head, before the gradient of a sum": (
+        True,
+        lambda run: set_data(run.w, torch.ones(M, N)),
+        "[add_rms_norm] weight has shape (4, 64), expected (64,)",
     ),
     "x loses rows": (
         False,
         lambda run: set_data(run.x, torch.ones(M - 1, N)),
-        "[rms_norm] x has shape (3, 64), expected (4, 64), the shape of dy",
+        "[rms_norm] x has shape (3, 64), expected (4, 64)",
     ),
     "x loses columns": (
         False,
         lambda run: set_data(run.x, torch.ones(M, N - 1)),
-        "[rms_norm] x has shape (4, 63), expected (4, 64), the shape of dy",
+        "[rms_norm] x has shape (4, 63), expected (4, 64)",
     ),
     "x is emptied": (
         False,
         lambda run: set_data(run.x, torch.empty(0)),
-        "[rms_norm] x has shape (0,), expected (4, 64), the shape of dy",
+        "[rms_norm] x has shape (0,), expected (4, 64)",
     ),
     "the weight is shortened after a sum": (
         True,
         lambda run: set_data(run.w, torch.ones(N - 1)),
-        "[add_rms_norm] weight has shape (63,), expected (64,), the last dimension of x",
+        "[add_rms_norm] weight has shape (63,), expected (64,)",
     ),
     "the weight's dtype": (
         False,
@@ -136,7 +146,7 @@ CHANGES: dict[str, tuple[bool, Change, str]] = {
     "x is narrowed, and the weight": (
         False,
         lambda run: (set_data(run.x, torch.ones(M, 8)), set_data(run.w, torch.ones(8))),
-        "[rms_norm] x has shape (4, 8), expected (4, 64), the shape of dy",
+        "[rms_norm] x has shape (4, 8), expected (4, 64)",
     ),
     "the weight is freed": (
         False,
@@ -189,6 +199,39 @@ def test_the_backward_pass_names_the_tensor_that_changed_since_the_forward_pass(
     change(run)
     with pytest.raises((TypeError, ValueError), match=re.escape(words) + r" \(in the backward pass: "):
         run.backward()
+
+
+def _through_the_operator(x: Tensor, w: Tensor) -> Tensor:
+    return torch.ops.rmsnorm.forward(x, None, w, EPS, "early", 0.0, True)[0].square().sum()
+
+
+# Names of the function in messages, and calls with x of (2, M, N) and a weight of (M, N).
+CALLS_WITH_HEADS: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
+    "rms_norm": ("rms_norm", lambda x, w: rms_norm(x, w, EPS).square().sum()),
+    "add_rms_norm": ("add_rms_norm", lambda x, w: sum(t.square().sum() for t in add_rms_norm(x, x, w, EPS))),
+    "variance_size": ("rms_norm", lambda x, w: rms_norm(x, w, EPS, variance_size=8).square().sum()),
+    "operator": ("rms_norm", _through_the_operator),
+    "pair": (
+        "rms_norms",
+        lambda x, w: torch.ops.rmsnorm.forward_pair(x, None, x, w, EPS, "early", 0.0, True)[2].square().sum(),
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", [(N,), (M, 1), (M * N,)], ids=str)
+@pytest.mark.parametrize(("where", "call"), CALLS_WITH_HEADS.values(), ids=CALLS_WITH_HEADS.keys())
+def test_a_weight_for_each_head_that_changed_its_shape_since_the_forward_pass_is_named(
+    node, randn, where, call, shape
+) -> None:
+    """A weight of (N,) would be a valid one for x, so only what the forward pass saved shows the change."""
+    x, w = randn(2, M, N).requires_grad_(), randn(M, N).requires_grad_()
+    for _ in range(2):
+        call(x, randn(N).requires_grad_()).backward()  # so that C++ has a plan for such a weight
+    loss = call(x, w)
+    set_data(w, torch.ones(shape))
+    words = rf"\[{where}\] weight2? has shape {re.escape(str(shape))}, expected \({M}, {N}\) \(in the backward pass: "
+    with pytest.raises(ValueError, match=words):
+        loss.backward()
 
 
 def test_a_dtype_that_changed_to_that_of_another_planned_kind_is_named(node, randn) -> None:
@@ -607,10 +650,26 @@ def test_an_x_or_weight_modified_in_place_raises_an_error_that_says_what_to_writ
                 with pytest.raises(RuntimeError) as found:
                     run.backward()
                 said.append(str(found.value).split(" (one of the variables needed for gradient computation")[0])
-        assert said[0] == said[1] == (
-            "[rms_norm] x or weight was modified in place after the forward pass, which keeps them for the backward "
-            "pass: write x = x + ... instead of x += ..., or rmsnorm.unpatch the norm"
+        where, names, rows = ("rms_norm", "x or weight", "x") if which != "s" else (
+            "add_rms_norm", "s, the sum that it returned, or weight", "s"
         )  # fmt: skip
+        assert (
+            said[0]
+            == said[1]
+            == (
+                f"[{where}] {names} was modified in place after the forward pass, which keeps them for the backward pass: "
+                f"write {rows} = {rows} + ... instead of {rows} += ..., call optimizer.step() after the last backward "
+                "pass, or rmsnorm.unpatch the norm"
+            )
+        )
+
+
+def test_a_sum_modified_in_place_is_named_as_the_output_that_it_is_with_variance_size_too(randn) -> None:
+    x, r, w = (randn(*shape).requires_grad_() for shape in ((M, N), (M, N), (N,)))
+    y, s = add_rms_norm(x, r, w, EPS, variance_size=8)
+    s.add_(1)
+    with pytest.raises(RuntimeError, match=re.escape("[add_rms_norm] s, the sum that it returned, or weight was mod")):
+        y.sum().backward()
 
 
 def test_other_errors_of_what_was_saved_stay_torchs(node, randn) -> None:

@@ -48,7 +48,8 @@ def _checked_size(where: str, hidden_size: object) -> int:
 
 def _check_dtype(where: str, dtype: torch.dtype | None) -> None:
     if dtype is not None and dtype not in DTYPES:
-        raise TypeError(complaint(where, "dtype", f"is {dtype}", "float32, bfloat16, float16 or float64"))
+        expected = "torch.float32, torch.bfloat16, torch.float16 or torch.float64"
+        raise TypeError(complaint(where, "dtype", f"is {dtype!r}", expected))
 
 
 def _refuse_script(layer: nn.Module) -> NoReturn:

@@ -9,7 +9,7 @@ import numbers
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NoReturn, get_args
+from typing import Literal, NamedTuple, NoReturn, get_args
 
 import torch
 
@@ -715,20 +715,43 @@ def summands_by_name(dy: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     return {f"dy[{i}]": t for i, t in enumerate(dy)}
 
 
-def check_saved(where: str, **saved: tuple[torch.Tensor | None, torch.dtype | None]) -> None:
-    """Check in the backward pass that each tensor has the dtype with which it was saved.
+class Saved(NamedTuple):
+    """What a tensor was when the forward pass saved it, which `t.data = ...` can change without autograd's knowledge.
+
+    Attributes:
+        dtype: Of the tensor.
+        shape: Of the tensor.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, t: torch.Tensor | None) -> "Saved | None":
+        """What a tensor is now; None if there is none."""
+        return None if t is None else cls(t.dtype, t.shape)
+
+
+def check_saved(where: str, **saved: tuple[torch.Tensor | None, Saved | None]) -> None:
+    """Check in the backward pass that each tensor has the dtype and the shape with which it was saved.
 
     Args:
         where: The function that was called, for the message.
-        **saved: Each tensor, or None, and its dtype, by the argument's name.
+        **saved: Each tensor, or None, and what it was, by the argument's name.
 
     Raises:
-        TypeError: If one has another; the message names it.
+        TypeError: If one has another dtype; the message names it.
+        ValueError: If one has another shape; the message names it.
     """
-    for name, (t, dtype) in saved.items():
-        if t is not None and t.dtype is not dtype:
-            words = complaint(where, name, f"has dtype {t.dtype}", str(dtype).removeprefix("torch."))
+    for name, (t, was) in saved.items():
+        if t is None or was is None:
+            continue
+        if t.dtype is not was.dtype:
+            words = complaint(where, name, f"has dtype {t.dtype}", str(was.dtype).removeprefix("torch."))
             raise TypeError(f"{words} {_IN_BACKWARD}")
+        if not t.is_nested and t.shape != was.shape:  # a later check refuses nested tensors
+            words = complaint(where, name, f"has shape {tuple(t.shape)}", f"{tuple(was.shape)}")
+            raise ValueError(f"{words} {_IN_BACKWARD}")
 
 
 _IN_BACKWARD = "(in the backward pass: what was saved for it must be as it was in the forward pass)"

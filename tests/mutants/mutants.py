@@ -194,8 +194,13 @@ OF_ARGUMENTS = (
     ),
     Mutant(
         "the backward pass accepts a weight whose dtype has changed", "spec.py",
-        "if t is not None and t.dtype is not dtype:", "if False:",
+        "if t.dtype is not was.dtype:", "if False:",
         (f"{SIZES}::test_a_dtype_that_changed_to_that_of_another_planned_kind_is_named",),
+    ),
+    Mutant(
+        "the backward pass accepts a weight whose shape has changed", "spec.py",
+        "if not t.is_nested and t.shape != was.shape:", "if False:",
+        (f"{SIZES}::test_a_weight_for_each_head_that_changed_its_shape_since_the_forward_pass_is_named",),
     ),
     Mutant(
         "rows without elements are accepted", "spec.py",
@@ -776,8 +781,8 @@ OF_HEADS_AND_SLICES = (
     ),
     Mutant(
         "a norm of the first columns is not recorded for a residual alone", "ops/slices.py",
-        "slice_forward.default(*args, needs_gradient(x, residual, w))",
-        "slice_forward.default(*args, needs_gradient(x, None, w))",
+        "slice_forward.default(*args, needs_rstd(x, residual, w))",
+        "slice_forward.default(*args, needs_rstd(x, None, w))",
         (f"{SLICES}::test_only_the_gradients_that_are_needed_are_computed",),
     ),
     Mutant(
@@ -812,6 +817,11 @@ OF_HOST = (
         "C++ reads memory that was freed", "kernels/host/host.cpp",
         "return t.storage().nbytes() >= needed;", "return t.storage().nbytes() + needed > 0;",
         (f"{SIZES}::test_the_forward_pass_names_the_tensor_whose_memory_was_freed[C++-weight-True]",),
+    ),
+    Mutant(
+        "C++ does not notice a weight whose shape has changed", "kernels/host/host.cpp",
+        " && t[3].dim() == saved.dims_of_w", "",
+        (f"{SIZES}::test_a_weight_for_each_head_that_changed_its_shape_since_the_forward_pass_is_named",),
     ),
     Mutant(
         "C++ loses a tangent of forward mode", "kernels/host/host.cpp",

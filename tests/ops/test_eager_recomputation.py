@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -484,6 +485,35 @@ def test_a_weight_without_memory_in_the_backward_pass_raises(leaves: Leaves) -> 
         loss = readers(rmsnorm.rms_norm(leaves.x, leaves.w), leaves)
     with freed(leaves.w), pytest.raises(ValueError, match="weight has a storage of 0 bytes"):
         torch.autograd.grad(loss, leaves.q)
+
+
+def test_an_output_with_a_weight_for_each_head_is_recomputed(randn: Draw) -> None:
+    at = Leaves(randn, seed_shape=(2, M, N))
+    of_heads = randn(M, N).requires_grad_()
+    leaves = at.x, of_heads, at.q, at.k
+    found = same_gradients(lambda: (lambda y: (y @ at.q * (y @ at.k)).sum())(rmsnorm.rms_norm(at.x, of_heads)), leaves)
+    assert (found.dropped, found.kept, found.recomputed) == (1, {}, 1)
+
+
+CHANGED = {
+    "weight has shape (16,), expected (6, 16)": lambda x, w: setattr(w, "data", torch.ones(N)),
+    "weight has dtype torch.bfloat16, expected float32": lambda x, w: setattr(w, "data", w.data.bfloat16()),
+    "x has shape (6, 12, 16), expected (12, 6, 16)": lambda x, w: setattr(x, "data", x.data.view(6, 12, 16)),
+    "x has dtype torch.float64, expected float32": lambda x, w: setattr(x, "data", x.data.double()),
+}
+
+
+@pytest.mark.parametrize(("words", "change"), CHANGED.items(), ids=CHANGED.keys())
+def test_nothing_is_recomputed_from_tensors_of_other_shapes_or_dtypes(
+    words: str, change: Callable[[Tensor, Tensor], None], randn: Draw
+) -> None:
+    """The gradient of q reads the output but does not run the norm's own backward pass, which checks this too."""
+    x, w, q = (randn(*shape).requires_grad_() for shape in ((12, M, N), (M, N), (N, N)))
+    with rmsnorm.recompute():
+        loss = (rmsnorm.rms_norm(x, w) @ q).sum()
+    change(x, w)
+    with pytest.raises((TypeError, ValueError), match=re.escape(f"[rms_norm] {words} (in the backward pass: ")):
+        torch.autograd.grad(loss, q)
 
 
 @pytest.mark.usefixtures("caller")

@@ -4,6 +4,7 @@ Everywhere they give the bits of a plain call, and no derivative is silently mis
 """
 
 import copy
+import io
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import rmsnorm
-from rmsnorm import add_rms_norm, explain, reference, rms_norm
+from rmsnorm import GatedRMSNorm, RMSNorm, add_rms_norm, explain, reference, rms_norm
 from tolerance import SUM_TWICE, TANGENT, assert_same_bits, tangent_bound
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -245,6 +246,34 @@ def test_jit_trace(randn) -> None:
     assert_same_bits(traced(x), layer(x), "another row count: nothing was baked in as a constant")
     traced = torch.jit.trace(layer, (randn(4, 16), randn(4, 16)), check_trace=False)
     assert_all_same(traced(x, 2 * x), layer(x, 2 * x))
+
+
+TRACED: dict[str, tuple[nn.Module, int]] = {
+    "RMSNorm": (RMSNorm(16), 1),
+    "RMSNorm with heads": (RMSNorm(16, heads=4), 1),
+    "RMSNorm with variance_size": (RMSNorm(16, variance_size=8), 1),
+    "GatedRMSNorm": (GatedRMSNorm(16), 2),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(("layer", "tensors"), TRACED.values(), ids=TRACED.keys())
+def test_a_layer_that_jit_has_traced_is_trained_as_before(layer, tensors, grad, randn) -> None:
+    """By default, torch.jit.trace compares what it records with what it records without gradients."""
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(layer, (randn(2, 4, 16),) * tensors)
+    stored = io.BytesIO()
+    torch.jit.save(traced, stored)
+    stored.seek(0)
+    x = randn(3, 4, 16).requires_grad_()
+    expected = layer(*[x] * tensors)
+    of_layer = torch.autograd.grad(expected.square().sum(), (x, layer.weight))
+    for one in (traced, torch.jit.load(stored)):
+        y = one(*[x] * tensors)
+        assert_same_bits(y, expected)
+        assert_all_same(torch.autograd.grad(y.square().sum(), (x, one.weight)), of_layer)
 
 
 def test_make_fx(randn) -> None:

@@ -16,13 +16,14 @@ from rmsnorm import compat
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
 from rmsnorm.ops import eager_recomputation
-from rmsnorm.ops.derivatives import saved_tensors, undifferentiable
+from rmsnorm.ops.derivatives import SUM_OR_WEIGHT, saved_tensors, undifferentiable
 from rmsnorm.ops.dispatch import exported_to_onnx, is_plain, load_sharding
 from rmsnorm.ops.plain import plain_forward
 from rmsnorm.spec import (
     NO_HINTS,
     Cast,
     Hints,
+    Saved,
     Spec,
     caller,
     check_gradients,
@@ -110,6 +111,8 @@ def norm(
         )
     spec = spec_of(where, eps, cast, offset)
     check_tensors(where, x, residual, w, offset)
+    if compat.is_tracing():  # TorchScript records the operator, which has its own autograd rule
+        return torch.ops.rmsnorm.forward.default(x, residual, w, spec.eps, spec.cast, spec.offset, True)  # type: ignore[no-any-return]
     plain = is_plain(x, residual, w)
     if plain:
         host.look()
@@ -133,6 +136,11 @@ def needs_gradient(x: Tensor, residual: Tensor | None, w: Tensor | None) -> bool
     )
 
 
+def needs_rstd(x: Tensor, residual: Tensor | None, w: Tensor | None) -> bool:
+    """Whether a call of an operator is to return rstd. One that torch.jit.trace records may need a gradient later."""
+    return needs_gradient(x, residual, w) or (not torch.compiler.is_compiling() and compat.is_tracing())
+
+
 def _leaked(*tensors: Tensor | None) -> bool:
     """Whether a tensor has leaked from a torch.func transform that has ended, and is still wrapped."""
     for t in tensors:  # noqa: SIM110  # a generator would take a microsecond
@@ -145,9 +153,10 @@ def _gradients(
     ctx: Any, dy: Tensor | None, ds: Tensor | None, backward: Callable[..., Any]
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, residual and w. dy or ds is None if nothing depends on that output."""
-    rows, w, rstd = saved_tensors(ctx, "rms_norm", "x or weight")
-    rows_dtype, w_dtype = ctx.saved_dtypes
-    check_saved("rms_norm", x=(rows, rows_dtype), weight=(w, w_dtype))
+    where, names = ("rms_norm", "x or weight") if ctx.dtypes[1] is None else ("add_rms_norm", SUM_OR_WEIGHT)
+    rows, w, rstd = saved_tensors(ctx, where, names)
+    saved_rows, saved_w = ctx.saved
+    check_saved(where, x=(rows, saved_rows), weight=(w, saved_w))
     needs = ctx.needs_input_grad
     need_x, need_residual, need_dw = needs[:3]
     if dy is None:
@@ -172,7 +181,7 @@ class _Norm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.spec = spec
         ctx.dtypes = (x.dtype, None if residual is None else residual.dtype)
-        ctx.saved_dtypes = (rows.dtype, None if w is None else w.dtype)
+        ctx.saved = Saved.of(rows), Saved.of(w)
         return y if s is None else (y, s)
 
     @staticmethod
@@ -206,7 +215,7 @@ class TransformedNorm(torch.autograd.Function):
         ctx.save_for_forward(*saved)
         ctx.set_materialize_grads(False)
         ctx.dtypes = (x.dtype, None if residual is None else residual.dtype)
-        ctx.saved_dtypes = (rows.dtype, None if w is None else w.dtype)
+        ctx.saved = Saved.of(rows), Saved.of(w)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:

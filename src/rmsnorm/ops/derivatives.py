@@ -37,6 +37,9 @@ def refuse_transforms(name: str, instead: str) -> None:
         )
 
 
+SUM_OR_WEIGHT = "s, the sum that it returned, or weight"  # what `add_rms_norm` saves
+
+
 def saved_tensors(ctx: Any, where: str, names: str) -> tuple[Any, ...]:
     """What was saved. Raises RuntimeError, as torch does, if a tensor was modified in place since, and names the fix.
 
@@ -45,6 +48,7 @@ def saved_tensors(ctx: Any, where: str, names: str) -> tuple[Any, ...]:
         where: The function that was called, for the message.
         names: The arguments that were saved, for the message.
     """
+    rows = "s" if where == "add_rms_norm" else "x"
     try:
         return ctx.saved_tensors  # type: ignore[no-any-return]
     except RuntimeError as error:
@@ -52,7 +56,8 @@ def saved_tensors(ctx: Any, where: str, names: str) -> tuple[Any, ...]:
             raise
         raise RuntimeError(
             f"[{where}] {names} was modified in place after the forward pass, which keeps them for the backward "
-            f"pass: write x = x + ... instead of x += ..., or rmsnorm.unpatch the norm ({error})"
+            f"pass: write {rows} = {rows} + ... instead of {rows} += ..., call optimizer.step() after the last "
+            f"backward pass, or rmsnorm.unpatch the norm ({error})"
         ) from None
 
 

@@ -28,6 +28,7 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from rmsnorm import compat
+from rmsnorm.spec import Saved, check_saved
 
 # Reasons to keep an output.
 _HOOKS = "it belongs to a checkpointed region or to other hooks on saved tensors"
@@ -80,10 +81,12 @@ class Recomputation:
 
 
 class _Call(NamedTuple):
-    """How to recompute an output: the packed arguments of the operator, and the function that unpacks them."""
+    """How to recompute an output: the packed arguments of the operator, what they were, and how to unpack them."""
 
     rows: Any
     w: Any
+    saved_rows: Saved | None
+    saved_w: Saved | None
     eps: float
     cast: str
     offset: float
@@ -91,6 +94,7 @@ class _Call(NamedTuple):
 
     def run(self) -> Tensor:
         rows, w = self.unpack(self.rows), None if self.w is None else self.unpack(self.w)
+        check_saved("rms_norm", x=(rows, self.saved_rows), weight=(w, self.saved_w))
         with torch.no_grad():
             return torch.ops.rmsnorm.forward.default(  # type: ignore[no-any-return]
                 rows, None, w, self.eps, self.cast, self.offset, False
@@ -111,7 +115,7 @@ class _Output:
         )  # while this is alive, no other storage gets the same address
         self.dtype, self.nbytes, self.gpu = y.dtype, y.nbytes, y.device.index if y.is_cuda else None
         self.counter, self.version = _version_counter_of(y) if is_checked else None, y._version
-        self.w, self.width, self.call, self.result = w, y.shape[-1], call, result
+        self.w, self.call, self.result = w, call, result
         self.saved, self.reason = False, ""
         self.views, self.served, self.turn = 0, 0, 1
         self.cached: Tensor | None = None
@@ -123,7 +127,7 @@ class _Output:
             self.reason = _MODIFIED
         elif t.dtype is not self.dtype or type(t) not in (Tensor, Parameter) or t.is_neg():
             self.reason = _OTHER_FORM
-        elif self.w is not None and _is_freed(self.w, self.width):
+        elif self.w is not None and _is_freed(self.w, self.call.saved_w):
             self.reason = _FREED
         else:
             return _View(self, t)
@@ -200,9 +204,9 @@ def _version_counter_of(y: Tensor) -> Tensor:
     return counter
 
 
-def _is_freed(w: Tensor, width: int) -> bool:
+def _is_freed(w: Tensor, saved: Saved | None) -> bool:
     """Whether the weight has no memory, or other data in its place, such as the empty tensor of DeepSpeed's ZeRO-3."""
-    return w.numel() != width or w.untyped_storage().nbytes() == 0
+    return Saved.of(w) != saved or w.untyped_storage().nbytes() == 0
 
 
 def _check_version(t: Tensor, version: int, size: torch.Size) -> None:
@@ -334,7 +338,8 @@ def recompute() -> Iterator[Recomputation]:
     checkpointed region, and leaves checkpointed regions inside it alone, because those keep no outputs anyway.
 
     An output that is changed without autograd's knowledge (through `.data`, NumPy, or a kernel that does not declare
-    it) is recomputed unchanged: use torch's in-place operators, which are noticed.
+    it) is recomputed unchanged, and an input or a weight whose values are changed in this way before the backward pass
+    gives the output of the changed values: use torch's in-place operators, which are noticed.
 
     Returns:
         A context manager that yields the counts. They are complete when the `with` statement ends, except `recomputed`,
@@ -418,5 +423,5 @@ def note(y: Tensor, rows: Tensor, w: Tensor | None, eps: float, cast: str, offse
     this.sweep()
     if packed_rows is None or (packed_w is None and w is not None):
         return result._keep(_HOOKS)
-    call = _Call(packed_rows, packed_w, eps, cast, offset, this.unpack)
+    call = _Call(packed_rows, packed_w, Saved.of(rows), Saved.of(w), eps, cast, offset, this.unpack)
     this.outputs[compat.storage_id(y)] = _Output(y, w, call, result, is_checked=not this.is_chained)

@@ -14,7 +14,7 @@ from torch import Tensor
 from rmsnorm import compat
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
-from rmsnorm.ops.autograd import needs_gradient
+from rmsnorm.ops.autograd import needs_rstd
 from rmsnorm.ops.batching import Outputs, call_by_sample, vmap_by_sample
 from rmsnorm.ops.derivatives import autograd_kernel, reverse_only, saved_tensors, undifferentiable
 from rmsnorm.ops.dispatch import exported_to_onnx, refuse_dtensors, without_none
@@ -23,6 +23,7 @@ from rmsnorm.spec import (
     GATED,
     Activation,
     Cast,
+    Saved,
     check_gate,
     check_gated,
     check_gated_gradients,
@@ -59,7 +60,7 @@ def gated_norm(
     args = x, gate, w, float(eps), cast, activation, gate_first, int(groups)
     if not torch.compiler.is_compiling() and compat.transforms_active():
         return _Forward.apply(*args, True)[0]  # type: ignore[no-any-return]
-    return torch.ops.rmsnorm.gated_forward.default(*args, needs_gradient(x, gate, w))[0]  # type: ignore[no-any-return]
+    return torch.ops.rmsnorm.gated_forward.default(*args, needs_rstd(x, gate, w))[0]  # type: ignore[no-any-return]
 
 
 def _run_forward(
@@ -115,15 +116,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(x, gate, w, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.saved_dtypes = x.dtype, gate.dtype, None if w is None else w.dtype
+    ctx.saved = Saved.of(x), Saved.of(gate), Saved.of(w)
 
 
 def _gradients(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 9
     x, gate, w, rstd = saved_tensors(ctx, GATED, "x, gate or weight")
-    x_dtype, gate_dtype, w_dtype = ctx.saved_dtypes
-    check_saved(GATED, x=(x, x_dtype), gate=(gate, gate_dtype), weight=(w, w_dtype))
+    saved_x, saved_gate, saved_w = ctx.saved
+    check_saved(GATED, x=(x, saved_x), gate=(gate, saved_gate), weight=(w, saved_w))
     needs = ctx.needs_input_grad[:3]
     gradients = _BackwardOnce.apply(dy, x, gate, w, rstd, *ctx.spec, *needs)
     return *(t if needed else None for t, needed in zip(gradients, needs, strict=True)), *(None,) * 6

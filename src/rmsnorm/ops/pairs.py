@@ -21,9 +21,11 @@ from rmsnorm.ops.dispatch import are_dtensors, exported_to_onnx, is_plain, load_
 from rmsnorm.spec import (
     PAIR,
     Cast,
+    Saved,
     check_memory,
     check_pair,
     check_pair_gradients,
+    check_saved,
     check_spec,
     check_tensors,
     constant_offset,
@@ -140,6 +142,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     if not with_rstd:
         raise RuntimeError(f"[{PAIR}] a gradient needs rstd: call torch.ops.rmsnorm.forward_pair with with_rstd=True")
     ctx.save_for_backward(x, w, output[1], x2, w2, output[3])
+    ctx.saved = [Saved.of(t) for t in (x, w, x2, w2)]
     ctx.mark_non_differentiable(output[1], output[3])
     ctx.set_materialize_grads(False)
 
@@ -149,6 +152,8 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, weight, x2 and weight2; in one call if both norms have a dy and need the same gradients."""
     x, w, rstd, x2, w2, rstd2 = saved_tensors(ctx, PAIR, "x or weight")
+    saved_x, saved_w, saved_x2, saved_w2 = ctx.saved
+    check_saved(PAIR, x=(x, saved_x), weight=(w, saved_w), x2=(x2, saved_x2), weight2=(w2, saved_w2))
     needs, needs2 = ctx.needs_input_grad[:2], ctx.needs_input_grad[2:4]
     options = ctx.cast, ctx.offset
     if dy is not None and dy2 is not None and needs == needs2:

@@ -15,14 +15,15 @@ from torch import Tensor
 from rmsnorm import compat
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
-from rmsnorm.ops.autograd import needs_gradient
+from rmsnorm.ops.autograd import needs_rstd
 from rmsnorm.ops.batching import vmap_by_sample
-from rmsnorm.ops.derivatives import autograd_kernel, reverse_only, saved_tensors, undifferentiable
+from rmsnorm.ops.derivatives import SUM_OR_WEIGHT, autograd_kernel, reverse_only, saved_tensors, undifferentiable
 from rmsnorm.ops.dispatch import exported_to_onnx, refuse_dtensors, without_none
 from rmsnorm.ops.operators import empty_gradients, empty_outputs
 from rmsnorm.ops.plain import plain_slice_forward
 from rmsnorm.spec import (
     Cast,
+    Saved,
     caller,
     check_gradients,
     check_memory,
@@ -70,7 +71,7 @@ def sliced_norm(
     if not symbolic and compat.transforms_active():
         y, s, _ = _Forward.apply(*args, True)
     else:
-        y, s, _ = torch.ops.rmsnorm.slice_forward.default(*args, needs_gradient(x, residual, w))
+        y, s, _ = torch.ops.rmsnorm.slice_forward.default(*args, needs_rstd(x, residual, w))
     return y, s
 
 
@@ -133,15 +134,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(*([rstd, s] if residual is None else [rstd]))
     ctx.set_materialize_grads(False)
     ctx.dtypes = x.dtype, None if residual is None else residual.dtype
-    ctx.saved_dtypes = rows.dtype, None if w is None else w.dtype
+    ctx.saved = Saved.of(rows), Saved.of(w)
 
 
 def _gradients(ctx: Any, dy: Tensor | None, ds: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x_dtype, residual_dtype = ctx.dtypes
-    where = "rms_norm" if residual_dtype is None else "add_rms_norm"
-    rows, w, rstd = saved_tensors(ctx, where, "x or weight")
-    rows_dtype, w_dtype = ctx.saved_dtypes
-    check_saved(where, x=(rows, rows_dtype), weight=(w, w_dtype))
+    where, names = ("rms_norm", "x or weight") if residual_dtype is None else ("add_rms_norm", SUM_OR_WEIGHT)
+    rows, w, rstd = saved_tensors(ctx, where, names)
+    saved_rows, saved_w = ctx.saved
+    check_saved(where, x=(rows, saved_rows), weight=(w, saved_w))
     need_x, need_residual, need_dw = ctx.needs_input_grad[:3]
     d_rows, dw = ds, None
     if dy is not None:

@@ -555,8 +555,12 @@ std::optional<Tensors> run(const Call& call, bool gil = false) {
 
 // --- autograd --------------------------------------------------------------------------------------------------
 
-struct Dtypes {
-  at::ScalarType rows, w; // when they were saved; w is ignored if there is no weight
+// What the saved tensors were in the forward pass; `t.data = ...` can change that without autograd's knowledge. Those of
+// the weight are ignored if there is none. As y has the shape of x, these dimensions say the whole shape of the weight.
+struct Saved {
+  at::ScalarType rows, w;
+  int64_t dims_of_w;
+  bool adds; // whether the rows are the sum of add_rms_norm
 };
 
 using BackwardOperator = std::tuple<Tensor, Tensor>(
@@ -568,7 +572,7 @@ std::optional<Tensor> given_or_not(const Tensor& t) {
 }
 
 // Raises a Python error if the saved tensors are invalid.
-void check(const Call& call, const Dtypes& saved) {
+void check(const Call& call, const Saved& saved) {
   const py::gil_scoped_acquire gil;
   py::list arguments;
   for (const auto& t : call.tensors) {
@@ -579,13 +583,16 @@ void check(const Call& call, const Dtypes& saved) {
   for (const auto dtype : {saved.rows, saved.w}) {
     arguments.append(py::handle(reinterpret_cast<PyObject*>(torch::getTHPDtype(dtype))));
   }
+  arguments.append(saved.dims_of_w);
+  arguments.append(saved.adds);
   call_python(check_saved, py::tuple(arguments));
 }
 
 // Returns dx and dw. call.tensors: dy, ds, rows, w, rstd.
-std::pair<Tensor, Tensor> gradients(const Call& call, const Dtypes& saved) {
+std::pair<Tensor, Tensor> gradients(const Call& call, const Saved& saved) {
   const auto& t = call.tensors;
-  const bool as_saved = t[2].scalar_type() == saved.rows && (!t[3].defined() || t[3].scalar_type() == saved.w);
+  const bool as_saved = t[2].scalar_type() == saved.rows &&
+      (!t[3].defined() || (t[3].scalar_type() == saved.w && t[3].dim() == saved.dims_of_w));
   // In grad mode (create_graph=True) the operator records the gradient, so that differentiating it raises.
   if (as_saved && !at::GradMode::is_enabled() && plain(t)) {
     if (const auto found = run(call)) {
@@ -605,16 +612,18 @@ std::pair<Tensor, Tensor> gradients(const Call& call, const Dtypes& saved) {
 
 namespace rmsnorm {
 
-// As _saved of ops/autograd.py: adds the fix to torch's error about a saved tensor that was modified in place.
-variable_list saved_variables(AutogradContext* ctx) {
+// As saved_tensors of ops/derivatives.py: adds the fix to torch's error about a saved tensor that was modified in place.
+variable_list saved_variables(AutogradContext* ctx, bool adds) {
   try {
     return ctx->get_saved_variables();
   } catch (const c10::Error& error) {
     const std::string said = error.what_without_backtrace();
     TORCH_CHECK(
         said.find("modified by an inplace operation") == std::string::npos,
-        "[rms_norm] x or weight was modified in place after the forward pass, which keeps them for the backward pass: "
-        "write x = x + ... instead of x += ..., or rmsnorm.unpatch the norm (", said, ")");
+        adds ? "[add_rms_norm] s, the sum that it returned, or weight" : "[rms_norm] x or weight",
+        " was modified in place after the forward pass, which keeps them for the backward pass: write ",
+        adds ? "s = s + ... instead of s += ..." : "x = x + ... instead of x += ...",
+        ", call optimizer.step() after the last backward pass, or rmsnorm.unpatch the norm (", said, ")");
     throw;
   }
 }
@@ -633,14 +642,15 @@ struct Norm : torch::autograd::Function<Norm> {
     ctx->set_materialize_grads(false);
     const auto dtype = [](const Tensor& t) { return static_cast<int64_t>(t.scalar_type()); };
     ctx->saved_data["how"] = spec.cast | spec.offset << 2 | static_cast<int64_t>(residual.has_value()) << 3 |
-        dtype(x) << 8 | dtype(residual ? *residual : x) << 16 | dtype(rows) << 24 | dtype(w ? *w : rows) << 32;
+        dtype(x) << 8 | dtype(residual ? *residual : x) << 16 | dtype(rows) << 24 | dtype(w ? *w : rows) << 32 |
+        (w ? w->dim() : 1) << 40;
     return residual ? variable_list{y, s} : variable_list{y};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list given) {
-    const auto saved = saved_variables(ctx);
     const auto how = ctx->saved_data["how"].toInt();
     const bool adds = (how & 8) != 0;
+    const auto saved = saved_variables(ctx, adds);
     const auto dtype = [how](int bit) { return static_cast<at::ScalarType>(how >> bit & 0xFF); };
     const bool need_x = ctx->needs_input_grad(0), need_residual = adds && ctx->needs_input_grad(1);
     const bool need_dw = saved[1].defined() && ctx->needs_input_grad(adds ? 2 : 1);
@@ -650,7 +660,7 @@ struct Norm : torch::autograd::Function<Norm> {
       const Call call{
           Pass::BACKWARD, {given[0], ds, saved[0], saved[1], saved[2]}, {0.0, how & 3, (how & 4) != 0},
           {need_x || need_residual, need_dw, false}};
-      std::tie(d_rows, dw) = gradients(call, {dtype(24), dtype(32)});
+      std::tie(d_rows, dw) = gradients(call, {dtype(24), dtype(32), how >> 40, adds});
     } else {
       d_rows = ds;
     }

@@ -52,6 +52,7 @@ from rmsnorm.spec import (
     PAIR,
     Activation,
     Cast,
+    Saved,
     Spec,
     caller,
     check_gated,
@@ -374,11 +375,13 @@ def _ungrouped(plan: Plan | ByReference, x: Tensor) -> Native | None:
 
 def _check_saved(
     dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, offset: float, need_dw: bool,
-    x_dtype: torch.dtype, w_dtype: torch.dtype,
+    x_dtype: torch.dtype, w_dtype: torch.dtype, w_dims: int, adds: bool,
 ) -> None:  # fmt: skip
     """Raises an error if the saved tensors are invalid; called for backward passes that C++ leaves to Python."""
-    check_saved("rms_norm", x=(x, x_dtype), weight=(w, w_dtype))
-    check_gradients(caller(ds), dy, ds, x, w, rstd, offset, need_dw, symbolic=True)
+    of_x, of_w = Saved(x_dtype, dy.shape), Saved(w_dtype, dy.shape[-w_dims:])  # y has the shape of x, and dy that of y
+    where = "add_rms_norm" if adds else "rms_norm"
+    check_saved(where, x=(x, of_x), weight=(w, of_w))
+    check_gradients(where, dy, ds, x, w, rstd, offset, need_dw, symbolic=True)
 
 
 def _native(plan: Plan | ByReference) -> Native | None:
