@@ -63,6 +63,9 @@ def exit_on_ctrl_c() -> None:
 _TIMEOUT = datetime.timedelta(minutes=5)
 # Seconds: to wait after the first failure for failures that say more; to leave the group; from SIGTERM to SIGKILL.
 _SETTLE, _LEAVE, _TERMINATE = 0.5, 10.0, 5.0
+# Of a rank on the CPU, which imports torch: half of the 510 MB that one uses in `rmsnorm verify`, since ranks share
+# the pages of the libraries.
+_LEAST_RANK_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Rank:
 
 
 def check_world(world: int, device: torch.device, argument: str = "--world") -> None:
-    """Check that so many ranks can run: with gloo on the CPU, or with NCCL and a GPU for each of them.
+    """Check that so many ranks can run: with gloo on the CPU and memory for each, or with NCCL and a GPU for each.
 
     Args:
         world: The number of ranks.
@@ -98,6 +101,13 @@ def check_world(world: int, device: torch.device, argument: str = "--world") -> 
     if device.type == "cuda" and world > torch.cuda.device_count():
         raise CommandError(
             f"{argument} is {world}, but there are {torch.cuda.device_count()} GPUs: give fewer, or --device cpu"
+        )
+    there = machine.memory_bytes()
+    if device.type != "cuda" and there is not None and world * _LEAST_RANK_BYTES > there:
+        most = max(1, there // _LEAST_RANK_BYTES)
+        raise CommandError(
+            f"{argument} is {world}, but each rank is a process, and this machine's {there / 1e9:,.0f} GB of memory "
+            f"are enough for {most:,}: give at most {most:,}"
         )
 
 

@@ -68,3 +68,19 @@ def test_every_sharding_occurs_with_every_spec(world) -> None:
 def test_zero_ranks_raise_a_command_error() -> None:
     with pytest.raises(CommandError, match="--world is 0, expected at least 1"):
         ranks.verify_on_ranks(0, "cpu")
+
+
+def test_more_ranks_than_fit_into_memory_raise_a_command_error_before_any_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def start(*_: object) -> None:
+        raise AssertionError("the ranks were started")
+
+    monkeypatch.setattr(ranks.processes, "run_ranks", start)
+    with pytest.raises(CommandError, match=r"--world is 1000000000, .* memory are enough for [\d,]+: give at most"):
+        ranks.verify_on_ranks(10**9, "cpu")
+    monkeypatch.setattr(machine, "memory_bytes", lambda: 1 << 29)
+    with pytest.raises(CommandError, match=r"--world is 3, .* give at most 2"):
+        ranks.verify_on_ranks(3, "cpu")
+    with pytest.raises(AssertionError, match="the ranks were started"):
+        ranks.verify_on_ranks(2, "cpu")
