@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaModel, Qwen2VLConfig, Qwen2VLModel
 
 from rmsnorm.errors import CommandError
 from rmsnorm.tools.cli import main
-from rmsnorm.tools.models import architecture, checkpoint
+from rmsnorm.tools.models import architecture, checkpoint, library
 
 SMALL: dict[str, Any] = {
     "vocab_size": 128,
@@ -179,6 +179,17 @@ def test_architectures_that_are_not_names_are_refused(architectures, folder: Pat
 def test_a_transformers_with_other_modules_is_reported_in_one_line() -> None:
     with pytest.raises(CommandError, match=r"^config\.json cannot be interpreted: AttributeError: .* 'models'$"):
         architecture.describe({"model_type": "llama"}, Path("config.json"), types.SimpleNamespace(__version__="9.0"))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_python_that_removes_docstrings_is_refused_with_the_fix(verb, folder: Path, refused, monkeypatch) -> None:
+    """transformers fails without docstrings, after it has printed many errors."""
+    flags = types.SimpleNamespace(optimize=2)
+    monkeypatch.setattr(library, "sys", types.SimpleNamespace(flags=flags))
+    assert "PYTHONOPTIMIZE=2 removes them: use python -O or PYTHONOPTIMIZE=1 at most" in refused(
+        *arguments(verb, folder)
+    )
+    assert not (folder.parent / "out").exists()
 
 
 @pytest.mark.parametrize("dense", [-1, 0, 1, 10**30])

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import logging
 import math
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -24,8 +25,13 @@ def import_transformers(what: str) -> Any:
         The library.
 
     Raises:
-        CommandError: If it is missing or cannot be imported.
+        CommandError: If it is missing or cannot be imported, or if Python has removed the docstrings that it parses.
     """
+    if sys.flags.optimize >= 2:
+        raise CommandError(
+            f"{what} needs transformers, which parses its own docstrings, and python -OO or PYTHONOPTIMIZE=2 removes "
+            "them: use python -O or PYTHONOPTIMIZE=1 at most"
+        )
     try:
         import transformers
     except ImportError:
