@@ -45,3 +45,14 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(CommandError, match="--out"):
             results.check_folder(out)
+
+
+def test_a_stored_result_without_an_end_is_refused_without_reading_it_all() -> None:
+    with pytest.raises(CommandError, match=r"^--from /dev/zero has more than 33,554,432 bytes: give a result$"):
+        results.read_stored(Path("/dev/zero"), dict, "a result")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_stored_result_is_read_in_the_encodings_that_shells_write(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"cpu": "\u00b5"}', encoding=encoding)
+    assert results.read_stored(tmp_path / "a.json", dict, "a result") == {"cpu": "\u00b5"}

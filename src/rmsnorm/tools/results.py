@@ -1,16 +1,20 @@
-"""Writes result files as a whole or not at all, and checks before the work that they can be written."""
+"""Writes result files as a whole or not at all, checks before the work that they can be written, and reads them."""
 
 import json
 import os
 import stat
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rmsnorm.errors import CommandError, one_line
 
+_Result = TypeVar("_Result")
 # More than a command writes: the check before the work tries whether so much fits.
 _LARGEST_RESULT = 1 << 18
+# Many times what a command writes. A longer file, or a device without an end, is not read.
+_LARGEST_STORED = 1 << 25
 
 # What `rmsnorm report` writes into its folder.
 REPORT_FILE, REPORT_PAGE = "report.json", "report.html"
@@ -159,3 +163,31 @@ def write_whole(path: Path, content: bytes) -> None:
             raise
     except OSError as error:
         raise CommandError(f"{path} cannot be written: {one_line(error)}") from None
+
+
+def read_stored(path: Path, make: Callable[[Any], _Result], expected: str) -> _Result:
+    """Read a stored result for the option --from.
+
+    Args:
+        path: A file or a pipe.
+        make: Takes the content of the JSON and returns the result. It does everything that fails for values that no
+            result has, such as printing them.
+        expected: What to give, for the message.
+
+    Returns:
+        What `make` returned.
+
+    Raises:
+        CommandError: If the file cannot be read, is too long, is not JSON or is not such a result.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(_LARGEST_STORED + 1)
+    except OSError as error:
+        raise CommandError(f"--from {path}: {one_line(error)}") from None
+    if len(data) > _LARGEST_STORED:
+        raise CommandError(f"--from {path} has more than {_LARGEST_STORED:,} bytes: give {expected}")
+    try:
+        return make(json.loads(data))
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        raise CommandError(f"--from {path}: give {expected}") from None

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import math
 import random
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import printed
 import rmsnorm
 from rmsnorm.errors import CommandError
 from rmsnorm.spec import Spec
-from rmsnorm.tools import machine, timing
+from rmsnorm.tools import cli, machine, timing
 from rmsnorm.tools.bench import cases, command, line, measure, overheads, peers, plot, printing
 from rmsnorm.tools.bench.cases import (
     ADD_BACKWARD,
@@ -546,7 +547,7 @@ def test_a_drawing_that_cannot_be_made_raises_before_anything_is_measured(
 
 
 def test_a_file_that_is_not_a_stored_result_raises(tmp_path: Path) -> None:
-    for text in ("", "[]", "{}", '{"verb": "verify", "cases": [3]}'):
+    for text in ("", "[]", "{}", "[" * 100_000, '{"verb": "verify", "cases": [3]}'):
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(CommandError, match=r"--from .*a\.json: give the JSON of a run"):
             command.bench(None, False, None, silent, stored=tmp_path / "a.json")
@@ -554,6 +555,38 @@ def test_a_file_that_is_not_a_stored_result_raises(tmp_path: Path) -> None:
         command.bench(None, False, None, silent, stored=tmp_path / "b.json")
     with pytest.raises(CommandError, match="leave out --device"):
         command.bench("cpu", False, None, silent, stored=tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("machine",), {}),
+        (("machine", "versions"), 1),
+        (("seconds",), "many"),
+        (("first_call",), "x"),
+        (("cases", 0, "M"), "nan"),
+        (("cases", 0, "N"), -1),
+        (("cases", 0, "M"), 10**400),
+        (("cases", 0, "providers", "copy", "median_us"), 0),
+        (("cases", 0, "providers", "ours", "median_us"), math.nan),
+        (("cases", 0, "providers", "ours", "differs_from_definition"), "few"),
+    ],
+    ids=lambda part: ".".join(map(str, part)) if isinstance(part, tuple) else type(part).__name__,
+)
+def test_a_stored_result_with_a_value_that_no_run_has_is_refused_in_one_line(
+    path: tuple[Any, ...], value: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = stored_result().to_json()
+    place: Any = content
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as end:
+        cli.main(["bench", "--from", str(tmp_path / "a.json")])
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("a.json: give the JSON of a run of rmsnorm bench")
 
 
 def line_of(fixed: float, bandwidth: float, off: dict[int, float] | None = None) -> FittedLine:

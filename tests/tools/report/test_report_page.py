@@ -277,6 +277,7 @@ def damaged(*path: str | int, **changes: Any) -> str:
         (damaged("machine", commit=-1), "give the report.json of a run"),
         (damaged("model", tokens="many"), "give the report.json of a run"),
         (damaged("model", parameters=[]), "give the report.json of a run"),
+        (damaged("norms", 0, name=1.5), "give the report.json of a run"),
         (damaged("norms", 0, name=None), "give the report.json of a run"),
         (None, "No such file"),
     ],

@@ -8,14 +8,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import rmsnorm
 from rmsnorm.errors import CommandError
 from rmsnorm.functional import wait_for_host
-from rmsnorm.tools import machine, processes, results
-from rmsnorm.tools.bench import line, overheads, peers, plot
+from rmsnorm.tools import display, machine, processes, results
+from rmsnorm.tools.bench import line, overheads, peers, plot, printing
 from rmsnorm.tools.bench.cases import FORWARD, BenchCase, cases
 from rmsnorm.tools.bench.measure import compile_once, measure
 from rmsnorm.tools.bench.result import BenchResult
@@ -72,12 +73,13 @@ def bench(
 
 
 def _load(path: Path) -> BenchResult:
-    try:
-        return BenchResult.from_json(json.loads(path.read_text()))
-    except OSError as error:
-        raise CommandError(f"--from {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CommandError(f"--from {path}: give the JSON of a run of rmsnorm bench") from None
+    def checked(content: Any) -> BenchResult:
+        result = BenchResult.from_json(content)
+        json.dumps(result.to_json(), allow_nan=False)
+        display.render(printing.blocks(result, verbose=True))
+        return result
+
+    return results.read_stored(path, checked, "the JSON of a run of rmsnorm bench")
 
 
 def _only(selected: list[BenchCase], field: str, values: Sequence[str]) -> list[BenchCase]:

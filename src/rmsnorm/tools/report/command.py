@@ -6,12 +6,13 @@ build -> prove -> check and time each norm alone -> time whole-model steps in pa
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from rmsnorm.errors import CommandError
 from rmsnorm.functional import wait_for_host
-from rmsnorm.tools import machine, results
+from rmsnorm.tools import display, machine, results
 from rmsnorm.tools.models import library, loading
-from rmsnorm.tools.report import page
+from rmsnorm.tools.report import page, printing
 from rmsnorm.tools.report.budget import Announcer, Budget
 from rmsnorm.tools.report.result import ReportResult
 from rmsnorm.tools.report.run import ReportRun
@@ -79,13 +80,17 @@ def draw_stored(path: Path, out: Path, *, every_layer: bool = False) -> ReportRe
     from jinja2 import TemplateError
 
     results.check_file(out / results.REPORT_PAGE, "--out")
-    try:
-        result = ReportResult.from_json(json.loads(path.read_text(encoding="utf-8")), every_layer)
-        drawn = page.html(result).encode()  # fails for values that are not what they should be
-    except OSError as error:
-        raise CommandError(f"--from {path}: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, TemplateError):
-        raise CommandError(f"--from {path}: give the report.json of a run of rmsnorm report") from None
+
+    def checked(content: Any) -> tuple[ReportResult, bytes]:
+        result = ReportResult.from_json(content, every_layer)
+        json.dumps(result.to_json(), allow_nan=False)
+        display.render(printing.blocks(result))
+        try:
+            return result, page.html(result).encode()
+        except TemplateError as error:
+            raise ValueError(str(error)) from None
+
+    result, drawn = results.read_stored(path, checked, "the report.json of a run of rmsnorm report")
     results.write_whole(out / results.REPORT_PAGE, drawn)
     return result
 
