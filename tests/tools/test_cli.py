@@ -462,6 +462,23 @@ def test_a_full_standard_output_prints_one_line(arguments, monkeypatch, capsys) 
     assert capsys.readouterr().err == "rmsnorm: standard output cannot be written: No space left on device\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "stream", "code", "text"),
+    [
+        (("verify", "--help"), "stdout", 0, b"Check the contract on more than 10? outputs."),
+        (("µ",), "stderr", 2, b"'?'"),
+    ],
+    ids=["help", "error"],
+)
+def test_a_character_that_the_terminal_does_not_have_is_a_question_mark(
+    arguments, stream, code, text, monkeypatch
+) -> None:
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, stream, ascii_only)
+    assert call(*arguments) == code
+    assert text in ascii_only.buffer.getvalue()
+
+
 def test_torch_s_stack_trace_is_left_out(capsys) -> None:
     assert one_line(
         RuntimeError("Overflow\nException raised from f at a.h:79 (most recent call first):\nframe #0")

@@ -38,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Raises:
         SystemExit: Always, with the exit code.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # the terminal may have no µ
     try:
         try:
             code = _run(_parser().parse_args(arguments))
@@ -364,8 +367,6 @@ def _report_error(message: str) -> None:
 def _written(stream: TextIO, text: str) -> bool:
     """Return whether the text was written: False if nobody reads the stream. Raises CommandError for other errors."""
     try:
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # the terminal may have no µ
         stream.write(text)
         stream.flush()
         return True
