@@ -383,7 +383,7 @@ def test_the_first_call_runs_twice_in_new_processes_with_one_cache_folder(monkey
 
     def run(command: list[str], env: dict[str, str], **_: object) -> SimpleNamespace:
         ran.append(command)
-        caches.append((env["NUMBA_CACHE_DIR"], env["TRITON_CACHE_DIR"], Path(env["NUMBA_CACHE_DIR"]).is_dir()))
+        caches.append((env["RMSNORM_CACHE_DIR"], env["TRITON_CACHE_DIR"], Path(env["RMSNORM_CACHE_DIR"]).is_dir()))
         return SimpleNamespace(stdout=f'a warning\n{{"forward_s": {len(ran)}, "backward_s": 0.5}}\n')
 
     monkeypatch.setattr(subprocess, "run", run)
@@ -398,6 +398,18 @@ def test_the_first_call_runs_twice_in_new_processes_with_one_cache_folder(monkey
     assert folder == other
     assert existed
     assert not Path(folder).exists()
+
+
+def test_the_first_call_finds_no_kernel_of_the_user_s_cache_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = "import json; from rmsnorm.kernels.cpu import cache; print(json.dumps(str(cache._folder())))"
+    monkeypatch.setattr(overheads, "_FIRST_CALL", program)
+    for variable in ("RMSNORM_CACHE_DIR", "NUMBA_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    found = overheads.first_call(torch.device("cpu"))
+    assert found["empty_cache"] == found["filled_cache"]
+    assert not Path(found["empty_cache"]).is_relative_to(tmp_path)
 
 
 def test_the_program_of_the_first_call_prints_its_times(

@@ -100,7 +100,7 @@ def first_call(device: torch.device) -> dict[str, Any]:
     package = str(Path(rmsnorm.__file__).resolve().parent.parent)
     with tempfile.TemporaryDirectory() as folder:
         paths = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-        caches = {"NUMBA_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder, "PYTHONPATH": paths}
+        caches = {"RMSNORM_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder, "PYTHONPATH": paths}
         for state in ("empty_cache", "filled_cache"):
             try:
                 run = subprocess.run(
