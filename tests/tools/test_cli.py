@@ -7,6 +7,7 @@ import os
 import resource
 import runpy
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -477,6 +478,21 @@ def test_a_character_that_the_terminal_does_not_have_is_a_question_mark(
     monkeypatch.setattr(sys, stream, ascii_only)
     assert call(*arguments) == code
     assert text in ascii_only.buffer.getvalue()
+
+
+@pytest.mark.parametrize("arguments", ["report", "cost deepseek-ocr", "verify --world 2 --device cpu"])
+def test_a_verb_that_needs_temporary_files_says_so_before_the_work(arguments, monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rmsnorm.tools.results, "check_folder", lambda *_: None)
+
+    def fails() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", fails)
+    assert call(*arguments.split()) == 2
+    assert capsys.readouterr().err == (
+        "rmsnorm: No usable temporary directory found: free space there, or name another folder in TMPDIR\n"
+    )
 
 
 def test_torch_s_stack_trace_is_left_out(capsys) -> None:

@@ -6,12 +6,13 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rmsnorm.errors import CommandError
+from rmsnorm.errors import CommandError, one_line
 
 _PEERS = ("liger-kernel", "quack-kernels", "flashinfer-python", "flash-linear-attention")
 _PACKAGES = ("torch", "numba", "triton", "transformers", "numpy", *_PEERS)
@@ -104,6 +105,18 @@ def _cpu_model() -> str:
 def cores() -> int:
     """Return how many cores this process may use, which in a container may be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_temporary_folder() -> None:
+    """Check that temporary files can be written; torch and transformers write some even while they are imported.
+
+    Raises:
+        CommandError: If they cannot.
+    """
+    try:
+        tempfile.gettempdir()
+    except OSError as error:
+        raise CommandError(f"{one_line(error)}: free space there, or name another folder in TMPDIR") from None
 
 
 def memory_bytes() -> int | None:

@@ -134,8 +134,10 @@ def run_ranks(
         What each rank returned.
 
     Raises:
-        CommandError: If a rank raises an exception, is killed or exits. The message names the rank.
+        CommandError: If a rank raises an exception, is killed or exits; then the message names the rank. Also if
+            temporary files cannot be written, which every rank needs.
     """
+    machine.check_temporary_folder()
     spawn = multiprocessing.get_context("spawn")
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     started: list[_Started] = []

@@ -7,6 +7,7 @@ import math
 import random
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -426,6 +427,15 @@ def test_a_first_call_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(overheads, "_FIRST_CALL", "raise SystemExit(3)")
     error = overheads.first_call(torch.device("cpu"))["error"]
     assert error.startswith("CalledProcessError: Command ")
+
+
+def test_without_a_temporary_folder_the_first_call_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", fails)
+    error = overheads.first_call(torch.device("cpu"))["error"]
+    assert error == "no temporary folder can be made (TMPDIR): No usable temporary directory found"
 
 
 @pytest.mark.parametrize(("device", "out"), [("nonsense", None), ("cpu", "file")])

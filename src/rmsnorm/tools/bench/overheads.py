@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import rmsnorm
+from rmsnorm.errors import one_line
 from rmsnorm.tools.bench.cases import FORWARD, BenchCase
 from rmsnorm.tools.bench.measure import runner
 from rmsnorm.tools.bench.peers import Provider
@@ -96,18 +97,26 @@ def first_call(device: torch.device) -> dict[str, Any]:
         Seconds by the state of the cache, "empty_cache" and "filled_cache", and the pass, "forward_s" and
         "backward_s"; or what went wrong, under "error".
     """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return _first_calls(device, folder)
+    except OSError as error:
+        return {"error": f"no temporary folder can be made (TMPDIR): {one_line(error)}"}
+
+
+def _first_calls(device: torch.device, folder: str) -> dict[str, Any]:
+    """Do what `first_call` does, with this folder as the kernel cache."""
     found: dict[str, Any] = {}
     package = str(Path(rmsnorm.__file__).resolve().parent.parent)
-    with tempfile.TemporaryDirectory() as folder:
-        paths = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-        caches = {"RMSNORM_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder, "PYTHONPATH": paths}
-        for state in ("empty_cache", "filled_cache"):
-            try:
-                run = subprocess.run(
-                    [sys.executable, "-c", _FIRST_CALL, str(device)],
-                    env=os.environ | caches, capture_output=True, text=True, timeout=300, check=True,
-                )  # fmt: skip
-                found[state] = json.loads(run.stdout.splitlines()[-1])
-            except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
-                return {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"[:200]}
+    paths = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    caches = {"RMSNORM_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder, "PYTHONPATH": paths}
+    for state in ("empty_cache", "filled_cache"):
+        try:
+            run = subprocess.run(
+                [sys.executable, "-c", _FIRST_CALL, str(device)],
+                env=os.environ | caches, capture_output=True, text=True, timeout=300, check=True,
+            )  # fmt: skip
+            found[state] = json.loads(run.stdout.splitlines()[-1])
+        except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+            return {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"[:200]}
     return found

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from rmsnorm.errors import CommandError, missing_extra, one_line
+from rmsnorm.tools import machine
 
 
 def import_transformers(what: str) -> Any:
@@ -32,6 +33,7 @@ def import_transformers(what: str) -> Any:
             f"{what} needs transformers, which parses its own docstrings, and python -OO or PYTHONOPTIMIZE=2 removes "
             "them: use python -O or PYTHONOPTIMIZE=1 at most"
         )
+    machine.check_temporary_folder()
     try:
         import transformers
     except ImportError:
