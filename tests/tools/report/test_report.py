@@ -252,6 +252,16 @@ def test_an_old_transformers_is_told_the_first_release_that_has_the_preset(tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_a_preset_that_transformers_cannot_build_is_reported_in_one_line(tmp_path: Path, monkeypatch: Any) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr(loading, "random_model", fails)
+    with pytest.raises(CommandError, match=r"^transformers cannot build deepseek-ocr: RuntimeError: out of memory$"):
+        run_report("deepseek-ocr", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_preset_with_unexpected_norms_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(loading.PRESETS, "small", lambda device: Built(deepseek(), (25, 32_000), ()))
     result = run_report("small", tmp_path)
