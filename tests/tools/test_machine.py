@@ -57,6 +57,11 @@ def test_a_device_that_cannot_be_used_is_refused(name: str) -> None:
         machine.find_device(name)
 
 
+def test_the_advice_of_torch_to_those_who_build_it_is_left_out() -> None:
+    with pytest.raises(CommandError, match=r"^--device ipu cannot be used here, give .*: this build of torch cannot"):
+        machine.find_device("ipu")
+
+
 @pytest.mark.parametrize(
     ("name", "gpu", "advice"), [("x", False, "cpu"), ("x", True, "cpu or cuda"), ("cuda:99", False, "cpu")]
 )

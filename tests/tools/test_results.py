@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,22 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         results.write_json(path, {"a": torch.device("cpu")})
     assert json.loads(path.read_text()) == {"a": 1.5}
     assert [p.name for p in path.parent.iterdir()] == ["figures.json"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the modes of files are those of POSIX")
+@pytest.mark.parametrize(("mask", "mode"), [(0o077, 0o600), (0o027, 0o640), (0o022, 0o644)])
+def test_a_file_has_the_mode_that_the_umask_allows(mask: int, mode: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        results.write_json(tmp_path / "a.json", {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == mode
+
+
+def test_a_name_with_a_nul_byte_is_refused() -> None:
+    with pytest.raises(CommandError, match=r"--json .* cannot be written: ValueError: embedded null byte"):
+        results.check_file(Path("a\0b"), "--json")
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:

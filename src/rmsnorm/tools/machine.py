@@ -39,6 +39,8 @@ def find_device(name: str | None) -> torch.device:
         torch.ones(1, dtype=torch.float64, device=device).sum().item()
     except (RuntimeError, AssertionError, ImportError, TypeError, IndexError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if reason.startswith("Could not run"):  # torch goes on with advice to those who build it
+            reason = "this build of torch cannot compute on it"
         raise CommandError(f"--device {name} cannot be used here, give {_usable()}: {reason}"[:300]) from None
     return device
 

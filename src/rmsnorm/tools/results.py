@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import stat
 import tempfile
 from collections.abc import Callable
@@ -67,7 +68,7 @@ def check_file(path: Path, argument: str) -> int | None:
         mode = path.stat().st_mode
     except FileNotFoundError:
         mode = stat.S_IFREG
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte
         raise CommandError(f"{argument} {path} cannot be written: {one_line(error)}") from None
     if stat.S_ISDIR(mode) or stat.S_ISBLK(mode):
         raise CommandError(f"{argument} {path} is a folder or a disk, expected a file")
@@ -152,14 +153,13 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".rmsnorm-")
+        name = path.parent / f".rmsnorm-{secrets.token_hex(8)}"
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(name, "xb") as file:  # not by `tempfile`, whose files only their owner can read
                 file.write(content)
-            os.chmod(name, 0o644)
             os.replace(name, path)
         except BaseException:
-            os.unlink(name)
+            name.unlink(missing_ok=True)
             raise
     except OSError as error:
         raise CommandError(f"{path} cannot be written: {one_line(error)}") from None

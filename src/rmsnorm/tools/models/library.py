@@ -62,8 +62,6 @@ def command_errors(what: str, replace: tuple[object, str] = ("", "")) -> Iterato
         message = one_line(error)
         if replace[1]:
             message = message.replace(str(replace[0]), replace[1])
-        if sys.flags.optimize > 1:
-            message += "; transformers reads docstrings: run Python without -OO and PYTHONOPTIMIZE=2, which remove them"
         raise CommandError(f"{what}: {message}") from error
 
 
