@@ -753,8 +753,10 @@ def batch_invariance() -> str:
     lines = [[label, *(changed(*cell, name) for cell in cells)] for name, label in _INVARIANCE.items()]
     machines = "; ".join(machine(result["machine"]) for result in found)
     first = found[0]
-    sizes = ", ".join(map(str, first["batches"]))
-    said = f"Rows of y, of dx that change, of {first['rows']} of width {first['width']}, in batches of {sizes} rows"
+    *sizes, last = map(str, first["batches"])
+    batches = f"batches of {', '.join(sizes)} or {last} rows"
+    rows = f"{first['rows']} of width {first['width']}"
+    said = f"Rows of y and, after the comma, of dx that change in {batches}, out of {rows}"
     return f"{said} ({machines}):\n\n{table(['', *header], lines)}"
 
 
@@ -845,7 +847,7 @@ def _loaded(r: dict[str, Any]) -> str:
         return "too few rounds" if name not in verdicts else "yes" if verdicts[name]["flat"] else "no"
 
     lines = [[name, f"{first[name]:,.0f}", f"{last[name]:,.0f}", verdict(name)] for name in first if name != "second"]
-    header = ["memory in MB, all else as numbers", "first round", "last round", "constant"]
+    header = ["memory in MB, otherwise a count", "first round", "last round", "constant"]
     return f"{machine(r['machine'])}: {said}.\n\n{table(header, lines)}"
 
 
