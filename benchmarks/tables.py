@@ -829,7 +829,7 @@ _INVARIANCE = {
 @part
 def load() -> str:
     """What was done on each device, and how each resource changed."""
-    found = [stored(name) for name in ("load-cpu", "load-cuda", "load-cuda-ended-early") if is_stored(name)]
+    found = [stored(name) for name in ("load-cpu", "load-cuda") if is_stored(name)]
     return "\n\n".join(map(_loaded, found))
 
 
@@ -838,8 +838,6 @@ def _loaded(r: dict[str, Any]) -> str:
     did = ", ".join(f"{what}: {times:,}" for what, times in r["counts"].items())
     if did:
         said += f". {did[0].upper()}{did[1:]}"
-    if "ended_early" in r:
-        said += f"; stopped early {r['ended_early']}"
     first, last = r["samples"][0], r["samples"][-1]
     verdicts = {v["resource"]: v for v in r["verdicts"]}
 
