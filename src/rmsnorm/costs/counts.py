@@ -6,10 +6,10 @@ and its arguments are the derivation. M rows of N columns, E = M·N elements; x,
 Conventions:
     FLOPs: An addition, multiplication, division or (reciprocal) square root of one element is 1. A power k is k − 1,
         the sum of n numbers is n − 1. A cast, a copy, a view, and an operation that changes no number (× 1, + 0) is 0.
-    Bytes: A kernel reads each tensor that it is given once and writes each that it makes once, even if a cache saves
-        traffic or a second pass adds some. Of an expanded tensor, what is stored counts. MB is 10⁶ bytes.
-    Kernels: On a CPU, operators that touch memory (of ours: the compiled loops). On CUDA, what is put on the stream,
-        copies and fills included, but not the memsets by which a reduction prepares itself.
+    Bytes: Each kernel is assumed to read each of its inputs once and to write each of its outputs once; caches and
+        second passes are ignored. Of an expanded tensor, only the stored elements count. MB is 10⁶ bytes.
+    Kernels: On a CPU, operators that touch memory (of ours: the compiled loops). On CUDA, the kernels, copies and fills
+        that are launched on the stream, but not the memsets that prepare a reduction.
 """
 
 from collections.abc import Callable, Sequence

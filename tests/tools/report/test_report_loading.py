@@ -124,8 +124,8 @@ def test_deepseek_ocr_s_own_folder_is_reported_without_running_its_code(tmp_path
     assert result.model["dtype"] == "bfloat16"
     assert result.notes == (
         "deepseek_vl_v2: only its language model is loaded",
-        "10 of the folder's 43 tensors do not belong to DeepseekOcr2TextModel and were not loaded: 3 of vision_model, "
-        "2 of projector, 2 of sam_model, 1 of lm_head, 1 of image_newline, 1 of view_seperator",
+        "tensors of the folder that were not loaded, because DeepseekOcr2TextModel does not have them: 10 of 43 "
+        "(3 of vision_model, 2 of projector, 2 of sam_model, 1 of lm_head, 1 of image_newline, 1 of view_seperator)",
     )
 
 
@@ -159,7 +159,7 @@ def test_missing_weights_of_a_decoder_are_noted(tmp_path: Path) -> None:
     write_tensors(folder, tensors)
     *_, note = loading.builder(str(folder))(torch.device("cpu")).notes
     assert note == (
-        "2 parameters are not in the folder and have random values, for example layers.1.mlp.experts.gate_up_proj"
+        "parameters that are not in the folder and have random values: 2, for example layers.1.mlp.experts.gate_up_proj"
     )
 
 
@@ -217,8 +217,8 @@ def test_a_model_of_text_and_images_runs_on_text(tmp_path: Path) -> None:
     assert result.ok
     assert [n.calls for n in result.norms] == [1] * 5
     assert result.notes == (
-        f"1 of the folder's {len(load_file(folder / 'model.safetensors'))} tensors do not belong to LlavaModel and were "
-        "not loaded: 1 of lm_head",
+        "tensors of the folder that were not loaded, because LlavaModel does not have them: 1 of "
+        f"{len(load_file(folder / 'model.safetensors'))} (1 of lm_head)",
     )
     counted = model_cost(str(folder), lambda *_: None, batch=1, seq=16, dtype="bfloat16", gpu=None)
     assert (counted.count, counted.left) == (5, ())

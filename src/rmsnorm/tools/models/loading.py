@@ -276,15 +276,15 @@ def _note_not_loaded(loaded: _Loaded) -> str:
     of = ", ".join(f"{count} of {module}" for module, count in counts.most_common(_MOST_NAMED))
     more = f" and of {len(counts) - _MOST_NAMED} other modules" if len(counts) > _MOST_NAMED else ""
     return (
-        f"{len(loaded.unused)} of the folder's {loaded.read} tensors do not belong to {type(loaded.model).__name__} "
-        f"and were not loaded: {of}{more}"
+        f"tensors of the folder that were not loaded, because {type(loaded.model).__name__} does not have them: "
+        f"{len(loaded.unused)} of {loaded.read} ({of}{more})"
     )
 
 
 def _note_random(missing: list[str]) -> str:
     if not missing:
         return ""
-    return f"{len(missing)} parameters are not in the folder and have random values, for example {missing[0]}"
+    return f"parameters that are not in the folder and have random values: {len(missing)}, for example {missing[0]}"
 
 
 def _check_memory(model: nn.Module, folder: Path) -> None:
