@@ -404,6 +404,21 @@ OF_GPU_KERNELS = (
         (interpreted("extremes"),),
     ),
     Mutant(
+        "dx of tiles leaves out the gradient through the sum", "kernels/gpu/kernels.py",
+        "if len(ds_row) > 0:", "if len(ds_row) > len(dw):",
+        (interpreted("rows_that_begin_anywhere_in_a_word"),),
+    ),
+    Mutant(
+        "dx of tiles is the gradient of a norm without a weight", "kernels/gpu/kernels.py",
+        "weight[k] if len(weight) > 0 else None, offset, EARLY)\n        dx_row", "None, offset, EARLY)\n        dx_row",
+        (interpreted("parts_of_rows"),),
+    ),
+    Mutant(
+        "dx of rows in parts takes the mean over the columns of the part", "kernels/gpu/parts_kernels.py",
+        "width = tl.full([ROWS, 1], whole, tl.float64)", "width = tl.full([ROWS, 1], N, tl.float64)",
+        (interpreted("parts_of_rows"),),
+    ),
+    Mutant(
         "programs leave out their last tile", "kernels/gpu/kernels.py",
         "return last // programs + (last % programs >= program).to(tl.int32)",
         "return last // programs + (last % programs > program).to(tl.int32)",
