@@ -158,6 +158,7 @@ def test_a_command_error_prints_one_line_and_exits_with_2(monkeypatch, capsys) -
     ("arguments", "text"),
     [
         (("verify", "--only", "fp4"), "--only 'fp4' matches no row; a row's name is, for example, 'fp32, no weight'"),
+        (("verify", "--only", ""), "--only '' matches no row; a row's name is, for example, 'fp32, no weight'"),
         (("report", "deepseek-nothing"), "deepseek-nothing"),
         (("cost", "deepseek-nothing"), "deepseek-nothing"),
         (("cost", "deepseek-ocr", "--gpu", "abacus"), "h200, h100"),

@@ -461,7 +461,7 @@ def test_an_old_transformers_is_told_the_first_release_that_has_a_language_confi
             count(written(tmp_path, content))
         message = str(raised.value)
         assert f"config.json, language_config is of the architecture {kind!r}" in message
-        assert f"pip install 'transformers>={first}'; or load it yourself with its own code" in message
+        assert f"pip install 'transformers>={first}'; you can also load it yourself with its own code" in message
         assert f"from_pretrained({str(tmp_path)!r}, trust_remote_code=True)" in message
 
 

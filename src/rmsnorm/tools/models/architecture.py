@@ -91,10 +91,10 @@ def python_advice(folder: Path, foreign: bool) -> str:
     """
     patched = "report = rmsnorm.patch(model); print(report)"
     if not foreign:
-        return f"or load it yourself with the code of its authors, then: import rmsnorm; {patched}"
+        return f"you can also load it yourself with the code of its authors, then: import rmsnorm; {patched}"
     load = f"model = transformers.AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True)"
     return (
-        "or load it yourself with its own code, which then runs on this machine: "
+        "you can also load it yourself with its own code, which then runs on this machine: "
         f"import rmsnorm, transformers; {load}; {patched}"
     )
 

@@ -232,10 +232,10 @@ def select_rows(rows: list[SweepRow], only: Sequence[str]) -> list[SweepRow]:
         The selected rows, in order.
 
     Raises:
-        CommandError: If no name contains one of the texts.
+        CommandError: If no name contains one of the texts, or a text is empty.
     """
     for text in only:
-        if not any(text in row.name for row in rows):
+        if not text or not any(text in row.name for row in rows):
             raise CommandError(f"--only {text!r} matches no row; a row's name is, for example, {rows[0].name!r}")
     return [row for row in rows if not only or any(text in row.name for text in only)]
 
