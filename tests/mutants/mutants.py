@@ -790,8 +790,8 @@ OF_HEADS_AND_SLICES = (
         (f"{SLICES}::test_bits_of_the_reference[torch.float32-early-0.0]",),
     ),
     Mutant(
-        "a residual alone gets no gradient through a norm of the first columns", "ops/slices.py",
-        "need_rows = need_x or need_residual", "need_rows = need_x",
+        "a residual alone gets no gradient through a norm of the first columns", "ops/autograd.py",
+        "ctx.spec, need_x or need_residual, need_dw)", "ctx.spec, need_x, need_dw)",
         (f"{SLICES}::test_only_the_gradients_that_are_needed_are_computed",),
     ),
     Mutant(
@@ -801,8 +801,8 @@ OF_HEADS_AND_SLICES = (
         (f"{SLICES}::test_only_the_gradients_that_are_needed_are_computed",),
     ),
     Mutant(
-        "the gradient of a residual is rounded to the dtype of x", "ops/slices.py",
-        "d_residual = d_rows.to(residual_dtype) if", "d_residual = d_rows.to(x_dtype) if",
+        "the gradient of a residual is rounded to the dtype of x", "ops/autograd.py",
+        "d_residual = d_rows.to(ctx.dtypes[1]) if", "d_residual = d_rows.to(ctx.dtypes[0]) if",
         (f"{SLICES}::test_dtypes_may_differ",),
     ),
     Mutant(

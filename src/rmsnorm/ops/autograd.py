@@ -16,7 +16,7 @@ from rmsnorm import compat
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
 from rmsnorm.ops import eager_recomputation
-from rmsnorm.ops.derivatives import SUM_OR_WEIGHT, saved_tensors, undifferentiable
+from rmsnorm.ops.derivatives import saved_tensors, undifferentiable
 from rmsnorm.ops.dispatch import exported_to_onnx, is_plain, load_sharding
 from rmsnorm.ops.plain import plain_forward
 from rmsnorm.spec import (
@@ -111,11 +111,11 @@ def norm(
         )
     spec = spec_of(where, eps, cast, offset)
     check_tensors(where, x, residual, w, offset)
-    if compat.is_tracing():  # TorchScript records the operator, which has its own autograd rule
-        return torch.ops.rmsnorm.forward.default(x, residual, w, spec.eps, spec.cast, spec.offset, True)  # type: ignore[no-any-return]
     plain = is_plain(x, residual, w)
     if plain:
         host.look()
+    elif compat.is_tracing():  # TorchScript records the operator, which has its own autograd rule
+        return _forward(x, residual, w, spec, True, plain)
     if compat.in_forward_ad() or (not plain and compat.transforms_active()):
         return TransformedNorm.apply(x, residual, w, spec, hints)  # type: ignore[no-any-return, no-untyped-call]
     if needs_gradient(x, residual, w):
@@ -149,11 +149,19 @@ def _leaked(*tensors: Tensor | None) -> bool:
     return False
 
 
-def _gradients(
+def gradients(
     ctx: Any, dy: Tensor | None, ds: Tensor | None, backward: Callable[..., Any]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of x, residual and w. dy or ds is None if nothing depends on that output."""
-    where, names = ("rms_norm", "x or weight") if ctx.dtypes[1] is None else ("add_rms_norm", SUM_OR_WEIGHT)
+    """The gradients of x, residual and w, from what the forward pass saved. Raises an error if that has changed.
+
+    Args:
+        ctx: Of the autograd function.
+        dy: The gradient of y; None if nothing depends on y.
+        ds: The gradient of s; None if nothing depends on s.
+        backward: Takes dy, ds, the normalized rows, w, rstd, `ctx.spec`, and whether dx and dw are needed.
+    """
+    adds = ctx.dtypes[1] is not None
+    where, names = ("add_rms_norm", "s, the sum that it returned, or weight") if adds else ("rms_norm", "x or weight")
     rows, w, rstd = saved_tensors(ctx, where, names)
     saved_rows, saved_w = ctx.saved
     check_saved(where, x=(rows, saved_rows), weight=(w, saved_w))
@@ -186,7 +194,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, dy, ds, _backward), None, None
+        return *gradients(ctx, dy, ds, _backward), None, None
 
 
 # Skips a Python function of torch that only matters for tensors that `is_plain` and `_leaked` exclude; it takes a few
@@ -219,7 +227,7 @@ class TransformedNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, dy, others[0] if len(others) > 1 else None, _tied_backward), None, None
+        return *gradients(ctx, dy, others[0] if len(others) > 1 else None, _tied_backward), None, None
 
     @staticmethod
     def jvp(

@@ -37,9 +37,6 @@ def refuse_transforms(name: str, instead: str) -> None:
         )
 
 
-SUM_OR_WEIGHT = "s, the sum that it returned, or weight"  # what `add_rms_norm` saves
-
-
 def saved_tensors(ctx: Any, where: str, names: str) -> tuple[Any, ...]:
     """What was saved. Raises RuntimeError, as torch does, if a tensor was modified in place since, and names the fix.
 

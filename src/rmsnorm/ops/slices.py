@@ -15,9 +15,9 @@ from torch import Tensor
 from rmsnorm import compat
 from rmsnorm.kernels import dispatch
 from rmsnorm.kernels.host import loader as host
-from rmsnorm.ops.autograd import needs_rstd
+from rmsnorm.ops.autograd import gradients, needs_rstd
 from rmsnorm.ops.batching import vmap_by_sample
-from rmsnorm.ops.derivatives import SUM_OR_WEIGHT, autograd_kernel, reverse_only, saved_tensors, undifferentiable
+from rmsnorm.ops.derivatives import autograd_kernel, reverse_only, undifferentiable
 from rmsnorm.ops.dispatch import exported_to_onnx, refuse_dtensors, without_none
 from rmsnorm.ops.operators import empty_gradients, empty_outputs
 from rmsnorm.ops.plain import plain_slice_forward
@@ -27,7 +27,6 @@ from rmsnorm.spec import (
     caller,
     check_gradients,
     check_memory,
-    check_saved,
     check_spec,
     check_tensors,
     check_variance_size,
@@ -137,20 +136,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.saved = Saved.of(rows), Saved.of(w)
 
 
+def _backward(
+    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor | None, rstd: Tensor, spec: list[Any], need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _BackwardOnce.apply(dy, ds, x, w, rstd, *spec, need_dx, need_dw)  # type: ignore[no-any-return]
+
+
 def _gradients(ctx: Any, dy: Tensor | None, ds: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    x_dtype, residual_dtype = ctx.dtypes
-    where, names = ("rms_norm", "x or weight") if residual_dtype is None else ("add_rms_norm", SUM_OR_WEIGHT)
-    rows, w, rstd = saved_tensors(ctx, where, names)
-    saved_rows, saved_w = ctx.saved
-    check_saved(where, x=(rows, saved_rows), weight=(w, saved_w))
-    need_x, need_residual, need_dw = ctx.needs_input_grad[:3]
-    d_rows, dw = ds, None
-    if dy is not None:
-        need_rows = need_x or need_residual
-        d_rows, dw = _BackwardOnce.apply(dy, ds, rows, w, rstd, *ctx.spec, need_rows, need_dw)
-    dx = d_rows.to(x_dtype) if need_x and d_rows is not None else None
-    d_residual = d_rows.to(residual_dtype) if need_residual and d_rows is not None else None
-    return dx, d_residual, dw if need_dw else None, *(None,) * 5
+    return *gradients(ctx, dy, ds, _backward), *(None,) * 5
 
 
 _BackwardOnce = undifferentiable(

@@ -447,8 +447,12 @@ def backward_is_wide(N: int, itemsize: int) -> bool:
 
     The kernels for such rows take only one dy, because shared memory has no room for more.
     """
-    widest = BACKWARD_WIDEST[itemsize]
-    return (widest if _is_whole_words(N, itemsize) else min(widest, UNALIGNED_WIDEST)) < N
+    return _exceeds(N, itemsize, BACKWARD_WIDEST[itemsize], UNALIGNED_WIDEST)
+
+
+def _exceeds(N: int, itemsize: int, widest: int, unaligned_widest: int) -> bool:
+    """Whether rows are wider than `widest`, or than `unaligned_widest` if they are not whole words."""
+    return (widest if _is_whole_words(N, itemsize) else min(widest, unaligned_widest)) < N
 
 
 def sum_gradients(N: int) -> Launch:
@@ -583,8 +587,7 @@ def gated_backward(
     x and the gate. loaded: bytes of one number of dy, x and the gate together. dw_itemsize: 0 if dw is not needed.
     """
     overlap = gpu.capability >= 9
-    unaligned_widest = min(GATED_BACKWARD_WIDEST, _GATED_UNALIGNED_WIDEST[itemsize])
-    if (GATED_BACKWARD_WIDEST if _is_whole_words(N, itemsize) else unaligned_widest) < N:
+    if _exceeds(N, itemsize, GATED_BACKWARD_WIDEST, _GATED_UNALIGNED_WIDEST[itemsize]):
         return Launch(GATED_PIECE, 16, parts=0, overlap=overlap)
     if N <= 256:
         tile = _narrow_tile((_GATE_FIRST_NARROW_BACKWARD if first else _GATE_LAST_NARROW_BACKWARD)[itemsize], N)
